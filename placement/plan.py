@@ -1,0 +1,282 @@
+"""Plan: which device holds which expert, and how tokens choose among replicas.
+
+Knows slots, experts and the evidence for a plan. Knows nothing of how a plan is found, of traces,
+clocks or files of other engines (`formats/`). A plan that breaks an invariant cannot be made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InputError
+
+SCHEMA_VERSION = 1
+EMPTY = -1
+
+SlotArray = npt.NDArray[np.int16]
+
+
+class PlanError(InputError):
+    """The slots do not form a plan."""
+
+
+class DispatchSpec(BaseModel):
+    """The policy that splits an expert's tokens over its replicas, and its parameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: str = "balanced"
+    parameters: dict[str, float | int | str] = Field(default_factory=dict)
+
+
+class Provenance(BaseModel):
+    """How the plan came to be; nothing here depends on the clock."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = "manual"
+    seed: int = 0
+    effort: str = "normal"
+    trace_digest: str = ""
+    version: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class LayerEvidence(BaseModel):
+    """One layer's figures, in the units of the objective."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    objective: float
+    bound: float
+    imbalance_mean: float | None = None
+    replicas: int = 0
+
+
+class Evidence(BaseModel):
+    """How good the plan is, and on what it was judged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    objective_name: str = Field(description='"balance" (imbalance, 1 = perfect) or "time" (us)')
+    objective: float = Field(description="on the planning steps")
+    bound: float = Field(description="no plan can be better on the planning steps")
+    gap: float = Field(ge=0, description="(objective - bound) / bound")
+    validation: float | None = Field(default=None, description="the objective on held-back steps")
+    layers: tuple[LayerEvidence, ...] = ()
+    steps: str = Field(default="", description="what the steps were: sampler, how many, notes")
+    bound_kind: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class _PlanFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format: str = "loadmaster-plan"
+    schema_version: int = SCHEMA_VERSION
+    num_experts: int
+    slots: list[list[list[int]]]
+    layer_indices: list[int] = Field(default_factory=list)
+    dispatch: DispatchSpec = DispatchSpec()
+    model_digest: str = ""
+    cluster_digest: str = ""
+    provenance: Provenance = Provenance()
+    evidence: Evidence | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """slots [L, G, C] int16: the expert in every slot, EMPTY (-1) = none.
+
+    Devices or layers with fewer slots than C are padded with EMPTY at the end. Global slot number
+    s = g · C + c. Raises PlanError if an expert has no slot, an id is unknown or shapes are off.
+    """
+
+    slots: SlotArray
+    num_experts: int
+    dispatch: DispatchSpec = field(default_factory=DispatchSpec)
+    layer_indices: tuple[int, ...] = ()
+    model_digest: str = ""
+    cluster_digest: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+    evidence: Evidence | None = None
+
+    def __post_init__(self) -> None:
+        slots = np.array(self.slots)
+        if slots.ndim != 3 or slots.dtype.kind not in "iu" or 0 in slots.shape:
+            raise PlanError(
+                f"slots must be integers [L, G, C]; got {slots.dtype} {list(slots.shape)}"
+            )
+        if not 1 <= self.num_experts <= 32767:
+            raise PlanError(f"num_experts {self.num_experts} must lie in [1, 32767]")
+        bad = np.argwhere((slots < EMPTY) | (slots >= self.num_experts))
+        if len(bad):
+            layer, device, slot = bad[0]
+            raise PlanError(
+                f"layer {layer}, device {device}, slot {slot} names expert "
+                f"{slots[layer, device, slot]}; experts are 0..{self.num_experts - 1}, -1 = empty"
+            )
+        slots = np.ascontiguousarray(slots, np.int16)
+        slots.flags.writeable = False
+        object.__setattr__(self, "slots", slots)
+        missing = np.argwhere(self.replicas_LE == 0)
+        if len(missing):
+            layer, expert = missing[0]
+            raise PlanError(
+                f"expert {expert} of layer {layer} has no slot ({len(missing)} such experts): "
+                "every expert needs at least one"
+            )
+        if self.layer_indices and len(self.layer_indices) != slots.shape[0]:
+            raise PlanError(
+                f"layer_indices names {len(self.layer_indices)} layers, slots have {slots.shape[0]}"
+            )
+
+    # ---- shape and counts -----------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.slots.shape[0])
+
+    @property
+    def num_devices(self) -> int:
+        return int(self.slots.shape[1])
+
+    @property
+    def slots_per_device(self) -> int:
+        """C, the widest device's slots."""
+        return int(self.slots.shape[2])
+
+    @property
+    def replicas_LE(self) -> npt.NDArray[np.int64]:
+        """[L, E] copies of each expert."""
+        return self.copies_LGE().sum(axis=1)
+
+    def copies_LGE(self) -> npt.NDArray[np.int64]:
+        """[L, G, E] copies of each expert on each device."""
+        layers, devices, _ = self.slots.shape
+        width = self.num_experts + 1
+        row = np.arange(layers * devices)[:, None] * width
+        flat = (row + self.slots.reshape(layers * devices, -1) + 1).reshape(-1)
+        counts = np.bincount(flat, minlength=layers * devices * width)
+        return counts.reshape(layers, devices, width)[:, :, 1:]
+
+    @property
+    def duplicates(self) -> int:
+        """Second and further copies of an expert on one device: pure waste."""
+        return int(np.maximum(self.copies_LGE() - 1, 0).sum())
+
+    @property
+    def spare_slots(self) -> int:
+        """Filled slots beyond one per expert, over all layers."""
+        return int((self.slots >= 0).sum()) - self.num_layers * self.num_experts
+
+    def moves_to(self, target: Plan) -> list[tuple[int, int, int]]:
+        """(layer, device, expert) that `target` holds and this plan does not, sorted.
+
+        Each is one expert's weights to send. Raises PlanError on plans of different shapes.
+        """
+        if (self.num_layers, self.num_experts, self.num_devices) != (
+            target.num_layers, target.num_experts, target.num_devices,
+        ):
+            raise PlanError(
+                f"plans differ in shape: {self.num_layers} layers x {self.num_experts} experts on "
+                f"{self.num_devices} devices against {target.num_layers} x {target.num_experts} on "
+                f"{target.num_devices}"
+            )
+        new = (target.copies_LGE() > 0) & (self.copies_LGE() == 0)
+        return [(int(a), int(b), int(c)) for a, b, c in np.argwhere(new)]
+
+    # ---- files ----------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The plan's file, byte for byte the same for equal plans."""
+        file = _PlanFile(
+            num_experts=self.num_experts,
+            slots=self.slots.tolist(),
+            layer_indices=list(self.layer_indices),
+            dispatch=self.dispatch,
+            model_digest=self.model_digest,
+            cluster_digest=self.cluster_digest,
+            provenance=self.provenance,
+            evidence=self.evidence,
+        )
+        return json.dumps(file.model_dump(mode="json"), separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "plan") -> Self:
+        """Read `to_json`'s text. Raises PlanError naming the field."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"{where}: not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != "loadmaster-plan":
+            raise PlanError(
+                f"{where}: not a Loadmaster plan; `loadmaster plan-import` reads other engines'"
+            )
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise PlanError(
+                f"{where}: plan schema {data.get('schema_version')}, this version reads "
+                f"{SCHEMA_VERSION}: upgrade loadmaster"
+            )
+        try:
+            file = _PlanFile.model_validate(data)
+            slots = np.array(file.slots, np.int64)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field_name = ".".join(str(p) for p in first["loc"])
+            raise PlanError(f"{where}: {field_name}: {first['msg']}") from error
+        except ValueError as error:
+            raise PlanError(f"{where}: slots: rows differ in length") from error
+        return cls(
+            slots=slots.astype(np.int64),  # type: ignore[arg-type]
+            num_experts=file.num_experts,
+            dispatch=file.dispatch,
+            layer_indices=tuple(file.layer_indices),
+            model_digest=file.model_digest,
+            cluster_digest=file.cluster_digest,
+            provenance=file.provenance,
+            evidence=file.evidence,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically: the file is whole or absent."""
+        path = Path(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
+                out.write(self.to_json())
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan file. Raises PlanError naming the file and field."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise PlanError(f"{path}: no such plan file") from error
+        except (UnicodeDecodeError, IsADirectoryError) as error:
+            raise PlanError(f"{path}: not a plan file: {error}") from error
+        return cls.from_json(text, where=str(path))
+
+    def same_slots(self, other: Plan) -> bool:
+        """Whether both plans hold the same experts in the same slots."""
+        return np.array_equal(self.slots, other.slots)
+
+
+def plan_schema() -> dict[str, Any]:
+    """JSON Schema of the plan file."""
+    return _PlanFile.model_json_schema()

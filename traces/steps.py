@@ -1,0 +1,198 @@
+"""StepSampler: which tokens of a trace meet in one forward step.
+
+The one definition of a step (continuous batching); the planner, `evaluate`, the benchmarks and the
+simulator all use it. Knows token order and requests. Knows nothing of experts or devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError, UsageError
+from .trace import RoutingTrace
+
+Order = Literal["interleaved", "recorded", "shuffled", "stored"]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """W steps: step w holds the trace's tokens `token[offset[w]:offset[w + 1]]`."""
+
+    token: npt.NDArray[np.int64]    # [sum of step sizes] token indices into the trace
+    offset: npt.NDArray[np.int64]   # [W + 1]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.offset) - 1
+
+    def tokens_of(self, step: int) -> npt.NDArray[np.int64]:
+        """Token indices of one step."""
+        return self.token[self.offset[step] : self.offset[step + 1]]
+
+    def step_of_token(self) -> npt.NDArray[np.int64]:
+        """The step number of each entry of `token`."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offset))
+
+    def take(self, steps: npt.NDArray[np.int64]) -> Steps:
+        """Only these steps, in the order given."""
+        parts = [self.tokens_of(int(w)) for w in steps]
+        sizes = np.array([len(p) for p in parts], np.int64)
+        token = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return Steps(token, np.concatenate(([0], np.cumsum(sizes))), self.notes)
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """How a trace is cut into steps (design: "A step").
+
+    interleaved: `concurrency` requests are in flight; each in turn contributes its next token until
+    the step holds `tokens`; the turn carries over to the next step; a request that ends is replaced
+    by the next in seeded order; when none is left to replace it, sampling ends and the partial step
+    is dropped. recorded: the trace's own `step` column. shuffled: tokens at random (flatters every
+    plan). stored: as they lie in the file (no server sees that).
+    """
+
+    tokens: int = 512
+    concurrency: int = 64
+    order: Order = "interleaved"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.concurrency < 1:
+            raise UsageError(
+                f"a step needs tokens >= 1 and concurrency >= 1; got {self.tokens} and "
+                f"{self.concurrency}"
+            )
+        if self.order not in ("interleaved", "recorded", "shuffled", "stored"):
+            raise UsageError(f"unknown step order {self.order!r}")
+
+    def sample(self, trace: RoutingTrace, max_steps: int | None = None) -> Steps:
+        """Cut the trace into steps; at most `max_steps` (the first ones).
+
+        Raises InputError when not even one whole step can be formed.
+        """
+        notes: list[str] = []
+        if self.order == "recorded":
+            steps = _recorded_steps(trace)
+        else:
+            steps = _whole_steps(self._token_order(trace, notes), self.tokens)
+        if len(steps) == 0:
+            raise InputError(
+                f"the trace's {trace.num_tokens} tokens do not fill one step of {self.tokens} "
+                f"({self.order} order, {self.concurrency} in flight): record more, or ask for "
+                "smaller steps"
+            )
+        steps = Steps(steps.token, steps.offset, tuple(notes))
+        if max_steps is not None and len(steps) > max_steps:
+            return steps.take(np.arange(max_steps))
+        return steps
+
+    def _token_order(
+        self, trace: RoutingTrace, notes: list[str]
+    ) -> npt.NDArray[np.int64]:
+        if self.order == "stored":
+            return np.arange(trace.num_tokens, dtype=np.int64)
+        rng = np.random.default_rng(self.seed)
+        if self.order == "shuffled":
+            return rng.permutation(trace.num_tokens).astype(np.int64)
+        if trace.request is None:
+            notes.append("no requests recorded: blocks of 256 tokens stand for requests")
+        tokens_by_request, start = _tokens_by_request(trace.request_T())
+        requests = len(start) - 1
+        if requests < self.concurrency:
+            notes.append(f"only {requests} requests: all in flight, not {self.concurrency}")
+        return _interleave(tokens_by_request, start, rng.permutation(requests), self.concurrency)
+
+
+def _tokens_by_request(
+    request_T: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Tokens grouped by request (ascending request, stored order inside), and group starts."""
+    token = np.argsort(request_T, kind="stable").astype(np.int64)
+    _, counts = np.unique(request_T, return_counts=True)
+    return token, np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+
+
+def _interleave(
+    token: npt.NDArray[np.int64],
+    start: npt.NDArray[np.int64],
+    order: npt.NDArray[np.int64],
+    concurrency: int,
+) -> npt.NDArray[np.int64]:
+    """Round robin over the requests in flight until one ends that cannot be replaced.
+
+    Each lane is a queue of requests served one after another, so between two ends every round is
+    one slice: the loop below runs once per request end, not once per token.
+    """
+    lanes = min(concurrency, len(order))
+    position = start[order[:lanes]].copy()
+    end = start[order[:lanes] + 1].copy()
+    waiting = lanes
+    out: list[npt.NDArray[np.int64]] = []
+    while lanes:
+        rounds = int((end - position).min())
+        block = position[None, :] + np.arange(rounds)[:, None]
+        out.append(block.reshape(-1))
+        position += rounds
+        ended = np.flatnonzero(position == end)
+        room = len(order) - waiting
+        if room < len(ended):
+            # Lanes ahead of the first one that stays empty still contribute one token more.
+            for lane in ended[:room]:
+                position[lane], end[lane] = start[order[waiting]], start[order[waiting] + 1]
+                waiting += 1
+            out.append(position[: ended[room]])
+            break
+        for lane in ended:
+            position[lane], end[lane] = start[order[waiting]], start[order[waiting] + 1]
+            waiting += 1
+    return token[np.concatenate(out)] if out else np.empty(0, np.int64)
+
+
+def _whole_steps(token: npt.NDArray[np.int64], tokens: int) -> Steps:
+    whole = len(token) // tokens
+    return Steps(token[: whole * tokens], np.arange(whole + 1, dtype=np.int64) * tokens)
+
+
+def _recorded_steps(trace: RoutingTrace) -> Steps:
+    if trace.step is None:
+        raise InputError("this trace did not record steps: use order='interleaved'")
+    token = np.argsort(trace.step, kind="stable").astype(np.int64)
+    _, counts = np.unique(trace.step, return_counts=True)
+    return Steps(token, np.concatenate(([0], np.cumsum(counts))).astype(np.int64))
+
+
+def count_steps(trace: RoutingTrace, steps: Steps, layer: int) -> npt.NDArray[np.int32]:
+    """[W, E] assignments per step and expert of one layer."""
+    return _count(trace, steps, layer, np.zeros(1, np.int64), 1)[:, 0]
+
+
+def count_steps_by_home(
+    trace: RoutingTrace, steps: Steps, layer: int, num_devices: int
+) -> npt.NDArray[np.int32]:
+    """[W, G, E] assignments per step, home rank and expert of one layer."""
+    home = trace.home_rank_T(num_devices).astype(np.int64)
+    return _count(trace, steps, layer, home, num_devices)
+
+
+def _count(
+    trace: RoutingTrace,
+    steps: Steps,
+    layer: int,
+    home_T: npt.NDArray[np.int64],
+    homes: int,
+) -> npt.NDArray[np.int32]:
+    experts = trace.num_experts
+    home = home_T[steps.token] if len(home_T) > 1 else np.zeros(len(steps.token), np.int64)
+    cell = (steps.step_of_token() * homes + home)[:, None] * experts + trace.ids[
+        steps.token, layer
+    ].astype(np.int64)
+    if trace.k_of_token is not None:
+        k_A = trace.k_of_token[steps.token, layer]
+        cell = cell[np.arange(trace.top_k) < k_A[:, None]]
+    counts = np.bincount(cell.reshape(-1), minlength=len(steps) * homes * experts)
+    return counts.astype(np.int32).reshape(len(steps), homes, experts)
