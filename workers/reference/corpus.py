@@ -4,6 +4,7 @@ Knows files, bytes and the split. Knows nothing of models. The text is not part 
 a directory of UTF-8 `*.txt` files is named by whoever trains or measures.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,11 @@ class Domain:
     name: str
     train: ByteArray
     held_out: ByteArray
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the whole file."""
+        return hashlib.sha256(self.train.tobytes() + self.held_out.tobytes()).hexdigest()
 
 
 def read_domains(directory: Path, context_tokens: int) -> list[Domain]:
@@ -55,7 +61,7 @@ def draw_rows(
 
     Every row lies within one domain, so that a router can tell domains apart.
     """
-    rows = []
+    rows: list[ByteArray] = []
     for domain in domains:
         starts = rng.integers(0, len(domain.train) - context_tokens, size=rows_per_domain)
         rows.extend(domain.train[s : s + context_tokens + 1] for s in starts)

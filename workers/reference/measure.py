@@ -10,7 +10,6 @@ model's directory keeps the figures; none of them depends on a machine's speed.
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .card import read_card, write_card
 from .corpus import Domain, held_out_rows, read_domains
 from .ngram import fit_ngram
 
@@ -38,13 +38,14 @@ FloatArray = NDArray[np.float64]
 
 def load_reference(directory: Path) -> PreTrainedModel:
     """The checkpoint in bf16 on the CPU, ready to be evaluated."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    return model.eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    model.train(False)
+    return model
 
 
 @contextmanager
 def watch_routers(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """While open, collects the expert ids [tokens, K] of every MoE layer's router, in call order."""
+    """While open, collects the expert ids [tokens, K] of each MoE layer's router, in call order."""
     chosen: list[Tensor] = []
     hooks = [
         layer.mlp.gate.register_forward_hook(lambda _m, _i, output: chosen.append(output[2]))
@@ -59,7 +60,7 @@ def watch_routers(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model made of some rows: bits of every predicted byte, experts of every input byte."""
+    """What the model made of some rows: bits of each predicted byte, experts of each input byte."""
 
     bits_BT: FloatArray
     ids_BTLK: Routes
@@ -104,11 +105,12 @@ def divergence_bits(one_LE: FloatArray, other_LE: FloatArray) -> FloatArray:
     q_LE = other_LE / other_LE.sum(axis=1, keepdims=True)
     middle_LE = (p_LE + q_LE) / 2
 
-    def bits(share_LE: FloatArray) -> FloatArray:
-        ratio_LE = np.where(share_LE > 0, share_LE / np.where(middle_LE > 0, middle_LE, 1), 1)
-        return (share_LE * np.log2(ratio_LE)).sum(axis=1)
-
-    return (bits(p_LE) + bits(q_LE)) / 2
+    total_L = np.zeros(len(p_LE))
+    for share_LE in (p_LE, q_LE):
+        used = share_LE > 0
+        ratio_LE = np.divide(share_LE, middle_LE, out=np.ones_like(share_LE), where=used)
+        total_L += (share_LE * np.log2(ratio_LE)).sum(axis=1) / 2
+    return total_L
 
 
 def two_sides(ids_BTLK: Routes, side_tokens: int, seed: int) -> tuple[Routes, Routes]:
@@ -132,8 +134,11 @@ def two_sides(ids_BTLK: Routes, side_tokens: int, seed: int) -> tuple[Routes, Ro
 def routing_card(readings: dict[str, Reading], experts: int) -> dict[str, Any]:
     """How the router tells domains apart, and how unevenly it uses experts."""
     sides = {
-        name: [expert_load(side, experts) for side in two_sides(r.ids_BTLK, SIDE_TOKENS, SPLIT_SEED)]
-        for name, r in readings.items()
+        name: [
+            expert_load(side, experts)
+            for side in two_sides(reading.ids_BTLK, SIDE_TOKENS, SPLIT_SEED)
+        ]
+        for name, reading in readings.items()
     }
     pairs = {
         (a, b): float(divergence_bits(sides[a][0], sides[b][0]).mean())
@@ -183,26 +188,13 @@ def held_out_card(domains: list[Domain], readings: dict[str, Reading]) -> dict[s
 def measure(directory: Path, text: Path) -> dict[str, Any]:
     """All figures of the checkpoint on the held-out tenth of every file in `text`."""
     model = load_reference(directory)
-    card: dict[str, Any] = read_card(directory)
+    card = read_card(directory)
     context = int(card["training"]["context_tokens"])
     domains = read_domains(text, context)
     readings = {d.name: read_rows(model, held_out_rows(d, context)) for d in domains}
     card["held_out_bits_per_byte"] = held_out_card(domains, readings)
     card["routing"] = routing_card(readings, model.config.num_experts)
     return card
-
-
-def read_card(directory: Path) -> dict[str, Any]:
-    """The card beside a checkpoint, as `train` began it."""
-    card: dict[str, Any] = json.loads((directory / "card.json").read_text(encoding="utf-8"))
-    return card
-
-
-def write_card(directory: Path, card: dict[str, Any]) -> None:
-    """Replaces the card in one step."""
-    partial = directory / "card.json.partial"
-    partial.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, directory / "card.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -73,7 +73,8 @@ class ByteNgram:
             known = total > 0
             mixed = (seen + kinds * probability)[known] / (total + kinds)[known]
             probability[known] = mixed
-        return -np.log2(probability)
+        bits: NDArray[np.float64] = -np.log2(probability)
+        return bits
 
     def bits_per_byte(self, stream: ByteArray) -> float:
         """Mean of `bits`."""

@@ -14,12 +14,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from .card import write_card
 from .corpus import Domain, draw_rows, read_domains
 
 CONTEXT_TOKENS = 384
@@ -35,29 +38,32 @@ SAVE_EVERY = 250
 TIMED_STEPS = 12
 
 
+ARCHITECTURE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 192,  # of dense layers, of which there are none
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+    "initializer_range": 0.05,
+    "router_aux_loss_coef": BALANCE_COEFFICIENT,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
 def reference_config() -> Qwen3MoeConfig:
     """6 layers of 32 experts, top-4, over the 256 byte values; byte 0 ends a sequence."""
-    config = Qwen3MoeConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=192,
-        moe_intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=32,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=False,
-        initializer_range=0.05,
-        router_aux_loss_coef=BALANCE_COEFFICIENT,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    config = Qwen3MoeConfig(**ARCHITECTURE)
     config._experts_implementation = "grouped_mm"
     config._attn_implementation = "sdpa"
     return config
@@ -91,7 +97,8 @@ def learning_rate(step: int, steps: int) -> float:
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """AdamW; norms and embeddings are not decayed."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() >= 2 and "embed_tokens" not in name
         (decayed if matrix else plain).append(parameter)
@@ -120,7 +127,7 @@ def train_step(
     logits = model.lm_head(body.last_hidden_state)
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows_BT[:, 1:].flatten())
     balance = balance_loss(body.router_logits, model.config.num_experts_per_tok)
-    (loss + BALANCE_COEFFICIENT * balance).backward()
+    torch.autograd.backward(loss + BALANCE_COEFFICIENT * balance)
     nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -129,7 +136,7 @@ def train_step(
 
 def save(model: Qwen3MoeForCausalLM, directory: Path) -> None:
     """Writes a bf16 copy of the model as a transformers checkpoint; the model stays fp32."""
-    copy = Qwen3MoeForCausalLM(model.config).to(torch.bfloat16)
+    copy = nn.Module.to(Qwen3MoeForCausalLM(model.config), torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(directory)
 
@@ -138,7 +145,8 @@ def train(domains: list[Domain], steps: int, seed: int, out: Path | None) -> Qwe
     """Trains from scratch for `steps` steps, saving to `out` on the way and at the end."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = Qwen3MoeForCausalLM(reference_config()).train()
+    model = Qwen3MoeForCausalLM(reference_config())
+    model.train()
     optimizer = make_optimizer(model)
     began = time.monotonic()
     for step in range(steps):
@@ -167,6 +175,26 @@ def steps_for_minutes(domains: list[Domain], minutes: float, seed: int) -> int:
     return max(1, int(minutes * 60 * TIMED_STEPS / (time.monotonic() - began)))
 
 
+def training_card(
+    model: Qwen3MoeForCausalLM, domains: list[Domain], steps: int, seed: int
+) -> dict[str, Any]:
+    """What one needs to know of a run to repeat it; text files by the sha256 of all their bytes."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": steps,
+        "seed": seed,
+        "context_tokens": CONTEXT_TOKENS,
+        "rows_per_step": ROWS_PER_DOMAIN * len(domains),
+        "tokens": steps * ROWS_PER_DOMAIN * len(domains) * CONTEXT_TOKENS,
+        "optimizer": "AdamW",
+        "peak_learning_rate": PEAK_LEARNING_RATE,
+        "balance_coefficient": BALANCE_COEFFICIENT,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "text_sha256": {domain.name: domain.sha256 for domain in domains},
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the training run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -181,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     domains = read_domains(options.text, CONTEXT_TOKENS)
     steps = options.steps or steps_for_minutes(domains, options.minutes, options.seed)
     print(f"process {os.getpid()}: {steps} steps", file=sys.stderr, flush=True)
-    train(domains, steps, options.seed, options.out)
+    model = train(domains, steps, options.seed, options.out)
+    write_card(options.out, {"training": training_card(model, domains, steps, options.seed)})
 
 
 if __name__ == "__main__":
