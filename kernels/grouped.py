@@ -8,24 +8,27 @@ Axes: A rows (one per assignment), S local slots, H hidden, I intermediate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .activation import ExpertActivation
-from .routing import combine, sort_by_slot
+from .backend import SlotBackend, SlotShape
+from .cpu_packed import PackedSlots, packed_available
 from .torch_backend import TorchSlots
 
 __all__ = ["ExpertActivation", "ExpertWeights", "grouped_experts", "moe_layer"]
+
+BACKENDS = ("auto", "torch", "packed")
 
 
 class ExpertWeights:
     """The expert weights of one layer's slots on one rank, in the form its backend computes on."""
 
-    def __init__(self, slots: TorchSlots) -> None:
-        self._slots = slots
+    def __init__(self, backend: SlotBackend) -> None:
+        self._backend = backend
 
     @classmethod
     def allocate(
@@ -40,56 +43,66 @@ class ExpertWeights:
         bias: bool = False,
         backend: str = "auto",
     ) -> ExpertWeights:
-        """Room for `slots` experts, all zero until `set_slot` fills them."""
-        if backend not in ("auto", "torch"):
-            raise InputError(f"backend {backend!r} is not known; use 'auto' or 'torch'")
+        """Room for `slots` experts, all zero until `set_slot` fills them.
+
+        backend: `auto` takes the fastest that fits dtype, device and this machine; the other
+        names force one, for tests and benchmarks.
+        """
         if min(slots, hidden, intermediate) < 1:
             raise InputError(
-                f"slots, hidden and intermediate must be >= 1; got {slots}, {hidden}, "
-                f"{intermediate}"
+                "slots, hidden and intermediate must be >= 1; "
+                f"got {slots}, {hidden}, {intermediate}"
             )
-        return cls(
-            TorchSlots(slots, hidden, intermediate, dtype, torch.device(device), activation, bias)
+        shape = SlotShape(
+            slots=slots,
+            hidden=hidden,
+            intermediate=intermediate,
+            dtype=dtype,
+            device=torch.device(device),
+            activation=activation,
+            bias=bias,
         )
+        return cls(_choose_backend(shape, backend))
 
     @property
     def slots(self) -> int:
-        return self._slots.slots
+        return self._backend.shape.slots
 
     @property
     def hidden(self) -> int:
-        return self._slots.hidden
+        return self._backend.shape.hidden
 
     @property
     def intermediate(self) -> int:
-        return self._slots.intermediate
+        return self._backend.shape.intermediate
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._slots.dtype
+        return self._backend.shape.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._slots.device
+        return self._backend.shape.device
 
     @property
     def activation(self) -> ExpertActivation:
-        return self._slots.activation
+        return self._backend.shape.activation
 
     @property
     def bias(self) -> bool:
-        return self._slots.bias
+        return self._backend.shape.bias
 
     @property
     def backend(self) -> str:
-        return self._slots.name
+        """The name of the backend in use."""
+        return self._backend.name
 
     @property
     def bytes_per_slot(self) -> int:
         """Bytes of one expert's logical tensors: what a move between ranks sends."""
-        numbers = 3 * self.hidden * self.intermediate
-        if self.bias:
-            numbers += 2 * self.intermediate + self.hidden
+        numbers = sum(
+            torch.Size(size).numel() for size in self._backend.shape.tensor_shapes().values()
+        )
         return numbers * self.dtype.itemsize
 
     def set_slot(
@@ -103,50 +116,64 @@ class ExpertWeights:
         """Fill one slot with an expert; packs this slot only.
 
         gate_up [2I, H] in the row order the activation names, down [H, I], biases [2I] and [H]
-        exactly when the weights were allocated with `bias`.
+        exactly when the weights were allocated with `bias`. The tensors may be reused afterwards.
         """
-        self._check_slot(slot)
-        shapes = {
-            "gate_up": (gate_up, (2 * self.intermediate, self.hidden)),
-            "down": (down, (self.hidden, self.intermediate)),
+        given = {
+            "gate_up": gate_up,
+            "down": down,
+            "gate_up_bias": gate_up_bias,
+            "down_bias": down_bias,
         }
-        if self.bias:
-            if gate_up_bias is None or down_bias is None:
-                raise InputError(f"slot {slot} needs both biases: its weights were allocated so")
-            shapes["gate_up_bias"] = (gate_up_bias, (2 * self.intermediate,))
-            shapes["down_bias"] = (down_bias, (self.hidden,))
-        elif gate_up_bias is not None or down_bias is not None:
-            raise InputError(f"slot {slot} takes no bias: its weights were allocated without")
-        for name, (tensor, shape) in shapes.items():
-            if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
+        self.load_slot(slot, {name: tensor for name, tensor in given.items() if tensor is not None})
+
+    def load_slot(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        """`set_slot` from what `get_slot` returned, here or on another rank."""
+        self._check_slot(slot)
+        shapes = self._backend.shape.tensor_shapes()
+        if set(tensors) != set(shapes):
+            raise InputError(
+                f"slot {slot} needs exactly {', '.join(shapes)}; got {', '.join(sorted(tensors))}"
+            )
+        for name, size in shapes.items():
+            tensor = tensors[name]
+            if tuple(tensor.shape) != size or tensor.dtype != self.dtype:
                 raise InputError(
                     f"{name} for slot {slot} is {tuple(tensor.shape)} {tensor.dtype}; "
-                    f"it must be {shape} {self.dtype}"
+                    f"it must be {size} {self.dtype}"
                 )
-        self._slots.set_slot(slot, gate_up, down, gate_up_bias, down_bias)
+        own = {name: tensors[name].detach().to(self.device) for name in shapes}
+        self._backend.set_slot(slot, own)
 
     def get_slot(self, slot: int) -> dict[str, Tensor]:
         """One slot's logical tensors, bit for bit as `set_slot` got them (new tensors)."""
         self._check_slot(slot)
-        return self._slots.get_slot(slot)
+        return self._backend.get_slot(slot)
 
     def copy_slot(self, source: int, target: int) -> None:
-        """Give slot `target` the expert of slot `source`."""
-        self.load_slot(target, self.get_slot(source))
+        """Give slot `target` the expert of slot `source`; copies no weights."""
+        self._check_slot(target)
+        order = list(range(self.slots))
+        order[target] = source
+        self.rearrange(order)
 
-    def load_slot(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
-        """`set_slot` from what `get_slot` returned."""
-        self.set_slot(
-            slot,
-            tensors["gate_up"],
-            tensors["down"],
-            tensors.get("gate_up_bias"),
-            tensors.get("down_bias"),
-        )
+    def rearrange(self, source_S: Sequence[int]) -> None:
+        """Slot s takes the expert that slot source_S[s] holds; swaps a table, copies no weights.
+
+        So a plan is applied by filling spare slots and then one `rearrange` between two steps.
+        """
+        if len(source_S) != self.slots:
+            raise InputError(f"rearrange needs {self.slots} sources; got {len(source_S)}")
+        for source in source_S:
+            self._check_slot(source)
+        self._backend.rearrange(source_S)
 
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
-        """Compute checked rows into `out_AH`; callers use `grouped_experts`."""
-        self._slots.run(x_AH, count_S, out_AH)
+        """Compute checked rows; callers use `grouped_experts`."""
+        self._backend.run(x_AH, count_S, out_AH)
+
+    def run_layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
+        """Compute a checked layer; callers use `moe_layer`."""
+        self._backend.layer(x_TH, slot_TK, gate_TK, out_TH)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.slots:
@@ -175,13 +202,9 @@ def grouped_experts(
                 f"count_S holds {sum(counts)} rows (lowest count {min(counts)}) for the "
                 f"{len(x_AH)} rows given; counts must be >= 0 and sum to the rows"
             )
-    if out is None:
-        out = torch.empty_like(x_AH, memory_format=torch.contiguous_format)
-    elif out.shape != x_AH.shape or out.dtype != x_AH.dtype:
-        raise InputError(
-            f"out is {tuple(out.shape)} {out.dtype}; it must be {tuple(x_AH.shape)} {x_AH.dtype}"
-        )
-    weights.run(x_AH, count_S, out)
+    out = _output_like(x_AH, out)
+    if len(x_AH):
+        weights.run(x_AH.detach(), count_S, out)
     return out
 
 
@@ -196,10 +219,10 @@ def moe_layer(
 ) -> Tensor:
     """One whole expert layer in one process: sort, compute, combine. Returns [T, H].
 
-    ids_TK: the experts chosen; gate_TK: their weights, float32. slot_TK: the slot of every
-    assignment (`assign_slots`); without it expert e stands in slot e. Negative ids or slots, and
-    an id equal to the number of slots (transformers' mark for an expert that lives elsewhere),
-    are left out: they add nothing to their token.
+    ids_TK: the experts chosen; gate_TK: their weights. slot_TK: the slot of every assignment
+    (`assign_slots`); without it expert e stands in slot e. Negative ids or slots, and an id
+    equal to the number of slots (transformers' mark for an expert that lives elsewhere), are
+    left out: they add nothing to their token.
     """
     _check_rows(x_TH, weights)
     if ids_TK.dim() != 2 or len(ids_TK) != len(x_TH) or gate_TK.shape != ids_TK.shape:
@@ -209,12 +232,42 @@ def moe_layer(
         )
     if slot_TK is None:
         slot_TK = torch.where(ids_TK == weights.slots, -1, ids_TK)
-    order_A, count_S = sort_by_slot(slot_TK, weights.slots)
-    choices = ids_TK.shape[1]
-    y_AH = grouped_experts(x_TH[order_A // max(choices, 1)], count_S, weights)
-    y_TKH = torch.zeros(ids_TK.numel(), weights.hidden, dtype=x_TH.dtype, device=x_TH.device)
-    y_TKH[order_A] = y_AH
-    return combine(y_TKH.view(*ids_TK.shape, weights.hidden), gate_TK, out=out)
+    if slot_TK.shape != ids_TK.shape:
+        raise InputError(f"slot_TK is {tuple(slot_TK.shape)}; it must be {tuple(ids_TK.shape)}")
+    if slot_TK.device.type == "cpu" and slot_TK.numel() and int(slot_TK.max()) >= weights.slots:
+        raise InputError(
+            f"slot {int(slot_TK.max())} is past the table of {weights.slots} slots"
+        )
+    out = _output_like(x_TH, out)
+    gate = gate_TK.detach().float().contiguous()
+    weights.run_layer(x_TH.detach(), slot_TK.long().contiguous(), gate, out)
+    return out
+
+
+def _choose_backend(shape: SlotShape, name: str) -> SlotBackend:
+    on_cpu = shape.device.type == "cpu"
+    packed = on_cpu and packed_available(shape.dtype)
+    if name == "packed" and not packed:
+        raise InputError(
+            f"backend 'packed' cannot run {shape.dtype} on {shape.device} with this torch build; "
+            "use 'auto'"
+        )
+    if name not in BACKENDS:
+        raise InputError(f"backend {name!r} is not known; use one of {', '.join(BACKENDS)}")
+    if packed and name != "torch":
+        return PackedSlots(shape)
+    return TorchSlots(shape)
+
+
+def _output_like(x: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise InputError(
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; "
+            f"it must be {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
+    return out
 
 
 def _check_rows(x: Tensor, weights: ExpertWeights) -> None:

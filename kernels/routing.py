@@ -1,7 +1,8 @@
 """From router output to slots and back: which rows go where, in what order, how many.
 
 Tensors in, tensors out. Knows token counts per slot (quotas) but nothing of how they were
-chosen, nothing of devices' load, networks or plans.
+chosen, nothing of devices' load, networks or plans. CPU tensors take compiled loops, others
+torch operations; integers agree exactly, gates to the last bits.
 
 Axes: T tokens, K experts chosen per token, A = T * K assignments in token order (flat index
 t * K + k), E experts, S slots, H hidden. A negative id or slot marks an assignment that is left
@@ -10,10 +11,15 @@ out everywhere: not counted, not sorted, not computed.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from . import cpu_loops
+from .cpu_float import as_array
+
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def top_k(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -21,13 +27,19 @@ def top_k(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor
 
     Returns gate_TK float32 and ids_TK int64, best expert first; equal logits go to the lower
     expert id. Gates are the softmax over all experts; with `normalize` the chosen ones are
-    rescaled to sum to one (the softmax over the chosen alone).
+    rescaled to sum to one (the softmax over the chosen alone). NaN logits give NaN gates, in
+    their token only.
     """
     if logits_TE.dim() != 2 or not 1 <= k <= logits_TE.shape[1]:
         raise InputError(
             f"top_k needs logits [T, E] and 1 <= k <= E; got {tuple(logits_TE.shape)} and k={k}"
         )
-    logits = logits_TE.float()
+    logits = logits_TE.detach().float().contiguous()
+    if logits.device.type == "cpu":
+        gate_TK = torch.empty(len(logits), k)
+        ids_TK = torch.empty(len(logits), k, dtype=torch.int64)
+        cpu_loops.choose_top_k(as_array(logits), normalize, as_array(gate_TK), as_array(ids_TK))
+        return gate_TK, ids_TK
     # A stable descending sort keeps the lower id first among equals; torch.topk promises nothing.
     sorted_TE, order_TE = torch.sort(logits, dim=1, descending=True, stable=True)
     ids_TK = order_TE[:, :k].contiguous()
@@ -37,20 +49,31 @@ def top_k(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor
 
 
 def histogram(ids_TK: Tensor, num_experts: int, *, k_of_token: Tensor | None = None) -> Tensor:
-    """Count the tokens of every expert: count_E int64.
+    """Count the tokens of every expert: count_E int64, exact.
 
     ids outside [0, num_experts) are left out. k_of_token [T]: only the first k_of_token[t]
     choices of token t count.
     """
+    if ids_TK.dim() != 2 or (k_of_token is not None and k_of_token.shape != ids_TK.shape[:1]):
+        lengths = None if k_of_token is None else tuple(k_of_token.shape)
+        raise InputError(
+            f"histogram needs ids [T, K] and k_of_token [T]; got {tuple(ids_TK.shape)} "
+            f"and {lengths}"
+        )
     ids = ids_TK.long()
-    counted = (ids >= 0) & (ids < num_experts)
-    if k_of_token is not None:
-        choice_K = torch.arange(ids.shape[1], device=ids.device)
-        counted &= choice_K < k_of_token[:, None]
+    count_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    if k_of_token is None:
+        k_of_token = torch.full(ids.shape[:1], ids.shape[1], device=ids.device)
+    if ids.device.type == "cpu":
+        cpu_loops.count_ids(
+            as_array(ids), as_array(k_of_token.long()), as_array(count_E[:num_experts])
+        )
+        return count_E[:num_experts]
+    choice_K = torch.arange(ids.shape[1], device=ids.device)
+    counted = (ids >= 0) & (ids < num_experts) & (choice_K < k_of_token[:, None])
     # One bin beyond the experts collects what is left out: no data-dependent shape, so no sync.
     bins = torch.where(counted, ids, num_experts).flatten()
-    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    return count.index_add_(0, bins, torch.ones_like(bins))[:num_experts]
+    return count_E.index_add_(0, bins, torch.ones_like(bins))[:num_experts]
 
 
 def assign_slots(
@@ -61,31 +84,33 @@ def assign_slots(
     quota_S: [S] whole tokens this home rank sends to each slot. slot_expert_S: [S] the expert in
     each slot, -1 = empty. Within an expert, assignments in token order fill its slots in
     ascending slot order. Negative ids, and ids >= num_experts where that is given, get -1.
-    Raises InputError unless the quotas of every expert sum to its assignments.
+    Runs on the CPU, where quotas are made. Raises InputError unless the quotas of every expert
+    sum to its assignments.
     """
     if quota_S.shape != slot_expert_S.shape or quota_S.dim() != 1:
         raise InputError(
             f"quotas {tuple(quota_S.shape)} and slot table {tuple(slot_expert_S.shape)} "
             "must both be [slots]"
         )
-    ids = ids_TK.flatten().long()
-    kept = ids >= 0 if num_experts is None else (ids >= 0) & (ids < num_experts)
-    assignment = kept.nonzero().flatten()
-    by_expert = assignment[torch.argsort(ids[assignment], stable=True)]
-    # Slots ordered by expert, each repeated quota times, line up with assignments by expert.
-    slot_order = torch.argsort(slot_expert_S, stable=True)
-    slot_order = slot_order[slot_expert_S[slot_order] >= 0]
-    filled = torch.repeat_interleave(slot_order, quota_S[slot_order].long())
-    if len(filled) != len(by_expert) or not torch.equal(
-        slot_expert_S[filled].long(), ids[by_expert]
-    ):
+    ids = ids_TK.detach().cpu().long().contiguous()
+    quota, table = quota_S.cpu().long().contiguous(), slot_expert_S.cpu().long().contiguous()
+    if num_experts is None:
+        highest = torch.cat((ids.flatten(), table, torch.tensor([-1]))).max()
+        num_experts = int(highest) + 1
+    slot_TK = torch.empty_like(ids)
+    wrong = cpu_loops.fill_slots(
+        as_array(ids.view(-1)),
+        as_array(quota),
+        as_array(table),
+        num_experts,
+        as_array(slot_TK.view(-1)),
+    )
+    if wrong >= 0:
         raise InputError(
-            f"quotas place {int(quota_S.sum())} tokens but do not match the {len(by_expert)} "
-            "assignments expert by expert; compute the quotas from these ids"
+            f"expert {wrong} has {int((ids == wrong).sum())} assignments but quotas for "
+            f"{int(quota[table == wrong].sum())}; compute the quotas from these ids"
         )
-    slot = torch.full_like(ids, -1)
-    slot[by_expert] = filled
-    return slot.view(ids_TK.shape)
+    return slot_TK.to(ids_TK.device)
 
 
 def sort_by_slot(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
@@ -94,31 +119,81 @@ def sort_by_slot(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     Returns order_A int64 (flat assignment indices; only those with slot >= 0) and count_S int64.
     Raises InputError for a slot past the table.
     """
-    slots = slot_TK.flatten().long()
+    order_A, count_S, _ = sort_rows(slot_TK, num_slots)
+    return order_A, count_S
+
+
+def sort_rows(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`sort_by_slot`, and row_TK: the row of every assignment in that order, -1 if left out."""
+    slots = slot_TK.long().contiguous()
     if slots.numel() and int(slots.max()) >= num_slots:
         raise InputError(f"slot {int(slots.max())} is past the table of {num_slots} slots")
-    order = torch.argsort(slots, stable=True)
-    left_out = int((slots < 0).sum())
-    return order[left_out:], histogram(slot_TK, num_slots)
+    row_TK = torch.full_like(slots, -1)
+    if slots.device.type == "cpu":
+        order_A = torch.empty(slots.numel(), dtype=torch.int64)
+        offset = np.empty(num_slots + 1, np.int64)
+        cpu_loops.sort_slots(
+            as_array(slots.view(-1)), as_array(order_A), offset, as_array(row_TK.view(-1))
+        )
+        return order_A[: offset[-1]], torch.from_numpy(np.diff(offset)), row_TK
+    order_A = torch.argsort(slots.view(-1), stable=True)
+    order_A = order_A[int((slots < 0).sum()) :]
+    row_TK.view(-1)[order_A] = torch.arange(len(order_A), device=slots.device)
+    return order_A, torch.bincount(slots[slots >= 0], minlength=num_slots), row_TK
 
 
 def combine(y_TKH: Tensor, gate_TK: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Sum every token's expert outputs with its gates, in the token's own order: [T, H].
 
-    y_TKH: expert outputs [T, K, H] in flat (t, k) order. Sums in float32, choice 0 first, then
-    rounds once to y's dtype; a token's bits depend on nothing but its own row. NaN stays in its
-    token. Rows of assignments that were left out must be zero.
+    y_TKH: expert outputs [T, K, H] in flat (t, k) order; rows of assignments that were left out
+    must be finite and have gate 0. See `combine_rows`, which needs neither.
     """
     if y_TKH.dim() != 3 or tuple(gate_TK.shape) != tuple(y_TKH.shape[:2]):
         raise InputError(
             f"combine needs y [T, K, H] and gates [T, K]; got {tuple(y_TKH.shape)} "
             f"and {tuple(gate_TK.shape)}"
         )
-    tokens, choices, hidden = y_TKH.shape
-    total = torch.zeros(tokens, hidden, dtype=torch.float32, device=y_TKH.device)
-    gate = gate_TK.float()
-    for k in range(choices):
-        total += y_TKH[:, k].float() * gate[:, k, None]
+    rows = torch.arange(gate_TK.numel(), device=gate_TK.device).view(gate_TK.shape)
+    return combine_rows(y_TKH.flatten(0, 1), rows, gate_TK, out=out)
+
+
+def combine_rows(
+    y_AH: Tensor, row_TK: Tensor, gate_TK: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """Sum every token's expert outputs from wherever they lie: [T, H] in y's dtype.
+
+    row_TK: the row of y that answers choice k of token t, negative = nothing to add (its gate is
+    not read). Sums in float32, choice 0 first, and rounds once; a token's bits depend on its own
+    rows and gates only, and NaN stays in its token.
+    """
+    if y_AH.dim() != 2 or row_TK.dim() != 2 or gate_TK.shape != row_TK.shape:
+        raise InputError(
+            f"combine needs y [A, H], rows [T, K] and gates [T, K]; got {tuple(y_AH.shape)}, "
+            f"{tuple(row_TK.shape)} and {tuple(gate_TK.shape)}"
+        )
+    hidden = y_AH.shape[1]
     if out is None:
-        return total.to(y_TKH.dtype)
+        out = torch.empty(len(row_TK), hidden, dtype=y_AH.dtype, device=y_AH.device)
+    elif tuple(out.shape) != (len(row_TK), hidden) or out.dtype != y_AH.dtype:
+        raise InputError(
+            f"out is {tuple(out.shape)} {out.dtype}; it must be "
+            f"{(len(row_TK), hidden)} {y_AH.dtype}"
+        )
+    if y_AH.device.type == "cpu" and y_AH.dtype in _COMPILED_DTYPES:
+        if row_TK.numel() and int(row_TK.max()) >= len(y_AH):
+            raise InputError(f"row {int(row_TK.max())} is past the {len(y_AH)} rows of y")
+        cpu_loops.combine_rows(
+            as_array(y_AH.detach().contiguous()),
+            as_array(row_TK.long().contiguous()),
+            as_array(gate_TK.detach().float().contiguous()),
+            np.empty(hidden, np.float32),
+            as_array(out),
+        )
+        return out
+    wide = torch.promote_types(torch.float32, y_AH.dtype)
+    total = torch.zeros(len(row_TK), hidden, dtype=wide, device=y_AH.device)
+    for k in range(row_TK.shape[1]):
+        row = row_TK[:, k, None]
+        term = y_AH[row_TK[:, k].clamp(min=0)].to(wide) * gate_TK[:, k, None].to(wide)
+        total += torch.where(row >= 0, term, 0.0)
     return out.copy_(total)

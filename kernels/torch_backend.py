@@ -1,17 +1,24 @@
-"""The grouped expert MLP on plain torch operations: runs anywhere, right before it is fast.
+"""The grouped expert MLP on plain torch operations: any device, any float type, no packing.
 
-Knows slots as rows of two stacked matrices; knows nothing of routing.
+The fallback where nothing faster is there. Knows stacked weights and rows sorted by slot;
+knows nothing of plans.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .activation import ExpertActivation, gate_rows_first, gated_inplace, stored_rows
+from .activation import gate_rows_first, gated_inplace, stored_rows
+from .backend import SlotShape, SlotTensors
+from .routing import combine_rows, sort_rows
+from .slot_table import SlotTable
 
-# Plain fp32 products of fewer rows take another code path with other bits.
-_LEAST_ROWS = 8
+# A product of fewer rows takes other code with other bits (measured on torch 2.13 CPU: float32
+# below 4 rows, bfloat16 a single row where H >= 2048), so blocks are padded up to this.
+LEAST_ROWS = 8
 
 
 class TorchSlots:
@@ -19,67 +26,57 @@ class TorchSlots:
 
     name = "torch"
 
-    def __init__(
-        self,
-        slots: int,
-        hidden: int,
-        intermediate: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        activation: ExpertActivation,
-        bias: bool,
-    ) -> None:
-        self.slots, self.hidden, self.intermediate = slots, hidden, intermediate
-        self.dtype, self.device, self.activation, self.bias = dtype, device, activation, bias
-        self._gate_up = torch.zeros(slots, 2 * intermediate, hidden, dtype=dtype, device=device)
-        self._down = torch.zeros(slots, hidden, intermediate, dtype=dtype, device=device)
-        width = (2 * intermediate, hidden) if bias else (0, 0)
-        self._gate_up_bias = torch.zeros(slots, width[0], dtype=dtype, device=device)
-        self._down_bias = torch.zeros(slots, width[1], dtype=dtype, device=device)
-
-    def set_slot(
-        self,
-        slot: int,
-        gate_up: Tensor,
-        down: Tensor,
-        gate_up_bias: Tensor | None,
-        down_bias: Tensor | None,
-    ) -> None:
-        self._gate_up[slot] = gate_rows_first(gate_up, self.activation)
-        self._down[slot] = down
-        if gate_up_bias is not None and down_bias is not None:
-            self._gate_up_bias[slot] = gate_rows_first(gate_up_bias, self.activation)
-            self._down_bias[slot] = down_bias
-
-    def get_slot(self, slot: int) -> dict[str, Tensor]:
-        tensors = {
-            "gate_up": stored_rows(self._gate_up[slot], self.activation).clone(),
-            "down": self._down[slot].clone(),
+    def __init__(self, shape: SlotShape) -> None:
+        self.shape = shape
+        self._table = SlotTable(shape.slots)
+        self._stacked = {
+            name: torch.zeros(shape.slots, *size, dtype=shape.dtype, device=shape.device)
+            for name, size in shape.tensor_shapes().items()
         }
-        if self.bias:
-            tensors["gate_up_bias"] = stored_rows(
-                self._gate_up_bias[slot], self.activation
-            ).clone()
-            tensors["down_bias"] = self._down_bias[slot].clone()
-        return tensors
+
+    def set_slot(self, slot: int, tensors: SlotTensors) -> None:
+        row = self._table.row_to_write(slot)
+        for name, tensor in tensors.items():
+            if name.startswith("gate_up"):
+                tensor = gate_rows_first(tensor, self.shape.activation)
+            self._stacked[name][row] = tensor
+
+    def get_slot(self, slot: int) -> SlotTensors:
+        row = self._table.rows[slot]
+        tensors = {name: stacked[row].clone() for name, stacked in self._stacked.items()}
+        return {
+            name: stored_rows(tensor, self.shape.activation) if "gate_up" in name else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def rearrange(self, source_S: Sequence[int]) -> None:
+        self._table.rearrange(source_S)
 
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         start = 0
         for slot, count in enumerate(count_S.tolist()):
             if count:
                 rows = slice(start, start + count)
-                out_AH[rows] = self._run_slot(x_AH[rows], slot)[:count]
+                out_AH[rows] = self._run_slot(x_AH[rows], self._table.rows[slot])[:count]
                 start += count
 
-    def _run_slot(self, x_AH: Tensor, slot: int) -> Tensor:
-        if len(x_AH) < _LEAST_ROWS:
-            padding = x_AH.new_zeros(_LEAST_ROWS - len(x_AH), self.hidden)
+    def layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
+        order_A, count_S, row_TK = sort_rows(slot_TK, self.shape.slots)
+        x_AH = x_TH[order_A // max(slot_TK.shape[1], 1)]
+        y_AH = torch.empty_like(x_AH)
+        self.run(x_AH, count_S, y_AH)
+        combine_rows(y_AH, row_TK, gate_TK, out=out_TH)
+
+    def _run_slot(self, x_AH: Tensor, row: int) -> Tensor:
+        if len(x_AH) < LEAST_ROWS:
+            padding = x_AH.new_zeros(LEAST_ROWS - len(x_AH), self.shape.hidden)
             x_AH = torch.cat((x_AH, padding))
-        gate_up = torch.mm(x_AH, self._gate_up[slot].T)
-        if self.bias:
-            gate_up += self._gate_up_bias[slot]
-        gate, up = gate_up[:, : self.intermediate], gate_up[:, self.intermediate :]
-        y_AH = torch.mm(gated_inplace(gate, up, self.activation), self._down[slot].T)
-        if self.bias:
-            y_AH += self._down_bias[slot]
+        gate_up = torch.mm(x_AH, self._stacked["gate_up"][row].T)
+        if self.shape.bias:
+            gate_up += self._stacked["gate_up_bias"][row]
+        gate, up = gate_up.tensor_split(2, dim=1)
+        act = gated_inplace(gate, up, self.shape.activation)
+        y_AH = torch.mm(act, self._stacked["down"][row].T)
+        if self.shape.bias:
+            y_AH += self._stacked["down_bias"][row]
         return y_AH

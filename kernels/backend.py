@@ -1,0 +1,68 @@
+"""What every backend of the grouped expert MLP must offer, and the shape it is built for.
+
+Knows the contract; knows no arithmetic. `grouped.py` checks inputs before it calls a backend, so
+a backend may trust them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .activation import ExpertActivation
+
+SlotTensors = dict[str, Tensor]
+"""One expert: `gate_up` [2I, H] and `down` [H, I]; with biases, `gate_up_bias` and `down_bias`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotShape:
+    """The sizes and kinds of one layer's local slots."""
+
+    slots: int
+    hidden: int
+    intermediate: int
+    dtype: torch.dtype
+    device: torch.device
+    activation: ExpertActivation
+    bias: bool
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the tensors of one expert, in a fixed order."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "gate_up": (2 * self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+        if self.bias:
+            shapes["gate_up_bias"] = (2 * self.intermediate,)
+            shapes["down_bias"] = (self.hidden,)
+        return shapes
+
+
+class SlotBackend(Protocol):
+    """Weights of S slots in the form one backend computes on."""
+
+    name: str
+    shape: SlotShape
+
+    def set_slot(self, slot: int, tensors: SlotTensors) -> None:
+        """Take over one expert; touches no other slot."""
+
+    def get_slot(self, slot: int) -> SlotTensors:
+        """The logical tensors of one slot, bit for bit, as new tensors."""
+
+    def rearrange(self, source_S: Sequence[int]) -> None:
+        """Slot s takes the expert of slot source_S[s]; copies no weights."""
+
+    def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
+        """Rows sorted by slot through their experts, unweighted, into `out_AH`."""
+
+    def layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
+        """The whole layer: sort, gather, compute and combine into `out_TH`.
+
+        slot_TK int64 holds slots in [-1, S); -1 is left out. gate_TK is float32.
+        """

@@ -1,0 +1,145 @@
+"""Scalars inside compiled CPU loops: bfloat16 as raw bits, and an exponential that vectorises.
+
+numba knows no bfloat16, so its arrays come as uint16 bits and pass through here; the same loop
+then serves float32 and bfloat16. Knows nothing of what the loops compute.
+
+Every function is elementwise and branch-free, so an element's bits never depend on where in a
+vector it sits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+from numpy.typing import NDArray
+from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_F32 = np.float32
+
+
+def compiled(function: _Function) -> _Function:
+    """Compile a loop once per machine; products may fuse into sums, nothing else is relaxed."""
+    return cast(
+        _Function,
+        numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")(function),
+    )
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """The numpy view of a CPU tensor; bfloat16 becomes its raw bits in uint16."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
+def _emit_bitcast(target: Any) -> Callable[..., Any]:
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], target)
+
+    return emit
+
+
+def _bits_to_float(typing_context: Any, bits: Any) -> Any:
+    return types.float32(types.uint32), _emit_bitcast(ir.FloatType())
+
+
+def _float_to_bits(typing_context: Any, value: Any) -> Any:
+    return types.uint32(types.float32), _emit_bitcast(ir.IntType(32))
+
+
+bits_to_float: Any = intrinsic(_bits_to_float)
+float_to_bits: Any = intrinsic(_float_to_bits)
+
+
+def to_float(element: Any) -> Any:
+    """An array element as float32: bfloat16 bits are widened, float32 is itself."""
+    if isinstance(element, np.uint16):
+        return np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
+    return element
+
+
+def store(array: Any, row: int, column: int, value: Any) -> None:
+    """Write a float32 into an array, rounding to nearest even for bfloat16 bits."""
+    if array.dtype == np.uint16:
+        array[row, column] = torch.tensor(float(value)).bfloat16().view(torch.uint16).item()
+    else:
+        array[row, column] = value
+
+
+def _to_float_overload(element: Any) -> Any:
+    if element == types.uint16:
+
+        def widened(element: Any) -> Any:
+            return bits_to_float(np.uint32(np.uint32(element) << np.uint32(16)))
+
+        return widened
+
+    def itself(element: Any) -> Any:
+        return element
+
+    return itself
+
+
+def _store_overload(array: Any, row: Any, column: Any, value: Any) -> Any:
+    if array.dtype == types.uint16:
+
+        def rounded(array: Any, row: Any, column: Any, value: Any) -> None:
+            bits = float_to_bits(value)
+            odd = (bits >> np.uint32(16)) & np.uint32(1)
+            nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+            # Rounding up would carry some NaNs over into infinity.
+            nan = np.uint32(0x7FC0)
+            array[row, column] = np.uint16(nearest if value == value else nan)
+
+        return rounded
+
+    def plain(array: Any, row: Any, column: Any, value: Any) -> None:
+        array[row, column] = value
+
+    return plain
+
+
+overload(to_float)(_to_float_overload)
+overload(store)(_store_overload)
+
+
+@compiled
+def exp(x: Any) -> Any:
+    """e**x in float32, within two units in the last place; saturates outside [-87, 88].
+
+    Splits x into n ln 2 + r with |r| <= ln 2 / 2, sums a polynomial in r, scales by 2**n.
+    NaN stays NaN.
+    """
+    x = _F32(-87.0) if x < _F32(-87.0) else x
+    x = _F32(88.0) if x > _F32(88.0) else x
+    # Adding 1.5 * 2**23 leaves round(x / ln 2) in the low bits, with no float-to-int conversion
+    # (which NaN would make undefined).
+    shifted = x * _F32(1.44269504) + _F32(12582912.0)
+    n = shifted - _F32(12582912.0)
+    r = x - n * _F32(0.693359375)
+    r = r + n * _F32(2.12194440e-4)
+    p = _F32(1.0 / 5040.0)
+    p = p * r + _F32(1.0 / 720.0)
+    p = p * r + _F32(1.0 / 120.0)
+    p = p * r + _F32(1.0 / 24.0)
+    p = p * r + _F32(1.0 / 6.0)
+    p = p * r + _F32(0.5)
+    p = p * r + _F32(1.0)
+    p = p * r + _F32(1.0)
+    power_bits = (float_to_bits(shifted) << np.uint32(23)) + np.uint32(0x3F800000)
+    return p * bits_to_float(np.uint32(power_bits))
+
+
+@compiled
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e**-x) in float32."""
+    return _F32(1.0) / (_F32(1.0) + exp(-x))
