@@ -1,0 +1,57 @@
+"""The one door to numba: how hot loops of this floor are compiled, and their random numbers.
+
+Knows compiler options only. Compiled functions release the GIL, so that layers can run in threads,
+and are cached on disk, so that only the first call on a machine pays for compilation. Sums keep
+the order they are written in, so a result does not depend on the machine's vector width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+RandomState = npt.NDArray[np.uint64]
+
+
+def compiled(function: Function) -> Function:
+    """Compile with IEEE arithmetic; infinities allowed."""
+    return cast(Function, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+
+
+def compiled_finite(function: Function) -> Function:
+    """Compile for finite numbers only, so that maxima over long rows use vector units.
+
+    Maxima may be taken in any order (the result is the same); sums may not.
+    """
+    jit = numba.njit(
+        cache=True, nogil=True, error_model="numpy", fastmath={"nnan", "ninf", "nsz"}
+    )
+    return cast(Function, jit(function))
+
+
+def random_state(seed: int, *stream: int) -> RandomState:
+    """State for `next_random`; one independent stream per (seed, stream...)."""
+    state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)
+    return np.asarray(state | np.uint64(1), np.uint64)
+
+
+@compiled
+def next_random(state: RandomState) -> float:
+    """The next number in [0, 1): xorshift64*, 53 bits. Changes `state`."""
+    x = state[0]
+    x ^= x >> np.uint64(12)
+    x ^= x << np.uint64(25)
+    x ^= x >> np.uint64(27)
+    state[0] = x
+    return np.float64((x * np.uint64(2685821657736338717)) >> np.uint64(11)) / 9007199254740992.0
+
+
+@compiled
+def next_below(state: RandomState, n: int) -> int:
+    """The next whole number in [0, n)."""
+    return int(next_random(state) * n)
