@@ -105,7 +105,7 @@ class RoutingTrace:
             domain_names=names,
             layer_indices=tuple(int(i) for i in layer_indices) or tuple(range(layers)),
             model_name=model_name,
-            **columns,  # type: ignore[arg-type]
+            **columns,
         )
 
     # ---- shape ----------------------------------------------------------------------------
@@ -166,7 +166,10 @@ class RoutingTrace:
 
     def select(self, tokens: IntArray | BoolArray) -> Self:
         """The trace of these tokens (indices or a mask [T]), in the order given."""
-        taken = {n: None if (c := getattr(self, n)) is None else c[tokens] for n in _PER_TOKEN}
+        taken: dict[str, Any] = {}
+        for name in _PER_TOKEN:
+            column = getattr(self, name)
+            taken[name] = None if column is None else column[tokens]
         return dataclasses.replace(self, ids=self.ids[tokens], **taken)
 
     def slice_steps(self, start: int, stop: int) -> Self:

@@ -1,0 +1,1 @@
+"""Routing and loads in other tools' files: one module per format, import only."""
