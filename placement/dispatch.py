@@ -93,7 +93,7 @@ def device_tokens(
     cluster: Cluster,
     spec: DispatchSpec,
 ) -> tuple[Int64Array, Int64Array]:
-    """(tokens [W, G], active experts [W, G]) of one layer in each step, without quotas where it can.
+    """(tokens [W, G], active experts [W, G]) of one layer in each step.
 
     counts_WGE: [W, G, E] by home rank, or [W, 1, E] where the homes are not known: then `even`,
     `balanced` and `fewest_active` alone make sense, and locality plays no part. The numbers are
@@ -264,7 +264,7 @@ def _device_tokens(
     for w in range(steps):
         if code == BALANCED:
             counts_NE = counts_by_node(counts_WGE[w], node_G, nodes)
-            expert_B, _node_B, start_B, slot_O, flow_O, load_G = split_by_node(
+            _expert_B, _node_B, _start_B, slot_O, flow_O, load_G = split_by_node(
                 counts_NE, start_unique_E, slot_unique_R, slots_per_device, node_G, speed_G,
                 parameters[SLACK],
             )

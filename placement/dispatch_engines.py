@@ -1,4 +1,4 @@
-"""The replica choice of serving engines, so that a plan is judged under the engine that will run it.
+"""The replica choice of serving engines: a plan is judged under the engine that will run it.
 
 Knows one layer's slots and one step's counts by home rank. Compiled, deterministic. Rules, as read
 in the engines' sources (SGLang 0.5.23, vLLM 0.33.0, TensorRT-LLM 0d919a4, vllm-ascend 182b75e):
@@ -55,7 +55,7 @@ def fixed_slots_sglang(
         copies = last - first
         count = 0
         for g in range(homes):
-            begin, end = nearest_slots(g, first, last, slot_R, slots_per_device, node_G)
+            begin, _end = nearest_slots(g, first, last, slot_R, slots_per_device, node_G)
             near = node_G[slot_R[begin] // slots_per_device] == node_G[g] if copies > 0 else False
             if near or copies == 1:
                 slot_GE[g, e] = slot_R[begin]

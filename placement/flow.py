@@ -130,10 +130,10 @@ def caps_of(peak: float, slack: float, speed_G: Any, cap_G: Any) -> None:
 @compiled
 def within(load_G: Any, cap_G: Any) -> bool:
     """Whether no device is above its cap."""
+    above = 0
     for d in range(len(load_G)):
-        if load_G[d] > cap_G[d]:
-            return False
-    return True
+        above += load_G[d] > cap_G[d]
+    return above == 0
 
 
 @compiled

@@ -1,0 +1,196 @@
+"""After dispatch: what each device computes and each port carries, step by step and layer by layer.
+
+Knows routing, plans, dispatch and the payload rules of the traffic modes. Knows nothing of time:
+`cost.py` turns these loads into microseconds.
+
+Ports count token copies (hidden vectors) in the dispatch direction; the combine is the mirror
+image, out and in exchanged, except under `coherent`, which has none.
+
+return_home/per_expert  one copy per (token, expert) from the home rank to the slot's rank; none
+                        where they are the same. NVLink inside the node, NIC between nodes.
+return_home/per_rank    one copy per (token, rank hit).
+return_home/per_node    one copy per (token, other node hit) over the NICs, to the rank with the
+                        home's place in that node, from there one NVLink copy per rank hit; inside
+                        the home node one NVLink copy per rank hit.
+allgather               every token to every rank: once into each other node, shared evenly by its
+                        NICs, then over NVLink. Routing plays no part.
+coherent                tokens stay where their experts are: every pair (expert of layer l, expert
+                        of layer l + 1) on different ranks is one copy, as MoETuner and ExFlow
+                        count. The first layer is reached from home. A token's home at layer l + 1
+                        is the rank of its first choice at layer l.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from ..traces.steps import Steps
+from ..traces.trace import RoutingTrace
+from .cluster import Cluster
+from .dispatch import default_slack, parameter_vector, policy_of
+from .plan import DispatchSpec, Plan
+from .slot_table import SlotTable
+from .traffic_count import LayerCounts, count_layer, route_layer
+
+Int64Array = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+class Executor(Protocol):
+    """Anything with an ordered map: a pool, Ray tasks, or nothing at all."""
+
+    def map(self, function: Any, items: Any) -> Any:
+        """Results of function over items, in order."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepLoads:
+    """Work and traffic after dispatch. Axes: W steps, L layers, G devices."""
+
+    tokens_WLG: Int64Array              # assignments computed
+    active_WLG: Int64Array              # slots with at least one token
+    weight_bytes_WLG: FloatArray | None   # weights those slots read; None = sizes unknown
+    nvlink_out_WLG: FloatArray          # copies, dispatch direction
+    nvlink_in_WLG: FloatArray
+    nic_out_WLG: FloatArray
+    nic_in_WLG: FloatArray
+    tokens_W: Int64Array                # tokens in each step
+
+    def take_steps(self, steps: npt.NDArray[np.integer[Any]]) -> StepLoads:
+        """Only these steps, in the order given."""
+        weights = self.weight_bytes_WLG
+        return StepLoads(
+            self.tokens_WLG[steps], self.active_WLG[steps],
+            None if weights is None else weights[steps],
+            self.nvlink_out_WLG[steps], self.nvlink_in_WLG[steps],
+            self.nic_out_WLG[steps], self.nic_in_WLG[steps], self.tokens_W[steps],
+        )
+
+
+def step_loads(
+    trace: RoutingTrace,
+    steps: Steps,
+    plan: Plan,
+    cluster: Cluster,
+    dispatch: DispatchSpec | None = None,
+    layers: Sequence[int] | None = None,
+    *,
+    expert_bytes_E: npt.NDArray[np.integer[Any]] | None = None,
+    executor: Executor | None = None,
+) -> StepLoads:
+    """Dispatch every step of the trace under a plan and count work and traffic.
+
+    dispatch None: the plan's own. layers: which of the plan's layers, all by default (`coherent`
+    needs them all). expert_bytes_E: weight bytes of each expert, for weight_bytes_WLG.
+    Raises InputError when plan, trace and cluster do not belong together.
+    """
+    check_fit(trace, plan, cluster)
+    spec = dispatch or plan.dispatch
+    chosen = list(range(plan.num_layers)) if layers is None else [int(i) for i in layers]
+    count = functools.partial(
+        _count_job, cluster=cluster, spec=spec, expert_bytes_E=expert_bytes_E
+    )
+    home_A = trace.home_rank_T(cluster.num_devices)[steps.token].astype(np.int32)
+    if cluster.traffic.mode == "coherent":
+        if layers is not None and chosen != list(range(plan.num_layers)):
+            raise InputError("coherent traffic links layers: count all of them, not some")
+        counted = _coherent(trace, steps, plan, home_A, count)
+    else:
+        jobs = [
+            LayerJob(_layer_ids(trace, steps, i), home_A, steps.offset, plan.slots[i],
+                     plan.num_experts)
+            for i in chosen
+        ]
+        counted = list(map(count, jobs)) if executor is None else list(executor.map(count, jobs))
+    return _stack(counted, np.diff(steps.offset), expert_bytes_E is not None)
+
+
+def check_fit(trace: RoutingTrace, plan: Plan, cluster: Cluster) -> None:
+    """Whether trace, plan and cluster speak of the same experts, layers and devices."""
+    if plan.num_layers != trace.num_layers or plan.num_experts != trace.num_experts:
+        raise InputError(
+            f"the plan has {plan.num_layers} layers of {plan.num_experts} experts, the trace "
+            f"{trace.num_layers} of {trace.num_experts}: they are of different models"
+        )
+    if plan.num_devices != cluster.num_devices:
+        raise InputError(
+            f"the plan is for {plan.num_devices} devices, the cluster has {cluster.num_devices}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LayerJob:
+    """One layer's share of the work, picklable."""
+
+    ids_AK: npt.NDArray[np.int32]      # tokens in step order; -1 = choice that does not count
+    home_A: npt.NDArray[np.int32]
+    offset_W: Int64Array               # [W + 1]
+    slots_GC: npt.NDArray[np.int16]
+    num_experts: int
+    from_AK: npt.NDArray[np.int32] | None = None   # coherent: ranks the token comes from
+
+
+def _count_job(
+    job: LayerJob,
+    *,
+    cluster: Cluster,
+    spec: DispatchSpec,
+    expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
+) -> LayerCounts:
+    """Route and count one layer."""
+    table = SlotTable.of(job.slots_GC, job.num_experts)
+    slot_AK = route_layer(
+        job.ids_AK, job.home_A, job.offset_W, table, cluster, policy_of(spec),
+        parameter_vector(spec, default_slack(cluster)), job.slots_GC.size,
+    )
+    return count_layer(
+        slot_AK, job.ids_AK, job.home_A, job.from_AK, job.offset_W, job.slots_GC, cluster,
+        expert_bytes_E,
+    )
+
+
+def _layer_ids(trace: RoutingTrace, steps: Steps, layer: int) -> npt.NDArray[np.int32]:
+    """[A', K] the choices of one layer in step order, -1 where a choice does not count."""
+    ids_AK = trace.ids[steps.token, layer].astype(np.int32)
+    if trace.k_of_token is not None:
+        k_A = trace.k_of_token[steps.token, layer]
+        ids_AK[np.arange(trace.top_k) >= k_A[:, None]] = -1
+    return ids_AK
+
+
+def _coherent(
+    trace: RoutingTrace, steps: Steps, plan: Plan, home_A: npt.NDArray[np.int32], count: Any
+) -> list[LayerCounts]:
+    """Layer after layer: each starts where the tokens ended up."""
+    counted: list[LayerCounts] = []
+    from_AK = home_A[:, None]
+    for layer in range(plan.num_layers):
+        ids_AK = _layer_ids(trace, steps, layer)
+        job = LayerJob(ids_AK, home_A, steps.offset, plan.slots[layer], plan.num_experts, from_AK)
+        counted.append(count(job))
+        device_AK = counted[-1].slot_AK // plan.slots_per_device
+        from_AK = np.where(counted[-1].slot_AK >= 0, device_AK, -1).astype(np.int32)
+        home_A = np.where(from_AK[:, 0] >= 0, from_AK[:, 0], home_A).astype(np.int32)
+    return counted
+
+
+def _stack(counted: list[LayerCounts], tokens_W: Int64Array, with_bytes: bool) -> StepLoads:
+    """[W, L, G] arrays from per-layer [W, G] ones."""
+    ports = np.stack([c.ports_PWG for c in counted], axis=2)
+    return StepLoads(
+        tokens_WLG=np.stack([c.tokens_WG for c in counted], axis=1),
+        active_WLG=np.stack([c.active_WG for c in counted], axis=1),
+        weight_bytes_WLG=np.stack([c.bytes_WG for c in counted], axis=1) if with_bytes else None,
+        nvlink_out_WLG=ports[0],
+        nvlink_in_WLG=ports[1],
+        nic_out_WLG=ports[2],
+        nic_in_WLG=ports[3],
+        tokens_W=np.asarray(tokens_W, np.int64),
+    )

@@ -1,0 +1,231 @@
+"""The compiled loops of `traffic.py`: slots of every assignment, then work and copies per device.
+
+Knows one layer at a time. The payload rules are stated in `traffic.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from .cluster import Cluster
+from .compiled import compiled
+from .dispatch import assign_in_order, count_into
+from .dispatch_engines import slots_by_position
+from .dispatch_policies import OFFSET_BY_RANK, TRTLLM, Policy, split_cell
+from .slot_table import SlotTable
+
+NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN = 0, 1, 2, 3
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCounts:
+    """One layer after dispatch."""
+
+    slot_AK: npt.NDArray[np.int32]
+    tokens_WG: npt.NDArray[np.int64]
+    active_WG: npt.NDArray[np.int64]
+    bytes_WG: npt.NDArray[np.float64]
+    ports_PWG: npt.NDArray[np.float64]      # NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN
+
+
+def route_layer(
+    ids_AK: npt.NDArray[np.int32],
+    home_A: npt.NDArray[np.int32],
+    offset_W: npt.NDArray[np.int64],
+    table: SlotTable,
+    cluster: Cluster,
+    policy: Policy,
+    parameters: npt.NDArray[np.float64],
+    slots: int,
+) -> npt.NDArray[np.int32]:
+    """[A', K] the slot of every assignment, each step dispatched by itself."""
+    unused_E = np.flatnonzero(np.diff(table.start_E) == 0)
+    if len(unused_E) and np.isin(ids_AK, unused_E).any():
+        raise InputError(f"expert {unused_E[0]} has no slot: complete the plan")
+    slot_AK = np.empty(ids_AK.shape, np.int32)
+    _route_steps(
+        policy.code, policy.by_position, ids_AK, home_A, offset_W, table.start_E, table.slot_R,
+        table.start_unique_E, table.slot_unique_R, table.slots_per_device, slots, cluster.node_G,
+        cluster.num_nodes, cluster.speed_G, parameters, slot_AK,
+    )
+    return slot_AK
+
+
+def count_layer(
+    slot_AK: npt.NDArray[np.int32],
+    ids_AK: npt.NDArray[np.int32],
+    home_A: npt.NDArray[np.int32],
+    from_AK: npt.NDArray[np.int32] | None,
+    offset_W: npt.NDArray[np.int64],
+    slots_GC: npt.NDArray[np.int16],
+    cluster: Cluster,
+    expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
+) -> LayerCounts:
+    """Work per device and copies per port of one layer in every step."""
+    devices, width = slots_GC.shape
+    steps = len(offset_W) - 1
+    slot_bytes_S = np.zeros(slots_GC.size)
+    if expert_bytes_E is not None:
+        filled = slots_GC.reshape(-1) >= 0
+        slot_bytes_S[filled] = expert_bytes_E[slots_GC.reshape(-1)[filled]]
+    tokens_WG = np.zeros((steps, devices), np.int64)
+    active_WG = np.zeros((steps, devices), np.int64)
+    bytes_WG = np.zeros((steps, devices))
+    _count_work(slot_AK, offset_W, width, slot_bytes_S, tokens_WG, active_WG, bytes_WG)
+    ports_PWG = np.zeros((4, steps, devices))
+    node_G, traffic = cluster.node_G, cluster.traffic
+    if traffic.mode == "allgather":
+        _count_allgather(home_A, offset_W, node_G, ports_PWG)
+    elif traffic.mode == "coherent":
+        assert from_AK is not None
+        _count_pairs(slot_AK, from_AK, offset_W, width, node_G, ports_PWG)
+    elif traffic.payload == "per_expert":
+        _count_pairs(slot_AK, home_A.reshape(-1, 1), offset_W, width, node_G, ports_PWG)
+    else:
+        _count_merged(slot_AK, home_A, offset_W, width, node_G, traffic.payload == "per_node",
+                      ports_PWG)
+    return LayerCounts(slot_AK, tokens_WG, active_WG, bytes_WG, ports_PWG)
+
+
+@compiled
+def _route_steps(
+    code: int, by_position: bool, ids_AK: Any, home_A: Any, offset_W: Any, start_E: Any,
+    slot_R: Any, start_unique_E: Any, slot_unique_R: Any, slots_per_device: int, slots: int,
+    node_G: Any, nodes: int, speed_G: Any, parameters: Any, slot_AK: Any,
+) -> None:
+    homes = len(node_G)
+    counts_GE = np.empty((homes, len(start_E) - 1), np.int32)
+    quotas_GS = np.empty((homes, slots), np.int32)
+    for w in range(len(offset_W) - 1):
+        first, last = offset_W[w], offset_W[w + 1]
+        ids_TK, home_T, slot_TK = ids_AK[first:last], home_A[first:last], slot_AK[first:last]
+        if by_position:
+            slots_by_position(ids_TK, home_T, homes, start_E, slot_R, code == TRTLLM,
+                              parameters[OFFSET_BY_RANK] != 0, slot_TK)
+            continue
+        counts_GE[:] = 0
+        quotas_GS[:] = 0
+        count_into(ids_TK, home_T, counts_GE)
+        split_cell(code, counts_GE, start_E, slot_R, start_unique_E, slot_unique_R,
+                   slots_per_device, node_G, nodes, speed_G, parameters, quotas_GS)
+        assign_in_order(ids_TK, home_T, quotas_GS, start_E, slot_R, slot_TK)
+
+
+@compiled
+def _count_work(
+    slot_AK: Any, offset_W: Any, slots_per_device: int, slot_bytes_S: Any, tokens_WG: Any,
+    active_WG: Any, bytes_WG: Any,
+) -> None:
+    tokens_S = np.empty(len(slot_bytes_S), np.int64)
+    for w in range(len(offset_W) - 1):
+        tokens_S[:] = 0
+        for t in range(offset_W[w], offset_W[w + 1]):
+            for k in range(slot_AK.shape[1]):
+                if slot_AK[t, k] >= 0:
+                    tokens_S[slot_AK[t, k]] += 1
+        for s in range(len(tokens_S)):
+            if tokens_S[s] > 0:
+                tokens_WG[w, s // slots_per_device] += tokens_S[s]
+                active_WG[w, s // slots_per_device] += 1
+                bytes_WG[w, s // slots_per_device] += slot_bytes_S[s]
+
+
+@compiled
+def _count_pairs(
+    slot_AK: Any, from_AX: Any, offset_W: Any, slots_per_device: int, node_G: Any, ports_PWG: Any
+) -> None:
+    """One copy for each (rank the token comes from, expert) on different ranks."""
+    for w in range(len(offset_W) - 1):
+        for t in range(offset_W[w], offset_W[w + 1]):
+            for k in range(slot_AK.shape[1]):
+                if slot_AK[t, k] < 0:
+                    continue
+                to = slot_AK[t, k] // slots_per_device
+                for x in range(from_AX.shape[1]):
+                    source = from_AX[t, x]
+                    if source < 0 or source == to:
+                        continue
+                    near = node_G[source] == node_G[to]
+                    ports_PWG[NVLINK_OUT if near else NIC_OUT, w, source] += 1
+                    ports_PWG[NVLINK_IN if near else NIC_IN, w, to] += 1
+
+
+@compiled
+def _count_merged(
+    slot_AK: Any, home_A: Any, offset_W: Any, slots_per_device: int, node_G: Any, per_node: bool,
+    ports_PWG: Any,
+) -> None:
+    """One copy per (token, rank), and with `per_node` one per (token, other node) on the NICs."""
+    devices = len(node_G)
+    first_N, size_N = node_spans(node_G)
+    rank_seen_G = np.full(devices, -1, np.int64)
+    node_seen_N = np.full(len(first_N), -1, np.int64)
+    for w in range(len(offset_W) - 1):
+        for t in range(offset_W[w], offset_W[w + 1]):
+            home = home_A[t]
+            own = node_G[home]
+            for k in range(slot_AK.shape[1]):
+                if slot_AK[t, k] < 0:
+                    continue
+                to = slot_AK[t, k] // slots_per_device
+                if rank_seen_G[to] == t:
+                    continue
+                rank_seen_G[to] = t
+                node = node_G[to]
+                source = home
+                if node != own and per_node:
+                    # The rank with the home's place in that node receives and forwards.
+                    source = first_N[node] + (home - first_N[own]) % size_N[node]
+                    if node_seen_N[node] != t:
+                        node_seen_N[node] = t
+                        ports_PWG[NIC_OUT, w, home] += 1
+                        ports_PWG[NIC_IN, w, source] += 1
+                elif node != own:
+                    ports_PWG[NIC_OUT, w, home] += 1
+                    ports_PWG[NIC_IN, w, to] += 1
+                    continue
+                if source != to:
+                    ports_PWG[NVLINK_OUT, w, source] += 1
+                    ports_PWG[NVLINK_IN, w, to] += 1
+
+
+@compiled
+def _count_allgather(home_A: Any, offset_W: Any, node_G: Any, ports_PWG: Any) -> None:
+    """Every token to every rank; what enters a node is shared evenly by its NICs."""
+    devices = len(node_G)
+    first_N, size_N = node_spans(node_G)
+    nodes = len(first_N)
+    own_G = np.empty(devices, np.float64)
+    own_N = np.empty(nodes, np.float64)
+    for w in range(len(offset_W) - 1):
+        own_G[:] = 0
+        own_N[:] = 0
+        for t in range(offset_W[w], offset_W[w + 1]):
+            own_G[home_A[t]] += 1
+            own_N[node_G[home_A[t]]] += 1
+        total = own_N.sum()
+        for d in range(devices):
+            n = node_G[d]
+            arrives = (total - own_N[n]) / size_N[n]
+            ports_PWG[NIC_OUT, w, d] = own_G[d] * (nodes - 1)
+            ports_PWG[NIC_IN, w, d] = arrives
+            ports_PWG[NVLINK_OUT, w, d] = (size_N[n] - 1) * (own_G[d] + arrives)
+            ports_PWG[NVLINK_IN, w, d] = total - own_G[d] - arrives
+
+
+@compiled
+def node_spans(node_G: Any) -> Any:
+    """(first rank, number of ranks) of every node; a node's ranks are consecutive."""
+    nodes = node_G[len(node_G) - 1] + 1
+    first_N = np.zeros(nodes, np.int64)
+    size_N = np.zeros(nodes, np.int64)
+    for d in range(len(node_G)):
+        if size_N[node_G[d]] == 0:
+            first_N[node_G[d]] = d
+        size_N[node_G[d]] += 1
+    return first_N, size_N
