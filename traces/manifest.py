@@ -143,13 +143,25 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder):
-            if any(not p.name.startswith(TEMPORARY_PREFIX) for p in folder.iterdir()):
-                raise InputError(
-                    f"{folder}: not empty; existing files are never overwritten, give a new folder"
-                )
+            require_unused(folder)
             _write(folder, manifest)
     except OSError as error:
         raise LoadmasterError(f"{folder}: cannot begin a trace here: {error.strerror}") from error
+
+
+def require_unused(folder: Path) -> None:
+    """Raise InputError where something stands at `folder` already, be it a file or a full folder.
+
+    An empty folder is fine, and so is what an unfinished write left behind.
+    """
+    if folder.is_dir():
+        used = any(not p.name.startswith(TEMPORARY_PREFIX) for p in folder.iterdir())
+    else:
+        used = folder.exists() or folder.is_symlink()
+    if used:
+        raise InputError(
+            f"{folder}: exists already; existing files are never overwritten, give a new folder"
+        )
 
 
 def commit_shard(folder: Path, shard: Shard, domain_names: tuple[str, ...] = ()) -> Manifest:

@@ -6,6 +6,7 @@ Knows shapes and sizes. Knows nothing of weights, checkpoints' contents or devic
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -28,6 +29,7 @@ class ModelSpec(BaseModel):
     top_k: int = Field(gt=0, description="K, experts chosen per token")
     hidden: int | None = Field(default=None, gt=0, description="H")
     intermediate: int | None = Field(default=None, gt=0, description="I, per expert")
+    matrices_per_expert: int = Field(default=3, gt=0, description="gate, up, down; 2 without gate")
     bytes_per_parameter: float = Field(default=2.0, gt=0)
     scale_bytes_per_expert: int = Field(default=0, ge=0, description="quantisation scales, biases")
     activation_bytes: float = Field(default=2.0, gt=0, description="bytes per activation sent")
@@ -67,6 +69,17 @@ class ModelSpec(BaseModel):
             )
         return self
 
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> ModelSpec:
+        """The model in a Hugging Face checkpoint folder, from its config.json alone.
+
+        Raises InputError where the checkpoint is not MoE or its architecture is not known, saying
+        which fields were looked for and how to write a ModelSpec by hand.
+        """
+        from .checkpoint import read_checkpoint
+
+        return read_checkpoint(Path(folder))
+
     @property
     def knows_sizes(self) -> bool:
         """Whether time can be computed: hidden and intermediate sizes are known."""
@@ -78,17 +91,18 @@ class ModelSpec(BaseModel):
             return np.asarray(self.expert_bytes, np.int64)
         if self.hidden is None or self.intermediate is None:
             return np.ones(self.num_experts, np.int64)
-        weights = 3 * self.hidden * self.intermediate * self.bytes_per_parameter
+        parameters = self.matrices_per_expert * self.hidden * self.intermediate
+        weights = parameters * self.bytes_per_parameter
         return np.full(
             self.num_experts, round(weights) + self.scale_bytes_per_expert, np.int64
         )
 
     @property
     def flops_per_assignment(self) -> float:
-        """Floating point operations of one token in one expert: 6·H·I."""
+        """Floating point operations of one token in one expert: 6·H·I with three matrices."""
         if self.hidden is None or self.intermediate is None:
             return 0.0
-        return 6.0 * self.hidden * self.intermediate
+        return 2.0 * self.matrices_per_expert * self.hidden * self.intermediate
 
     def own_layer_indices(self) -> tuple[int, ...]:
         """[L] the model's own layer indices; 0..L-1 where not recorded."""

@@ -30,6 +30,7 @@ from .manifest import (
     commit_shard,
     create_manifest,
     read_manifest,
+    require_unused,
 )
 from .merge import in_step_order, without_unlabelled
 from .shard_file import Columns, encode_shard, read_shard
@@ -206,10 +207,7 @@ def save_trace(
     Raises InputError where the folder exists and is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"{folder}: exists already; existing files are never overwritten, give a new name"
-        )
+    require_unused(folder)
     manifest = Manifest(
         model_name=trace.model_name or (model.name if model else ""),
         num_layers=trace.num_layers, num_experts=trace.num_experts, top_k=trace.top_k,
