@@ -26,4 +26,4 @@ def read_card(directory: Path) -> dict[str, Any]:
 def write_card(directory: Path, card: dict[str, Any]) -> None:
     """Writes or replaces the card in one step."""
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(directory / CARD_NAME, text.encode(), replace=True)
+    write_atomically(directory / CARD_NAME, text.encode())

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ...errors import InputError
 from .card import read_card, write_card
 from .corpus import Domain, held_out_rows, read_domains
 from .ngram import fit_ngram
@@ -37,8 +38,12 @@ FloatArray = NDArray[np.float64]
 
 
 def load_reference(directory: Path) -> PreTrainedModel:
-    """The checkpoint in bf16 on the CPU, ready to be evaluated."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    """The checkpoint in bf16 on the CPU, ready to be evaluated. Never asks a network for it."""
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory}: no config.json; give a directory that train.py wrote")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, local_files_only=True
+    )
     model.train(False)
     return model
 
