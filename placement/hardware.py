@@ -22,8 +22,8 @@ class ComputeProfile(BaseModel):
     """Time of one device's experts in one layer.
 
     Additive model: start_us + sum over active experts of (weight bytes / hbm + fixed) + tokens x
-    flops / rate. `expert_table` (tokens -> us per active expert, linear interpolation, clamped and
-    flagged past its end) replaces the last two terms where the device was measured.
+    flops / rate. `expert_table` (tokens -> us per active expert, linear interpolation, continued
+    and flagged past its end) replaces the last two terms where the device was measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -22,6 +22,7 @@ coherent                tokens stay where their experts are: every pair (expert 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ from ..errors import InputError
 from ..traces.steps import Steps
 from ..traces.trace import RoutingTrace
 from .cluster import Cluster
-from .dispatch import default_slack, parameter_vector, policy_of
+from .dispatch import default_slack
+from .dispatch_policies import parameter_vector, policy_of
 from .plan import DispatchSpec, Plan
 from .slot_table import SlotTable
 from .traffic_count import LayerCounts, count_layer, route_layer
@@ -62,16 +64,17 @@ class StepLoads:
     nic_out_WLG: FloatArray
     nic_in_WLG: FloatArray
     tokens_W: Int64Array                # tokens in each step
+    expert_us_WLG: FloatArray | None = None     # sum over slots of the hardware's expert table
+    expert_us_extrapolated: bool = False        # some slot held more tokens than the table did
 
     def take_steps(self, steps: npt.NDArray[np.integer[Any]]) -> StepLoads:
         """Only these steps, in the order given."""
-        weights = self.weight_bytes_WLG
-        return StepLoads(
-            self.tokens_WLG[steps], self.active_WLG[steps],
-            None if weights is None else weights[steps],
-            self.nvlink_out_WLG[steps], self.nvlink_in_WLG[steps],
-            self.nic_out_WLG[steps], self.nic_in_WLG[steps], self.tokens_W[steps],
-        )
+        taken = {
+            f.name: value[steps]
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), np.ndarray)
+        }
+        return dataclasses.replace(self, **taken)
 
 
 def step_loads(
@@ -109,7 +112,10 @@ def step_loads(
             for i in chosen
         ]
         counted = list(map(count, jobs)) if executor is None else list(executor.map(count, jobs))
-    return _stack(counted, np.diff(steps.offset), expert_bytes_E is not None)
+    return _stack(
+        counted, np.diff(steps.offset), expert_bytes_E is not None,
+        bool(cluster.hardware.compute.expert_table_tokens),
+    )
 
 
 def check_fit(trace: RoutingTrace, plan: Plan, cluster: Cluster) -> None:
@@ -162,7 +168,8 @@ def _layer_ids(trace: RoutingTrace, steps: Steps, layer: int) -> npt.NDArray[np.
     if trace.k_of_token is not None:
         k_A = trace.k_of_token[steps.token, layer]
         ids_AK[np.arange(trace.top_k) >= k_A[:, None]] = -1
-    return ids_AK
+    chosen: npt.NDArray[np.int32] = ids_AK
+    return chosen
 
 
 def _coherent(
@@ -181,9 +188,12 @@ def _coherent(
     return counted
 
 
-def _stack(counted: list[LayerCounts], tokens_W: Int64Array, with_bytes: bool) -> StepLoads:
+def _stack(
+    counted: list[LayerCounts], tokens_W: Int64Array, with_bytes: bool, with_table: bool
+) -> StepLoads:
     """[W, L, G] arrays from per-layer [W, G] ones."""
     ports = np.stack([c.ports_PWG for c in counted], axis=2)
+    table_us = np.stack([c.table_us_WG for c in counted], axis=1) if with_table else None
     return StepLoads(
         tokens_WLG=np.stack([c.tokens_WG for c in counted], axis=1),
         active_WLG=np.stack([c.active_WG for c in counted], axis=1),
@@ -193,4 +203,6 @@ def _stack(counted: list[LayerCounts], tokens_W: Int64Array, with_bytes: bool) -
         nic_out_WLG=ports[2],
         nic_in_WLG=ports[3],
         tokens_W=np.asarray(tokens_W, np.int64),
+        expert_us_WLG=table_us,
+        expert_us_extrapolated=any(c.extrapolated for c in counted),
     )

@@ -17,7 +17,9 @@ from .compiled import compiled
 from .dispatch import assign_in_order, count_into
 from .dispatch_engines import slots_by_position
 from .dispatch_policies import OFFSET_BY_RANK, TRTLLM, Policy, split_cell
+from .hardware import ComputeProfile
 from .slot_table import SlotTable
+from .tables import interpolate
 
 NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN = 0, 1, 2, 3
 
@@ -30,6 +32,8 @@ class LayerCounts:
     tokens_WG: npt.NDArray[np.int64]
     active_WG: npt.NDArray[np.int64]
     bytes_WG: npt.NDArray[np.float64]
+    table_us_WG: npt.NDArray[np.float64]
+    extrapolated: bool
     ports_PWG: npt.NDArray[np.float64]      # NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN
 
 
@@ -76,7 +80,12 @@ def count_layer(
     tokens_WG = np.zeros((steps, devices), np.int64)
     active_WG = np.zeros((steps, devices), np.int64)
     bytes_WG = np.zeros((steps, devices))
-    _count_work(slot_AK, offset_W, width, slot_bytes_S, tokens_WG, active_WG, bytes_WG)
+    table_us_WG = np.zeros((steps, devices))
+    profile = cluster.hardware.compute
+    extrapolated = _count_work(
+        slot_AK, offset_W, width, slot_bytes_S, _table_by_tokens(profile, offset_W, slot_AK),
+        tokens_WG, active_WG, bytes_WG, table_us_WG, _table_end(profile),
+    )
     ports_PWG = np.zeros((4, steps, devices))
     node_G, traffic = cluster.node_G, cluster.traffic
     if traffic.mode == "allgather":
@@ -89,7 +98,23 @@ def count_layer(
     else:
         _count_merged(slot_AK, home_A, offset_W, width, node_G, traffic.payload == "per_node",
                       ports_PWG)
-    return LayerCounts(slot_AK, tokens_WG, active_WG, bytes_WG, ports_PWG)
+    return LayerCounts(
+        slot_AK, tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated), ports_PWG
+    )
+
+
+def _table_by_tokens(
+    profile: ComputeProfile, offset_W: npt.NDArray[np.int64], slot_AK: npt.NDArray[np.int32]
+) -> npt.NDArray[np.float64]:
+    """Time of one active expert by its whole number of tokens; empty without a table."""
+    if not profile.expert_table_tokens:
+        return np.zeros(0)
+    most = int(np.diff(offset_W).max(initial=0)) * slot_AK.shape[1]
+    return interpolate(np.arange(most + 1), profile.expert_table_tokens, profile.expert_table_us)[0]
+
+
+def _table_end(profile: ComputeProfile) -> float:
+    return profile.expert_table_tokens[-1] if profile.expert_table_tokens else np.inf
 
 
 @compiled
@@ -118,10 +143,12 @@ def _route_steps(
 
 @compiled
 def _count_work(
-    slot_AK: Any, offset_W: Any, slots_per_device: int, slot_bytes_S: Any, tokens_WG: Any,
-    active_WG: Any, bytes_WG: Any,
-) -> None:
+    slot_AK: Any, offset_W: Any, slots_per_device: int, slot_bytes_S: Any, table_us: Any,
+    tokens_WG: Any, active_WG: Any, bytes_WG: Any, table_us_WG: Any, table_end: float,
+) -> bool:
+    """Tokens, active slots, weights read and tabled time; whether a slot went past the table."""
     tokens_S = np.empty(len(slot_bytes_S), np.int64)
+    past = False
     for w in range(len(offset_W) - 1):
         tokens_S[:] = 0
         for t in range(offset_W[w], offset_W[w + 1]):
@@ -133,6 +160,10 @@ def _count_work(
                 tokens_WG[w, s // slots_per_device] += tokens_S[s]
                 active_WG[w, s // slots_per_device] += 1
                 bytes_WG[w, s // slots_per_device] += slot_bytes_S[s]
+                if len(table_us) > 0:
+                    table_us_WG[w, s // slots_per_device] += table_us[tokens_S[s]]
+                    past = past or tokens_S[s] > table_end
+    return past
 
 
 @compiled
