@@ -156,9 +156,10 @@ def _two_batch(overlap: Overlap, times: LayerTimes) -> FloatArray:
 def _pipeline(overlap: Overlap, times: LayerTimes) -> FloatArray:
     if overlap.degree is not None:
         return pipeline_us(times, overlap.degree, overlap.slowdown)
-    return np.min(
+    best: FloatArray = np.min(
         [pipeline_us(times, r, overlap.slowdown) for r in range(1, MAX_DEGREE + 1)], axis=0
     )
+    return best
 
 
 def pipeline_us(times: LayerTimes, degree: int, slowdown: float = 1.0) -> FloatArray:

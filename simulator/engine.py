@@ -1,8 +1,8 @@
 """The serving loop on simpy: arrivals, batches, steps, completions, and what interrupts them.
 
-Time is integer nanoseconds. One process per serving group, one event per step. Knows queues and the
-clock. Knows nothing of experts or devices' speed: a step's duration comes from the `StepTimer` it is
-given, so a single-server queue and a 256-device cluster run through this same loop.
+Time is integer nanoseconds. One process per serving group, one event per step. Knows queues and
+the clock. Knows nothing of experts or devices' speed: a step's duration comes from the `StepTimer`
+it is given, so a single-server queue and a 256-device cluster run through this same loop.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ class StepLog:
     def __init__(self) -> None:
         self.start_ns, self.duration_ns = array("q"), array("q")
         self.prefill_tokens, self.decode_tokens = array("q"), array("q")
-        self.group = array("q")
+        self.group, self.epoch = array("q"), array("q")
 
-    def append(self, start_ns: int, duration_ns: int, batch: Batch, group: int) -> None:
+    def append(
+        self, start_ns: int, duration_ns: int, batch: Batch, group: int, epoch: int
+    ) -> None:
         self.start_ns.append(start_ns)
         self.duration_ns.append(duration_ns)
         self.prefill_tokens.append(batch.prefill_tokens)
         self.decode_tokens.append(batch.decode_tokens)
         self.group.append(group)
+        self.epoch.append(epoch)
 
     def __len__(self) -> int:
         return len(self.start_ns)
@@ -56,6 +59,7 @@ class ServingGroup:
         self.boundary: deque[BoundaryAction] = deque()
         self.paused_ns = 0
         self.lost_steps = 0
+        self.epoch = 0    # of the plan in force; whoever switches plans counts it up
         self.stepping = False
         self.wake: simpy.Event | None = None
         self.process = loop.env.process(self._run())
@@ -88,15 +92,15 @@ class ServingGroup:
         env, lanes = loop.env, self.lanes
         while True:
             yield from self._boundary_actions()
-            batch = lanes.next_batch(loop.queue, env.now)
+            batch = lanes.next_batch(loop.queue, loop.now_ns)
             if batch is None:
                 if loop.finished:
                     return
                 self.wake = env.event()
                 yield self.wake
                 continue
-            start_ns = env.now
-            duration_ns = loop.timer.step_ns(batch, self)
+            start_ns = loop.now_ns
+            epoch, duration_ns = self.epoch, loop.timer.step_ns(batch, self)
             self.stepping = True
             try:
                 yield env.timeout(duration_ns)
@@ -105,12 +109,12 @@ class ServingGroup:
                 continue
             finally:
                 self.stepping = False
-            loop.steps.append(start_ns, duration_ns, batch, self.index)
-            loop.note_ended(lanes.complete(batch, env.now))
+            loop.steps.append(start_ns, duration_ns, batch, self.index, epoch)
+            loop.note_ended(lanes.complete(batch, loop.now_ns))
 
     def _boundary_actions(self) -> Process:
         for _ in range(len(self.boundary)):
-            pause_ns = self.boundary.popleft()(self.loop.env.now)
+            pause_ns = self.boundary.popleft()(self.loop.now_ns)
             if pause_ns > 0:
                 self.paused_ns += pause_ns
                 yield self.loop.env.timeout(pause_ns)
@@ -137,6 +141,11 @@ class ServingLoop:
         self.on_finish: list[Callable[[], None]] = []
         self.env.process(self._arrivals())
         self.groups = [ServingGroup(self, k, num_devices) for k in range(groups)]
+
+    @property
+    def now_ns(self) -> int:
+        """The clock; whole nanoseconds, as every wait is."""
+        return int(self.env.now)
 
     @property
     def finished(self) -> bool:

@@ -78,7 +78,9 @@ class Workload:
         if domain is not None:
             domain_R = np.asarray(domain).astype(np.int64)
             if domain_R.shape != time_us.shape:
-                raise InputError(f"domain lists {domain_R.size} requests, arrival_us {time_us.size}")
+                raise InputError(
+                    f"domain lists {domain_R.size} requests, arrival_us {time_us.size}"
+                )
             outside = (domain_R < 0) | (domain_R >= len(names))
             _refuse("domain", domain_R, outside, f"is not among {len(names)} domain_names")
         arrival_ns = np.rint(time_us * NS_PER_US).astype(np.int64)
@@ -116,7 +118,11 @@ class Workload:
         return dataclasses.replace(self, arrival_ns=arrival_ns)
 
     def with_domains(
-        self, names: Sequence[str], shares: Sequence[tuple[float, Sequence[float]]], *, seed: int = 0
+        self,
+        names: Sequence[str],
+        shares: Sequence[tuple[float, Sequence[float]]],
+        *,
+        seed: int = 0,
     ) -> Self:
         """Give every request a domain; the mix may change over time.
 

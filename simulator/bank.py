@@ -1,0 +1,179 @@
+"""A step timer that draws from steps routed beforehand, for runs of many steps.
+
+A step's time depends on how many prompt and answer tokens it holds and on which. For a grid of
+sizes the bank routes a few steps of each, drawn from the workload's own requests; a batch's time is
+interpolated (linearly) between the sizes around it. The grid is filled as sizes occur.
+`benchmarks/simulator.py` measures the error against routing every step.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UsageError
+from .batching import Batch
+from .blame import Usage
+from .engine import ServingGroup
+from .in_force import InForce
+from .routed import Composition, Condition, RoutedSteps, StepRouter
+from .streams import stream
+from .token_source import TokenSource
+from .workload import Workload
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+KEPT_STEPS = 48
+Key = tuple[int, int, int, int]    # condition, window, answer tokens, prompt tokens
+
+
+@dataclass(frozen=True)
+class BankSpec:
+    """How finely steps are prepared.
+
+    samples: routed steps per size. ratio: neighbouring sizes differ by this factor. windows: parts
+    of the workload, by arrival, drawn apart (their mixes of domains may differ).
+    """
+
+    samples: int = 8
+    ratio: float = 1.25
+    windows: int = 1
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.windows < 1 or not 1.01 <= self.ratio <= 4:
+            raise UsageError(
+                f"bank: samples {self.samples} and windows {self.windows} must be >= 1, ratio "
+                f"{self.ratio} in 1.01..4"
+            )
+
+
+@dataclass(eq=False)
+class _Cell:
+    routed: RoutedSteps
+    step_us: list[float]
+    used: FloatArray       # [samples] how often each was drawn
+
+
+class StepBank:
+    """Times of steps by size. Grows as sizes, conditions and windows occur."""
+
+    def __init__(
+        self, router: StepRouter, source: TokenSource, workload: Workload, in_force: InForce,
+        *, largest: int, seed: int, spec: BankSpec = BankSpec(), other_us_per_token: float = 0.0,
+    ) -> None:
+        self.router, self.source, self.in_force = router, source, in_force
+        self.workload, self.spec, self.seed = workload, spec, seed
+        self.other_us_per_token = other_us_per_token
+        self.sizes = grid(largest, spec.ratio)
+        self.cells: dict[Key, _Cell] = {}
+        self._draws = stream(seed, "steps")
+        self._drawn: list[int] = []
+        requests = len(workload)
+        self.window_start = [requests * i // spec.windows for i in range(spec.windows)]
+        self.window_ns = [int(workload.arrival_ns[r]) for r in self.window_start]
+
+    # ---- one step ---------------------------------------------------------------------------
+
+    def step_ns(self, batch: Batch, group: ServingGroup) -> int:
+        """Nanoseconds of the batch, at least 1."""
+        number = self.in_force.number_of_group[group.index]
+        window = max(0, bisect_right(self.window_ns, group.loop.env.now) - 1)
+        sample = self._sample()
+        step_us, heaviest = 0.0, -1.0
+        for answers, part_a in self._around(batch.decode_tokens):
+            for prompts, part_p in self._around(batch.prefill_tokens):
+                part = part_a * part_p
+                if part <= 0:
+                    continue
+                cell = self._cell((number, window, answers, prompts))
+                cell.used[sample] += part
+                step_us += part * cell.step_us[sample]
+                if part > heaviest:
+                    heaviest, nearest = part, cell
+        if self.in_force.jitter_G is not None:
+            step_us += self.in_force.jitter_us(nearest.routed.compute_us[sample])
+        step_us += self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
+        return max(1, round(step_us * 1e3))
+
+    def _around(self, tokens: int) -> list[tuple[int, float]]:
+        """The prepared sizes on both sides and their parts; 0 stands alone."""
+        at = bisect_right(self.sizes, tokens) - 1
+        low = self.sizes[at]
+        if low == tokens or at + 1 == len(self.sizes):
+            return [(low, 1.0)]
+        high = self.sizes[at + 1]
+        part = (tokens - low) / (high - low)
+        return [(low, 1.0 - part), (high, part)]
+
+    def _sample(self) -> int:
+        if not self._drawn:
+            self._drawn = self._draws.integers(0, self.spec.samples, 4096).tolist()
+        return self._drawn.pop()
+
+    # ---- filling ----------------------------------------------------------------------------
+
+    def _cell(self, key: Key) -> _Cell:
+        cell = self.cells.get(key)
+        if cell is None:
+            routed = self.router.cost(self._compositions(key), self.in_force.conditions[key[0]])
+            cell = _Cell(routed, routed.step_us.tolist(), np.zeros(self.spec.samples))
+            self.cells[key] = cell
+        return cell
+
+    def _compositions(self, key: Key) -> list[Composition]:
+        """The cell's steps; they depend on window, sizes and seed, not on plan or order of use."""
+        _, window, answers, prompts = key
+        rng = stream(self.seed, f"bank {answers} {prompts}", window)
+        return [self._compose(rng, window, answers, prompts) for _ in range(self.spec.samples)]
+
+    def _compose(
+        self, rng: np.random.Generator, window: int, answers: int, prompts: int
+    ) -> Composition:
+        """Answers of requests met in proportion to their length; prompts of a run of requests."""
+        first = self.window_start[window]
+        last = self.window_start[window + 1] if window + 1 < len(self.window_start) else None
+        pool = np.arange(first, len(self.workload) if last is None else last)
+        devices = self.router.cluster.num_devices
+        tokens, homes = [], []
+        if answers:
+            length = self.workload.output_tokens[pool]
+            requests = rng.choice(pool, answers, p=length / length.sum())
+            written = (rng.random(answers) * self.workload.output_tokens[requests]).astype(np.int64)
+            tokens.append(self.source.answers(requests, written))
+            homes.append(rng.permutation(np.arange(answers) % devices))
+        request = int(rng.choice(pool))
+        left, offset = prompts, int(rng.random() * self.workload.prompt_tokens[request])
+        while left > 0:
+            count = min(left, int(self.workload.prompt_tokens[request]) - offset)
+            tokens.append(self.source.prompt(request, offset, count))
+            homes.append(np.full(count, rng.integers(devices)))
+            left -= count
+            offset, request = 0, request + 1 if request + 1 <= int(pool[-1]) else first
+        return Composition(np.concatenate(tokens), np.concatenate(homes))
+
+    # ---- the account ------------------------------------------------------------------------
+
+    def account(self) -> tuple[Usage, list[Composition], Condition]:
+        """Everything that ran; steps to judge the waits on; the condition they ran in.
+
+        Judged on the sizes that took most time under the first condition, one sample of each.
+        """
+        usage = Usage(self.router.model.num_layers, self.router.cluster.num_devices)
+        for key in sorted(self.cells):
+            usage.add(self.cells[key].routed, self.cells[key].used)
+        first = [(float(c.used @ c.routed.step_us), k) for k, c in self.cells.items() if k[0] == 0]
+        heaviest = sorted(first, key=lambda row: (-row[0], row[1]))[:KEPT_STEPS]
+        kept = [self._compositions(key)[0] for _, key in heaviest]
+        return usage, kept, self.in_force.conditions[0]
+
+
+def grid(largest: int, ratio: float) -> list[int]:
+    """0, 1, 2, ... growing by `ratio`, ending at `largest`."""
+    sizes = [0, 1]
+    while sizes[-1] < largest:
+        sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * ratio))))
+    return sizes

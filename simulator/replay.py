@@ -1,0 +1,221 @@
+"""Replay with a clock: a recorded run's own steps under any plans, side by side.
+
+The same steps in the same order for every plan, so differences are paired. A request begins with
+the first step that holds one of its tokens and ends with the last; with arrival times, a step waits
+until all its requests are there. Knows traces, plans and step times. Knows nothing of admission or
+KV memory: what ran together in the recording runs together here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError, UsageError
+from ..placement.cluster import Cluster
+from ..placement.overlap import Overlap
+from ..placement.plan import DispatchSpec, Plan
+from ..traces.spec import ModelSpec
+from ..traces.steps import Steps, StepSampler
+from ..traces.trace import RoutingTrace
+from .blame import OTHER_DISPATCHES, Blame, Usage, WaitSplit, split_wait
+from .result import Distribution
+from .routed import Composition, Condition, StepRouter
+from .streams import stream
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+STEPS_AT_ONCE = 64
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayedPlan:
+    """One plan's clock. `request_latency_us` [R] in the order of `Replay.request`."""
+
+    step_us: FloatArray             # [W]
+    step_end_us: FloatArray         # [W]
+    request_latency_us: FloatArray  # [R]
+    latency: Distribution
+    step_time: Distribution
+    blame: Blame
+    notes: tuple[str, ...]
+
+    @property
+    def total_us(self) -> float:
+        """When the last step ended."""
+        return float(self.step_end_us[-1])
+
+
+@dataclass(frozen=True)
+class PairedGain:
+    """How much shorter requests are under one plan than under another, in per cent of the other.
+
+    mean over requests of the paired latencies' sums, with a band from resampling requests (95 %).
+    """
+
+    plan: str
+    against: str
+    gain_percent: float
+    low_percent: float
+    high_percent: float
+
+    @property
+    def verdict(self) -> str:
+        """"faster", "slower" or "indistinguishable"."""
+        if self.low_percent > 0:
+            return "faster"
+        return "slower" if self.high_percent < 0 else "indistinguishable"
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """All plans over the same steps."""
+
+    plans: dict[str, ReplayedPlan]
+    request: IntArray               # [R] request ids of the trace
+    steps: int
+    notes: tuple[str, ...] = ()
+
+    def gain(self, plan: str, against: str, *, seed: int = 0) -> PairedGain:
+        """Paired gain of one plan over another, requests resampled 1000 times."""
+        for name in (plan, against):
+            if name not in self.plans:
+                raise UsageError(f"no plan {name!r} was replayed: {', '.join(self.plans)}")
+        a = self.plans[plan].request_latency_us
+        b = self.plans[against].request_latency_us
+        rng = stream(seed, "bootstrap")
+        drawn = rng.integers(0, len(a), (RESAMPLES, len(a)))
+        gains = 100.0 * (1.0 - a[drawn].sum(axis=1) / b[drawn].sum(axis=1))
+        low, high = np.quantile(gains, (0.025, 0.975))
+        gain = 100.0 * (1.0 - a.sum() / b.sum())
+        return PairedGain(plan, against, float(gain), float(low), float(high))
+
+    def to_dict(self) -> dict[str, Any]:
+        """One row per plan."""
+        return {
+            "steps": self.steps,
+            "requests": len(self.request),
+            "notes": list(self.notes),
+            "plans": {
+                name: {
+                    "total_us": p.total_us, "step_us": vars(p.step_time),
+                    "latency_us": vars(p.latency), "blame": p.blame.to_dict(),
+                    "notes": list(p.notes),
+                }
+                for name, p in self.plans.items()
+            },
+        }
+
+
+def replay(
+    plans: Mapping[str, Plan],
+    trace: RoutingTrace,
+    cluster: Cluster,
+    *,
+    model: ModelSpec,
+    steps: StepSampler | None = None,
+    dispatch: str | DispatchSpec | None = None,
+    overlap: Overlap | None = None,
+    arrival_us: Mapping[int, float] | None = None,
+    max_steps: int | None = None,
+) -> Replay:
+    """Play a trace's steps under each plan.
+
+    steps None: the recorded steps where the trace has them, else the default sampler.
+    arrival_us: request id -> time it arrived, for every request in the steps; None = no waiting.
+    Raises UsageError without plans, InputError when something does not fit together.
+    """
+    if not plans:
+        raise UsageError("name at least one plan to replay")
+    sampler = steps or StepSampler(order="recorded" if trace.step is not None else "interleaved")
+    cut = sampler.sample(trace, max_steps)
+    spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
+    router = StepRouter(trace, cluster, model, dispatch=spec, overlap=overlap)
+    home_T = trace.home_rank_T(cluster.num_devices).astype(np.int64)
+    compositions = [
+        Composition(tokens, home_T[tokens]) for tokens in map(cut.tokens_of, range(len(cut)))
+    ]
+    request, first_R, last_R = _spans(trace, cut)
+    ready_W = _ready(request, first_R, len(cut), arrival_us)
+    played = {
+        name: _play(router, plan, compositions, ready_W, first_R, last_R)
+        for name, plan in plans.items()
+    }
+    return Replay(played, request, len(cut), cut.notes)
+
+
+def _play(
+    router: StepRouter,
+    plan: Plan,
+    compositions: list[Composition],
+    ready_W: FloatArray,
+    first_R: IntArray,
+    last_R: IntArray,
+) -> ReplayedPlan:
+    router.check(plan)
+    condition = Condition(plan)
+    usage = Usage(router.model.num_layers, router.cluster.num_devices)
+    step_us = []
+    for start in range(0, len(compositions), STEPS_AT_ONCE):
+        routed = router.cost(compositions[start : start + STEPS_AT_ONCE], condition)
+        usage.add(routed, np.ones(len(routed.step_us)))
+        step_us.append(routed.step_us)
+    step_W = np.concatenate(step_us)
+    end_W = np.empty(len(step_W))
+    clock = 0.0
+    for w, (ready, duration) in enumerate(zip(ready_W.tolist(), step_W.tolist(), strict=True)):
+        clock = max(clock, ready) + duration
+        end_W[w] = clock
+    begin_W = np.maximum(ready_W, end_W - step_W)
+    latency_R = end_W[last_R] - begin_W[first_R]
+    latency, step_time = Distribution.of(latency_R), Distribution.of(step_W)
+    assert latency and step_time
+    return ReplayedPlan(
+        step_W, end_W, latency_R, latency, step_time,
+        usage.blame(_wait_split(router, compositions, condition)), tuple(usage.notes),
+    )
+
+
+def _wait_split(
+    router: StepRouter, compositions: list[Composition], condition: Condition
+) -> WaitSplit:
+    """Judged on up to 48 steps spread over the run."""
+    at = np.unique(np.linspace(0, len(compositions) - 1, 48).astype(np.int64))
+    judged = [compositions[w] for w in at]
+    actual = router.cost(judged, condition)
+    others = [
+        router.cost(judged, condition, DispatchSpec(policy=name)) for name in OTHER_DISPATCHES
+    ]
+    return split_wait(actual, others, np.ones(len(judged)))
+
+
+def _spans(trace: RoutingTrace, cut: Steps) -> tuple[IntArray, IntArray, IntArray]:
+    """(request ids [R], first step [R], last step [R])."""
+    request_A = trace.request_T()[cut.token]
+    step_A = cut.step_of_token()
+    request, first_at = np.unique(request_A, return_index=True)
+    _, last_at = np.unique(request_A[::-1], return_index=True)
+    return request, step_A[first_at], step_A[len(step_A) - 1 - last_at]
+
+
+def _ready(
+    request: IntArray, first_R: IntArray, steps: int, arrival_us: Mapping[int, float] | None
+) -> FloatArray:
+    """[W] when all requests of a step have arrived."""
+    ready_W = np.zeros(steps)
+    if arrival_us is None:
+        return ready_W
+    missing = [r for r in request.tolist() if r not in arrival_us]
+    if missing:
+        raise InputError(f"arrival_us has no time for request {missing[0]} of the trace")
+    times = np.array([arrival_us[r] for r in request.tolist()], np.float64)
+    if not np.isfinite(times).all() or (times < 0).any():
+        raise InputError("arrival_us must be finite and >= 0")
+    np.maximum.at(ready_W, first_R, times)
+    return ready_W

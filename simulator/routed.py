@@ -1,0 +1,167 @@
+"""What steps made of given trace tokens cost under a plan, and in what condition of the devices.
+
+The bridge from the event engine to floor 2: `step_loads` and `step_cost` answer inside a step.
+Knows nothing of clocks or queues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError, UsageError
+from ..placement.cluster import Cluster
+from ..placement.cost import PORTS as COST_PORTS
+from ..placement.cost import step_cost
+from ..placement.overlap import Overlap
+from ..placement.plan import DispatchSpec, Plan
+from ..placement.traffic import StepLoads, check_fit, step_loads
+from ..traces.spec import ModelSpec
+from ..traces.steps import Steps
+from ..traces.trace import RoutingTrace
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+PORTS = COST_PORTS[:4]    # of a device; spines are a node's
+PORT_KINDS = len(COST_PORTS)
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What is in force while a step runs: the plan, and what is wrong with the devices.
+
+    slowdown_G: >= 1, how many times as long a device computes. nic_share_G: in (0, 1], what is
+    left of a device's network port. None = all well.
+    """
+
+    plan: Plan
+    slowdown_G: FloatArray | None = None
+    nic_share_G: FloatArray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """Which trace tokens meet in a step, and on which rank each is at home."""
+
+    token: IntArray
+    home: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedSteps:
+    """Times of N routed steps in microseconds. Axes: N steps, L layers, P ports, G devices."""
+
+    step_us: FloatArray          # [N]
+    layer_us: FloatArray         # [N, L] as the overlap schedule leaves it
+    dispatch_us: FloatArray      # [N, L] the exchange itself
+    combine_us: FloatArray       # [N, L]
+    compute_us: npt.NDArray[np.float32]    # [N, L, G]
+    port_us: FloatArray          # [N, P, G] busy time of each port, dispatch and combine together
+    port_of_layer: IntArray      # [N, L] the port that sets the dispatch, as in StepCost
+    imbalance: FloatArray        # [N, L] busiest device over mean; NaN = no token
+    notes: tuple[str, ...] = ()  # what lies outside the measured tables
+
+
+class StepRouter:
+    """Routes steps of one trace on one cluster for one model.
+
+    dispatch None: each plan's own. Raises UsageError when the model's sizes are unknown and
+    InputError when plan, trace and cluster do not belong together.
+    """
+
+    def __init__(
+        self,
+        trace: RoutingTrace,
+        cluster: Cluster,
+        model: ModelSpec,
+        *,
+        dispatch: DispatchSpec | None = None,
+        overlap: Overlap | None = None,
+    ) -> None:
+        if not model.knows_sizes:
+            raise UsageError(
+                "a simulation needs times: give the model's hidden and intermediate sizes"
+            )
+        if (model.num_layers, model.num_experts) != (trace.num_layers, trace.num_experts):
+            raise InputError(
+                f"model: {model.num_layers} layers of {model.num_experts} experts, the trace has "
+                f"{trace.num_layers} of {trace.num_experts}: they are of different models"
+            )
+        self.trace, self.cluster, self.model = trace, cluster, model
+        self.dispatch, self.overlap = dispatch, overlap
+        self.expert_bytes_E = model.bytes_per_expert_E()
+
+    def check(self, plan: Plan) -> None:
+        """Raises InputError when the plan is for another model or cluster."""
+        check_fit(self.trace, plan, self.cluster)
+
+    def loads(
+        self, steps: Sequence[Composition], plan: Plan, dispatch: DispatchSpec | None = None
+    ) -> StepLoads:
+        """Work and traffic of the steps, dispatched by `dispatch`, ours or the plan's own."""
+        token = np.concatenate([s.token for s in steps])
+        home = np.concatenate([s.home for s in steps])
+        offset = np.concatenate(([0], np.cumsum([len(s.token) for s in steps]))).astype(np.int64)
+        routed = dataclasses.replace(self.trace.select(token), source=home.astype(np.int32))
+        return step_loads(
+            routed, Steps(np.arange(len(token)), offset), plan, self.cluster,
+            dispatch or self.dispatch, expert_bytes_E=self.expert_bytes_E,
+        )
+
+    def cost(
+        self,
+        steps: Sequence[Composition],
+        condition: Condition,
+        dispatch: DispatchSpec | None = None,
+    ) -> RoutedSteps:
+        """Route and price the steps."""
+        spec = dispatch or self.dispatch or condition.plan.dispatch
+        loads = self.loads(steps, condition.plan, spec)
+        return self.price(loads, condition, spec)
+
+    def price(self, loads: StepLoads, condition: Condition, spec: DispatchSpec) -> RoutedSteps:
+        """Times of loads that are counted already."""
+        if condition.nic_share_G is not None:
+            # A port at a fraction of its rate carries its copies as if there were more of them.
+            loads = dataclasses.replace(
+                loads,
+                nic_out_WLG=loads.nic_out_WLG / condition.nic_share_G,
+                nic_in_WLG=loads.nic_in_WLG / condition.nic_share_G,
+            )
+        cost = step_cost(
+            loads, self.model, self.cluster, dispatch=spec, overlap=self.overlap,
+            slowdown_G=condition.slowdown_G,
+        )
+        busy = loads.tokens_WLG / self.cluster.speed_G
+        mean = busy.mean(axis=2)
+        return RoutedSteps(
+            cost.step_us_W, cost.layer_us_WL, cost.dispatch_us_WL, cost.combine_us_WL,
+            cost.compute_us_WLG.astype(np.float32),
+            port_times(loads, self.model, self.cluster), cost.dispatch_port_WL,
+            busy.max(axis=2) / np.where(mean > 0, mean, np.nan), cost.notes,
+        )
+
+
+def port_times(loads: StepLoads, model: ModelSpec, cluster: Cluster) -> FloatArray:
+    """[N, P, G] microseconds each device's port is busy over all layers, dispatch and combine."""
+    hardware, hidden = cluster.hardware, model.hidden or 0
+    copies = [loads.nvlink_out_WLG, loads.nvlink_in_WLG, loads.nic_out_WLG, loads.nic_in_WLG]
+    copies = [c.sum(axis=1) for c in copies]
+    to, back = hardware.dispatch, hardware.combine
+    rates = [(to.nvlink_bytes_per_s, back.nvlink_bytes_per_s)] * 2
+    rates += [(to.nic_bytes_per_s, back.nic_bytes_per_s)] * 2
+    combines = cluster.traffic.mode != "coherent"
+    busy = []
+    for port, mirrored in enumerate((1, 0, 3, 2)):
+        rate_to, rate_back = rates[port]
+        us = copies[port] * (hidden * hardware.dispatch_bytes_per_value / rate_to * 1e6)
+        if combines:
+            back_us = hidden * hardware.combine_bytes_per_value / rate_back * 1e6
+            us = us + copies[mirrored] * back_us
+        busy.append(us)
+    return np.stack(busy, axis=1)
