@@ -117,7 +117,8 @@ class Recorder:
         """Announce the tokens of the next forward pass.
 
         request_T: [T] request of each token; its length is T, also where requests are not kept.
-        phase_T: one name, or [T] of PREFILL and DECODE. domain_T: [T] indices into domain_names.
+        phase_T: one name, or [T] of PREFILL and DECODE. domain_T: [T] indices into domain_names
+        (-1: no label).
         source: home rank, by default this recorder's. dummy: a warm-up or padding pass.
         A step that was begun and never ended (an aborted pass) is dropped here.
         Raises UsageError on a domain without a name, or after `close`.
@@ -227,8 +228,8 @@ class Recorder:
             self._buffer.gates_LTK[layer, self._rows(tokens)] = _as_numpy(gates)
 
     def _labels(self, domain_T: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Domains as stored: one higher, so that 0 is free for tokens without a label."""
-        if domain_T.size and not 0 <= domain_T.min() <= domain_T.max() < len(self.domain_names):
+        """Domains as stored: one higher, so that 0 is free for tokens without a label (-1)."""
+        if domain_T.size and not -1 <= domain_T.min() <= domain_T.max() < len(self.domain_names):
             self._step = None
             raise UsageError(
                 f"domains lie in [{domain_T.min()}, {domain_T.max()}], but "

@@ -1,0 +1,370 @@
+"""Group: live ranks under one name. Start one, find one, serve, record, switch plans.
+
+The face of the workers. Knows how to reach a group's coordinator; what happens inside is the
+coordinator's and the ranks' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from ..errors import LoadmasterError, UsageError
+from ..placement.cluster import Cluster, Traffic
+from ..placement.plan import DispatchSpec, Plan, Provenance
+from ..traces.spec import ModelSpec
+from ..traces.trace import RoutingTrace
+from .coordinator import Coordinator, GroupSettings, Measurements, RequestState
+from .launch import NAMESPACE, RayFleet, connect
+from .model import DTYPES, MoeCheckpoint
+from .rank import RankSettings
+from .scheduler import Limits
+from .switch import ApplyReport
+from .work import ReplayedRouting
+
+_WAIT_S = 10.0
+
+
+class CoordinatorActor(Coordinator):
+    """The coordinator with a Ray fleet, as it lives in its own process."""
+
+    def __init__(self, settings: GroupSettings, cpus_per_rank: float | None, gpus: float) -> None:
+        super().__init__(settings, RayFleet(settings.name, cpus_per_rank, gpus))
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """What a prefill produced, in the order of the prompts."""
+
+    next_tokens: tuple[int, ...]       # argmax at the last position of each prompt
+    digests: tuple[str, ...]           # of every output row of each prompt
+    steps: int
+    tokens: int
+
+    @property
+    def digest(self) -> str:
+        """One digest of all outputs: equal digests, equal bits."""
+        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+
+
+class Stream:
+    """One request's tokens as they come. Iterate, or ask for the `result`."""
+
+    def __init__(self, group: Group, number: int) -> None:
+        self._group, self.number = group, number
+        self._tokens: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        done = False
+        while not done:
+            (state,) = self._group._ask("wait", {self.number: len(self._tokens)}, _WAIT_S)
+            for token in state.tokens:
+                self._tokens.append(token)
+                yield token
+            done = state.done
+            if state.error:
+                raise LoadmasterError(state.error)
+        self._group._ask("forget", [self.number])
+
+    def result(self) -> list[int]:
+        """All tokens, once the request is done."""
+        for _ in self:
+            pass
+        return self._tokens
+
+
+class Group:
+    """A running group. Handles are cheap; `find` gives another one to the same group."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self._actor = actor
+
+    @classmethod
+    def start(
+        cls,
+        model_dir: str | Path,
+        plan: Plan | None = None,
+        *,
+        ranks: int,
+        name: str = "default",
+        dtype: str = "bfloat16",
+        traffic: str = "return_home/per_expert",
+        dispatch: str | DispatchSpec | None = None,
+        record_to: str | Path | None = None,
+        cluster: Cluster | None = None,
+        address: str | None = None,
+        cpus_per_rank: float | None = None,
+        gpus_per_rank: float = 0.0,
+        limits: Limits | None = None,
+        step_timeout_s: float = 120.0,
+    ) -> Group:
+        """Start a named group of `ranks` ranks serving a checkpoint under a plan.
+
+        plan: None = experts in order, E / ranks on each. dispatch: None = the plan's own. cluster:
+        what dispatch knows of nodes and speeds; None = one node of equal CPU devices. address: an
+        existing Ray cluster; None = the one joined already, or a new one on this machine.
+        Raises InputError on a checkpoint that cannot be served, UsageError on a name in use.
+        """
+        checkpoint = MoeCheckpoint(model_dir)
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r} is not served; use one of {', '.join(DTYPES)}")
+        spec = checkpoint.model_spec(dtype)
+        plan = plan or contiguous(spec, ranks)
+        if dispatch is not None:
+            plan = with_dispatch(plan, dispatch)
+        if plan.num_devices != ranks:
+            raise UsageError(f"the plan is for {plan.num_devices} devices, the group has {ranks}")
+        cluster = cluster or Cluster.preset(
+            "cpu", devices_per_node=ranks, slots_per_device=plan.slots_per_device, traffic=traffic
+        )
+        payload = Traffic.parse(traffic).payload
+        settings = GroupSettings(
+            name=name,
+            ranks=tuple(
+                RankSettings(
+                    g, ranks, str(Path(model_dir).resolve()), cluster, dtype, payload,
+                    None if record_to is None else str(Path(record_to).resolve()),
+                )
+                for g in range(ranks)
+            ),
+            plan=plan,
+            model_spec=spec,
+            limits=limits or Limits(),
+            vocabulary=checkpoint.vocabulary,
+            context_tokens=checkpoint.context_tokens,
+            step_timeout_s=step_timeout_s,
+        )
+        connect(address)
+        if _find(name) is not None:
+            raise UsageError(f"a group named {name!r} is running: stop it, or take another name")
+        actor = ray.remote(CoordinatorActor).options(
+            name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=32
+        ).remote(settings, cpus_per_rank, gpus_per_rank)
+        group = cls(name, actor)
+        try:
+            group._ask("start")
+        except BaseException:
+            group._end()
+            raise
+        return group
+
+    @classmethod
+    def find(cls, name: str = "default", address: str | None = None) -> Group:
+        """The running group of that name. Raises UsageError when there is none."""
+        connect(address)
+        actor = _find(name)
+        if actor is None:
+            raise UsageError(f"no group named {name!r} is running: `loadmaster run` starts one")
+        return cls(name, actor)
+
+    # ---- serving ---------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        domains: Sequence[str] | None = None,
+        step_tokens: int = 4096,
+    ) -> PrefillResult:
+        """Run prompts through the model in steps of about `step_tokens` rows over all ranks."""
+        first = self._ask("status")["step"]
+        self._ask("configure", digests=True, step_tokens=step_tokens)
+        try:
+            states = self._run(prompts, 1, domains)
+        finally:
+            self._ask("configure", digests=False)
+        return PrefillResult(
+            next_tokens=tuple(s.tokens[0] for s in states),
+            digests=tuple(s.digest for s in states),
+            steps=self._ask("status")["step"] - first,
+            tokens=sum(len(p) for p in prompts),
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        domains: Sequence[str] | None = None,
+        stop_tokens: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """Greedy continuation of every prompt, batched continuously."""
+        states = self._run(prompts, max_new_tokens, domains, stop_tokens)
+        return [list(s.tokens) for s in states]
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int = 64,
+        domain: str | None = None,
+        stop_tokens: Sequence[int] = (),
+    ) -> Stream:
+        """Send one request; its tokens stream."""
+        domains = None if domain is None else [domain]
+        (number,) = self._ask("submit", [list(prompt)], max_new_tokens, domains, list(stop_tokens))
+        return Stream(self, number)
+
+    def logits(
+        self,
+        prompts: Sequence[Sequence[int]],
+        replays: Sequence[ReplayedRouting] | None = None,
+    ) -> list[tuple[Any, Any]]:
+        """For parity checks: (logits [rows, V], the router's own choice [L, rows, K]) per prompt.
+
+        replays: routing to use instead of the router's; without, the second item is None.
+        """
+        self._ask("configure", all_logits=True)
+        try:
+            arrays = [np.asarray(p, np.int32) for p in prompts]
+            numbers = self._ask("submit", arrays, 1, None, (), replays)
+            self._until_done(numbers)
+            return [self._ask("logits", n) for n in numbers]
+        finally:
+            self._ask("configure", all_logits=False)
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        domains: Sequence[str] | None,
+        stop_tokens: Sequence[int] = (),
+    ) -> list[RequestState]:
+        if domains is not None and len(domains) != len(prompts):
+            raise UsageError(f"{len(domains)} domains for {len(prompts)} prompts")
+        arrays = [np.asarray(p) for p in prompts]
+        numbers = self._ask("submit", arrays, max_new_tokens, domains, list(stop_tokens))
+        try:
+            states = self._until_done(numbers)
+        finally:
+            self._ask("forget", numbers)
+        for state in states:
+            if state.error:
+                raise LoadmasterError(state.error)
+        return states
+
+    def _until_done(self, numbers: list[int]) -> list[RequestState]:
+        while True:
+            states: list[RequestState] = self._ask("wait_all", numbers, _WAIT_S)
+            if all(s.done for s in states):
+                return states
+
+    # ---- recording and measuring -----------------------------------------------------------
+
+    def record(self, on: bool) -> None:
+        """Record routing from the next step on, or stop."""
+        self._ask("configure", recording=on)
+
+    def trace(self, *, take: bool = False) -> RoutingTrace:
+        """What all ranks recorded so far, logical ids, in step order. take: and start afresh.
+
+        Raises LoadmasterError when nothing was recorded.
+        """
+        trace: RoutingTrace | None = self._ask("trace", take)
+        if trace is None:
+            raise LoadmasterError("nothing has been recorded: record(True), then serve")
+        return trace
+
+    def measurements(self, since_step: int = 0) -> Measurements:
+        """CPU times, tokens and copies of the steps from `since_step` on."""
+        return self._ask("measurements", since_step)  # type: ignore[no-any-return]
+
+    # ---- plans and life --------------------------------------------------------------------
+
+    def apply(self, plan: Plan) -> ApplyReport:
+        """Switch to another plan without stopping; returns when it is in force."""
+        return self._ask("apply", plan)  # type: ignore[no-any-return]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._ask("status")["plan"]  # type: ignore[no-any-return]
+
+    @property
+    def epoch(self) -> int:
+        """The number of the plan in force; counts up with every switch."""
+        return int(self._ask("status")["epoch"])
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The model served."""
+        return self._ask("status")["model_spec"]  # type: ignore[no-any-return]
+
+    @property
+    def step(self) -> int:
+        """How many steps have run."""
+        return int(self._ask("status")["step"])
+
+    def status(self) -> dict[str, Any]:
+        """Plan, epoch, step, requests in flight, process ids of the ranks."""
+        return self._ask("status")  # type: ignore[no-any-return]
+
+    def stop(self) -> None:
+        """End the group's processes, and nothing else."""
+        try:
+            self._ask("stop")
+        finally:
+            self._end()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def _end(self) -> None:
+        for rank in _rank_actors(self.name):
+            ray.kill(rank, no_restart=True)
+        ray.kill(self._actor, no_restart=True)
+
+    def _ask(self, method: str, *args: Any, **options: Any) -> Any:
+        """Call the coordinator; its errors come out as they went in."""
+        try:
+            return ray.get(getattr(self._actor, method).remote(*args, **options))
+        except RayTaskError as error:
+            cause = error.cause
+            raise cause if isinstance(cause, LoadmasterError) else error from None
+        except RayActorError as error:
+            raise LoadmasterError(
+                f"the coordinator of group {self.name!r} is gone: {str(error).splitlines()[0]}"
+            ) from error
+
+
+def contiguous(spec: ModelSpec, ranks: int) -> Plan:
+    """Experts in order, as even a share on each rank as can be; no replicas."""
+    width = -(-spec.num_experts // ranks)
+    slots_GC = np.full((ranks, width), -1, np.int16)
+    for g, part in enumerate(np.array_split(np.arange(spec.num_experts), ranks)):
+        slots_GC[g, : len(part)] = part
+    return Plan(
+        slots=np.repeat(slots_GC[None], spec.num_layers, axis=0),
+        num_experts=spec.num_experts,
+        layer_indices=spec.layer_indices or (),
+        provenance=Provenance(method="contiguous"),
+    )
+
+
+def with_dispatch(plan: Plan, dispatch: str | DispatchSpec) -> Plan:
+    """The same slots under another dispatch."""
+    import dataclasses
+
+    spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
+    return dataclasses.replace(plan, dispatch=spec)
+
+
+def _find(name: str) -> Any:
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _rank_actors(name: str) -> list[Any]:
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    mine = [a["name"] for a in listed if a["namespace"] == NAMESPACE]
+    return [_find(n) for n in mine if n.startswith(f"{name}/rank-")]

@@ -1,0 +1,393 @@
+"""One rank: its share of the requests, its share of the experts, one step at a time.
+
+A plain class; `workers.launch` wraps it once as a Ray actor. Knows its model, caches, experts and
+exchange. Knows nothing of queues, the other ranks' requests, or why a plan was chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import LoadmasterError
+from ..placement.cluster import Cluster
+from ..traces.record import Recorder, RecordingSummary
+from ..traces.trace import RoutingTrace
+from . import attention, experts
+from .attention import PackedStep, RequestCache
+from .exchange import EpochMismatch, Exchange, Rendezvous
+from .experts import LayerMeasures, RankContext, Replay
+from .model import DTYPES, MoeCheckpoint, fingerprint
+from .slots import ExpertStore
+from .staging import Staging
+from .tables import Tables
+from .transfers import Round
+from .work import Chunk, StepResult, StepWork
+
+# Products of fewer rows may take other code paths with other bits: a packed step is never shorter.
+LEAST_ROWS = 16
+
+Fingerprints = dict[tuple[int, int], str]     # (layer, expert) -> sha256
+Arrivals = tuple[list[tuple[int, int]], list[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What a rank is born with."""
+
+    rank: int
+    ranks: int
+    model_dir: str
+    cluster: Cluster
+    dtype: str = "bfloat16"
+    payload: str = "per_expert"
+    record_to: str | None = None
+    device: str = "cpu"
+
+
+class Rank:
+    """Serves its share of each step. Every method but `ping` belongs to one thread at a time."""
+
+    def __init__(self, settings: RankSettings) -> None:
+        torch.set_num_threads(1)
+        self.settings = settings
+        self._dtype = DTYPES[settings.dtype]
+        self._checkpoint = MoeCheckpoint(settings.model_dir)
+        self.model_spec = self._checkpoint.model_spec(settings.dtype)
+        self._model = self._checkpoint.load_dense(self._dtype)
+        attention.require_supported(self._model, settings.model_dir)
+        experts.attach(self._model, self._checkpoint.expert_modules, lambda: self._ready())
+        self._model.base_model.register_forward_hook(self._keep_hidden)
+        shape = self._checkpoint.shape
+        self._stores = [
+            ExpertStore(lambda slots: shape.allocate(slots, self._dtype, settings.device))
+            for _ in range(self.model_spec.num_layers)
+        ]
+        self._staging = Staging(
+            self._stores, lambda: self._checkpoint.shape.empty_expert(self._dtype)
+        )
+        self._caches: dict[int, RequestCache] = {}
+        self._digests: dict[int, Any] = {}
+        self._context: RankContext | None = None
+        self._exchange: Exchange | None = None
+        self._tables: Tables | None = None
+        self._meeting: Rendezvous | None = None
+        self._recorder: Recorder | None = None
+        self._hidden_TH: Tensor = torch.empty(0)
+
+    # ---- life ------------------------------------------------------------------------------
+
+    def ping(self) -> int:
+        """The process id; answers while a step runs, unless the process hangs."""
+        return os.getpid()
+
+    def host_meeting(self, host: str) -> int:
+        """Open the store where the next group meets; returns its port."""
+        self._meeting = Rendezvous.open(host)
+        return self._meeting.port
+
+    def meet(
+        self, hosts: tuple[str, str], port: int, generation: int, timeout_s: float
+    ) -> None:
+        """Form a group with the other ranks. hosts: (where the store is, own address)."""
+        self.leave()
+        if self._meeting is None or self._meeting.port != port:
+            self._meeting = Rendezvous.find(hosts[0], port)
+        self.join(
+            Exchange.meet(
+                self._meeting, generation, self.settings.rank, self.settings.ranks,
+                timeout_s=timeout_s, host=hosts[1],
+            )
+        )
+
+    def join(self, exchange: Exchange) -> None:
+        """Enter a group. The one before is left for good."""
+        self.leave()
+        self._exchange = exchange
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """How long this rank waits for the others in one exchange."""
+        if self._exchange is not None:
+            self._exchange.set_timeout(timeout_s)
+
+    def leave(self) -> None:
+        """Leave the group, if in one."""
+        if self._exchange is not None:
+            self._exchange.close()
+        self._exchange = self._context = None
+
+    def hold(self, experts_L: list[list[int]]) -> Fingerprints:
+        """Read these experts of each layer from the checkpoint; what is held already stays.
+
+        Returns the fingerprint of every expert read. Only these experts' tensors are read.
+        """
+        read: Fingerprints = {}
+        for layer, wanted in enumerate(experts_L):
+            missing = [e for e in wanted if not self._stores[layer].holds([e])]
+            self._stores[layer].reserve(len(missing))
+            for expert in missing:
+                tensors = self._checkpoint.read_expert(layer, expert, self._dtype)
+                read[layer, expert] = fingerprint(tensors)
+                self._stores[layer].put(expert, tensors)
+        return read
+
+    def adopt(self, tables: Tables) -> None:
+        """Serve under these tables from the next step on. Raises if an expert is not held."""
+        for layer, wanted in enumerate(tables.experts_of(self.settings.rank)):
+            if not self._stores[layer].holds(wanted):
+                missing = sorted(set(wanted) - set(self._stores[layer].experts))
+                raise LoadmasterError(
+                    f"rank {self.settings.rank}: layer {layer} needs experts {missing}, which are "
+                    "not held: stage them first"
+                )
+        self._tables = tables
+        self._context = None
+
+    # ---- plan switches ---------------------------------------------------------------------
+
+    def stage(self, rounds: tuple[Round, ...], expected: Fingerprints) -> Arrivals:
+        """Carry these rounds together with all other ranks; serving tables stay as they are.
+
+        Returns what arrived whole and right, and what arrived corrupted and was thrown away.
+        """
+        if self._exchange is None:
+            raise LoadmasterError(f"rank {self.settings.rank} is in no group: join first")
+        return self._staging.run(rounds, self._exchange, expected)
+
+    def verify(self, expected: Fingerprints) -> list[tuple[int, int]]:
+        """Staged experts whose bytes went wrong since they arrived; they are thrown away."""
+        return self._staging.verify(expected)
+
+    def commit(self, tables: Tables) -> None:
+        """Serve under these tables from the next step on, staged experts included."""
+        self.adopt(tables)
+        self._staging.commit()
+
+    def abort(self) -> None:
+        """Throw away whatever is staged."""
+        self._staging.abort()
+
+    def retire(self) -> int:
+        """Drop experts that neither the tables nor a switch under way asks for; how many."""
+        if self._tables is None:
+            return 0
+        dropped = 0
+        for layer, wanted in enumerate(self._tables.experts_of(self.settings.rank)):
+            staged = {e for l, e in self._staging.staged if l == layer}
+            for expert in self._stores[layer].experts:
+                if expert not in staged and expert not in wanted:
+                    self._stores[layer].drop(expert)
+                    dropped += 1
+        return dropped
+
+    def held(self) -> list[list[int]]:
+        """Experts in memory, by layer."""
+        return [store.experts for store in self._stores]
+
+    # ---- a step ----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self, work: StepWork) -> StepResult:
+        """Run one step together with all other ranks."""
+        wall, cpu = time.perf_counter_ns(), time.process_time_ns()
+        for request in work.release:
+            self._caches.pop(request, None)
+            self._digests.pop(request, None)
+        if work.commit is not None:
+            self.commit(work.commit)
+        context = self._ready()
+        if work.epoch != context.tables.epoch:
+            raise EpochMismatch(
+                f"rank {self.settings.rank} is in epoch {context.tables.epoch}, the step asks for "
+                f"{work.epoch}: nothing was computed"
+            )
+        layers = self.model_spec.num_layers
+        context.step, context.measures = work.step, LayerMeasures.zeros(layers)
+        context.replay = _replay(work.chunks, layers, self.model_spec.top_k)
+        recorder = self._begin_recording(work)
+        context.recorder = recorder
+        logits, wanted = self._forward(work)
+        if recorder is not None:
+            recorder.end_step()
+        measures = context.measures
+        moving = time.perf_counter_ns()
+        staged, corrupted = self._staging.run(work.stage, context.exchange, work.expected)
+        if work.retire:
+            self.retire()
+        return StepResult(
+            rank=self.settings.rank,
+            step=work.step,
+            epoch=work.epoch,
+            next_token=_greedy(logits, work.chunks) if not work.all_logits else {},
+            digest=self._digest(work) if work.digest else {},
+            logits=_logits_by_request(logits, work.chunks) if work.all_logits else {},
+            own_ids=_own_ids(context.replay, work.chunks),
+            rows=wanted,
+            expert_cpu_us_L=measures.expert_cpu_us_L,
+            tokens_L=measures.tokens_L,
+            remote_copies_L=measures.remote_copies_L,
+            staged=tuple(staged),
+            corrupted=tuple(corrupted),
+            stage_us=(time.perf_counter_ns() - moving) / 1e3,
+            cpu_us=(time.process_time_ns() - cpu) / 1e3,
+            wall_us=(time.perf_counter_ns() - wall) / 1e3,
+        )
+
+    def _forward(self, work: StepWork) -> tuple[Tensor, int]:
+        """Logits of the rows asked for (padded), and how many rows the step had."""
+        chunks = work.chunks
+        packed = PackedStep(
+            [len(c.tokens) for c in chunks], [self._cache(c) for c in chunks]
+        )
+        padding = max(0, LEAST_ROWS - packed.rows)
+        tokens = np.concatenate([*(c.tokens for c in chunks), np.zeros(padding, np.int32)])
+        positions = np.concatenate(
+            [*(np.arange(c.start, c.start + len(c.tokens)) for c in chunks), np.zeros(padding)]
+        )
+        keep: Any = 0 if work.all_logits else _last_rows(chunks)
+        with attention.running(packed):
+            out = self._model(
+                input_ids=torch.from_numpy(tokens.astype(np.int64))[None],
+                position_ids=torch.from_numpy(positions.astype(np.int64))[None],
+                use_cache=False,
+                logits_to_keep=keep,
+            )
+        packed.finish()
+        return out.logits[0], packed.rows
+
+    def _cache(self, chunk: Chunk) -> RequestCache:
+        if chunk.start == 0:
+            self._caches[chunk.request] = RequestCache()
+        cache = self._caches.get(chunk.request)
+        if cache is None or cache.length != chunk.start:
+            held = "nothing" if cache is None else f"{cache.length} tokens"
+            raise LoadmasterError(
+                f"rank {self.settings.rank} holds {held} of request {chunk.request}, the step goes "
+                f"on from {chunk.start}: send the request again from its prompt"
+            )
+        return cache
+
+    def _ready(self) -> RankContext:
+        if self._context is None:
+            if self._exchange is None or self._tables is None:
+                raise LoadmasterError(
+                    f"rank {self.settings.rank} is in no group or under no plan: join and adopt"
+                )
+            self._context = RankContext(
+                exchange=self._exchange,
+                cluster=self.settings.cluster,
+                tables=self._tables,
+                stores=self._stores,
+                payload=self.settings.payload,
+            )
+        return self._context
+
+    # ---- outputs ---------------------------------------------------------------------------
+
+    def _keep_hidden(self, module: Any, inputs: Any, output: Any) -> None:
+        self._hidden_TH = output.last_hidden_state[0]
+
+    def _digest(self, work: StepWork) -> dict[int, str]:
+        """Digest of every output row so far of each request in the step."""
+        start = 0
+        for chunk in work.chunks:
+            rows = self._hidden_TH[start : start + len(chunk.tokens)].contiguous()
+            digest = self._digests.setdefault(chunk.request, hashlib.sha256())
+            digest.update(memoryview(rows.view(torch.uint8).numpy()).cast("B"))
+            start += len(chunk.tokens)
+        return {c.request: self._digests[c.request].hexdigest() for c in work.chunks}
+
+    # ---- recording -------------------------------------------------------------------------
+
+    def trace(self, *, take: bool = False) -> RoutingTrace | None:
+        """What was recorded here so far; None when nothing was.
+
+        take: start afresh afterwards (recordings in memory only; files go on growing).
+        """
+        if self._recorder is None:
+            return None
+        trace = self._recorder.trace()
+        if take and self.settings.record_to is None:
+            self._recorder = None
+        return trace
+
+    def close_recording(self) -> RecordingSummary | None:
+        """Finish the files under `record_to`; says what was kept and what went wrong, if it did."""
+        return None if self._recorder is None else self._recorder.close()
+
+    def _begin_recording(self, work: StepWork) -> Recorder | None:
+        if not work.record or not work.chunks:
+            return None
+        if self._recorder is None:
+            target = self.settings.record_to
+            self._recorder = Recorder(
+                None if target is None else Path(target),
+                self.model_spec,
+                rank=self.settings.rank,
+                ranks=self.settings.ranks,
+            )
+        self._recorder.domain_names = work.domain_names
+        sizes = [len(c.tokens) for c in work.chunks]
+
+        def column(values: list[int], dtype: type) -> Any:
+            return np.repeat(np.array(values, dtype), sizes)
+
+        self._recorder.begin_step(
+            work.step,
+            column([c.request for c in work.chunks], np.int64),
+            column([c.phase for c in work.chunks], np.uint8),
+            domain_T=column([c.domain for c in work.chunks], np.int32),
+            source=self.settings.rank,
+        )
+        return self._recorder
+
+
+def _last_rows(chunks: tuple[Chunk, ...]) -> Tensor:
+    """Rows that predict a wanted token, padded so that the head never sees few rows."""
+    ends = np.cumsum([len(c.tokens) for c in chunks])
+    rows = [int(end) - 1 for end, c in zip(ends, chunks, strict=True) if c.wants_token]
+    return torch.tensor(rows + [0] * max(0, LEAST_ROWS - len(rows)))
+
+
+def _greedy(logits_TV: Tensor, chunks: tuple[Chunk, ...]) -> dict[int, int]:
+    """The likeliest next token of each chunk that wants one; the lower id among equals."""
+    wanting = [c.request for c in chunks if c.wants_token]
+    best = logits_TV[: len(wanting)].argmax(dim=-1).tolist()
+    return dict(zip(wanting, best, strict=True))
+
+
+def _logits_by_request(
+    logits_TV: Tensor, chunks: tuple[Chunk, ...]
+) -> dict[int, Any]:
+    parts = torch.split(logits_TV[: sum(len(c.tokens) for c in chunks)].float(),
+                        [len(c.tokens) for c in chunks])
+    return {c.request: part.numpy() for c, part in zip(chunks, parts, strict=True)}
+
+
+def _replay(chunks: tuple[Chunk, ...], layers: int, top_k: int) -> Replay | None:
+    if not any(c.replay is not None for c in chunks):
+        return None
+    parts = [c.replay for c in chunks]
+    if any(p is None for p in parts):
+        raise LoadmasterError("a step replays the routing of all its chunks or of none")
+    ids = np.concatenate([p.ids_LTK for p in parts if p is not None], axis=1)
+    gates = np.concatenate([p.gates_LTK for p in parts if p is not None], axis=1)
+    return Replay(
+        torch.from_numpy(ids), torch.from_numpy(gates),
+        torch.zeros(layers, ids.shape[1], top_k, dtype=torch.int64),
+    )
+
+
+def _own_ids(replay: Replay | None, chunks: tuple[Chunk, ...]) -> dict[int, Any]:
+    if replay is None:
+        return {}
+    parts = torch.split(replay.own_ids_LTK, [len(c.tokens) for c in chunks], dim=1)
+    return {c.request: part.numpy() for c, part in zip(chunks, parts, strict=True)}
