@@ -103,8 +103,8 @@ _RULES: dict[str, LayerRule] = {
         ("aria_text", "dbrx", "flex_olmo", "gemma4_text", "diffusion_gemma_text", "gpt_oss",
          "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared",
          "hunyuan_v1_moe", "inkling2_text", "kolibri1", "mellum", "minimax", "minimax_m2",
-         "minimax_m3_vl_text", "mixtral", "muse_spark_text", "olmoe", "openai_privacy_filter", "phimoe",
-         "qwen3_5_moe_text", "qwen4_exp_text", "solar_open", "zaya", "deepseek_v4"),
+         "minimax_m3_vl_text", "mixtral", "muse_spark_text", "olmoe", "openai_privacy_filter",
+         "phimoe", "qwen3_5_moe_text", "qwen4_exp_text", "solar_open", "zaya", "deepseek_v4"),
         _every,
     ),
     **dict.fromkeys(
@@ -229,9 +229,9 @@ def _find(config: Config, quantity: str) -> int | None:
     for field in FIELDS[quantity]:
         value = config.get(field)
         if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
-            value = max(value)
+            return int(max(value))
         if isinstance(value, int) and not isinstance(value, bool):
-            return value
+            return int(value)
     return None
 
 

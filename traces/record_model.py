@@ -185,6 +185,7 @@ class _Run:
 
 
 def _load(folder: Path, dtype: str, device: str) -> Any:
+    import torch
     import transformers
 
     try:
@@ -194,7 +195,8 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
     except Exception as error:  # transformers raises whatever the files provoke
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder}: transformers cannot load it: {text}") from error
-    return model.to(device).eval()
+    loaded: Any = model
+    return loaded.eval().to(torch.device(device))
 
 
 @contextlib.contextmanager

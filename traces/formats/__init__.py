@@ -1,1 +1,49 @@
-"""Routing and loads in other tools' files: one module per format, import only."""
+"""Routing and loads in other tools' files: one module per format, import only.
+
+`import_any` recognises the format by what lies at the path. Every importer says what its format
+cannot tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...errors import InputError
+from ..manifest import MANIFEST_NAME
+from ..store import open_trace
+from .arrays import SUFFIXES, import_arrays
+from .result import ImportResult
+from .sglang import import_recorder
+from .trtllm import META, import_statistics
+
+__all__ = ["ImportResult", "import_any", "import_arrays", "import_recorder", "import_statistics"]
+
+
+def import_any(
+    path: Path | str, *, num_experts: int | None = None, keys: Mapping[str, str] | None = None
+) -> ImportResult:
+    """Import whatever lies at `path`: arrays, an SGLang recording, TensorRT-LLM statistics.
+
+    A stored trace is opened as it is. num_experts and keys are for arrays (see `import_arrays`).
+    Raises InputError naming the formats there are when none fits.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir():
+        if (path / MANIFEST_NAME).exists():
+            return ImportResult(format="stored trace", trace=open_trace(path).read())
+        if (path / META).exists():
+            return import_statistics(path)
+        if any(path.glob("*.pt")):
+            return import_recorder(path)
+    elif path.suffix in SUFFIXES:
+        return import_arrays(path, num_experts=num_experts, keys=keys)
+    elif path.suffix == ".pt":
+        return import_recorder(path)
+    raise InputError(
+        f"{path}: not recognised; known are a stored trace (folder with {MANIFEST_NAME}), arrays "
+        f"({', '.join(SUFFIXES)}), SGLang recorder files (.pt, or a folder of them), and "
+        f"TensorRT-LLM statistics (folder with {META})"
+    )

@@ -1,0 +1,161 @@
+"""SGLang's per_token records as a trace: slots per token become experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InputError
+from ..trace import DECODE, PREFILL, RoutingTrace
+from .result import ImportResult
+
+# SGLang's forward modes as numbers.
+_EXTEND, _DECODE, _MIXED, _VERIFY = 1, 2, 3, 5
+_RECORDED_K = 8
+
+Records = list[dict[str, Any]]
+
+
+def import_tokens(
+    path: Path, files: list[tuple[Path, Records]], map_LS: npt.NDArray[np.int64]
+) -> ImportResult:
+    """All tokens of all files, by forward pass, then rank. Steps are forward passes.
+
+    Where every pass shows the same tokens on all ranks (tensor-parallel attention), one rank's are
+    kept. Padding tokens, which went to no slot in any layer, are dropped.
+    """
+    records = _in_order(files, map_LS)
+    ranks = {record.rank for record in records}
+    alike = len(ranks) > 1 and _same_tokens_everywhere(records)
+    if alike:
+        records = [record for record in records if record.rank == min(ranks)]
+    if not records:
+        raise InputError(f"{path}: no forward pass holds a token")
+    experts = int(map_LS.max()) + 1
+    unknown_phase = any(record.phase_T is None for record in records)
+    slots_LTK = np.concatenate([r.slots_LTK for r in records], axis=1)
+    routed = (slots_LTK >= 0).any(axis=(1, 2))
+    ids_LTK, k_LT = _experts(slots_LTK[routed], map_LS[routed])
+    layers = np.flatnonzero(routed)
+    sizes = [r.slots_LTK.shape[1] for r in records]
+    top_k = int(k_LT.max())
+    trace = RoutingTrace.from_arrays(
+        ids_LTK[:, :, :top_k].transpose(1, 0, 2), num_experts=experts,
+        k_of_token=None if (k_LT == top_k).all() else k_LT.T,
+        step=np.repeat([r.step for r in records], sizes),
+        source=np.repeat([r.rank for r in records], sizes),
+        phase=None if unknown_phase else np.concatenate([r.phase_T for r in records]),
+        layer_indices=[int(i) for i in layers],
+    )
+    notes = [f"{len(records)} records of {len(files)} files"]
+    if alike:
+        notes.append(f"all {len(ranks)} ranks recorded the same tokens: those of one are kept")
+    return ImportResult(
+        format="SGLang per_token", trace=trace, notes=tuple(notes),
+        cannot_tell=_cannot_tell(top_k, unknown_phase),
+    )
+
+
+def _cannot_tell(top_k: int, unknown_phase: bool) -> tuple[str, ...]:
+    absent = ["requests: blocks of 256 tokens stand for them", "gate weights", "domains"]
+    if top_k == _RECORDED_K:
+        absent.append("choices beyond the eighth: a model with a larger top-k is cut to 8")
+    if unknown_phase:
+        absent.append("prefill or decode: a forward mode is not known")
+    return tuple(absent)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The tokens of one forward pass on one rank, without padding."""
+
+    step: int
+    rank: int
+    slots_LTK: npt.NDArray[np.int64]           # -1: no choice
+    phase_T: npt.NDArray[np.uint8] | None
+    tokens: tuple[tuple[int, ...], tuple[int, ...]]  # input ids and positions
+
+
+def _in_order(
+    files: list[tuple[Path, Records]], map_LS: npt.NDArray[np.int64]
+) -> list[_Record]:
+    """Records with tokens by pass, then rank, checked."""
+    found = []
+    for file, records in files:
+        for record in records:
+            try:
+                step, rank = int(record["forward_pass_id"]), int(record["rank"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{file}: a record lacks forward_pass_id or rank ({error!r})"
+                ) from error
+            slots_LTK = _slots(f"{file}, pass {step}", record, map_LS)
+            phase_T = _phase(record, slots_LTK.shape[1])
+            real = (slots_LTK >= 0).any(axis=(0, 2))
+            if real.any():
+                what = tuple(record.get("input_ids", ())), tuple(record.get("positions", ()))
+                found.append(_Record(
+                    step, rank, slots_LTK[:, real], None if phase_T is None else phase_T[real], what
+                ))
+    return sorted(found, key=lambda r: (r.step, r.rank))
+
+
+def _same_tokens_everywhere(records: list[_Record]) -> bool:
+    """Whether in every pass all ranks recorded equal, and named, tokens."""
+    tokens_of_step: dict[int, tuple[Any, ...]] = {}
+    ranks_of_step: dict[int, set[int]] = {}
+    for record in records:
+        if not record.tokens[0]:
+            return False
+        if tokens_of_step.setdefault(record.step, record.tokens) != record.tokens:
+            return False
+        ranks_of_step.setdefault(record.step, set()).add(record.rank)
+    return len({frozenset(ranks) for ranks in ranks_of_step.values()}) == 1
+
+
+def _slots(
+    where: str, record: dict[str, Any], map_LS: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """[L, T, 8] slots of one record, -1 where there is none. Raises InputError on a bad record."""
+    slots = np.asarray(record.get("topk_ids_of_layer"))
+    if slots.ndim != 3 or slots.dtype.kind not in "iu" or len(slots) != len(map_LS):
+        raise InputError(
+            f"{where}: topk_ids_of_layer {list(slots.shape)} is not [layers, tokens, k] with "
+            f"{len(map_LS)} layers"
+        )
+    if slots.size and (slots.max() >= map_LS.shape[1] or slots.min() < -1):
+        raise InputError(
+            f"{where}: slots lie in [{slots.min()}, {slots.max()}], the map has "
+            f"{map_LS.shape[1]} slots"
+        )
+    return slots.astype(np.int64)
+
+
+def _experts(
+    slots_LTK: npt.NDArray[np.int64], map_LS: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Experts [L, T, K] with each token's choices first, and how many it made [L, T]."""
+    chosen = slots_LTK >= 0
+    first = np.argsort(~chosen, axis=2, kind="stable")
+    slots = np.take_along_axis(slots_LTK, first, axis=2)
+    layer = np.arange(len(map_LS))[:, None, None]
+    experts = np.where(slots >= 0, map_LS[layer, np.maximum(slots, 0)], 0)
+    return experts, chosen.sum(axis=2).astype(np.uint8)
+
+
+def _phase(record: dict[str, Any], tokens: int) -> npt.NDArray[np.uint8] | None:
+    """Phase of each token; None where the forward mode is not known."""
+    mode = int(record.get("forward_mode", 0))
+    if mode in (_DECODE, _VERIFY):
+        return np.full(tokens, DECODE, np.uint8)
+    if mode == _EXTEND:
+        return np.full(tokens, PREFILL, np.uint8)
+    lengths = np.asarray(record.get("extend_seq_lens") or (), np.int64)
+    if mode == _MIXED and lengths.sum() == tokens:
+        # In a mixed pass a sequence that adds one token decodes.
+        return np.repeat(np.where(lengths == 1, DECODE, PREFILL), lengths).astype(np.uint8)
+    return None
