@@ -1,0 +1,36 @@
+# Needs Python 3.11 or newer and make; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast lint types clean
+
+demo: .venv/installed
+	$(BIN)/loadmaster demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+# mypy needs to see the checkout under the package's own name.
+types: .venv/installed
+	rm -rf build
+	link=$$(mktemp -d) && ln -s "$(CURDIR)" $$link/loadmaster && cd $$link \
+	  && "$(CURDIR)/$(BIN)/mypy" --config-file loadmaster/pyproject.toml \
+	     --cache-dir "$(CURDIR)/.mypy_cache" -p loadmaster; \
+	status=$$?; rm -rf $$link; exit $$status
+
+# torch comes first: its CPU build then satisfies the floor, and nothing larger is fetched.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -r constraints.txt
+	$(BIN)/python -m pip install -q -e ".[dev]" -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
