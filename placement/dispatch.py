@@ -37,12 +37,12 @@ from .slot_table import SlotTable
 
 __all__ = [
     "POLICIES", "assign", "count_tokens", "default_slack", "device_tokens", "needs_all_counts",
-    "route", "split",
+    "route", "sends_once", "split",
 ]
 
-# Above the flattest split: what `balanced` may spend on keeping tokens near (and saves in search).
-SLACK_PER_EXPERT = 0.002
-SLACK_DEDUPLICATED = 0.02
+# Above the flattest split: what `balanced` may spend on keeping tokens near.
+SLACK_ACROSS_NODES = 0.002
+SLACK_SENT_ONCE = 0.02
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -53,15 +53,20 @@ def needs_all_counts(spec: DispatchSpec) -> bool:
     return policy_of(spec).needs_all_counts
 
 
+def sends_once(cluster: Cluster) -> bool:
+    """Whether a token's copies to one rank or one node are sent once."""
+    return cluster.traffic.mode == "return_home" and cluster.traffic.payload != "per_expert"
+
+
 def default_slack(cluster: Cluster) -> float:
     """How far above the flattest split `balanced` may go where the spec does not say.
 
-    0.002 where every (token, expert) copy is sent; 0.02 where copies to one rank or node are sent
-    once, because there a token kept from crossing saves a whole message.
+    0 in one node under `per_expert`: nothing is to be had for it. 0.002 across nodes. 0.02 where
+    copies are sent once, because there a token kept from crossing saves a whole message.
     """
-    traffic = cluster.traffic
-    merged = traffic.mode == "return_home" and traffic.payload != "per_expert"
-    return SLACK_DEDUPLICATED if merged else SLACK_PER_EXPERT
+    if sends_once(cluster):
+        return SLACK_SENT_ONCE
+    return SLACK_ACROSS_NODES if cluster.num_nodes > 1 else 0.0
 
 
 def split(

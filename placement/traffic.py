@@ -98,7 +98,7 @@ def step_loads(
     spec = dispatch or plan.dispatch
     chosen = list(range(plan.num_layers)) if layers is None else [int(i) for i in layers]
     count = functools.partial(
-        _count_job, cluster=cluster, spec=spec, expert_bytes_E=expert_bytes_E
+        layer_loads, cluster=cluster, spec=spec, expert_bytes_E=expert_bytes_E
     )
     home_A = trace.home_rank_T(cluster.num_devices)[steps.token].astype(np.int32)
     if cluster.traffic.mode == "coherent":
@@ -143,14 +143,14 @@ class LayerJob:
     from_AK: npt.NDArray[np.int32] | None = None   # coherent: ranks the token comes from
 
 
-def _count_job(
+def layer_loads(
     job: LayerJob,
     *,
     cluster: Cluster,
     spec: DispatchSpec,
     expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
 ) -> LayerCounts:
-    """Route and count one layer."""
+    """Route and count one layer: the inner loop of `step_loads`, for searches that call it often."""
     table = SlotTable.of(job.slots_GC, job.num_experts)
     slot_AK = route_layer(
         job.ids_AK, job.home_A, job.offset_W, table, cluster, policy_of(spec),

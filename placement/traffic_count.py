@@ -14,9 +14,10 @@ import numpy.typing as npt
 from ..errors import InputError
 from .cluster import Cluster
 from .compiled import compiled
-from .dispatch import assign_in_order, count_into
+from .dispatch import assign_in_order, count_into, sends_once
 from .dispatch_engines import slots_by_position
-from .dispatch_policies import OFFSET_BY_RANK, TRTLLM, Policy, split_cell
+from .dispatch_merged import class_offsets, index_places, route_merged
+from .dispatch_policies import BALANCED, OFFSET_BY_RANK, SLACK, TRTLLM, Policy, split_cell
 from .hardware import ComputeProfile
 from .slot_table import SlotTable
 from .tables import interpolate
@@ -52,6 +53,15 @@ def route_layer(
     if len(unused_E) and np.isin(ids_AK, unused_E).any():
         raise InputError(f"expert {unused_E[0]} has no slot: complete the plan")
     slot_AK = np.empty(ids_AK.shape, np.int32)
+    if policy.code == BALANCED and sends_once(cluster):
+        per_node = cluster.traffic.payload == "per_node"
+        _route_merged_steps(
+            ids_AK, home_A, offset_W, table.start_unique_E, table.slot_unique_R,
+            table.slots_per_device, cluster.node_G,
+            cluster.node_G if per_node else np.arange(cluster.num_devices),
+            1 if per_node else cluster.num_nodes, cluster.speed_G, parameters[SLACK], slot_AK,
+        )
+        return slot_AK
     _route_steps(
         policy.code, policy.by_position, ids_AK, home_A, offset_W, table.start_E, table.slot_R,
         table.start_unique_E, table.slot_unique_R, table.slots_per_device, slots, cluster.node_G,
@@ -139,6 +149,21 @@ def _route_steps(
         split_cell(code, counts_GE, start_E, slot_R, start_unique_E, slot_unique_R,
                    slots_per_device, node_G, nodes, speed_G, parameters, quotas_GS)
         assign_in_order(ids_TK, home_T, quotas_GS, start_E, slot_R, slot_TK)
+
+
+@compiled
+def _route_merged_steps(
+    ids_AK: Any, home_A: Any, offset_W: Any, start_E: Any, slot_R: Any, slots_per_device: int,
+    node_G: Any, place_G: Any, groups: int, speed_G: Any, slack: float, slot_AK: Any,
+) -> None:
+    place_R, count_E = index_places(start_E, slot_R, slots_per_device, place_G)
+    first_E = class_offsets(count_E, groups)
+    for w in range(len(offset_W) - 1):
+        first, last = offset_W[w], offset_W[w + 1]
+        route_merged(
+            ids_AK[first:last], home_A[first:last], start_E, slot_R, slots_per_device, place_G,
+            node_G, place_R, count_E, first_E, groups, speed_G, slack, slot_AK[first:last],
+        )
 
 
 @compiled
