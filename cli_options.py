@@ -1,0 +1,145 @@
+"""Options that several verbs share, and what they build.
+
+Knows how a cluster, a sampler and a model are named on the command line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from .placement.cluster import Cluster
+    from .traces.profile import Profile
+    from .traces.spec import ModelSpec
+    from .traces.steps import StepSampler
+    from .traces.trace import RoutingTrace
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Seed = Annotated[int, typer.Option(help="Same inputs and seed, same result.")]
+
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="Cluster file (YAML); instead of the sizes below.")
+]
+Preset = Annotated[
+    str, typer.Option(help="Hardware: h100, h200, b200, gb200, a100, pcie or cpu.")
+]
+Nodes = Annotated[int, typer.Option(help="Nodes of the cluster.")]
+DevicesPerNode = Annotated[int, typer.Option(help="Devices in each node.")]
+SlotsPerDevice = Annotated[
+    int | None,
+    typer.Option(help="Expert slots per device and layer [default: an even share + 25 %]."),
+]
+TrafficMode = Annotated[
+    str,
+    typer.Option(
+        "--traffic",
+        help="return_home/per_expert, return_home/per_rank, return_home/per_node, allgather "
+        "or coherent.",
+    ),
+]
+Dispatch = Annotated[
+    str,
+    typer.Option(
+        help="How tokens choose among replicas: even, nearest, balanced, fewest_active, or an "
+        "engine's own (sglang_static, sglang_dynamic, vllm_hash, trtllm_round_robin, "
+        "ascend_fixed)."
+    ),
+]
+ModelSource = Annotated[
+    Path | None,
+    typer.Option("--model", help="Checkpoint folder, or a ModelSpec as JSON: gives times."),
+]
+StepTokens = Annotated[int, typer.Option(help="Tokens in a step.")]
+Concurrency = Annotated[int, typer.Option(help="Requests in flight.")]
+Order = Annotated[str, typer.Option(help="interleaved, recorded, shuffled or stored.")]
+Address = Annotated[
+    str | None, typer.Option(help="A Ray cluster to run on; 'auto' finds the local one.")
+]
+
+
+def build_cluster(
+    file: Path | None,
+    preset: str,
+    nodes: int,
+    devices_per_node: int,
+    slots_per_device: int | None,
+    traffic: str,
+    num_experts: int,
+) -> Cluster:
+    """The cluster the options describe."""
+    from .placement.cluster import Cluster
+
+    if file is not None:
+        return Cluster.from_yaml(file)
+    if slots_per_device is None:
+        devices = max(nodes * devices_per_node, 1)
+        share = -(-num_experts // devices)
+        slots_per_device = share + max(1, round(share / 4))
+    return Cluster.preset(
+        preset, nodes=nodes, devices_per_node=devices_per_node,
+        slots_per_device=slots_per_device, traffic=traffic,
+    )
+
+
+def build_sampler(tokens: int, concurrency: int, order: str, seed: int) -> StepSampler:
+    """The sampler the options describe."""
+    from .traces.steps import StepSampler
+
+    return StepSampler(tokens=tokens, concurrency=concurrency, order=order, seed=seed)  # type: ignore[arg-type]
+
+
+def read_model(source: Path | None) -> ModelSpec | None:
+    """A checkpoint's or a JSON file's ModelSpec; None without a source."""
+    from pydantic import ValidationError
+
+    from .traces.spec import ModelSpec
+
+    if source is None:
+        return None
+    if source.is_dir():
+        return ModelSpec.from_pretrained(source)
+    try:
+        return ModelSpec.model_validate_json(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such checkpoint folder or ModelSpec file") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "file"
+        raise InputError(f"{source}: {where}: {first['msg']}") from None
+
+
+def read_routing(path: Path, num_experts: int | None = None) -> tuple[
+    RoutingTrace | Profile, tuple[str, ...]
+]:
+    """A stored trace, an array file or an engine's dump; and what its format cannot tell."""
+    from .traces.formats import import_any
+
+    found = import_any(path, num_experts=num_experts)
+    source = found.trace if found.trace is not None else found.profile
+    assert source is not None
+    said = tuple(f"{found.format} does not tell {what}" for what in found.cannot_tell)
+    return source, said + found.notes
+
+
+def read_trace(path: Path, num_experts: int | None = None) -> tuple[RoutingTrace, tuple[str, ...]]:
+    """As `read_routing`; refuses a dump that holds loads only."""
+    from .traces.trace import RoutingTrace
+
+    source, notes = read_routing(path, num_experts)
+    if not isinstance(source, RoutingTrace):
+        raise InputError(
+            f"{path}: holds average loads only, steps cannot be formed from them: `loadmaster plan` "
+            "can plan for load, judging needs routing per token"
+        )
+    return source, notes
+
+
+def require_new(path: Path | None) -> None:
+    """Refuse to write over a file that exists."""
+    if path is not None and path.exists():
+        raise UsageError(f"{path} exists: name another file, or remove it first")
