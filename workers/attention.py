@@ -10,6 +10,8 @@ Axes: T rows of the packed step, h heads, D head width.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +37,8 @@ class RequestCache:
         end = self.length + key_hTD.shape[1]
         held = self._layers.get(layer)
         if held is None or held[0].shape[1] < end:
-            held = (_grown(held and held[0], key_hTD, end), _grown(held and held[1], value_hTD, end))
+            old_key, old_value = held or (None, None)
+            held = _grown(old_key, key_hTD, end), _grown(old_value, value_hTD, end)
             self._layers[layer] = held
         key, value = held
         key[:, self.length : end] = key_hTD
@@ -78,18 +81,14 @@ class PackedStep:
 _STEP: ContextVar[PackedStep] = ContextVar("loadmaster_packed_step")
 
 
-class running:
+@contextmanager
+def running(step: PackedStep) -> Iterator[None]:
     """Within this block, attention in this thread runs over the requests of `step`."""
-
-    def __init__(self, step: PackedStep) -> None:
-        self._step = step
-
-    def __enter__(self) -> PackedStep:
-        self._token = _STEP.set(self._step)
-        return self._step
-
-    def __exit__(self, *error: object) -> None:
-        _STEP.reset(self._token)
+    token = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
 
 
 def current() -> PackedStep:

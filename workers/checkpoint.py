@@ -34,7 +34,8 @@ class TensorFiles:
         self._file_of = _weight_map(directory)
         self._open: dict[str, Any] = {}
 
-    def keys(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
         """Every tensor's name, sorted."""
         return sorted(self._file_of)
 
@@ -129,7 +130,7 @@ class ExpertIndex:
         self._model = model
         transforms = get_model_conversion_mapping(model)
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        self._renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+        self._renamings: list[Any] = [t for t in transforms if not isinstance(t, WeightConverter)]
         self._parameters = {
             f"{module}.{name}": None
             for module in expert_modules
@@ -139,7 +140,7 @@ class ExpertIndex:
         self._parts: dict[str, list[tuple[str | None, int | None, str]]] = {}
         self.dense_keys: list[str] = []
         meta = model.state_dict()
-        for key in files.keys():
+        for key in files.names:
             self._place(key, meta)
         self._refuse_quantised()
 
@@ -237,6 +238,11 @@ class ExpertIndex:
         """Every tensor that is no expert's, under its name in the files."""
         for key in self.dense_keys:
             yield key, self._files.read(key)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory, not copied."""
+    return tensor.contiguous().view(torch.uint8).numpy().data
 
 
 def contiguous(tensor: Tensor, dtype: torch.dtype, *, transposed: bool) -> Tensor:

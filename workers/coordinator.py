@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,8 +24,8 @@ from ..traces.merge import concatenate, in_step_order
 from ..traces.spec import ModelSpec
 from ..traces.trace import RoutingTrace
 from .fleet import Fleet
-from .rank import RankSettings
-from .scheduler import Limits, Request, Scheduler, check_prompt
+from .scheduler import Request, Scheduler, check_prompt
+from .settings import GroupSettings
 from .switch import ApplyReport, PlanSwitch, check_plan
 from .tables import Tables
 from .work import Chunk, ReplayedRouting, StepResult, StepWork
@@ -33,21 +33,6 @@ from .work import Chunk, ReplayedRouting, StepResult, StepWork
 Answer = TypeVar("Answer")
 _KEPT_STEPS = 4096
 _START_TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True)
-class GroupSettings:
-    """What a group is started with."""
-
-    name: str
-    ranks: tuple[RankSettings, ...]
-    plan: Plan
-    model_spec: ModelSpec
-    limits: Limits = field(default_factory=Limits)
-    vocabulary: int = 0
-    context_tokens: int = 0
-    step_timeout_s: float = 120.0
-    stage_budget_bytes: int = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -96,6 +81,7 @@ class Coordinator:
         self._epoch = 1
         self._step = 0
         self._generation = 0
+        self._vocabulary = self._context_tokens = 0
         self._recording = False
         self._digests = False
         self._all_logits = False
@@ -115,6 +101,8 @@ class Coordinator:
     def start(self) -> ModelSpec:
         """Start the ranks, load what the plan gives each, form the group, begin to serve."""
         self._fleet.start(self.settings.ranks, _START_TIMEOUT_S)
+        loaded = self._all("load")[0]
+        self._vocabulary, self._context_tokens = loaded.vocabulary, loaded.context_tokens
         tables = Tables.of(self._plan, self._epoch)
         answers = [
             self._fleet.call(g, "hold", tables.experts_of(g)) for g in range(self._fleet.ranks)
@@ -170,7 +158,7 @@ class Coordinator:
     ) -> list[int]:
         """Take requests; returns their numbers. Raises InputError, and takes none, on a bad one."""
         checked = [
-            check_prompt(p, max_new_tokens, self.settings.vocabulary, self.settings.context_tokens)
+            check_prompt(p, max_new_tokens, self._vocabulary, self._context_tokens)
             for p in prompts
         ]
         with self._changed:

@@ -31,7 +31,7 @@ class ExchangeError(LoadmasterError):
     """A collective failed: a peer died, hangs, or left the group."""
 
 
-class EpochMismatch(LoadmasterError):
+class EpochMismatchError(LoadmasterError):
     """Ranks met in one exchange with different plans in force; nothing was computed."""
 
 
@@ -156,13 +156,13 @@ class Receipt:
 def agree(exchange: Exchange, epoch: int, step: int, count_E: Tensor) -> IntArray:
     """All ranks' counts [G, E], after checking that all are in the same epoch and step.
 
-    Raises EpochMismatch on every rank alike, before any token is sent.
+    Raises EpochMismatchError on every rank alike, before any token is sent.
     """
     mine = torch.cat((torch.tensor([epoch, step], dtype=torch.int64), count_E.to(torch.int64)))
     table = exchange.all_gather(mine).numpy()
     if (table[:, :2] != table[0, :2]).any():
         met = ", ".join(f"rank {g}: epoch {e} step {s}" for g, (e, s) in enumerate(table[:, :2]))
-        raise EpochMismatch(f"ranks met with different plans or steps in force ({met})")
+        raise EpochMismatchError(f"ranks met with different plans or steps in force ({met})")
     return np.ascontiguousarray(table[:, 2:])
 
 
@@ -213,8 +213,7 @@ def return_tokens(exchange: Exchange, y_AH: Tensor, receipt: Receipt) -> Tensor:
 
 def _physical_order(count_GC: npt.NDArray[np.int32], physical_C: IntArray) -> Tensor:
     """Received rows lie by (source, slot); the order that puts them by (physical slot, source)."""
-    ranks, slots = count_GC.shape
-    block = np.argsort(np.tile(physical_C, ranks), kind="stable")
+    block = np.argsort(np.tile(physical_C, len(count_GC)), kind="stable")
     count = count_GC.reshape(-1).astype(np.int64)
     start = np.concatenate(([0], np.cumsum(count)[:-1]))
     taken = count[block]

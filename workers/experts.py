@@ -110,7 +110,7 @@ class ExpertLayer:
         slot_TK = assign_slots(
             ids_TK,
             torch.from_numpy(quota_GS[context.exchange.rank]),
-            torch.from_numpy(slots_GC.reshape(-1)),
+            torch.from_numpy(slots_GC.reshape(-1).copy()),     # a plan's slots are read-only
         )
         assignment_A, _ = sort_by_slot(slot_TK, slots_GC.size)
         physical_C = experts.physical(mine_C)

@@ -8,7 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from .rank import RankSettings
+from ..errors import LoadmasterError
+from .settings import RankSettings
+
+
+class RankLostError(LoadmasterError):
+    """Ranks died, hang or fell out of the group; `ranks` says which, as far as known."""
+
+    def __init__(self, ranks: Sequence[int], reason: str) -> None:
+        super().__init__(reason)
+        self.ranks = tuple(ranks)
+
+    def __reduce__(self) -> Any:
+        return RankLostError, (self.ranks, str(self))
 
 
 class Fleet(Protocol):

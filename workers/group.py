@@ -21,11 +21,9 @@ from ..placement.cluster import Cluster, Traffic
 from ..placement.plan import DispatchSpec, Plan, Provenance
 from ..traces.spec import ModelSpec
 from ..traces.trace import RoutingTrace
-from .coordinator import Coordinator, GroupSettings, Measurements, RequestState
+from .coordinator import Coordinator, Measurements, RequestState
 from .launch import NAMESPACE, RayFleet, connect
-from .model import DTYPES, MoeCheckpoint
-from .rank import RankSettings
-from .scheduler import Limits
+from .settings import GroupSettings, Limits, RankSettings, served_spec
 from .switch import ApplyReport
 from .work import ReplayedRouting
 
@@ -113,10 +111,7 @@ class Group:
         existing Ray cluster; None = the one joined already, or a new one on this machine.
         Raises InputError on a checkpoint that cannot be served, UsageError on a name in use.
         """
-        checkpoint = MoeCheckpoint(model_dir)
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype {dtype!r} is not served; use one of {', '.join(DTYPES)}")
-        spec = checkpoint.model_spec(dtype)
+        spec = served_spec(model_dir, dtype)
         plan = plan or contiguous(spec, ranks)
         if dispatch is not None:
             plan = with_dispatch(plan, dispatch)
@@ -138,8 +133,6 @@ class Group:
             plan=plan,
             model_spec=spec,
             limits=limits or Limits(),
-            vocabulary=checkpoint.vocabulary,
-            context_tokens=checkpoint.context_tokens,
             step_timeout_s=step_timeout_s,
         )
         connect(address)

@@ -6,33 +6,26 @@ Nothing here ever runs `ray stop`: only what this module started is ended, by ha
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..errors import LoadmasterError, UsageError
-from .rank import Rank, RankSettings
+from .fleet import RankLostError
+from .settings import RankSettings
+
+# Ray declares few of its types.
+ray: Any = importlib.import_module("ray")
 
 NAMESPACE = "loadmaster"
 LOOPBACK = "127.0.0.1"
-
-
-class RankLost(LoadmasterError):
-    """Ranks died, hang or fell out of the group; `ranks` says which, as far as known."""
-
-    def __init__(self, ranks: Sequence[int], reason: str) -> None:
-        super().__init__(reason)
-        self.ranks = tuple(ranks)
-
-    def __reduce__(self) -> Any:
-        return RankLost, (self.ranks, str(self))
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
@@ -72,14 +65,32 @@ def _on_this_machine(address: str) -> bool:
     return host in ("auto", "local", "localhost", LOOPBACK, "[::1]")
 
 
-def _identity(rank: Rank) -> tuple[int, str, str]:
+def _identity(rank: Any) -> tuple[int, str, str]:
     """(process id, node, address), asked inside an actor."""
-    return rank.ping(), ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+    return os.getpid(), ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+
+class RankProcess:
+    """What lives in a rank's process: the rank, and a voice that answers while it works."""
+
+    def __init__(self, settings: RankSettings) -> None:
+        # Imports torch, which only the rank's own process needs.
+        from .rank import Rank
+
+        self._rank = Rank(settings)
+
+    def run(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call a method of the rank."""
+        return getattr(self._rank, method)(*args, **options)
+
+    def ping(self) -> int:
+        """The process id."""
+        return os.getpid()
 
 
 @dataclass
 class RankActor:
-    """One rank as Ray sees it."""
+    """One rank as the fleet sees it."""
 
     handle: Any
     pid: int
@@ -128,7 +139,7 @@ class RayFleet:
             self._identify(g, timeout_s)
 
     def _create(self, settings: RankSettings, bundle_index: int, bundle: dict[str, float]) -> Any:
-        remote_rank = ray.remote(concurrency_groups={"watch": 1})(Rank)
+        remote_rank = ray.remote(concurrency_groups={"watch": 1})(RankProcess)
         return remote_rank.options(
             name=f"{self._name}/rank-{settings.rank}",
             namespace=NAMESPACE,
@@ -156,10 +167,11 @@ class RayFleet:
 
     def call(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """Start a method on one rank; the answer is fetched with `gather`."""
-        handle = getattr(self._actors[rank].handle, method)
-        if method == "ping":
-            handle = handle.options(concurrency_group="watch")
-        return handle.remote(*args, **kwargs)
+        return self._actors[rank].handle.run.remote(method, args, kwargs)
+
+    def ping(self, rank: int) -> Any:
+        """Ask a rank's process for a sign of life; it answers while a step runs."""
+        return self._actors[rank].handle.ping.options(concurrency_group="watch").remote()
 
     def call_all(self, method: str, *args: Any) -> list[Any]:
         """Start a method with the same arguments on every rank, in rank order."""
@@ -168,7 +180,7 @@ class RayFleet:
     def gather(self, answers: list[Any], timeout_s: float) -> list[Any]:
         """All answers in order. The first failure is raised at once, without waiting for others.
 
-        Raises RankLost when an actor died or did not answer in time; an error raised inside a
+        Raises RankLostError when an actor died or did not answer in time; an error raised inside a
         rank's method comes out as it went in.
         """
         deadline = time.monotonic() + timeout_s
@@ -178,7 +190,7 @@ class RayFleet:
                 waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic())
             )
             if not ready:
-                raise RankLost((), f"no answer within {timeout_s:.1f} s")
+                raise RankLostError((), f"no answer within {timeout_s:.1f} s")
             self._fetch(ready[0])
         return ray.get(answers)  # type: ignore[no-any-return]
 
@@ -187,9 +199,10 @@ class RayFleet:
         try:
             ray.get(answer, timeout=0)
         except RayActorError as error:
-            raise RankLost((), f"a rank's process died: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise RankLostError((), f"a rank's process died: {reason}") from error
         except GetTimeoutError as error:
-            raise RankLost((), "an answer was announced but never came") from error
+            raise RankLostError((), "an answer was announced but never came") from error
         except RayTaskError as error:
             cause = error.cause
             raise cause if isinstance(cause, LoadmasterError) else error from None

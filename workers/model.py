@@ -8,6 +8,7 @@ meta device, and experts are read one by one (`MoeCheckpoint.read_expert`).
 from __future__ import annotations
 
 import hashlib
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from ..errors import InputError
 from ..kernels.activation import ExpertActivation
 from ..kernels.grouped import ExpertWeights
 from ..traces.spec import ModelSpec
-from .checkpoint import ExpertIndex, ExpertTensors, TensorFiles, contiguous
+from .checkpoint import ExpertIndex, ExpertTensors, TensorFiles, bytes_of, contiguous
+from .settings import DTYPE_BYTES
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 EXPERTS_IMPLEMENTATION = "loadmaster"
 
 _ACTIVATIONS = {
@@ -60,7 +62,7 @@ class ExpertShape:
 
     def empty_expert(self, dtype: torch.dtype) -> ExpertTensors:
         """One expert's tensors by name, with any values: what an arriving expert looks like."""
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "gate_up": (2 * self.intermediate, self.hidden),
             "down": (self.hidden, self.intermediate),
         }
@@ -87,19 +89,19 @@ class MoeCheckpoint:
         self._skeleton_class = type(skeleton)
         self._index = ExpertIndex(TensorFiles(self.directory), skeleton, self.expert_modules)
         self._index.require_complete(self.shape.experts)
-        self._spec = _model_spec(self.directory, self)
 
-    def model_spec(self, dtype: str = "bfloat16") -> ModelSpec:
-        """The numbers that placement needs, for weights and activations held in `dtype`."""
-        size = DTYPES[dtype].itemsize
-        biases = (2 * self.shape.intermediate + self.shape.hidden) if self.shape.bias else 0
-        return self._spec.model_copy(
-            update={
-                "bytes_per_parameter": float(size),
-                "activation_bytes": float(size),
-                "scale_bytes_per_expert": biases * size,
-            }
+    def require_shape(self, spec: ModelSpec) -> None:
+        """Raise InputError unless layers, experts and sizes are those of `spec`."""
+        found = (
+            len(self.expert_modules), self.shape.experts, self.shape.hidden,
+            self.shape.intermediate,
         )
+        stated = (spec.num_layers, spec.num_experts, spec.hidden, spec.intermediate)
+        if found != stated:
+            raise InputError(
+                f"{self.directory}: config.json says (layers, experts, hidden, intermediate) = "
+                f"{stated}, the model's code builds {found}: the config is not this model's"
+            )
 
     @property
     def vocabulary(self) -> int:
@@ -112,7 +114,7 @@ class MoeCheckpoint:
         return int(self.config.get_text_config().max_position_embeddings)
 
     def read_expert(self, layer: int, expert: int, dtype: torch.dtype) -> ExpertTensors:
-        """One expert's tensors as `ExpertWeights.load_slot` takes them. layer: MoE layer, 0-based."""
+        """One expert's tensors, as `ExpertWeights.load_slot` takes them. layer: counted from 0."""
         module = self.expert_modules[layer]
         swap = self.shape.transposed
 
@@ -129,8 +131,7 @@ class MoeCheckpoint:
 
     def load_dense(self, dtype: torch.dtype) -> Any:
         """The model in evaluation mode, every experts module without parameters."""
-        from transformers.utils import logging
-
+        logging: Any = importlib.import_module("transformers.utils.logging")
         modules = self.expert_modules
 
         def build(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -139,7 +140,7 @@ class MoeCheckpoint:
                 _drop_parameters(model.get_submodule(name))
 
         # The class keeps its name: transformers looks conversions up by it.
-        without_experts = type(
+        without_experts: Any = type(
             self._skeleton_class.__name__, (self._skeleton_class,), {"__init__": build}
         )
         without_experts.__module__ = self._skeleton_class.__module__
@@ -169,9 +170,9 @@ def fingerprint(tensors: ExpertTensors) -> str:
     """sha256 of an expert's tensors: names, shapes, types and every byte."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -207,15 +208,14 @@ def _read_config(directory: Path) -> Any:
 
 def _skeleton(directory: Path, config: Any) -> Any:
     """The whole model with no memory behind its tensors."""
-    from transformers import AutoModelForCausalLM
-
     from . import attention, experts
 
+    auto: Any = importlib.import_module("transformers").AutoModelForCausalLM
     experts.register()
     attention.register()
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"{directory}: {config.model_type!r} is not a causal language model this transformers "
@@ -298,34 +298,4 @@ def _activation(directory: Path, module: Any, config: Any) -> ExpertActivation:
     raise InputError(
         f"{directory}: the experts of {config.model_type!r} have a gate of their own, which the "
         "kernels do not compute"
-    )
-
-
-def _top_k(directory: Path, config: Any) -> int:
-    text = config.get_text_config()
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    raise InputError(f"{directory / 'config.json'}: does not say how many experts a token chooses")
-
-
-def _model_spec(directory: Path, checkpoint: MoeCheckpoint) -> ModelSpec:
-    text = checkpoint.config.get_text_config()
-    indices = tuple(
-        int(next(p for p in name.split(".") if p.isdigit())) for name in checkpoint.expert_modules
-    )
-    groups = getattr(text, "n_group", None) or 1
-    return ModelSpec(
-        name=checkpoint.directory.resolve().name,
-        num_layers=len(checkpoint.expert_modules),
-        num_experts=checkpoint.shape.experts,
-        top_k=_top_k(directory, checkpoint.config),
-        hidden=checkpoint.shape.hidden,
-        intermediate=checkpoint.shape.intermediate,
-        num_shared_experts=getattr(text, "n_shared_experts", None) or 0,
-        num_expert_groups=groups,
-        groups_per_token=(getattr(text, "topk_group", None) or None) if groups > 1 else None,
-        layer_indices=indices,
-        total_layers=text.num_hidden_layers,
     )

@@ -7,7 +7,7 @@ exchange. Knows nothing of queues, the other ranks' requests, or why a plan was 
 from __future__ import annotations
 
 import hashlib
-import os
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadmasterError
-from ..placement.cluster import Cluster
 from ..traces.record import Recorder, RecordingSummary
 from ..traces.trace import RoutingTrace
 from . import attention, experts
 from .attention import PackedStep, RequestCache
-from .exchange import EpochMismatch, Exchange, Rendezvous
+from .checkpoint import bytes_of
+from .exchange import EpochMismatchError, Exchange, Rendezvous
 from .experts import LayerMeasures, RankContext, Replay
 from .model import DTYPES, MoeCheckpoint, fingerprint
+from .settings import RankSettings, served_spec
 from .slots import ExpertStore
 from .staging import Staging
 from .tables import Tables
@@ -35,45 +36,31 @@ from .work import Chunk, StepResult, StepWork
 # Products of fewer rows may take other code paths with other bits: a packed step is never shorter.
 LEAST_ROWS = 16
 
+# transformers changes process-wide defaults while it builds a model; ranks may be threads.
+_BUILDING = threading.Lock()
+
 Fingerprints = dict[tuple[int, int], str]     # (layer, expert) -> sha256
 Arrivals = tuple[list[tuple[int, int]], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
-class RankSettings:
-    """What a rank is born with."""
+class Loaded:
+    """What a rank learnt from its checkpoint."""
 
-    rank: int
-    ranks: int
-    model_dir: str
-    cluster: Cluster
-    dtype: str = "bfloat16"
-    payload: str = "per_expert"
-    record_to: str | None = None
-    device: str = "cpu"
+    vocabulary: int
+    context_tokens: int
 
 
 class Rank:
-    """Serves its share of each step. Every method but `ping` belongs to one thread at a time."""
+    """Serves its share of each step. One thread at a time."""
 
     def __init__(self, settings: RankSettings) -> None:
+        """Nothing is read yet: `load` does."""
         torch.set_num_threads(1)
         self.settings = settings
         self._dtype = DTYPES[settings.dtype]
-        self._checkpoint = MoeCheckpoint(settings.model_dir)
-        self.model_spec = self._checkpoint.model_spec(settings.dtype)
-        self._model = self._checkpoint.load_dense(self._dtype)
-        attention.require_supported(self._model, settings.model_dir)
-        experts.attach(self._model, self._checkpoint.expert_modules, lambda: self._ready())
-        self._model.base_model.register_forward_hook(self._keep_hidden)
-        shape = self._checkpoint.shape
-        self._stores = [
-            ExpertStore(lambda slots: shape.allocate(slots, self._dtype, settings.device))
-            for _ in range(self.model_spec.num_layers)
-        ]
-        self._staging = Staging(
-            self._stores, lambda: self._checkpoint.shape.empty_expert(self._dtype)
-        )
+        self.model_spec = served_spec(settings.model_dir, settings.dtype)
+        self._stores: list[ExpertStore] = []
         self._caches: dict[int, RequestCache] = {}
         self._digests: dict[int, Any] = {}
         self._context: RankContext | None = None
@@ -83,11 +70,24 @@ class Rank:
         self._recorder: Recorder | None = None
         self._hidden_TH: Tensor = torch.empty(0)
 
-    # ---- life ------------------------------------------------------------------------------
+    def load(self) -> Loaded:
+        """Read the model without its experts. Raises InputError when it cannot be served."""
+        with _BUILDING:
+            self._checkpoint = MoeCheckpoint(self.settings.model_dir)
+            self._checkpoint.require_shape(self.model_spec)
+            self._model = self._checkpoint.load_dense(self._dtype)
+        attention.require_supported(self._model, self.settings.model_dir)
+        experts.attach(self._model, self._checkpoint.expert_modules, self._ready)
+        self._model.base_model.register_forward_hook(self._keep_hidden)
+        shape, device = self._checkpoint.shape, self.settings.device
+        self._stores = [
+            ExpertStore(lambda slots: shape.allocate(slots, self._dtype, device))
+            for _ in range(self.model_spec.num_layers)
+        ]
+        self._staging = Staging(self._stores, lambda: shape.empty_expert(self._dtype))
+        return Loaded(self._checkpoint.vocabulary, self._checkpoint.context_tokens)
 
-    def ping(self) -> int:
-        """The process id; answers while a step runs, unless the process hangs."""
-        return os.getpid()
+    # ---- life ------------------------------------------------------------------------------
 
     def host_meeting(self, host: str) -> int:
         """Open the store where the next group meets; returns its port."""
@@ -181,9 +181,8 @@ class Rank:
             return 0
         dropped = 0
         for layer, wanted in enumerate(self._tables.experts_of(self.settings.rank)):
-            staged = {e for l, e in self._staging.staged if l == layer}
             for expert in self._stores[layer].experts:
-                if expert not in staged and expert not in wanted:
+                if expert not in wanted and (layer, expert) not in self._staging.staged:
                     self._stores[layer].drop(expert)
                     dropped += 1
         return dropped
@@ -205,7 +204,7 @@ class Rank:
             self.commit(work.commit)
         context = self._ready()
         if work.epoch != context.tables.epoch:
-            raise EpochMismatch(
+            raise EpochMismatchError(
                 f"rank {self.settings.rank} is in epoch {context.tables.epoch}, the step asks for "
                 f"{work.epoch}: nothing was computed"
             )
@@ -214,7 +213,8 @@ class Rank:
         context.replay = _replay(work.chunks, layers, self.model_spec.top_k)
         recorder = self._begin_recording(work)
         context.recorder = recorder
-        logits, wanted = self._forward(work)
+        rows = _last_rows(work.chunks)
+        logits, wanted = self._forward(work, rows)
         if recorder is not None:
             recorder.end_step()
         measures = context.measures
@@ -226,7 +226,7 @@ class Rank:
             rank=self.settings.rank,
             step=work.step,
             epoch=work.epoch,
-            next_token=_greedy(logits, work.chunks) if not work.all_logits else {},
+            next_token=_greedy(logits[rows] if work.all_logits else logits, work.chunks),
             digest=self._digest(work) if work.digest else {},
             logits=_logits_by_request(logits, work.chunks) if work.all_logits else {},
             own_ids=_own_ids(context.replay, work.chunks),
@@ -241,8 +241,8 @@ class Rank:
             wall_us=(time.perf_counter_ns() - wall) / 1e3,
         )
 
-    def _forward(self, work: StepWork) -> tuple[Tensor, int]:
-        """Logits of the rows asked for (padded), and how many rows the step had."""
+    def _forward(self, work: StepWork, last_rows: Tensor) -> tuple[Tensor, int]:
+        """Logits of these rows, or of all with `all_logits`; and how many rows the step had."""
         chunks = work.chunks
         packed = PackedStep(
             [len(c.tokens) for c in chunks], [self._cache(c) for c in chunks]
@@ -252,7 +252,7 @@ class Rank:
         positions = np.concatenate(
             [*(np.arange(c.start, c.start + len(c.tokens)) for c in chunks), np.zeros(padding)]
         )
-        keep: Any = 0 if work.all_logits else _last_rows(chunks)
+        keep: Any = 0 if work.all_logits else last_rows
         with attention.running(packed):
             out = self._model(
                 input_ids=torch.from_numpy(tokens.astype(np.int64))[None],
@@ -299,9 +299,9 @@ class Rank:
         """Digest of every output row so far of each request in the step."""
         start = 0
         for chunk in work.chunks:
-            rows = self._hidden_TH[start : start + len(chunk.tokens)].contiguous()
+            rows = self._hidden_TH[start : start + len(chunk.tokens)]
             digest = self._digests.setdefault(chunk.request, hashlib.sha256())
-            digest.update(memoryview(rows.view(torch.uint8).numpy()).cast("B"))
+            digest.update(bytes_of(rows))
             start += len(chunk.tokens)
         return {c.request: self._digests[c.request].hexdigest() for c in work.chunks}
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..traces.trace import DECODE, PREFILL
+from .settings import Limits
 from .work import Chunk, ReplayedRouting, StepResult, TokenArray
 
 
@@ -96,20 +97,6 @@ class Request:
     def remaining_rows(self) -> int:
         """Rows still to run, an upper bound: what a home rank takes on with it."""
         return len(self.prompt) + self.max_new_tokens - self._fed
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much a step and a rank take.
-
-    step_tokens: a rank takes no further prompt chunk once the step's rows on it reach its share
-    (step_tokens / ranks), so a step is at least that large while prompts wait. chunk_tokens: the
-    grid on which prompts are cut. active_requests: at most so many in flight on one rank.
-    """
-
-    step_tokens: int = 4096
-    chunk_tokens: int = 512
-    active_requests: int = 64
 
 
 class Scheduler:

@@ -77,7 +77,7 @@ class ExpertStore:
             self._free.sort()
 
     def physical(self, experts: IntArray) -> IntArray:
-        """The physical slot of each of these experts; 0 for an empty slot (-1), which gets no rows."""
+        """The physical slot of each of these experts; 0 for an empty slot, which gets no rows."""
         return np.array([self._slot_of[e] if e >= 0 else 0 for e in experts.tolist()], np.int64)
 
     def compute(self, x_AH: Tensor, count_P: IntArray) -> Tensor:

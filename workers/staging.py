@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..errors import LoadmasterError
 from .checkpoint import ExpertTensors
 from .exchange import Exchange
 from .model import fingerprint
@@ -19,10 +18,6 @@ from .slots import ExpertStore
 from .transfers import Piece, Round
 
 Key = tuple[int, int]      # (layer, expert)
-
-
-class CorruptTransfer(LoadmasterError):
-    """An expert arrived with other bytes than the model's manifest says."""
 
 
 def to_bytes(tensors: ExpertTensors) -> Tensor:
