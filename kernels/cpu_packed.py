@@ -1,18 +1,16 @@
 """The grouped expert MLP on the CPU with prepacked oneDNN weights.
 
-Rows of one slot run in blocks of at most 256, so that a block's gate, up and act stay in cache.
-Uses torch's private packing operators, found by trial (`packed_available`); where they are
-missing, `grouped.py` takes the torch backend. Knows nothing of plans. One thread; buffers are
-reused, so one call at a time per thread.
+Rows of one slot run in blocks, so that a block's gate, up and act stay in cache. Uses torch's
+private packing operators, found by trial (`packed_available`); where they are missing,
+`grouped.py` takes the torch backend. Knows nothing of plans. Buffers are reused within a thread.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,10 +29,15 @@ from .cpu_loops import (
     sort_slots,
 )
 
-BLOCK_ROWS = 256
+# Rows of one pair of products: enough to read the weights rarely, few enough for the cache.
+BLOCK_ROWS = 384
+# Blocks of at most SMALL_ROWS share their gather, gate and copies, up to STRIP_ROWS together.
+SMALL_ROWS = 32
+STRIP_ROWS = 256
 # A single row takes another code path with other bits (measured on torch 2.13: both dtypes once
 # H or I reaches 2048); from two rows on, a row's bits do not depend on how many there are.
-LEAST_ROWS = 2
+# Three rows are computed as fast as one or two.
+LEAST_ROWS = 3
 # Each new row count compiles a oneDNN kernel (0.5 ms or more); above this, counts are rounded up.
 EXACT_ROWS = 16
 ROW_STEP = 4
@@ -57,7 +60,8 @@ def pack(weight: Tensor) -> Tensor:
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x [rows, K] times a packed [N, K], transposed, plus bias: a new [rows, N]."""
-    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""))
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+    return y
 
 
 @functools.cache
@@ -78,19 +82,40 @@ def packed_available(dtype: torch.dtype) -> bool:
     return close and torch.equal(returned, weight)
 
 
-def row_blocks(count: int) -> Iterator[tuple[int, int, int]]:
-    """Cut `count` rows into near-equal blocks: (first row, rows, rows to compute).
+class RowBlock(NamedTuple):
+    """Consecutive rows of one slot, computed by one pair of products."""
 
-    The third number repeats between calls far more often than the second, so kernels are reused.
+    slot: int
+    start: int
+    rows: int
+    computed: int  # rows and padding: a number that repeats between calls, so kernels are reused
+
+
+def row_strips(counts: Sequence[int]) -> Iterator[list[RowBlock]]:
+    """Cut rows sorted by slot into strips of blocks.
+
+    A large slot is cut into near-equal blocks of at most BLOCK_ROWS rows. A strip is one block,
+    or consecutive small ones: what those do beside their products is then done once per strip.
     """
-    blocks = -(-count // BLOCK_ROWS)
-    size = -(-count // max(blocks, 1))
-    if size > EXACT_ROWS:
-        size = -(-size // ROW_STEP) * ROW_STEP
-    for start in range(0, count, max(size, 1)):
-        rows = min(size, count - start)
-        padded = rows if rows <= EXACT_ROWS else -(-rows // ROW_STEP) * ROW_STEP
-        yield start, rows, max(padded, LEAST_ROWS)
+    strip: list[RowBlock] = []
+    held = start = 0
+    for slot, count in enumerate(counts):
+        stop = start + count
+        size = -(-count // max(-(-count // BLOCK_ROWS), 1))
+        if size > EXACT_ROWS:
+            size = -(-size // ROW_STEP) * ROW_STEP
+        while start < stop:
+            rows = min(size, stop - start)
+            if strip and (rows > SMALL_ROWS or held + rows > STRIP_ROWS):
+                yield strip
+                strip, held = [], 0
+            step = ROW_STEP if rows > EXACT_ROWS else 1
+            computed = max(-(-rows // step) * step, LEAST_ROWS)
+            strip.append(RowBlock(slot, start, rows, computed))
+            held += rows if rows <= SMALL_ROWS else STRIP_ROWS
+            start += rows
+    if strip:
+        yield strip
 
 
 class _Buffers(threading.local):
@@ -111,6 +136,15 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
+class PackedExpert(NamedTuple):
+    """One expert's matrices in oneDNN's layout, gate rows first."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
 class PackedSlots:
     """Packed weights per slot; the unpacked tensors are not kept."""
 
@@ -122,7 +156,7 @@ class PackedSlots:
             name: torch.zeros(size, dtype=shape.dtype)
             for name, size in shape.tensor_shapes().items()
         }
-        self._experts: list[SlotTensors] = [self._packed(empty)] * shape.slots
+        self._experts: list[PackedExpert] = [self._packed(empty)] * shape.slots
         self._gate_code = _GATE_CODES.get(shape.activation.kind)
         self._limit = np.float32(shape.activation.limit or 0.0)
         self._alpha = np.float32(shape.activation.alpha or 0.0)
@@ -133,12 +167,12 @@ class PackedSlots:
     def get_slot(self, slot: int) -> SlotTensors:
         expert, activation = self._experts[slot], self.shape.activation
         tensors = {
-            "gate_up": stored_rows(expert["gate_up"].to_dense(), activation),
-            "down": expert["down"].to_dense(),
+            "gate_up": stored_rows(expert.gate_up.to_dense(), activation),
+            "down": expert.down.to_dense(),
         }
-        if self.shape.bias:
-            tensors["gate_up_bias"] = stored_rows(expert["gate_up_bias"].clone(), activation)
-            tensors["down_bias"] = expert["down_bias"].clone()
+        if expert.gate_up_bias is not None and expert.down_bias is not None:
+            tensors["gate_up_bias"] = stored_rows(expert.gate_up_bias, activation).clone()
+            tensors["down_bias"] = expert.down_bias.clone()
         return tensors
 
     def rearrange(self, source_S: Sequence[int]) -> None:
@@ -146,61 +180,73 @@ class PackedSlots:
 
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         x_AH = x_AH.contiguous()
-        start = 0
-        for slot, count in enumerate(count_S.tolist()):
-            for first, rows, padded in row_blocks(count):
-                begin = start + first
-                # Padding rows are the next slot's: their results are dropped.
-                x = x_AH[begin : begin + padded]
-                if len(x) < padded:
-                    tail = _BUFFERS.take("x", padded, self.shape.hidden, self.shape.dtype)
-                    tail[: len(x)] = x
-                    x = tail
-                out_AH[begin : begin + rows] = self._expert(slot, x)[:rows]
-            start += count
+        for strip in row_strips(count_S.tolist()):
+            first, last = strip[0].start, strip[-1].start + strip[-1].computed
+            x = x_AH[first:last]
+            if last > len(x_AH):
+                x = _BUFFERS.take("x", last - first, self.shape.hidden, self.shape.dtype)
+                x[: len(x_AH) - first] = x_AH[first:]
+            self._run_strip(strip, x, out_AH)
 
     def layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
-        shape, x_TH = self.shape, x_TH.contiguous()
-        order = torch.empty(slot_TK.numel(), dtype=torch.int64)
+        hidden, x_TH = self.shape.hidden, x_TH.contiguous()
+        order_A = torch.empty(slot_TK.numel(), dtype=torch.int64)
         row_TK = torch.empty_like(slot_TK)
-        offset = np.empty(shape.slots + 1, np.int64)
+        offset = np.empty(self.shape.slots + 1, np.int64)
         sort_slots(
-            as_array(slot_TK.view(-1)), as_array(order), offset, as_array(row_TK.view(-1))
+            as_array(slot_TK.view(-1)), as_array(order_A), offset, as_array(row_TK.view(-1))
         )
-        token_A = order.div_(max(slot_TK.shape[1], 1), rounding_mode="floor")
-        y_AH = _BUFFERS.take("y", len(order), shape.hidden, shape.dtype)
-        starts = offset.tolist()
-        for slot, (start, stop) in enumerate(itertools.pairwise(starts)):
-            for first, rows, padded in row_blocks(stop - start):
-                begin = start + first
-                x = _BUFFERS.take("x", padded, shape.hidden, shape.dtype)
-                torch.index_select(x_TH, 0, token_A[begin : begin + rows], out=x[:rows])
-                y_AH[begin : begin + rows] = self._expert(slot, x)[:rows]
-        scratch = np.empty(shape.hidden, np.float32)
-        combine_rows(
-            as_array(y_AH), as_array(row_TK), as_array(gate_TK), scratch, as_array(out_TH)
-        )
+        token_A = order_A.div_(max(slot_TK.shape[1], 1), rounding_mode="floor")
+        y_AH = _BUFFERS.take("y", len(token_A), hidden, self.shape.dtype)
+        for strip in row_strips(np.diff(offset).tolist()):
+            first, last = strip[0].start, strip[-1].start + strip[-1].rows
+            padding = strip[-1].computed - strip[-1].rows
+            x = _BUFFERS.take("x", last - first + padding, hidden, self.shape.dtype)
+            torch.index_select(x_TH, 0, token_A[first:last], out=x[: last - first])
+            self._run_strip(strip, x, y_AH)
+        sum_H = np.empty(hidden, np.float32)
+        combine_rows(as_array(y_AH), as_array(row_TK), as_array(gate_TK), sum_H, as_array(out_TH))
 
-    def _expert(self, slot: int, x_AH: Tensor) -> Tensor:
-        expert = self._experts[slot]
-        gate_up = packed_linear(x_AH, expert["gate_up"], expert.get("gate_up_bias"))
-        act = _BUFFERS.take("act", len(x_AH), self.shape.intermediate, self.shape.dtype)
+    def _run_strip(self, strip: list[RowBlock], x: Tensor, out_AH: Tensor) -> None:
+        """Products of one strip; x starts at the strip's first row and covers its padding.
+
+        The padding rows of a block are the next block's rows: their results are dropped.
+        """
+        first, last = strip[0].start, strip[-1].start + strip[-1].rows
+        products = []
+        for slot, start, rows, computed in strip:
+            expert, row = self._experts[slot], start - first
+            y = packed_linear(x[row : row + computed], expert.gate_up, expert.gate_up_bias)
+            products.append(y if rows == computed else y[:rows])
+        act = self._gated(products, strip[-1].computed - strip[-1].rows)
+        products.clear()
+        for slot, start, rows, computed in strip:
+            expert, row = self._experts[slot], start - first
+            y = packed_linear(act[row : row + computed], expert.down, expert.down_bias)
+            products.append(y if rows == computed else y[:rows])
+        if len(products) == 1:
+            out_AH[first:last] = products[0]
+        else:
+            torch.cat(products, out=out_AH[first:last])
+
+    def _gated(self, products: list[Tensor], padding: int) -> Tensor:
+        """The activation of a strip's gate and up products, and `padding` rows of anything."""
+        gate_up = products[0] if len(products) == 1 else torch.cat(products)
+        rows, intermediate = len(gate_up), self.shape.intermediate
+        act = _BUFFERS.take("act", rows + padding, intermediate, self.shape.dtype)
         if self._gate_code is None:
             gate, up = gate_up.tensor_split(2, dim=1)
-            act.copy_(gated_inplace(gate, up, self.shape.activation))
+            act[:rows] = gated_inplace(gate, up, self.shape.activation)
         else:
-            gated_rows(
-                as_array(gate_up), self._gate_code, self._limit, self._alpha, as_array(act)
-            )
-        return packed_linear(act, expert["down"], expert.get("down_bias"))
+            out = as_array(act[:rows])
+            gated_rows(as_array(gate_up), self._gate_code, self._limit, self._alpha, out)
+        return act
 
-    def _packed(self, tensors: SlotTensors) -> SlotTensors:
-        expert: dict[str, Any] = {
-            "gate_up": pack(gate_rows_first(tensors["gate_up"], self.shape.activation)),
-            "down": pack(tensors["down"]),
-        }
-        if self.shape.bias:
-            bias = gate_rows_first(tensors["gate_up_bias"], self.shape.activation)
-            # Own copies: a caller may reuse its tensors.
-            expert["gate_up_bias"], expert["down_bias"] = bias.clone(), tensors["down_bias"].clone()
-        return expert
+    def _packed(self, tensors: SlotTensors) -> PackedExpert:
+        activation = self.shape.activation
+        gate_up, down = gate_rows_first(tensors["gate_up"], activation), tensors["down"]
+        if not self.shape.bias:
+            return PackedExpert(pack(gate_up), pack(down), None, None)
+        # Own copies: a caller may reuse its tensors.
+        gate_up_bias = gate_rows_first(tensors["gate_up_bias"], activation).clone()
+        return PackedExpert(pack(gate_up), pack(down), gate_up_bias, tensors["down_bias"].clone())
