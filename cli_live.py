@@ -25,8 +25,8 @@ def demo(
     json: Json = False,
 ) -> None:
     """The whole loop on this machine: serve, record, plan, simulate, apply, measure."""
+    from .cli_demo import print_demo
     from .workers.demo import run_demo
-    from .workers.demo_report import print_demo
 
     with show.progress_bar() as bar:
         task = bar.add_task("starting", total=None)

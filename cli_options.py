@@ -133,8 +133,8 @@ def read_trace(path: Path, num_experts: int | None = None) -> tuple[RoutingTrace
     source, notes = read_routing(path, num_experts)
     if not isinstance(source, RoutingTrace):
         raise InputError(
-            f"{path}: holds average loads only, steps cannot be formed from them: `loadmaster plan` "
-            "can plan for load, judging needs routing per token"
+            f"{path}: holds average loads only, and steps need routing per token: give it to "
+            "`loadmaster plan`, which then plans for load only"
         )
     return source, notes
 

@@ -203,8 +203,8 @@ def _plan_loads(
         for n, r in sorted(results.items(), key=lambda kv: kv[1].evidence.objective)
     ]
     verdict = (
-        f"{best}: imbalance of the average loads {results[best].evidence.objective:.4f}; how single "
-        "steps fare cannot be told from average loads"
+        f"{best}: imbalance of the average loads {results[best].evidence.objective:.4f}; "
+        "how single steps fare cannot be told from average loads"
     )
     if json:
         show.print_json({

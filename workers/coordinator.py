@@ -66,6 +66,10 @@ class Measurements:
     step_cpu_us: npt.NDArray[np.float64]         # [W, G]
     stage_us: npt.NDArray[np.float64]            # [W, G] spent on moving experts
 
+    def take(self, steps: npt.NDArray[np.int64]) -> Measurements:
+        """Only these steps, by position."""
+        return Measurements(**{name: column[steps] for name, column in vars(self).items()})
+
 
 class Coordinator:
     """Leads one group. Public methods may be called from any thread, but `start` comes first."""
@@ -247,10 +251,10 @@ class Coordinator:
         traces = [t for t in parts if t is not None]
         return in_step_order(concatenate(traces)) if traces else None
 
-    def measurements(self, since_step: int = 0) -> Measurements:
-        """Figures of the steps from `since_step` on, as far as they are kept."""
+    def measurements(self, after_step: int = 0) -> Measurements:
+        """Figures of the steps after `after_step` (steps count from 1), as far as they are kept."""
         with self._changed:
-            kept = [k for k in self._kept if k[0][0].step >= since_step]
+            kept = [k for k in self._kept if k[0][0].step > after_step]
         results = [r for r, _ in kept]
 
         def stack(name: str, shape: tuple[int, ...], dtype: Any) -> Any:

@@ -263,9 +263,9 @@ class Group:
             raise LoadmasterError("nothing has been recorded: record(True), then serve")
         return trace
 
-    def measurements(self, since_step: int = 0) -> Measurements:
-        """CPU times, tokens and copies of the steps from `since_step` on."""
-        return self._ask("measurements", since_step)  # type: ignore[no-any-return]
+    def measurements(self, after_step: int = 0) -> Measurements:
+        """CPU times, tokens and copies of the steps after `after_step`: `group.step` taken before."""
+        return self._ask("measurements", after_step)  # type: ignore[no-any-return]
 
     # ---- plans and life --------------------------------------------------------------------
 

@@ -1,0 +1,316 @@
+"""The whole loop on one machine: serve, record, plan, simulate, apply, serve on, measure.
+
+Runs the reference model on local ranks. Returns figures and leaves a run folder; prints nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import LoadmasterError, UsageError
+from ..placement.cluster import Cluster
+from ..placement.comparison import Comparison, compare
+from ..placement.plan import Plan
+from ..placement.planner import PlanResult, plan
+from ..simulator.result import SimulationResult
+from ..simulator.serve import Serving, simulate
+from ..simulator.workload import Workload
+from ..traces.spec import ModelSpec
+from ..traces.steps import StepSampler
+from ..traces.store import save_trace
+from ..traces.trace import RoutingTrace
+from . import demo_traffic as traffic
+from .coordinator import Measurements
+from .demo_measure import (
+    RECORDED,
+    ExpertFit,
+    Figures,
+    Overhead,
+    fit_experts,
+    machine,
+    measured,
+    predicted,
+    recording_overhead,
+)
+from .group import Group, PrefillResult
+from .reference import reference_model_dir
+from .switch import ApplyReport
+
+STEP_TOKENS = 4096
+PLAN_TOKENS = 36 * STEP_TOKENS
+JUDGE_TOKENS = 48 * STEP_TOKENS
+DECODE_PROMPTS, DECODE_TOKENS = 32, 12
+OVERHEAD_PAIRS = 6
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Served:
+    """One plan's turn: what came out, what it took, what was recorded."""
+
+    prefill: PrefillResult
+    generated: list[list[int]]
+    steps: Measurements
+    decode_steps: Measurements
+    trace: RoutingTrace | None = None
+    decode_trace: RoutingTrace | None = None
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything the demo found out."""
+
+    verdict: str
+    before: Figures
+    predicted: Figures
+    measured: Figures
+    decode_verdict: str
+    decode_before: Figures
+    decode_predicted: Figures
+    decode_measured: Figures
+    outputs_identical: bool
+    applied: ApplyReport
+    overhead: Overhead
+    fit: ExpertFit
+    planned: PlanResult
+    comparison: Comparison
+    simulated: dict[str, SimulationResult]
+    ranks: int
+    cores: int
+    seconds: float
+    folder: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        moved = self.applied
+        return {
+            "verdict": self.verdict,
+            "prefill": {n: getattr(self, n).to_dict() for n in ("before", "predicted", "measured")},
+            "decode": {
+                "verdict": self.decode_verdict,
+                **{n: getattr(self, f"decode_{n}").to_dict()
+                   for n in ("before", "predicted", "measured")},
+            },
+            "outputs_identical": self.outputs_identical,
+            "moved_experts": len(moved.moved), "moved_bytes": moved.moved_bytes,
+            "commit_us": moved.commit_us, "stage_steps": moved.stage_steps,
+            "recording_overhead": vars(self.overhead),
+            "fit": vars(self.fit),
+            "bound": self.planned.evidence.bound, "gap": self.planned.evidence.gap,
+            "plan_seconds": self.planned.seconds,
+            "simulated_latency_us": {n: vars(s.latency) for n, s in self.simulated.items()},
+            "ranks": self.ranks, "cores": self.cores, "seconds": self.seconds,
+            "run_folder": str(self.folder),
+        }
+
+
+def run_demo(
+    *, ranks: int = 4, out: Path | None = None, seed: int = 0, progress: Progress | None = None
+) -> DemoResult:
+    """Serve the reference model under contiguous, plan, simulate, apply, serve the same again.
+
+    Raises UsageError when the run folder exists or the ranks cannot share the experts.
+    """
+    started = time.perf_counter()
+    say = progress or (lambda said, done, total: None)
+    if ranks < 2:
+        raise UsageError(f"--ranks {ranks}: placement needs at least 2 ranks")
+    folder = _run_folder(out)
+    planning = traffic.mixed(PLAN_TOKENS, seed)
+    judging = traffic.mixed_then_shifting(JUDGE_TOKENS, seed + 1000)
+    decoding = traffic.mixed(DECODE_PROMPTS * traffic.PROMPT_TOKENS, seed + 2000)
+    say("starting Ray and the ranks", 0, 8)
+    with Group.start(reference_model_dir(), ranks=ranks, name=f"demo-{os.getpid()}") as group:
+        say("warming up", 1, 8)
+        group.prefill(planning.head(8 * ranks).prompts)
+        say("serving and recording the traffic to plan from", 2, 8)
+        recorded = _record(group, planning)
+        say("serving unseen traffic under contiguous", 3, 8)
+        before = _serve(group, judging, decoding, record=True)
+        assert before.trace is not None and before.decode_trace is not None
+        say("planning, and proving the plan in simulation", 4, 8)
+        model, standing = group.model_spec, group.plan
+        made = _plan(recorded, model, standing, ranks, seed)
+        fit = fit_experts(before.steps, before.trace, standing, made.cluster)
+        cluster = made.cluster.model_copy(
+            update={"hardware": machine(fit, model, made.cluster.hardware)}
+        )
+        plans = {"contiguous": standing, "auto": made.result.plan}
+        comparison = compare(plans, before.trace, cluster, steps=RECORDED, model=model)
+        decode = _decode_view(plans, before, cluster, model)
+        simulated = _simulate(plans, before.trace, cluster, model, seed)
+        say("moving experts and switching plans", 5, 8)
+        report = group.apply(made.result.plan)
+        say("serving the same traffic under the new plan", 6, 8)
+        after = _serve(group, judging, decoding, record=False)
+        say("measuring what recording costs", 7, 8)
+        overhead = _overhead(group, judging)
+    figures = measured(before.steps), measured(after.steps)
+    result = DemoResult(
+        verdict=_verdict(figures[0], figures[1], comparison),
+        before=figures[0],
+        predicted=predicted(made.result.plan, before.trace, cluster, model, None),
+        measured=figures[1],
+        decode_verdict=decode.verdict,
+        decode_before=measured(before.decode_steps), decode_predicted=decode.figures,
+        decode_measured=measured(after.decode_steps),
+        outputs_identical=(
+            before.prefill.digest == after.prefill.digest and before.generated == after.generated
+        ),
+        applied=report, overhead=overhead, fit=fit, planned=made.result, comparison=comparison,
+        simulated=simulated, ranks=ranks, cores=os.cpu_count() or 1,
+        seconds=time.perf_counter() - started, folder=folder,
+    )
+    _leave(result, folder, recorded, plans, cluster)
+    return result
+
+
+def _record(group: Group, sent: traffic.Traffic) -> RoutingTrace:
+    group.record(True)
+    group.prefill(sent.prompts, sent.domains, step_tokens=STEP_TOKENS)
+    group.record(False)
+    return group.trace(take=True)
+
+
+def _serve(
+    group: Group, judging: traffic.Traffic, decoding: traffic.Traffic, *, record: bool
+) -> Served:
+    """Prefill the one, then decode the other; the steps of each apart."""
+    group.record(record)
+    first = group.step
+    prefill = group.prefill(judging.prompts, judging.domains, step_tokens=STEP_TOKENS)
+    steps = group.measurements(first)
+    trace = group.trace(take=True) if record else None
+    middle = group.step
+    generated = group.generate(decoding.prompts, DECODE_TOKENS, decoding.domains)
+    decode_steps = _only_decode(group.measurements(middle), len(decoding.prompts))
+    group.record(False)
+    decode_trace = None
+    if record:
+        decode_trace = group.trace(take=True)
+        decode_trace = decode_trace.select(np.isin(decode_trace.step, decode_steps.step))
+    return Served(prefill, generated, steps, decode_steps, trace, decode_trace)
+
+
+def _only_decode(steps: Measurements, prompts: int) -> Measurements:
+    """Steps that held one row of every request."""
+    return steps.take(np.flatnonzero(steps.rows.sum(axis=1) == prompts))
+
+
+@dataclass(frozen=True)
+class _Made:
+    result: PlanResult
+    cluster: Cluster
+
+
+def _plan(
+    recorded: RoutingTrace, model: ModelSpec, standing: Plan, ranks: int, seed: int
+) -> _Made:
+    """auto with a quarter more slots than experts, for steps as they were served."""
+    share = -(-model.num_experts // ranks)
+    cluster = Cluster.preset(
+        "cpu", devices_per_node=ranks, slots_per_device=share + max(1, round(share / 4))
+    )
+    result = plan(
+        recorded, cluster, method="auto", objective="balance", dispatch="balanced", seed=seed,
+        steps=StepSampler(tokens=STEP_TOKENS, concurrency=STEP_TOKENS // traffic.PROMPT_TOKENS),
+    )
+    return _Made(result, cluster)
+
+
+@dataclass(frozen=True)
+class _DecodeView:
+    verdict: str
+    figures: Figures
+
+
+def _decode_view(
+    plans: dict[str, Plan], before: Served, cluster: Cluster, model: ModelSpec
+) -> _DecodeView:
+    """What the plan is worth at decode, judged by time: waking more experts costs."""
+    assert before.decode_trace is not None
+    table = compare(plans, before.decode_trace, cluster, steps=RECORDED, model=model)
+    best = table.rows[0]
+    worth = best.name != "contiguous" and best.change_high_percent < 0
+    verdict = table.verdict if worth else f"leave it at decode: {table.verdict}"
+    figures = predicted(plans["auto"], before.decode_trace, cluster, model, None)
+    return _DecodeView(verdict, figures)
+
+
+def _simulate(
+    plans: dict[str, Plan], trace: RoutingTrace, cluster: Cluster, model: ModelSpec, seed: int
+) -> dict[str, SimulationResult]:
+    """The same requests under both plans, at 70 % of what the contiguous plan sustains."""
+    requests = 400
+    capacity = predicted(plans["contiguous"], trace, cluster, model, None)
+    gap_us = capacity.critical_path_us / STEP_TOKENS * traffic.PROMPT_TOKENS / 0.7
+    arrival_us = np.cumsum(np.random.default_rng(seed).exponential(gap_us, requests))
+    workload = Workload.from_arrays(
+        arrival_us, np.full(requests, traffic.PROMPT_TOKENS), np.full(requests, 1)
+    )
+    return {
+        name: simulate(p, workload, cluster, trace=trace, model=model, serving=Serving(), seed=seed)
+        for name, p in plans.items()
+    }
+
+
+def _overhead(group: Group, sent: traffic.Traffic) -> Overhead:
+    """Blocks of the same prompts, recording on and off in turn."""
+    on: list[Measurements] = []
+    off: list[Measurements] = []
+    block = sent.head(3 * STEP_TOKENS // traffic.PROMPT_TOKENS)
+    for pair in range(OVERHEAD_PAIRS):
+        for recording in ((True, False) if pair % 2 else (False, True)):
+            group.record(recording)
+            first = group.step
+            group.prefill(block.prompts, step_tokens=STEP_TOKENS)
+            (on if recording else off).append(group.measurements(first))
+    group.record(False)
+    return recording_overhead(on, off)
+
+
+def _verdict(before: Figures, after: Figures, comparison: Comparison) -> str:
+    gain = 1.0 - after.critical_path_us / before.critical_path_us
+    row = comparison.row("auto")
+    said = (
+        f"imbalance {before.imbalance_mean:.3f} -> {after.imbalance_mean:.3f}; the slowest ranks' "
+        f"expert time changed by {-gain:+.1%} as measured, step time by "
+        f"{row.change_percent:+.1f} % as predicted"
+    )
+    return f"apply auto: {said}" if row.change_high_percent < 0 else f"leave it: {said}"
+
+
+def _run_folder(out: Path | None) -> Path:
+    if out is None:
+        base = Path("loadmaster-runs")
+        number = 1 + max(
+            (int(p.name[5:]) for p in base.glob("demo-*") if p.name[5:].isdigit()), default=0
+        )
+        out = base / f"demo-{number}"
+    if out.exists():
+        raise UsageError(f"{out} exists: name another run folder with --out")
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise LoadmasterError(f"{out}: cannot be created: {error.strerror}") from error
+    return out
+
+
+def _leave(
+    result: DemoResult, folder: Path, recorded: RoutingTrace, plans: dict[str, Plan],
+    cluster: Cluster,
+) -> None:
+    save_trace(recorded, folder / "trace")
+    for name, made in plans.items():
+        made.save(folder / f"{name}.plan.json")
+    (folder / "cluster.yaml").write_text(cluster.to_yaml(), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
