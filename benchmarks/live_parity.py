@@ -204,33 +204,33 @@ def _replicas_of(experts: int, layers: int, ranks: int, seed: int, current: Plan
 
 
 def recording_overhead(
-    group: Group, prompts: Sequence[Sequence[int]], *, pairs: int = 12
+    group: Group, prompts: Sequence[Sequence[int]], *, pairs: int = 80
 ) -> dict[str, Any]:
     """Share of CPU time that recording adds, with the upper end of its 95 % band.
 
-    Prefill rounds of the same prompts, recording on and off in turn (which goes first alternates);
-    CPU time of the rank processes, all their threads included; start the group with `record_to`
-    to have the writer in it. The band is a paired bootstrap.
+    prompts: enough for one step. That step runs again and again with recording on and off in turn
+    (which of a pair goes first alternates). CPU time is that of the rank processes, all threads;
+    start the group with `record_to` to have the writer in it. The share is the ratio of the
+    totals; the band is a paired bootstrap.
     """
     group.prefill(prompts)
     pids = group.status()["pids"]
-    shares = []
+    cpu = np.empty((pairs, 2))
     for pair in range(pairs):
-        cpu = {}
-        for on in (True, False) if pair % 2 else (False, True):
-            group.record(on)
+        for on in (1, 0) if pair % 2 else (0, 1):
+            group.record(bool(on))
             before = _cpu_s(pids)
             group.prefill(prompts)
-            cpu[on] = _cpu_s(pids) - before
-            group.record(False)
-        shares.append(cpu[True] / cpu[False] - 1.0)
+            cpu[pair, on] = _cpu_s(pids) - before
+    group.record(False)
     rng = np.random.default_rng(0)
-    drawn = np.array(shares)[rng.integers(0, pairs, (4000, pairs))].mean(axis=1)
-    upper = float(np.quantile(drawn, 0.975))
+    off, on = cpu[rng.integers(0, pairs, (4000, pairs))].sum(axis=1).T
+    upper = float(np.quantile(on / off, 0.975)) - 1.0
     return {
-        "mean_share": float(np.mean(shares)),
+        "share": float(cpu[:, 1].sum() / cpu[:, 0].sum()) - 1.0,
         "upper_95": upper,
         "pairs": pairs,
+        "cpu_ms_per_step": float(cpu[:, 0].mean() * 1e3),
         "holds": upper <= OVERHEAD_BAR,
     }
 

@@ -82,7 +82,7 @@ class Exchange:
         options._devices = [distributed.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=timeout_s)
         try:
-            self._group = distributed.ProcessGroupGloo(store, rank, ranks, options)
+            self._group: Any = distributed.ProcessGroupGloo(store, rank, ranks, options)
         except RuntimeError as error:
             raise self._failed("joining the group", error) from error
 
@@ -101,6 +101,7 @@ class Exchange:
     def close(self) -> None:
         """Leave the group; peers that still wait in a collective fail."""
         self._group.abort()
+        self._group = None      # its sockets close with it
 
     def all_gather(self, row: Tensor) -> Tensor:
         """[n] on every rank -> [G, n]."""
