@@ -144,3 +144,15 @@ def serve() -> Callable[..., list[tuple[tuple[int, ...], str]]]:
         return [(s.tokens, s.digest) for s in states]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray cluster for all tests that need it; ended by its handle."""
+    import ray
+
+    from loadmaster.workers.launch import connect
+
+    connect(num_cpus=4)
+    yield
+    ray.shutdown()
