@@ -10,20 +10,23 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY_PREFIX = ".writing-"
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` at `path`: temporary name, fsync, rename, fsync of the folder.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its place at `path` when the block ends without an error.
 
-    A reader sees the old file or the new one, never a part; after an error the old file stands and
-    no temporary file is left. Raises OSError as the system does.
+    Temporary name, fsync, rename, fsync of the folder: a reader sees the old file or the new one,
+    never a part. After an error the old file stands and no temporary file is left. Raises OSError
+    as the system does.
     """
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

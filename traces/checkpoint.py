@@ -299,7 +299,8 @@ def _block_scale_bytes(block: Any, shape: tuple[int | None, int | None, int]) ->
     hidden, width, matrices = shape
     if not (isinstance(block, list) and len(block) == 2 and hidden and width):
         return 4 * matrices
-    return 4 * matrices * math.ceil(hidden / block[0]) * math.ceil(width / block[1])
+    blocks = math.ceil(hidden / int(block[0])) * math.ceil(width / int(block[1]))
+    return 4 * matrices * blocks
 
 
 def vocabulary_size(folder: Path) -> int | None:

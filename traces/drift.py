@@ -110,7 +110,8 @@ def _block_loads(source: RoutingTrace | Profile, seed: int) -> FloatArray:
     """[B, L, E] loads of up to 64 blocks, each a random share of the requests (or a window)."""
     if isinstance(source, Profile):
         if source.sample is None:
-            return source.load_WLE[source.load_WLE.sum(axis=(1, 2)) > 0]
+            used: FloatArray = source.load_WLE[source.load_WLE.sum(axis=(1, 2)) > 0]
+            return used
         source = source.sample
     unique, inverse = np.unique(source.request_T(), return_inverse=True)
     blocks = min(_BLOCKS, len(unique))

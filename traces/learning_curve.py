@@ -30,35 +30,31 @@ class LearningCurve:
     tokens: tuple[int, ...]           # planned from, rising; the last is all there are
     imbalance: tuple[float, ...]      # mean over repeats
     spread: tuple[float, ...]         # standard deviation over repeats
+    trace_tokens: int                 # what a plan would be made from in the end
     held_out_tokens: int
     tolerance: float
-    enough_tokens: int | None         # from here on a doubling buys less than the tolerance
-    likely_tokens: int | None         # where that would be, when the trace is too short
+    needed_tokens: int                # from here on a doubling buys less than the tolerance
     judged_by: str
 
     @property
     def long_enough(self) -> bool:
         """Whether more tokens would change the plan's worth by less than the tolerance."""
-        return self.enough_tokens is not None
+        return self.needed_tokens <= self.trace_tokens
 
     @property
     def verdict(self) -> str:
         """One sentence for people."""
-        last = f"{self.imbalance[-1]:.3f}"
-        if self.enough_tokens is not None:
-            return (
-                f"long enough: from {self.enough_tokens:,} tokens on, twice as many improve the "
-                f"imbalance on unseen requests by less than {self.tolerance:g} (it is {last})"
-            )
-        hint = f"; about {self.likely_tokens:,} are likely to do" if self.likely_tokens else ""
+        word = "long enough" if self.long_enough else "too short"
         return (
-            f"too short: twice as many tokens would still improve the imbalance on unseen requests "
-            f"by {self.tolerance:g} or more (it is {last} from {self.tokens[-1]:,} tokens){hint}"
+            f"{word}: it has {self.trace_tokens:,} tokens, a plan needs about "
+            f"{self.needed_tokens:,}; with more than that, twice as many tokens improve the "
+            f"imbalance on unseen requests by less than {self.tolerance:g} (planned from "
+            f"{self.tokens[-1]:,} it is {self.imbalance[-1]:.3f})"
         )
 
 
 def learning_curve(
-    trace: RoutingTrace, *, judge: Judge | None = None, devices: int = 8, repeats: int = 4,
+    trace: RoutingTrace, *, judge: Judge | None = None, devices: int = 8, repeats: int = 8,
     tolerance: float = 0.01, seed: int = 0,
 ) -> LearningCurve:
     """Plan from 256, 512, … tokens and judge each time on requests held back.
@@ -86,13 +82,11 @@ def learning_curve(
          for n in sizes]
     )
     mean = judged.mean(axis=1)
-    enough = _first_flat(sizes, mean, tolerance)
     return LearningCurve(
-        tokens=tuple(sizes), imbalance=tuple(map(float, mean)),
+        tokens=tuple(sizes), imbalance=tuple(map(float, mean)), trace_tokens=trace.num_tokens,
         spread=tuple(map(float, judged.std(axis=1))),
         held_out_tokens=round(float(np.mean([len(held) for _, held in splits]))),
-        tolerance=tolerance, enough_tokens=enough,
-        likely_tokens=None if enough else _extrapolated(sizes, mean, tolerance),
+        tolerance=tolerance, needed_tokens=_needed(sizes, mean, tolerance),
         judged_by="the judge handed in" if judge else f"proxy for {devices} devices",
     )
 
@@ -161,28 +155,18 @@ def _judge(
     )
 
 
-def _first_flat(
+def _needed(
     sizes: list[int], mean: npt.NDArray[np.float64], tolerance: float
-) -> int | None:
-    """The smallest size from which on no doubling improves by the tolerance or more."""
-    gain_per_doubling = -np.diff(mean) / np.log2(np.array(sizes[1:]) / np.array(sizes[:-1]))
-    steep = np.flatnonzero(gain_per_doubling >= tolerance)
-    first = 0 if len(steep) == 0 else int(steep[-1]) + 1
-    return sizes[first] if first < len(sizes) - 1 else None
+) -> int:
+    """Tokens from which on a doubling buys less than the tolerance, by the fitted curve.
 
-
-def _extrapolated(
-    sizes: list[int], mean: npt.NDArray[np.float64], tolerance: float
-) -> int | None:
-    """Where a doubling would buy less than the tolerance, if the rest falls as 1 / sqrt(n).
-
-    The last two points fix the curve floor + c / sqrt(n); a doubling at n buys 0.293 c / sqrt(n).
-    None where the last point is no better than the one before.
+    Estimation errors fall as 1 / sqrt(n), so the points are fitted by floor + c / sqrt(n), larger n
+    weighing more; a doubling at n then buys 0.293 c / sqrt(n). Two digits, rounded up; at least
+    the smallest size tried.
     """
-    root = 1.0 / np.sqrt(np.array(sizes[-2:], np.float64))
-    slope = float((mean[-2] - mean[-1]) / (root[0] - root[1]))
-    if slope <= 0:
-        return None
-    needed = (slope * (1 - 1 / np.sqrt(2)) / tolerance) ** 2
-    digits = 10 ** max(0, len(str(int(needed))) - 2)
-    return max(sizes[-1], int(-(-needed // digits) * digits))
+    root = 1 / np.sqrt(np.array(sizes, np.float64))
+    design = np.stack([np.ones_like(root), root], axis=1) / root[:, None]
+    (_, slope), *_ = np.linalg.lstsq(design, mean / root, rcond=None)
+    needed = (max(0.0, float(slope)) * (1 - 1 / np.sqrt(2)) / tolerance) ** 2
+    unit: int = 10 ** max(0, len(str(int(needed))) - 2)
+    return max(sizes[0], int(-(-needed // unit)) * unit)

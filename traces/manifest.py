@@ -13,7 +13,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError, LoadmasterError
-from .atomic_file import TEMPORARY_PREFIX, folder_lock, write_atomically
+from .atomic_file import TEMPORARY_PREFIX, folder_lock, replacing
 from .spec import ModelSpec
 
 MANIFEST_NAME = "manifest.json"
@@ -192,7 +192,8 @@ def _longer(known: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
 
 def _write(folder: Path, manifest: Manifest) -> None:
     text = manifest.model_dump_json(indent=1, exclude_none=True) + "\n"
-    write_atomically(folder / MANIFEST_NAME, text.encode())
+    with replacing(folder / MANIFEST_NAME) as file:
+        file.write(text.encode())
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -76,11 +76,11 @@ def record_model(
     if not prompts:
         raise InputError("the texts hold no tokens: give at least one that is not empty")
     model = _load(folder, dtype, device)
-    layer_of = _layers_by_module(model, spec)
+    layers_by_module(model, spec)  # before a folder is made: it may refuse
     recorder = Recorder(out_dir, spec, gates=gates, requests=requests, domain_names=names)
     run = _Run(model, recorder, decode_tokens)
     try:
-        with _recording(model, layer_of, recorder):
+        with recording(model, spec, recorder):
             done, total = 0, sum(len(p.tokens) for p in prompts)
             for batch in _batches(prompts, step_tokens):
                 run.serve(batch)
@@ -200,9 +200,16 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
 
 
 @contextlib.contextmanager
-def _recording(model: Any, layer_of: dict[Any, int], recorder: Recorder) -> Iterator[None]:
-    """While this lasts, every experts call of the model goes to the recorder first."""
+def recording(model: Any, spec: ModelSpec, recorder: Recorder) -> Iterator[None]:
+    """While this lasts, every experts call of the model goes to the recorder first.
+
+    The caller announces each forward pass with `begin_step` and `end_step`.
+    Raises InputError where the model does not route all its MoE layers through the interface.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+    layer_of = layers_by_module(model, spec)
+    before = model.get_experts_implementation()
 
     def record_then_compute(
         experts: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
@@ -219,10 +226,10 @@ def _recording(model: Any, layer_of: dict[Any, int], recorder: Recorder) -> Iter
     try:
         yield
     finally:
-        model.set_experts_implementation("grouped_mm")
+        model.set_experts_implementation(before)
 
 
-def _layers_by_module(model: Any, spec: ModelSpec) -> dict[Any, int]:
+def layers_by_module(model: Any, spec: ModelSpec) -> dict[Any, int]:
     """The MoE layer, counted from 0, of every experts module. Raises InputError on a mismatch."""
     found: dict[Any, int] = {}
     for name, module in model.named_modules():

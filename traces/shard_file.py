@@ -11,9 +11,10 @@ level, its match finder finds nothing more (benchmarks/traces.py).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +42,36 @@ def gates_column(layer: int) -> str:
     return f"gates_{layer:03d}"
 
 
-def encode_shard(trace: RoutingTrace, manifest: Manifest) -> memoryview:
-    """The bytes of one shard holding all tokens of `trace`. Copies no id that lies layer by layer.
+class _HashingSink:
+    """A file for pyarrow that counts and hashes what goes through, column by column."""
 
-    The trace must have the manifest's shape and at least its columns (the caller has checked).
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def write_shard(trace: RoutingTrace, manifest: Manifest, file: BinaryIO) -> tuple[int, str]:
+    """Write one shard with all tokens of `trace`; returns its size in bytes and its sha256.
+
+    Copies no id that lies layer by layer, and keeps no copy of the file. The trace must have the
+    manifest's shape and at least its columns (the caller has checked).
     """
+    sink = _HashingSink(file)
     arrays: dict[str, pa.Array] = {}
     id_type = np.dtype(f"<u{manifest.id_bytes}")
     for layer in range(manifest.num_layers):
@@ -61,9 +87,8 @@ def encode_shard(trace: RoutingTrace, manifest: Manifest) -> memoryview:
             arrays[name] = _binary(column, np.dtype("u1"))
         else:
             arrays[name] = pa.array(column, _INTEGERS[name])
-    sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.table(arrays), sink,
+        pa.table(arrays), pa.PythonFile(sink, mode="w"),
         compression="zstd", compression_level=1, write_statistics=False,
         row_group_size=max(1, trace.num_tokens),
         use_dictionary=[n for n in ("source", "phase", "domain") if n in arrays] or False,
@@ -71,7 +96,7 @@ def encode_shard(trace: RoutingTrace, manifest: Manifest) -> memoryview:
         column_encoding={n: "DELTA_BINARY_PACKED" for n in ("step", "request") if n in arrays}
         or None,
     )
-    return memoryview(sink.getvalue())
+    return sink.bytes, sink.sha256.hexdigest()
 
 
 def read_shard(

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, LoadmasterError
-from .atomic_file import TEMPORARY_PREFIX, sync_folder, write_atomically
+from .atomic_file import TEMPORARY_PREFIX, replacing, sync_folder
 from .manifest import (
     MANIFEST_NAME,
     PER_TOKEN_COLUMNS,
@@ -33,7 +33,7 @@ from .manifest import (
     require_unused,
 )
 from .merge import in_step_order, without_unlabelled
-from .shard_file import Columns, encode_shard, read_shard
+from .shard_file import Columns, read_shard, write_shard
 from .spec import ModelSpec
 from .trace import RoutingTrace
 
@@ -81,15 +81,12 @@ class TraceWriter:
             self._append_shard(piece)
 
     def _append_shard(self, piece: RoutingTrace) -> None:
-        data = encode_shard(piece, self.manifest)
         try:
             self._part.mkdir(exist_ok=True)
             name = f"{self._part.name}/shard-{self._next_number():05d}.parquet"
-            write_atomically(self.folder / name, data)
-            shard = Shard(
-                name=name, tokens=piece.num_tokens, bytes=len(data),
-                sha256=hashlib.sha256(data).hexdigest(),
-            )
+            with replacing(self.folder / name) as file:
+                size, sha256 = write_shard(piece, self.manifest, file)
+            shard = Shard(name=name, tokens=piece.num_tokens, bytes=size, sha256=sha256)
             self.manifest = commit_shard(self.folder, shard, piece.domain_names)
         except OSError as error:
             raise LoadmasterError(

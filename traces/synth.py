@@ -118,10 +118,11 @@ def synth_trace(
     zipf, spread: skew of each layer's loads (or give `share_LE` itself). Each layer's experts fall
     into `blocks` random groups, by default of about 2K experts; a token makes `block_share` of its
     choices inside its block, keeps its place among the blocks from layer to layer with probability
-    `affinity`, and takes it over from the token before it with probability `persistence`. Every domain multiplies the shares by
-    its own lognormal(domain_spread); requests draw their domain at random, or, with
-    `switch_tokens`, domains take turns in stretches of about so many tokens. Request lengths are
-    geometric with mean `request_tokens`, the first `prompt_share` of each is prefill.
+    `affinity`, and takes it over from the token before it with probability `persistence`. Every
+    domain multiplies the shares by its own lognormal(domain_spread); requests draw their domain at
+    random, or, with `switch_tokens`, domains take turns in stretches of about so many tokens.
+    Request lengths are geometric with mean `request_tokens`; the first `prompt_share` of each is
+    prefill.
     A token never chooses an expert twice. Equal arguments give an equal trace.
     """
     rng = np.random.default_rng(seed)

@@ -44,7 +44,8 @@ def import_statistics(folder: Path) -> ImportResult:
         by_key = {key: counts + more[key] for key, counts in by_key.items()}
     keys = sorted(by_key)
     iterations, layers = _axes(folder, keys)
-    load_WLE = np.stack([by_key[key] for key in keys]).reshape(len(iterations), len(layers), experts)
+    shape = (len(iterations), len(layers), experts)
+    load_WLE = np.stack([by_key[key] for key in keys]).reshape(shape)
     quiet = load_WLE.sum(axis=(1, 2)) == 0
     return ImportResult(
         format="TensorRT-LLM statistics",
