@@ -182,7 +182,8 @@ class Recorder:
         parts = list(self._full)
         if self._folder is not None and self._background is not None:
             self._background.wait()
-            parts.append(open_trace(self._folder, verify=False).read(rank=self.rank))
+            stored = open_trace(self._folder, verify=False)
+            parts.append(stored.read_as_stored(rank=self.rank))
         parts.append(self._buffer.as_trace(self._names(), copy=True))
         return without_unlabelled(concatenate(parts))
 

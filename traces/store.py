@@ -118,6 +118,13 @@ class StoredTrace:
         columns: names of PER_TOKEN_COLUMNS; None means all that were stored.
         Raises InputError on a layer or column that is not there, or ids out of range.
         """
+        return without_unlabelled(self.read_as_stored(layers, columns, rank))
+
+    def read_as_stored(
+        self, layers: Sequence[int] | None = None, columns: Sequence[str] | None = None,
+        rank: int | None = None,
+    ) -> RoutingTrace:
+        """As `read`, with the domain that recordings keep for tokens without a label."""
         manifest = self.manifest
         wanted = list(range(manifest.num_layers)) if layers is None else list(layers)
         names = list(manifest.columns) if columns is None else list(columns)
@@ -139,7 +146,7 @@ class StoredTrace:
         )
         if several:
             trace = in_step_order(trace)
-        return without_unlabelled(trace if read == names else replace(trace, step=None))
+        return trace if read == names else replace(trace, step=None)
 
     def _shards_by_rank(self, rank: int | None) -> list[Shard]:
         """This rank's shards, or all, by rank and number: no matter in which order they came."""
