@@ -122,7 +122,11 @@ def info(
     show.print_table("", ("", "value"), rows)
     for title, counts in (("phase", facts.tokens_by_phase), ("domain", facts.tokens_by_domain)):
         if counts:
-            show.print_table("", (title, "tokens"), list(counts.items())[:20])
+            shown = list(counts.items())[:12]
+            if len(counts) > len(shown):
+                rest = list(counts.values())[len(shown):]
+                shown.append((f"and {len(rest)} more", sum(rest)))
+            show.print_table("", (title, "tokens"), shown)
     if facts.curve is not None:
         show.print_table(
             f"learning curve, judged by {facts.curve.judged_by}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from loadmaster.cli import main
 from loadmaster.placement.plan import Plan
 from loadmaster.traces.store import save_trace

@@ -6,8 +6,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-import loadmaster
 import pytest
+
+import loadmaster
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -45,12 +45,20 @@ from .reference import reference_model_dir
 from .switch import ApplyReport
 
 STEP_TOKENS = 4096
-PLAN_TOKENS = 36 * STEP_TOKENS
-JUDGE_TOKENS = 48 * STEP_TOKENS
-DECODE_PROMPTS, DECODE_TOKENS = 32, 12
-OVERHEAD_PAIRS = 6
+OVERHEAD_STEPS = 3
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo serves; the default stays well under three minutes on two cores."""
+
+    plan_steps: int = 36
+    judge_steps: int = 48
+    decode_prompts: int = 32
+    decode_tokens: int = 12
+    overhead_pairs: int = 6
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,12 @@ class DemoResult:
 
 
 def run_demo(
-    *, ranks: int = 4, out: Path | None = None, seed: int = 0, progress: Progress | None = None
+    *,
+    ranks: int = 4,
+    out: Path | None = None,
+    seed: int = 0,
+    size: DemoSize = DemoSize(),  # noqa: B008  (frozen)
+    progress: Progress | None = None,
 ) -> DemoResult:
     """Serve the reference model under contiguous, plan, simulate, apply, serve the same again.
 
@@ -125,9 +138,9 @@ def run_demo(
     if ranks < 2:
         raise UsageError(f"--ranks {ranks}: placement needs at least 2 ranks")
     folder = _run_folder(out)
-    planning = traffic.mixed(PLAN_TOKENS, seed)
-    judging = traffic.mixed_then_shifting(JUDGE_TOKENS, seed + 1000)
-    decoding = traffic.mixed(DECODE_PROMPTS * traffic.PROMPT_TOKENS, seed + 2000)
+    planning = traffic.mixed(size.plan_steps * STEP_TOKENS, seed)
+    judging = traffic.mixed_then_shifting(size.judge_steps * STEP_TOKENS, seed + 1000)
+    decoding = traffic.mixed(size.decode_prompts * traffic.PROMPT_TOKENS, seed + 2000)
     say("starting Ray and the ranks", 0, 8)
     with Group.start(reference_model_dir(), ranks=ranks, name=f"demo-{os.getpid()}") as group:
         say("warming up", 1, 8)
@@ -135,7 +148,7 @@ def run_demo(
         say("serving and recording the traffic to plan from", 2, 8)
         recorded = _record(group, planning)
         say("serving unseen traffic under contiguous", 3, 8)
-        before = _serve(group, judging, decoding, record=True)
+        before = _serve(group, judging, decoding, size.decode_tokens, record=True)
         assert before.trace is not None and before.decode_trace is not None
         say("planning, and proving the plan in simulation", 4, 8)
         model, standing = group.model_spec, group.plan
@@ -151,9 +164,9 @@ def run_demo(
         say("moving experts and switching plans", 5, 8)
         report = group.apply(made.result.plan)
         say("serving the same traffic under the new plan", 6, 8)
-        after = _serve(group, judging, decoding, record=False)
+        after = _serve(group, judging, decoding, size.decode_tokens, record=False)
         say("measuring what recording costs", 7, 8)
-        overhead = _overhead(group, judging)
+        overhead = _overhead(group, judging, size.overhead_pairs)
     figures = measured(before.steps), measured(after.steps)
     result = DemoResult(
         verdict=_verdict(figures[0], figures[1], comparison),
@@ -182,7 +195,8 @@ def _record(group: Group, sent: traffic.Traffic) -> RoutingTrace:
 
 
 def _serve(
-    group: Group, judging: traffic.Traffic, decoding: traffic.Traffic, *, record: bool
+    group: Group, judging: traffic.Traffic, decoding: traffic.Traffic, new_tokens: int, *,
+    record: bool,
 ) -> Served:
     """Prefill the one, then decode the other; the steps of each apart."""
     group.record(record)
@@ -191,7 +205,7 @@ def _serve(
     steps = group.measurements(first)
     trace = group.trace(take=True) if record else None
     middle = group.step
-    generated = group.generate(decoding.prompts, DECODE_TOKENS, decoding.domains)
+    generated = group.generate(decoding.prompts, new_tokens, decoding.domains)
     decode_steps = _only_decode(group.measurements(middle), len(decoding.prompts))
     group.record(False)
     decode_trace = None
@@ -263,12 +277,12 @@ def _simulate(
     }
 
 
-def _overhead(group: Group, sent: traffic.Traffic) -> Overhead:
+def _overhead(group: Group, sent: traffic.Traffic, pairs: int) -> Overhead:
     """Blocks of the same prompts, recording on and off in turn."""
     on: list[Measurements] = []
     off: list[Measurements] = []
-    block = sent.head(3 * STEP_TOKENS // traffic.PROMPT_TOKENS)
-    for pair in range(OVERHEAD_PAIRS):
+    block = sent.head(OVERHEAD_STEPS * STEP_TOKENS // traffic.PROMPT_TOKENS)
+    for pair in range(pairs):
         for recording in ((True, False) if pair % 2 else (False, True)):
             group.record(recording)
             first = group.step
