@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .compiled import compiled
-from .flow import fill_flat, flatten, flattest, push_excess
+from .flow import falling_order, fill_flat, flatten, flattest, mean_level, push_excess
 
 
 @compiled
@@ -81,6 +81,16 @@ def split_flat(
 
 
 @compiled
+def total_over(counts_XE: Any) -> Any:
+    """[E] sums over the first axis."""
+    total_E = np.zeros(counts_XE.shape[1], np.int64)
+    for x in range(counts_XE.shape[0]):
+        for e in range(counts_XE.shape[1]):
+            total_E[e] += counts_XE[x, e]
+    return total_E
+
+
+@compiled
 def split_by_node(
     counts_NE: Any, start_E: Any, slot_R: Any, slots_per_device: int, node_G: Any, speed_G: Any,
     slack: float,
@@ -92,7 +102,7 @@ def split_by_node(
     """
     nodes = counts_NE.shape[0]
     expert_X, start_X, slot_X, flow_X, load_G, flat_G, cap_G = split_flat(
-        counts_NE.sum(axis=0), start_E, slot_R, slots_per_device, speed_G, slack
+        total_over(counts_NE), start_E, slot_R, slots_per_device, speed_G, slack
     )
     if nodes == 1:
         return expert_X, np.zeros(len(expert_X), np.int32), start_X, slot_X, flow_X, flat_G
@@ -254,24 +264,23 @@ def choose_fewest_active(
     experts = len(total_E)
     active_G = np.zeros(len(speed_G), np.int64)
     tokens_G = np.zeros(len(speed_G), np.int64)
-    slot_E = np.full(experts, -1, np.int32)
-    used_E = np.where(total_E > 0, total_E, 0)
-    replicated_blocks(used_E, start_E, slot_R, slots_per_device, tokens_G)
-    expert_B, start_B, slot_O = replicated_blocks(
-        np.minimum(used_E, 1), start_E, slot_R, slots_per_device, active_G
-    )
+    used_E = np.zeros(experts, np.int64)
+    slot_E = np.empty(experts, np.int32)
     for e in range(experts):
-        if start_E[e + 1] - start_E[e] == 1 and used_E[e] > 0:
-            slot_E[e] = slot_R[start_E[e]]
+        used_E[e] = 1 if total_E[e] > 0 else 0
+        alone = used_E[e] > 0 and start_E[e + 1] - start_E[e] == 1
+        slot_E[e] = slot_R[start_E[e]] if alone else -1
+    replicated_blocks(total_E, start_E, slot_R, slots_per_device, tokens_G)
+    expert_B, start_B, slot_O = replicated_blocks(
+        used_E, start_E, slot_R, slots_per_device, active_G
+    )
     device_O = slot_O // np.int32(slots_per_device)
     flow_O = np.zeros(len(slot_O), np.int64)
-    _greedy_active(used_E, expert_B, start_B, device_O, flow_O, active_G, tokens_G, speed_G)
+    _greedy_active(total_E, expert_B, start_B, device_O, flow_O, active_G, tokens_G, speed_G)
     cost_O = np.zeros(len(slot_O), np.int32)
     cap_G = np.empty(len(speed_G), np.int64)
-    flatten(
-        start_B, device_O, cost_O, flow_O, active_G, speed_G, active_G.sum() / speed_G.sum(), 0.0,
-        cap_G,
-    )
+    peak = mean_level(slot_O[:0], active_G, speed_G)
+    flatten(start_B, device_O, cost_O, flow_O, active_G, speed_G, peak, 0.0, cap_G)
     for b in range(len(expert_B)):
         for o in range(start_B[b], start_B[b + 1]):
             if flow_O[o] > 0:
@@ -281,15 +290,17 @@ def choose_fewest_active(
 
 @compiled
 def _greedy_active(
-    used_E: Any, expert_B: Any, start_B: Any, device_O: Any, flow_O: Any, active_G: Any,
+    total_E: Any, expert_B: Any, start_B: Any, device_O: Any, flow_O: Any, active_G: Any,
     tokens_G: Any, speed_G: Any,
 ) -> None:
     """Each block to the device with fewest active experts so far, ties to fewest tokens."""
-    top = used_E.max() + 1
+    most = 0
+    for e in range(len(total_E)):
+        most = max(most, total_E[e])
     rank_B = np.empty(len(expert_B), np.int64)
     for b in range(len(expert_B)):
-        rank_B[b] = (start_B[b + 1] - start_B[b]) * top - used_E[expert_B[b]]
-    for b in np.argsort(rank_B, kind="mergesort"):
+        rank_B[b] = total_E[expert_B[b]] - (start_B[b + 1] - start_B[b]) * (most + 1)
+    for b in falling_order(rank_B):
         best = start_B[b]
         for o in range(start_B[b] + 1, start_B[b + 1]):
             d, held = device_O[o], device_O[best]
@@ -300,7 +311,7 @@ def _greedy_active(
                 best = o
         flow_O[best] = 1
         active_G[device_O[best]] += 1
-        tokens_G[device_O[best]] += used_E[expert_B[b]]
+        tokens_G[device_O[best]] += total_E[expert_B[b]]
 
 
 @compiled
@@ -308,7 +319,7 @@ def split_fewest_active(
     counts_GE: Any, start_E: Any, slot_R: Any, slots_per_device: int, speed_G: Any, quotas_GS: Any
 ) -> None:
     """`fewest_active` quotas of one step; quotas_GS comes in zero."""
-    total_E = counts_by_node(counts_GE, np.zeros(counts_GE.shape[0], np.int64), 1)[0]
+    total_E = total_over(counts_GE)
     slot_E = choose_fewest_active(total_E, start_E, slot_R, slots_per_device, speed_G)
     for e in range(len(total_E)):
         if slot_E[e] >= 0:

@@ -46,9 +46,9 @@ def mix(a: int, b: int) -> Any:
 def fixed_slots_sglang(
     homes: int, start_E: Any, slot_R: Any, slots_per_device: int, node_G: Any, seed: int
 ) -> Any:
-    """[G, E] the slot each home rank uses for each expert under sglang_static."""
+    """[G, E] the slot each home rank uses for each expert (0 for an expert without slots)."""
     experts = len(start_E) - 1
-    slot_GE = np.full((homes, experts), -1, np.int32)
+    slot_GE = np.zeros((homes, experts), np.int32)
     waiting = np.empty(homes, np.int32)
     for e in range(experts):
         first, last = start_E[e], start_E[e + 1]
@@ -72,7 +72,9 @@ def fixed_slots_sglang(
 @compiled
 def _fair_picks(count: int, copies: int, seed: int, salt: int) -> Any:
     """`count` copy numbers, every copy equally often give or take one, in shuffled order."""
-    order = np.arange(copies)
+    order = np.empty(copies, np.int64)
+    for i in range(copies):
+        order[i] = i
     _shuffle(order, seed, 2 * salt)
     pick = np.empty(count, np.int64)
     for i in range(count):
@@ -91,9 +93,9 @@ def _shuffle(values: Any, seed: int, salt: int) -> None:
 
 @compiled
 def fixed_slots_ascend(homes: int, start_E: Any, slot_R: Any, tensor_parallel: int) -> Any:
-    """[G, E] the slot each home rank uses for each expert under ascend_fixed."""
+    """[G, E] the slot each home rank uses for each expert (0 for an expert without slots)."""
     experts = len(start_E) - 1
-    slot_GE = np.full((homes, experts), -1, np.int32)
+    slot_GE = np.zeros((homes, experts), np.int32)
     for e in range(experts):
         copies = start_E[e + 1] - start_E[e]
         if copies == 0:

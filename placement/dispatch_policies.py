@@ -1,7 +1,7 @@
 """The table of dispatch policies and the one compiled switch over them.
 
-Knows every policy's name, code and parameters. Knows nothing of clusters, plans or traces: arrays
-in, quotas out. `dispatch.py` is the entry for people; loops over many steps call `split_cell`.
+Knows every policy's name, code, parameters and their defaults. Knows nothing of plans or traces.
+`dispatch.py` is the entry for people; loops over many steps call `split_cell`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from .cluster import Cluster
 from .compiled import compiled
 from .dispatch_balanced import split_balanced, split_fewest_active
 from .dispatch_engines import (
@@ -30,6 +31,10 @@ SGLANG_STATIC, SGLANG_DYNAMIC, VLLM_HASH, TRTLLM, ASCEND = 4, 5, 6, 7, 8
 
 # Places in the parameter vector that compiled code reads.
 SLACK, SEED, OFFSET_BY_RANK, TENSOR_PARALLEL = 0, 1, 2, 3
+
+# Above the flattest split: what `balanced` may spend on keeping tokens near.
+SLACK_ACROSS_NODES = 0.002
+SLACK_SENT_ONCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,26 @@ def policy_of(spec: DispatchSpec) -> Policy:
     return policy
 
 
-def parameter_vector(spec: DispatchSpec, default_slack: float) -> npt.NDArray[np.float64]:
+def sends_once(cluster: Cluster) -> bool:
+    """Whether a token's copies to one rank or one node are sent once."""
+    return cluster.traffic.mode == "return_home" and cluster.traffic.payload != "per_expert"
+
+
+def default_slack(cluster: Cluster) -> float:
+    """How far above the flattest split `balanced` may go where the spec does not say.
+
+    0 in one node under `per_expert`: nothing is to be had for it. 0.002 across nodes. 0.02 where
+    copies are sent once, because there a token kept from crossing saves a whole message.
+    """
+    if sends_once(cluster):
+        return SLACK_SENT_ONCE
+    return SLACK_ACROSS_NODES if cluster.num_nodes > 1 else 0.0
+
+
+def parameter_vector(spec: DispatchSpec, cluster: Cluster) -> npt.NDArray[np.float64]:
     """The numbers compiled code reads; UsageError on one that is not a number or negative."""
     policy = policy_of(spec)
-    vector = np.array([default_slack, 0.0, 0.0, 1.0])
+    vector = np.array([default_slack(cluster), 0.0, 0.0, 1.0])
     for name, place, default in policy.parameters:
         given = spec.parameters.get(name, default)
         if isinstance(given, str) or not np.isfinite(given):

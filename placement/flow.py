@@ -2,7 +2,7 @@
 
 A block is a group of tokens that may go to any of a few devices (its options), each at a small
 whole-number cost. Knows blocks, options, loads and caps; knows nothing of experts, nodes or
-payloads: `dispatch_balanced.py` and `dispatch_locality.py` give these their meaning.
+payloads: `dispatch_balanced.py` and `dispatch_merged.py` give these their meaning.
 
 Exact. The flattest split: water-fill, then push what is above the cap along shortest paths of the
 device graph; where no path is left, the devices reached hold only tokens that cannot leave them,
@@ -137,6 +137,35 @@ def within(load_G: Any, cap_G: Any) -> bool:
 
 
 @compiled
+def falling_order(value_B: Any) -> Any:
+    """[B] indices, largest value first, lower index first among equals (merge sort).
+
+    numpy's argsort would do, but compiling it costs more than all of this file.
+    """
+    count = len(value_B)
+    order = np.empty(count, np.int32)
+    for i in range(count):
+        order[i] = i
+    other = np.empty(count, np.int32)
+    width = 1
+    while width < count:
+        for low in range(0, count, 2 * width):
+            middle = min(low + width, count)
+            high = min(low + 2 * width, count)
+            i, j = low, middle
+            for at in range(low, high):
+                if i < middle and (j >= high or value_B[order[i]] >= value_B[order[j]]):
+                    other[at] = order[i]
+                    i += 1
+                else:
+                    other[at] = order[j]
+                    j += 1
+        order, other = other, order
+        width *= 2
+    return order
+
+
+@compiled
 def fill_flat(
     tokens_B: Any, start_B: Any, end_B: Any, device_O: Any, flow_O: Any, load_G: Any,
     speed_G: Any, cap_G: Any,
@@ -146,7 +175,7 @@ def fill_flat(
     Block b uses its options start_B[b]:end_B[b]. load_G holds what cannot be split; the blocks'
     tokens are added. Costs play no part.
     """
-    order_B = np.argsort(-tokens_B, kind="mergesort")
+    order_B = falling_order(tokens_B)
     for b in order_B:
         water_fill(tokens_B[b], start_B[b], end_B[b], device_O, flow_O, load_G, speed_G)
     for _ in range(WATER_PASSES):
@@ -240,8 +269,11 @@ def _push_paths(
     Each device remembers how far its arcs were tried, so no arc is tried twice.
     """
     devices = len(load_G)
-    arc_G = start_G[:devices].copy()          # position in option_G
-    sibling_G = np.full(devices, -1, np.int32)   # next option of the block to try; -1 = from start
+    arc_G = np.empty(devices, np.int32)       # position in option_G
+    sibling_G = np.empty(devices, np.int32)   # next option of the block to try; -1 = from start
+    for d in range(devices):
+        arc_G[d] = start_G[d]
+        sibling_G[d] = -1
     path_from = np.empty(devices + 1, np.int32)
     path_to = np.empty(devices + 1, np.int32)
     path_device = np.empty(devices + 1, np.int32)
@@ -363,12 +395,13 @@ def flatten(
 def mean_level(tokens_B: Any, load_G: Any, speed_G: Any) -> float:
     """All tokens over all speed: no split can keep every device below it."""
     total = 0
+    speed = 0.0
     for d in range(len(load_G)):
         total += load_G[d]
+        speed += speed_G[d]
     for tokens in tokens_B:
         total += tokens
-    level: float = total / speed_G.sum()
-    return level
+    return total / speed
 
 
 @compiled

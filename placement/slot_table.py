@@ -79,3 +79,8 @@ class SlotTable:
         start, slot = index_slots(slots_S, num_experts)
         unique = distinct_devices(start, slot, width)
         return cls(width, start, slot, *unique)
+
+    def arrays(self) -> tuple[IntArray, IntArray, IntArray, IntArray, int]:
+        """What the compiled policies take, in their order."""
+        return (self.start_E, self.slot_R, self.start_unique_E, self.slot_unique_R,
+                self.slots_per_device)

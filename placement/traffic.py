@@ -35,11 +35,9 @@ from ..errors import InputError
 from ..traces.steps import Steps
 from ..traces.trace import RoutingTrace
 from .cluster import Cluster
-from .dispatch import default_slack
-from .dispatch_policies import parameter_vector, policy_of
+from .dispatch_steps import route_steps
 from .plan import DispatchSpec, Plan
-from .slot_table import SlotTable
-from .traffic_count import LayerCounts, count_layer, route_layer
+from .traffic_count import LayerCounts, count_layer
 
 Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -150,11 +148,9 @@ def layer_loads(
     spec: DispatchSpec,
     expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
 ) -> LayerCounts:
-    """Route and count one layer: the inner loop of `step_loads`, for searches that call it often."""
-    table = SlotTable.of(job.slots_GC, job.num_experts)
-    slot_AK = route_layer(
-        job.ids_AK, job.home_A, job.offset_W, table, cluster, policy_of(spec),
-        parameter_vector(spec, default_slack(cluster)), job.slots_GC.size,
+    """Route and count one layer: the inner loop of `step_loads`, for searches."""
+    slot_AK = route_steps(
+        job.ids_AK, job.home_A, job.offset_W, job.slots_GC, job.num_experts, cluster, spec
     )
     return count_layer(
         slot_AK, job.ids_AK, job.home_A, job.from_AK, job.offset_W, job.slots_GC, cluster,

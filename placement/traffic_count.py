@@ -1,4 +1,4 @@
-"""The compiled loops of `traffic.py`: slots of every assignment, then work and copies per device.
+"""The compiled loops of `traffic.py`: work per device and copies per port.
 
 Knows one layer at a time. The payload rules are stated in `traffic.py`.
 """
@@ -11,15 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
 from .cluster import Cluster
 from .compiled import compiled
-from .dispatch import assign_in_order, count_into, sends_once
-from .dispatch_engines import slots_by_position
-from .dispatch_merged import class_offsets, index_places, route_merged
-from .dispatch_policies import BALANCED, OFFSET_BY_RANK, SLACK, TRTLLM, Policy, split_cell
 from .hardware import ComputeProfile
-from .slot_table import SlotTable
 from .tables import interpolate
 
 NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN = 0, 1, 2, 3
@@ -36,38 +30,6 @@ class LayerCounts:
     table_us_WG: npt.NDArray[np.float64]
     extrapolated: bool
     ports_PWG: npt.NDArray[np.float64]      # NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN
-
-
-def route_layer(
-    ids_AK: npt.NDArray[np.int32],
-    home_A: npt.NDArray[np.int32],
-    offset_W: npt.NDArray[np.int64],
-    table: SlotTable,
-    cluster: Cluster,
-    policy: Policy,
-    parameters: npt.NDArray[np.float64],
-    slots: int,
-) -> npt.NDArray[np.int32]:
-    """[A', K] the slot of every assignment, each step dispatched by itself."""
-    unused_E = np.flatnonzero(np.diff(table.start_E) == 0)
-    if len(unused_E) and np.isin(ids_AK, unused_E).any():
-        raise InputError(f"expert {unused_E[0]} has no slot: complete the plan")
-    slot_AK = np.empty(ids_AK.shape, np.int32)
-    if policy.code == BALANCED and sends_once(cluster):
-        per_node = cluster.traffic.payload == "per_node"
-        _route_merged_steps(
-            ids_AK, home_A, offset_W, table.start_unique_E, table.slot_unique_R,
-            table.slots_per_device, cluster.node_G,
-            cluster.node_G if per_node else np.arange(cluster.num_devices),
-            1 if per_node else cluster.num_nodes, cluster.speed_G, parameters[SLACK], slot_AK,
-        )
-        return slot_AK
-    _route_steps(
-        policy.code, policy.by_position, ids_AK, home_A, offset_W, table.start_E, table.slot_R,
-        table.start_unique_E, table.slot_unique_R, table.slots_per_device, slots, cluster.node_G,
-        cluster.num_nodes, cluster.speed_G, parameters, slot_AK,
-    )
-    return slot_AK
 
 
 def count_layer(
@@ -128,45 +90,6 @@ def _table_end(profile: ComputeProfile) -> float:
 
 
 @compiled
-def _route_steps(
-    code: int, by_position: bool, ids_AK: Any, home_A: Any, offset_W: Any, start_E: Any,
-    slot_R: Any, start_unique_E: Any, slot_unique_R: Any, slots_per_device: int, slots: int,
-    node_G: Any, nodes: int, speed_G: Any, parameters: Any, slot_AK: Any,
-) -> None:
-    homes = len(node_G)
-    counts_GE = np.empty((homes, len(start_E) - 1), np.int32)
-    quotas_GS = np.empty((homes, slots), np.int32)
-    for w in range(len(offset_W) - 1):
-        first, last = offset_W[w], offset_W[w + 1]
-        ids_TK, home_T, slot_TK = ids_AK[first:last], home_A[first:last], slot_AK[first:last]
-        if by_position:
-            slots_by_position(ids_TK, home_T, homes, start_E, slot_R, code == TRTLLM,
-                              parameters[OFFSET_BY_RANK] != 0, slot_TK)
-            continue
-        counts_GE[:] = 0
-        quotas_GS[:] = 0
-        count_into(ids_TK, home_T, counts_GE)
-        split_cell(code, counts_GE, start_E, slot_R, start_unique_E, slot_unique_R,
-                   slots_per_device, node_G, nodes, speed_G, parameters, quotas_GS)
-        assign_in_order(ids_TK, home_T, quotas_GS, start_E, slot_R, slot_TK)
-
-
-@compiled
-def _route_merged_steps(
-    ids_AK: Any, home_A: Any, offset_W: Any, start_E: Any, slot_R: Any, slots_per_device: int,
-    node_G: Any, place_G: Any, groups: int, speed_G: Any, slack: float, slot_AK: Any,
-) -> None:
-    place_R, count_E = index_places(start_E, slot_R, slots_per_device, place_G)
-    first_E = class_offsets(count_E, groups)
-    for w in range(len(offset_W) - 1):
-        first, last = offset_W[w], offset_W[w + 1]
-        route_merged(
-            ids_AK[first:last], home_A[first:last], start_E, slot_R, slots_per_device, place_G,
-            node_G, place_R, count_E, first_E, groups, speed_G, slack, slot_AK[first:last],
-        )
-
-
-@compiled
 def _count_work(
     slot_AK: Any, offset_W: Any, slots_per_device: int, slot_bytes_S: Any, table_us: Any,
     tokens_WG: Any, active_WG: Any, bytes_WG: Any, table_us_WG: Any, table_end: float,
@@ -219,8 +142,8 @@ def _count_merged(
     """One copy per (token, rank), and with `per_node` one per (token, other node) on the NICs."""
     devices = len(node_G)
     first_N, size_N = node_spans(node_G)
-    rank_seen_G = np.full(devices, -1, np.int64)
-    node_seen_N = np.full(len(first_N), -1, np.int64)
+    rank_seen_G = np.zeros(devices, np.int64)      # last token to visit, counted from 1
+    node_seen_N = np.zeros(len(first_N), np.int64)
     for w in range(len(offset_W) - 1):
         for t in range(offset_W[w], offset_W[w + 1]):
             home = home_A[t]
@@ -229,16 +152,16 @@ def _count_merged(
                 if slot_AK[t, k] < 0:
                     continue
                 to = slot_AK[t, k] // slots_per_device
-                if rank_seen_G[to] == t:
+                if rank_seen_G[to] == t + 1:
                     continue
-                rank_seen_G[to] = t
+                rank_seen_G[to] = t + 1
                 node = node_G[to]
                 source = home
                 if node != own and per_node:
                     # The rank with the home's place in that node receives and forwards.
                     source = first_N[node] + (home - first_N[own]) % size_N[node]
-                    if node_seen_N[node] != t:
-                        node_seen_N[node] = t
+                    if node_seen_N[node] != t + 1:
+                        node_seen_N[node] = t + 1
                         ports_PWG[NIC_OUT, w, home] += 1
                         ports_PWG[NIC_IN, w, source] += 1
                 elif node != own:
@@ -264,7 +187,7 @@ def _count_allgather(home_A: Any, offset_W: Any, node_G: Any, ports_PWG: Any) ->
         for t in range(offset_W[w], offset_W[w + 1]):
             own_G[home_A[t]] += 1
             own_N[node_G[home_A[t]]] += 1
-        total = own_N.sum()
+        total = float(offset_W[w + 1] - offset_W[w])
         for d in range(devices):
             n = node_G[d]
             arrives = (total - own_N[n]) / size_N[n]
