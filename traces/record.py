@@ -65,6 +65,7 @@ class Recorder:
         ranks: int = 1,
         gates: bool = False,
         requests: bool = True,
+        home_ranks: bool = True,
         domain_names: tuple[str, ...] = (),
         buffer_tokens: int = SHARD_TOKENS,
         plan_at_capture: str | None = None,
@@ -72,7 +73,8 @@ class Recorder:
     ) -> None:
         """directory: a new folder, or the one another rank of this recording began; None: memory.
         ranks: how many recorders share it. gates: keep gate weights. requests: keep which request
-        a token belongs to. resume: go on after this rank's last shard (a restarted worker).
+        a token belongs to. home_ranks: keep which rank a token came from; not where one process
+        stands for a cluster. resume: go on after this rank's last shard (a restarted worker).
 
         `domain_names` may be set again later, to a longer list with the same beginning.
         Raises InputError where the folder holds something else; UsageError on bad numbers.
@@ -82,7 +84,8 @@ class Recorder:
                 f"a recorder needs buffer_tokens >= 1 and 0 <= rank < ranks; got {buffer_tokens}, "
                 f"rank {rank} of {ranks}"
             )
-        columns = ("step", "source", "phase", "domain", *["request"] * requests, *["gates"] * gates)
+        wanted = {"source": home_ranks, "request": requests, "gates": gates}
+        columns = ("step", "phase", "domain", *(name for name, keep in wanted.items() if keep))
         self.model, self.rank, self.domain_names = model, rank, tuple(domain_names)
         self._manifest = Manifest.of_model(
             model, columns=columns, ranks=ranks, plan_at_capture=plan_at_capture
@@ -136,7 +139,8 @@ class Recorder:
         self._make_room(len(request))
         columns, at = self._buffer.columns, self._rows(len(request))
         columns["step"][at] = step
-        columns["source"][at] = self.rank if source is None else source
+        if "source" in columns:
+            columns["source"][at] = self.rank if source is None else source
         columns["phase"][at] = PHASES.index(phase_T) if isinstance(phase_T, str) else phase_T
         columns["domain"][at] = 0 if domain_T is None else self._labels(np.asarray(domain_T))
         if "request" in columns:

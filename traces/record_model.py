@@ -77,7 +77,9 @@ def record_model(
         raise InputError("the texts hold no tokens: give at least one that is not empty")
     model = _load(folder, dtype, device)
     layers_by_module(model, spec)  # before a folder is made: it may refuse
-    recorder = Recorder(out_dir, spec, gates=gates, requests=requests, domain_names=names)
+    recorder = Recorder(
+        out_dir, spec, gates=gates, requests=requests, home_ranks=False, domain_names=names
+    )
     run = _Run(model, recorder, decode_tokens)
     try:
         with recording(model, spec, recorder):
