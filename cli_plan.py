@@ -339,7 +339,7 @@ def plan_show(
     """What a plan says: slots, replicas, dispatch, where it came from and how good it is."""
     from .placement.describe import describe_plan
 
-    told = describe_plan(_load_plan(plan_file))  # type: ignore[arg-type]
+    told = describe_plan(_load_plan(plan_file))
     if json:
         show.print_json(told.to_dict())
         return
@@ -359,12 +359,15 @@ def plan_diff(
     from .placement.describe import diff_plans
 
     before, after = _load_plan(old), _load_plan(new)
-    told = diff_plans(before, after, read_model(model))  # type: ignore[arg-type]
+    told = diff_plans(before, after, read_model(model))
     if json:
         show.print_json(told.to_dict())
         return
     show.print_verdict(told.summary)
-    show.print_table("", told.columns, told.rows)
+    if told.rows:
+        show.print_table("", told.columns, told.rows)
+    if told.device_rows:
+        show.print_table("", told.device_columns, told.device_rows)
     show.print_notes(told.notes)
 
 
@@ -380,7 +383,7 @@ def plan_export(
     from .placement.formats import export_plan
 
     require_new(out)
-    notes = export_plan(_load_plan(plan_file), format, out, model=read_model(model))  # type: ignore[arg-type]
+    notes = export_plan(_load_plan(plan_file), format, out, model=read_model(model))
     show.print_verdict(f"wrote {out} for {format}")
     show.print_notes(notes)
 

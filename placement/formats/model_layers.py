@@ -1,0 +1,34 @@
+"""Which of the model's own layers a plan's layers are.
+
+A trace that does not know numbers its layers 0, 1, 2, ..., so that count alone proves nothing.
+"""
+
+from __future__ import annotations
+
+from ...errors import InputError
+from ...traces.spec import ModelSpec
+from ..plan import Plan
+
+
+def model_layers(plan: Plan, model: ModelSpec | None) -> tuple[tuple[int, ...] | None, list[str]]:
+    """(the model's own index of every layer, notes); None where neither plan nor model tells.
+
+    Raises InputError where both tell and differ.
+    """
+    counted = tuple(range(plan.num_layers))
+    told = plan.layer_indices if plan.layer_indices != counted else ()
+    if model is None:
+        return told or None, []
+    if not told or model.layer_indices is None:
+        layers = told or model.own_layer_indices()
+        moved = not told and layers != counted
+        return layers, (
+            [f"layers are taken to be the model's MoE layers, {layers[0]} to {layers[-1]}"]
+            if moved else []
+        )
+    if told != model.layer_indices:
+        raise InputError(
+            f"the plan is for layers {told[0]}..{told[-1]}, the model's MoE layers are "
+            f"{model.layer_indices[0]}..{model.layer_indices[-1]}: it belongs to another model"
+        )
+    return told, []
