@@ -17,9 +17,10 @@ import numpy.typing as npt
 from ..errors import UsageError
 from .batching import Batch
 from .blame import Usage
+from .composition import Composition
 from .engine import ServingGroup
 from .in_force import InForce
-from .routed import Composition, Condition, RoutedSteps, StepRouter
+from .routed import Condition, RoutedSteps, StepRouter
 from .streams import stream
 from .token_source import TokenSource
 from .workload import Workload

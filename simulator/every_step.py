@@ -6,9 +6,10 @@ import numpy as np
 
 from .batching import Batch
 from .blame import Usage
+from .composition import Composition
 from .engine import ServingGroup
 from .in_force import InForce
-from .routed import Composition, Condition, StepRouter
+from .routed import Condition, StepRouter
 from .token_source import TokenSource
 
 KEPT_STEPS = 48

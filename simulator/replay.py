@@ -23,8 +23,9 @@ from ..traces.spec import ModelSpec
 from ..traces.steps import Steps, StepSampler
 from ..traces.trace import RoutingTrace
 from .blame import OTHER_DISPATCHES, Blame, Usage, WaitSplit, split_wait
+from .composition import Composition
 from .result import Distribution
-from .routed import Composition, Condition, StepRouter
+from .routed import Condition, StepRouter
 from .streams import stream
 
 FloatArray = npt.NDArray[np.float64]

@@ -23,6 +23,8 @@ from ..placement.traffic import StepLoads, check_fit, step_loads
 from ..traces.spec import ModelSpec
 from ..traces.steps import Steps
 from ..traces.trace import RoutingTrace
+from .bulk_loads import bulk_loads, counts_in_bulk
+from .composition import Composition
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -42,14 +44,6 @@ class Condition:
     plan: Plan
     slowdown_G: FloatArray | None = None
     nic_share_G: FloatArray | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Composition:
-    """Which trace tokens meet in a step, and on which rank each is at home."""
-
-    token: IntArray
-    home: IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +76,7 @@ class StepRouter:
         *,
         dispatch: DispatchSpec | None = None,
         overlap: Overlap | None = None,
+        threads: int = 1,
     ) -> None:
         if not model.knows_sizes:
             raise UsageError(
@@ -93,7 +88,7 @@ class StepRouter:
                 f"{trace.num_layers} of {trace.num_experts}: they are of different models"
             )
         self.trace, self.cluster, self.model = trace, cluster, model
-        self.dispatch, self.overlap = dispatch, overlap
+        self.dispatch, self.overlap, self.threads = dispatch, overlap, threads
         self.expert_bytes_E = model.bytes_per_expert_E()
 
     def check(self, plan: Plan) -> None:
@@ -104,13 +99,17 @@ class StepRouter:
         self, steps: Sequence[Composition], plan: Plan, dispatch: DispatchSpec | None = None
     ) -> StepLoads:
         """Work and traffic of the steps, dispatched by `dispatch`, ours or the plan's own."""
+        spec = dispatch or self.dispatch or plan.dispatch
+        if counts_in_bulk(spec, self.cluster):
+            return bulk_loads(self.trace, steps, plan, self.cluster,
+                              expert_bytes_E=self.expert_bytes_E, threads=self.threads)
         token = np.concatenate([s.token for s in steps])
         home = np.concatenate([s.home for s in steps])
         offset = np.concatenate(([0], np.cumsum([len(s.token) for s in steps]))).astype(np.int64)
         routed = dataclasses.replace(self.trace.select(token), source=home.astype(np.int32))
         return step_loads(
-            routed, Steps(np.arange(len(token)), offset), plan, self.cluster,
-            dispatch or self.dispatch, expert_bytes_E=self.expert_bytes_E,
+            routed, Steps(np.arange(len(token)), offset), plan, self.cluster, spec,
+            expert_bytes_E=self.expert_bytes_E,
         )
 
     def cost(

@@ -22,6 +22,7 @@ from ..traces.trace import RoutingTrace
 from .bank import BankSpec, StepBank
 from .batching import BatchLimits
 from .blame import OTHER_DISPATCHES, Blame, Usage, split_wait
+from .composition import Composition
 from .engine import ServingLoop
 from .every_step import EveryStep
 from .in_force import InForce
@@ -34,7 +35,7 @@ from .result import (
     StepTimes,
     request_times,
 )
-from .routed import Composition, Condition, StepRouter
+from .routed import Condition, StepRouter
 from .token_source import TokenSource
 from .workload import ArrivalsLike, Workload, as_workload
 

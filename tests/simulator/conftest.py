@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.simulator.workload import Workload

@@ -7,6 +7,7 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from loadmaster.errors import InputError, UsageError
 from loadmaster.simulator.batching import BatchLimits, Lanes, Prefill, RequestLog, require_fits
 from loadmaster.simulator.workload import Workload

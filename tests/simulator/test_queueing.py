@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from loadmaster.simulator.queueing import Queue, waits_by_recursion, waits_of_loop
 
 

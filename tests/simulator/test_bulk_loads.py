@@ -1,0 +1,74 @@
+"""Counting steps in bulk gives the very numbers of `step_loads`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.plan import DispatchSpec, Plan
+from loadmaster.placement.traffic import step_loads
+from loadmaster.simulator.bulk_loads import bulk_loads, counts_in_bulk
+from loadmaster.simulator.composition import Composition
+from loadmaster.traces.steps import Steps
+
+from .conftest import EXPERTS, LAYERS, skewed_trace
+
+EVEN = DispatchSpec(policy="even")
+FIELDS = ("tokens_WLG", "active_WLG", "weight_bytes_WLG", "nvlink_out_WLG", "nvlink_in_WLG",
+          "nic_out_WLG", "nic_in_WLG", "tokens_W")
+
+
+def random_plan(rng, devices: int, slots: int) -> Plan:
+    """Every expert once, the other slots random (duplicates and empty ones included)."""
+    layers = []
+    for _ in range(LAYERS):
+        more = rng.integers(-1, EXPERTS, devices * slots - EXPERTS)
+        layers.append(rng.permutation(np.concatenate([np.arange(EXPERTS), more])))
+    return Plan(np.stack(layers).reshape(LAYERS, devices, slots).astype(np.int16), EXPERTS)
+
+
+def slowly(trace, steps, plan, cluster, bytes_E):
+    token = np.concatenate([s.token for s in steps])
+    home = np.concatenate([s.home for s in steps]).astype(np.int32)
+    offset = np.concatenate(([0], np.cumsum([len(s.token) for s in steps])))
+    routed = dataclasses.replace(trace.select(token), source=home)
+    return step_loads(routed, Steps(np.arange(len(token)), offset), plan, cluster, EVEN,
+                      expert_bytes_E=bytes_E)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3), (2, 3, 5), (3, 2, 9), (4, 1, 2)])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_bulk_counts_equal_step_loads(shape, ragged) -> None:
+    """Replicas from 1 to many, uneven homes, empty slots, tokens that choose fewer experts."""
+    nodes, per_node, slots = shape
+    rng = np.random.default_rng(sum(shape))
+    trace = skewed_trace(1_000)
+    if ragged:
+        k = rng.integers(0, trace.top_k + 1, (1_000, LAYERS)).astype(np.uint8)
+        trace = dataclasses.replace(trace, k_of_token=k)
+    cluster = Cluster.preset("h100", nodes=nodes, devices_per_node=per_node,
+                             slots_per_device=slots)
+    devices = nodes * per_node
+    plan = random_plan(rng, devices, slots)
+    bytes_E = rng.integers(1, 100, EXPERTS)
+    steps = [
+        Composition(rng.integers(0, 1_000, size), rng.integers(0, devices, size) // 2)
+        for size in (1, 37, 300)
+    ]
+    expected = slowly(trace, steps, plan, cluster, bytes_E)
+    for threads in (1, 2):
+        counted = bulk_loads(trace, steps, plan, cluster, expert_bytes_E=bytes_E, threads=threads)
+        for field in FIELDS:
+            np.testing.assert_array_equal(
+                getattr(counted, field), getattr(expected, field), err_msg=field
+            )
+
+
+def test_only_the_case_it_counts_is_taken(cluster) -> None:
+    assert counts_in_bulk(EVEN, cluster)
+    assert not counts_in_bulk(DispatchSpec(policy="balanced"), cluster)
+    assert not counts_in_bulk(EVEN, cluster.with_traffic("return_home/per_rank"))
+    assert not counts_in_bulk(EVEN, cluster.with_traffic("coherent"))
