@@ -377,6 +377,9 @@ def plan_export(
         str, typer.Option("--format", help="sglang, trtllm, vllm_ascend, eplb or omni.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="Write the nearest plan the engine can hold.")
+    ] = False,
     model: ModelSource = None,
 ) -> None:
     """Write a plan as an engine's own file; refuses what that engine cannot hold."""
