@@ -191,9 +191,7 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
     import transformers
 
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, experts_implementation="grouped_mm"
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # transformers raises whatever the files provoke
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder}: transformers cannot load it: {text}") from error

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.trace import RoutingTrace
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from loadmaster.errors import InputError
 from loadmaster.traces.merge import concatenate, in_step_order
 

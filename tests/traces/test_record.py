@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from loadmaster.errors import InputError, LoadmasterError, UsageError
 from loadmaster.traces.manifest import read_manifest
 from loadmaster.traces.record import Recorder

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from loadmaster.errors import InputError, LoadmasterError
 from loadmaster.traces.manifest import Manifest, create_manifest, read_manifest
 from loadmaster.traces.store import TraceWriter, load_trace, open_trace, save_trace

@@ -1,0 +1,115 @@
+"""Steps as continuous batching makes them, against a simulation token by token."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loadmaster.errors import InputError, UsageError
+from loadmaster.traces.steps import StepSampler, count_steps, count_steps_by_home
+from loadmaster.traces.trace import RoutingTrace
+
+
+def trace_of_requests(lengths: list[int]) -> RoutingTrace:
+    """One layer; token t chooses expert t mod 5; requests of these lengths, stored in turn."""
+    request = np.repeat(np.arange(len(lengths)), lengths)
+    ids = (np.arange(len(request)) % 5).reshape(-1, 1, 1)
+    return RoutingTrace.from_arrays(ids, num_experts=5, request=request)
+
+
+def served_in_order(lengths: list[int], concurrency: int, seed: int) -> list[int]:
+    """The slow oracle: one token per turn; ends when a turn comes to a lane with no request."""
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    order = deque(np.random.default_rng(seed).permutation(len(lengths)).tolist())
+    tokens = {r: deque(range(starts[r], starts[r + 1])) for r in order}
+    lanes = [order.popleft() for _ in range(min(concurrency, len(lengths)))]
+    served: list[int] = []
+    while True:
+        for lane, request in enumerate(lanes):
+            if not tokens[request]:
+                return served
+            served.append(tokens[request].popleft())
+            if not tokens[request] and order:
+                lanes[lane] = order.popleft()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20), concurrency=st.integers(1, 8),
+    tokens=st.integers(1, 7), seed=st.integers(0, 5),
+)
+def test_interleaving_is_continuous_batching(lengths, concurrency, tokens, seed):
+    """Every step is a run of the oracle's order; the partial last step is dropped."""
+    expected = served_in_order(lengths, concurrency, seed)
+    sampler = StepSampler(tokens=tokens, concurrency=concurrency, seed=seed)
+    if len(expected) < tokens:
+        with pytest.raises(InputError, match="do not fill one step"):
+            sampler.sample(trace_of_requests(lengths))
+        return
+    steps = sampler.sample(trace_of_requests(lengths))
+    assert len(steps) == len(expected) // tokens
+    assert steps.token.tolist() == expected[: len(steps) * tokens]
+    assert set(np.diff(steps.offset)) == {tokens}
+
+
+def test_fewer_requests_than_asked_for_is_said():
+    steps = StepSampler(tokens=2, concurrency=64).sample(trace_of_requests([4, 4]))
+    assert steps.notes == ("only 2 requests: all in flight, not 64",)
+
+
+def test_a_trace_without_requests_is_cut_in_blocks_and_says_so(make_trace):
+    trace = make_trace(tokens=600, full=False)
+    steps = StepSampler(tokens=8, concurrency=2).sample(trace)
+    assert "blocks of 256 tokens" in steps.notes[0]
+    assert len({int(t) // 256 for t in steps.tokens_of(0)}) == 2
+
+
+def test_recorded_steps_are_the_traces_own(make_trace):
+    """Any sizes, in the order of the step numbers; nothing is dropped."""
+    trace = make_trace(tokens=40)
+    steps = StepSampler(order="recorded").sample(trace)
+    assert [len(steps.tokens_of(w)) for w in range(len(steps))] == [16, 16, 8]
+    assert np.array_equal(trace.step[steps.token], np.sort(trace.step))
+    with pytest.raises(InputError, match="did not record steps"):
+        StepSampler(order="recorded").sample(make_trace(full=False))
+
+
+def test_shuffled_and_stored_exist_to_be_printed_beside():
+    trace = trace_of_requests([10, 10])
+    stored = StepSampler(tokens=4, order="stored").sample(trace)
+    assert stored.token.tolist() == list(range(20))
+    shuffled = StepSampler(tokens=4, order="shuffled", seed=1).sample(trace)
+    assert sorted(shuffled.token.tolist()) == list(range(20))
+    assert shuffled.token.tolist() != stored.token.tolist()
+
+
+def test_the_first_steps_can_be_had_alone():
+    sampler = StepSampler(tokens=3, concurrency=2)
+    trace = trace_of_requests([9, 9, 9])
+    few = sampler.sample(trace, max_steps=2)
+    assert len(few) == 2
+    assert few.token.tolist() == sampler.sample(trace).token.tolist()[:6]
+
+
+def test_steps_that_cannot_be_are_refused():
+    for options in ({"tokens": 0}, {"concurrency": 0}, {"order": "sorted"}):
+        with pytest.raises(UsageError):
+            StepSampler(**options)
+
+
+def test_counts_are_those_of_a_loop(make_trace):
+    """[W, E] and [W, G, E] against a loop over tokens, with k_of_token."""
+    trace = make_trace()
+    steps = StepSampler(tokens=16, concurrency=3).sample(trace)
+    by_home = count_steps_by_home(trace, steps, layer=1, num_devices=4)
+    expected = np.zeros((len(steps), 4, 8), int)
+    for w in range(len(steps)):
+        for t in steps.tokens_of(w):
+            for k in range(trace.k_of_token[t, 1]):
+                expected[w, trace.source[t], trace.ids[t, 1, k]] += 1
+    assert np.array_equal(by_home, expected)
+    assert np.array_equal(count_steps(trace, steps, layer=1), expected.sum(axis=1))
