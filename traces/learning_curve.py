@@ -4,7 +4,8 @@ Half of the requests are held back. From the others, n tokens are taken (whole r
 order, the last one cut), a plan is judged on the half held back, and n is doubled. What a plan is
 worth is for higher floors to say: they hand in a `judge`. Without one, a proxy needs no plan: the
 imbalance that remains, on the held-back half, on devices that were exactly balanced by the loads
-of the n tokens; what a packing cannot balance even with known loads comes on top. Knows loads. Knows nothing of plans, clusters or dispatch.
+of the n tokens; what a packing cannot balance even with known loads comes on top. Knows loads.
+Knows nothing of plans, clusters or dispatch.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from loadmaster.traces.spec import ModelSpec
@@ -13,7 +14,9 @@ from loadmaster.traces.trace import RoutingTrace
 MakeTrace = Callable[..., RoutingTrace]
 
 
-def _choices(rng: np.random.Generator, tokens: int, layers: int, experts: int, k: int) -> np.ndarray:
+def _choices(
+    rng: np.random.Generator, tokens: int, layers: int, experts: int, k: int
+) -> npt.NDArray[np.int64]:
     """[T, L, K] without an expert twice; low experts are likelier."""
     score = rng.gumbel(size=(tokens, layers, experts)) - np.log(np.arange(experts) + 1.0)
     return np.argsort(-score, axis=2, kind="stable")[:, :, :k]
@@ -21,7 +24,7 @@ def _choices(rng: np.random.Generator, tokens: int, layers: int, experts: int, k
 
 @pytest.fixture
 def make_trace() -> MakeTrace:
-    """make_trace(tokens=…, layers=…, experts=…, top_k=…, seed=…, full=True): all columns or none."""
+    """make_trace(tokens=…, layers=…, experts=…, top_k=…, seed=…, full=…): all columns or none."""
 
     def make(
         tokens: int = 200, layers: int = 3, experts: int = 8, top_k: int = 2, seed: int = 0,

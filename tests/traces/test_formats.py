@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ torch = pytest.importorskip("torch")
 # ---- arrays ------------------------------------------------------------------------------------
 
 
-def test_npz_with_the_usual_names(make_trace, tmp_path):
+def test_npz_with_the_usual_names(make_trace: Any, tmp_path: Path) -> None:
     """seq, dom, weights and n_experts are understood; what is absent is said."""
     trace = make_trace(full=False)
     np.savez(
@@ -37,7 +38,7 @@ def test_npz_with_the_usual_names(make_trace, tmp_path):
     assert "request read from 'seq'" in result.notes
 
 
-def test_names_of_ones_own_are_given(make_trace, tmp_path):
+def test_names_of_ones_own_are_given(make_trace: Any, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     trace = make_trace(full=False)
@@ -55,7 +56,9 @@ def test_names_of_ones_own_are_given(make_trace, tmp_path):
         import_any(tmp_path / "log.safetensors", num_experts=8)
 
 
-def test_an_npy_holds_ids_alone_and_needs_the_number_of_experts(make_trace, tmp_path):
+def test_an_npy_holds_ids_alone_and_needs_the_number_of_experts(
+    make_trace: Any, tmp_path: Path
+) -> None:
     """The largest id need not be the last expert, so E is never guessed."""
     np.save(tmp_path / "ids.npy", make_trace().ids.astype(np.int64))
     assert import_any(tmp_path / "ids.npy", num_experts=8).trace.num_experts == 8
@@ -68,7 +71,7 @@ def test_an_npy_holds_ids_alone_and_needs_the_number_of_experts(make_trace, tmp_
         import_any(tmp_path / "both.npz", num_experts=9)
 
 
-def test_arrays_of_loads_become_a_profile(tmp_path):
+def test_arrays_of_loads_become_a_profile(tmp_path: Path) -> None:
     np.savez(tmp_path / "load.npz", load=np.arange(1, 25).reshape(2, 3, 4), layers=[4, 5, 6])
     result = import_any(tmp_path / "load.npz")
     assert result.trace is None and result.profile.load_WLE.shape == (2, 3, 4)
@@ -76,7 +79,7 @@ def test_arrays_of_loads_become_a_profile(tmp_path):
     assert "planning is for load only" in " ".join(result.cannot_tell)
 
 
-def test_pickles_lies_and_rubbish_are_refused(tmp_path):
+def test_pickles_lies_and_rubbish_are_refused(tmp_path: Path) -> None:
     """Nothing is unpickled; a header that claims terabytes allocates none of them."""
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "object.npz", ids=np.array([{}], dtype=object))
@@ -93,7 +96,7 @@ def test_pickles_lies_and_rubbish_are_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_real_logs_have_the_published_facts(real_data):
+def test_real_logs_have_the_published_facts(real_data: Path) -> None:
     """Tokens, layers, experts, top-k, requests and the skew of both logs."""
     facts = {
         "gptoss20b_decode": ((103_387, 24, 4), 32, 291, (1.92, 2.46, 3.91)),
@@ -112,10 +115,12 @@ def test_real_logs_have_the_published_facts(real_data):
 # ---- SGLang ------------------------------------------------------------------------------------
 
 # Layer 0 is dense: six experts in eight slots; slots 6 and 7 hold copies.
-SLOT_MAP = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1], [5, 2, 1, 3, 4, 0, 5, 2], [1, 4, 0, 5, 3, 2, 1, 4]])
+SLOT_MAP = torch.tensor(
+    [[0, 1, 2, 3, 4, 5, 0, 1], [5, 2, 1, 3, 4, 0, 5, 2], [1, 4, 0, 5, 3, 2, 1, 4]]
+)
 
 
-def test_stat_is_one_sum_over_its_ring_buffer(tmp_path):
+def test_stat_is_one_sum_over_its_ring_buffer(tmp_path: Path) -> None:
     """Rows are in no order; dense layers are left out; the global counts are already logical."""
     count = torch.zeros(5, 3, 6, dtype=torch.int32)
     count[0, 1:], count[3, 1:] = 2, torch.arange(6)
@@ -143,7 +148,7 @@ def passes(rank: int) -> dict:
     return {"records": records, "last_physical_to_logical_map": SLOT_MAP}
 
 
-def test_per_pass_sums_ranks_and_maps_slots_to_experts(tmp_path):
+def test_per_pass_sums_ranks_and_maps_slots_to_experts(tmp_path: Path) -> None:
     """One window per forward pass, in their order; copies of an expert count together."""
     for rank in range(2):
         torch.save(passes(rank), tmp_path / f"recorder_{rank}.pt")
@@ -175,7 +180,7 @@ def save_tokens(path: Path, *records: dict, slot_map=SLOT_MAP) -> None:
 NONE = [[-1, -1], [-1, -1]]   # a dense layer's two tokens
 
 
-def test_per_token_slots_become_experts_with_steps_ranks_and_phases(tmp_path):
+def test_per_token_slots_become_experts_with_steps_ranks_and_phases(tmp_path: Path) -> None:
     """By pass, then rank; a padding token is dropped; fewer than K is recorded as such."""
     save_tokens(
         tmp_path / "r_1.pt",
@@ -198,7 +203,7 @@ def test_per_token_slots_become_experts_with_steps_ranks_and_phases(tmp_path):
     assert "requests" in text and "last map" in text and "cut to 8" not in text
 
 
-def test_a_mixed_pass_tells_phases_by_sequence_lengths(tmp_path):
+def test_a_mixed_pass_tells_phases_by_sequence_lengths(tmp_path: Path) -> None:
     """A sequence of one token decodes, a longer one is a prompt; unknown modes are not guessed."""
     three = [[[-1]] * 3, [[0]] * 3, [[1]] * 3]
     save_tokens(tmp_path / "a.pt", token_record(0, 0, [1, 2, 3], three, mode=3, lengths=[1, 2]))
@@ -208,7 +213,7 @@ def test_a_mixed_pass_tells_phases_by_sequence_lengths(tmp_path):
     assert result.trace.phase is None and "forward mode" in " ".join(result.cannot_tell)
 
 
-def test_ranks_that_all_saw_the_same_tokens_count_once(tmp_path):
+def test_ranks_that_all_saw_the_same_tokens_count_once(tmp_path: Path) -> None:
     """Tensor-parallel attention repeats tokens on every rank; data-parallel ones differ."""
     same = [NONE, [[0, 1], [4, 5]], [[5, 4], [3, 2]]]
     for rank in range(2):
@@ -223,7 +228,7 @@ def test_ranks_that_all_saw_the_same_tokens_count_once(tmp_path):
     assert import_any(tmp_path).trace.num_tokens == 12
 
 
-def test_sglang_files_that_cannot_be_read_are_named(tmp_path):
+def test_sglang_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     """Pickled code, other maps, slots outside the map, mixed kinds, nothing recorded."""
     bad = tmp_path / "bad.pt"
     torch.save({"records": [Path("/etc")]}, bad)
@@ -277,7 +282,7 @@ def statistics(tmp_path) -> Path:
     return folder
 
 
-def test_statistics_sum_ranks_and_keep_the_models_layer_numbers(statistics):
+def test_statistics_sum_ranks_and_keep_the_models_layer_numbers(statistics: Path) -> None:
     """One window per iteration; K is known; routing per token is not."""
     result = import_any(statistics)
     profile = result.profile
@@ -286,7 +291,7 @@ def test_statistics_sum_ranks_and_keep_the_models_layer_numbers(statistics):
     assert "affinity" in " ".join(result.cannot_tell)
 
 
-def test_statistics_with_holes_are_refused(statistics):
+def test_statistics_with_holes_are_refused(statistics: Path) -> None:
     """A rank, an iteration or a layer missing; a raw file; a broken one."""
     from safetensors.numpy import load_file, save_file
 
@@ -322,12 +327,12 @@ def test_statistics_with_holes_are_refused(statistics):
 # ---- which format ------------------------------------------------------------------------------
 
 
-def test_a_stored_trace_is_recognised(make_trace, tmp_path):
+def test_a_stored_trace_is_recognised(make_trace: Any, tmp_path: Path) -> None:
     save_trace(make_trace(), tmp_path / "t")
     assert import_any(tmp_path / "t").trace.digest() == make_trace().digest()
 
 
-def test_what_is_nothing_known_is_told_the_known_formats(tmp_path):
+def test_what_is_nothing_known_is_told_the_known_formats(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("hello")
     for path in (tmp_path, tmp_path / "x.txt"):
         with pytest.raises(InputError, match=r"SGLang.*TensorRT-LLM"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from loadmaster.traces.store import save_trace
 from loadmaster.traces.synth import synth_trace
 
 
-def test_a_trace_is_counted_in_every_way(tmp_path):
+def test_a_trace_is_counted_in_every_way(tmp_path: Path) -> None:
     """Shape, tokens per phase and domain, skew, steps, floor and the curve; all of it JSON."""
     trace = synth_trace(
         layers=2, experts=16, top_k=2, tokens=6000, domains=2, request_tokens=50, seed=1
@@ -33,19 +35,19 @@ def test_a_trace_is_counted_in_every_way(tmp_path):
     assert out["learning_curve"]["points"][0]["tokens"] == 256
 
 
-def test_a_judge_is_used_when_handed_in(make_trace):
+def test_a_judge_is_used_when_handed_in(make_trace: Any) -> None:
     info = trace_info(make_trace(tokens=3000), judge=lambda plan, held: 1.25)
     assert set(info.curve.imbalance) == {1.25} and info.curve.judged_by == "the judge handed in"
 
 
-def test_a_short_trace_is_described_all_the_same(make_trace):
+def test_a_short_trace_is_described_all_the_same(make_trace: Any) -> None:
     """Too few tokens for steps or a curve is an answer, not a failure."""
     info = trace_info(make_trace())
     assert info.tokens == 200 and info.steps_available == 0 and info.curve is None
     assert "do not fill one step" in info.verdict
 
 
-def test_loads_alone_are_described_as_such():
+def test_loads_alone_are_described_as_such() -> None:
     info = trace_info(Profile.from_loads([[4, 2], [3, 3]], top_k=1))
     assert (info.tokens, info.steps_available) == (6, 0)
     assert info.skew_L == (pytest.approx(4 / 3), 1.0)

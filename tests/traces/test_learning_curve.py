@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -34,7 +37,7 @@ def packed_imbalance(plan_from: RoutingTrace, held_out: RoutingTrace, devices: i
     return float(np.mean(worst))
 
 
-def test_more_tokens_make_a_better_plan(trace):
+def test_more_tokens_make_a_better_plan(trace: RoutingTrace) -> None:
     """The curve falls towards 1, ends with everything there is, and repeats with its seed."""
     curve = learning_curve(trace, seed=5)
     assert curve.tokens[:3] == (256, 512, 1024) and 18_000 < curve.tokens[-1] < 22_000
@@ -42,7 +45,7 @@ def test_more_tokens_make_a_better_plan(trace):
     assert curve == learning_curve(trace, seed=5)
 
 
-def test_the_proxy_follows_a_packed_plan():
+def test_the_proxy_follows_a_packed_plan() -> None:
     """Where packing itself loses little, the proxy is what heaviest-first packing gets, unseen."""
     mild = synth_trace(layers=4, experts=32, top_k=4, tokens=40_000, zipf=0.1, block_share=0.3,
                        request_tokens=100, seed=2)
@@ -51,7 +54,7 @@ def test_the_proxy_follows_a_packed_plan():
     assert proxy.imbalance == pytest.approx(packed.imbalance, abs=0.015)
 
 
-def test_the_published_curve_of_gpt_oss(real_data):
+def test_the_published_curve_of_gpt_oss(real_data: Path) -> None:
     """The data's own table for packed plans: 1.23 from 4,096 tokens, 1.12 from 16,384."""
     trace = import_any(real_data / "routing/gptoss20b_decode.npz").trace
     curve = learning_curve(trace)
@@ -60,7 +63,7 @@ def test_the_published_curve_of_gpt_oss(real_data):
     assert at[16384] == pytest.approx(1.12, abs=0.02)
 
 
-def test_a_long_trace_is_long_enough_and_its_beginning_is_not(trace):
+def test_a_long_trace_is_long_enough_and_its_beginning_is_not(trace: RoutingTrace) -> None:
     """The needed number of tokens is about the same from either."""
     long = learning_curve(trace)
     short = learning_curve(trace.select(np.arange(3000)))
@@ -69,24 +72,24 @@ def test_a_long_trace_is_long_enough_and_its_beginning_is_not(trace):
     assert 1 / 4 < short.needed_tokens / long.needed_tokens < 4
 
 
-def test_no_error_is_no_imbalance():
+def test_no_error_is_no_imbalance() -> None:
     """Loads that were planned exactly stay balanced, whatever experts share a device."""
     load = np.random.default_rng(0).integers(1, 100, (3, 16))
     assert residual_imbalance(load, 7 * load, devices=4) == pytest.approx(1)
 
 
-def test_a_known_error_gives_a_known_imbalance():
+def test_a_known_error_gives_a_known_imbalance() -> None:
     """One expert per device: the hottest unseen share over the planned one, in device means."""
     planned, unseen = [[1, 1, 1, 1]], [[3, 2, 2, 1]]
     assert residual_imbalance(planned, unseen, devices=4) == pytest.approx(1 + 4 * (3 / 8 - 1 / 4))
 
 
-def test_layers_without_load_are_left_out():
+def test_layers_without_load_are_left_out() -> None:
     assert residual_imbalance([[0, 0], [1, 1]], [[5, 0], [1, 1]], devices=2) == 1
     assert residual_imbalance([[0, 0]], [[1, 1]], devices=2) == 1
 
 
-def test_a_trace_too_short_says_so(make_trace):
+def test_a_trace_too_short_says_so(make_trace: Any) -> None:
     with pytest.raises(InputError, match="too few for a learning curve"):
         learning_curve(make_trace())
     with pytest.raises(InputError, match="one request"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.trace import RoutingTrace
 
 
-def test_loads_are_those_of_the_trace(make_trace):
+def test_loads_are_those_of_the_trace(make_trace: Any) -> None:
     """Whatever is sampled, the windows together hold every assignment, in time order."""
     trace = make_trace()
     profile = Profile.from_trace(trace, windows=5, sample_tokens=30)
@@ -21,7 +23,7 @@ def test_loads_are_those_of_the_trace(make_trace):
     assert np.array_equal(profile.load_WLE[0], trace.load_LE(first))
 
 
-def test_the_sample_is_whole_requests_with_their_columns(make_trace):
+def test_the_sample_is_whole_requests_with_their_columns(make_trace: Any) -> None:
     """Enough to make steps from; the same seed draws the same ones."""
     trace = make_trace()
     profile = Profile.from_trace(trace, sample_tokens=75, seed=3)
@@ -33,11 +35,11 @@ def test_the_sample_is_whole_requests_with_their_columns(make_trace):
     assert len(StepSampler(tokens=10, concurrency=2).sample(sample)) > 1
 
 
-def test_a_small_sample_still_holds_one_request(make_trace):
+def test_a_small_sample_still_holds_one_request(make_trace: Any) -> None:
     assert Profile.from_trace(make_trace(), sample_tokens=1).sample.num_tokens == 10
 
 
-def test_pairs_are_those_of_a_loop(make_trace):
+def test_pairs_are_those_of_a_loop(make_trace: Any) -> None:
     """Co-activation inside a layer and transitions to the next, with k_of_token."""
     trace = make_trace(tokens=30)
     profile = Profile.from_trace(trace)
@@ -57,7 +59,7 @@ def test_pairs_are_those_of_a_loop(make_trace):
     assert np.array_equal(diagonal, trace.load_LE())
 
 
-def test_pairs_of_unordered_memory_and_wide_ids(make_trace):
+def test_pairs_of_unordered_memory_and_wide_ids(make_trace: Any) -> None:
     """uint16 ids, no k_of_token, one layer only."""
     trace = make_trace(tokens=20, layers=1, experts=300, full=False)
     profile = Profile.from_trace(trace)
@@ -65,7 +67,7 @@ def test_pairs_of_unordered_memory_and_wide_ids(make_trace):
     assert profile.coactivation_LEE().sum() == 20 * 4
 
 
-def test_loads_alone_say_what_they_cannot(make_trace):
+def test_loads_alone_say_what_they_cannot(make_trace: Any) -> None:
     """[L, E] is one window; steps and pairs are refused with a way out."""
     profile = Profile.from_loads([[3, 1, 0], [2, 2, 2]], top_k=2)
     assert profile.load_WLE.shape == (1, 2, 3) and profile.loads_only
@@ -87,12 +89,12 @@ def test_loads_alone_say_what_they_cannot(make_trace):
         ([[1, 2]], {"layer_indices": (1, 2)}, "names 2 layers"),
     ],
 )
-def test_loads_that_cannot_be_are_named(load, options, message):
+def test_loads_that_cannot_be_are_named(load: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Profile.from_loads(load, **options)
 
 
-def test_an_empty_trace_has_no_profile():
+def test_an_empty_trace_has_no_profile() -> None:
     empty = RoutingTrace.from_arrays(np.empty((0, 2, 1), int), num_experts=3)
     with pytest.raises(InputError, match="0 tokens"):
         Profile.from_trace(empty)

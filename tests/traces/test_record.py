@@ -6,6 +6,8 @@ import logging
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def feed(recorder: Recorder, step: int, tokens: int, seed: int = 0, **begin) -> 
 
 
 @pytest.mark.parametrize("where", ["memory", "folder"])
-def test_steps_come_back_in_order(spec, tmp_path, where):
+def test_steps_come_back_in_order(spec: ModelSpec, tmp_path: Path, where: str) -> None:
     """Steps smaller and larger than the buffer, with every column, during and after recording."""
     recorder = Recorder(
         tmp_path / "t" if where == "folder" else None, spec, rank=2, ranks=3, buffer_tokens=20,
@@ -57,7 +59,7 @@ def test_steps_come_back_in_order(spec, tmp_path, where):
         assert load_trace(tmp_path / "t").digest() == trace.digest()
 
 
-def test_dummy_and_aborted_passes_are_recorded_nowhere(spec):
+def test_dummy_and_aborted_passes_are_recorded_nowhere(spec: ModelSpec) -> None:
     """A warm-up, a pass that never ended, a pass that lacks a layer: none of them is traffic."""
     recorder = Recorder(None, spec)
     first = feed(recorder, 0, 5)
@@ -74,7 +76,7 @@ def test_dummy_and_aborted_passes_are_recorded_nowhere(spec):
     assert (summary.dummy_steps, summary.abandoned_steps, summary.steps) == (1, 2, 2)
 
 
-def test_tensors_of_any_type_are_taken(spec):
+def test_tensors_of_any_type_are_taken(spec: ModelSpec) -> None:
     """What torch routers hand out: int64 or int32 ids, bfloat16 gates, strided views."""
     torch = pytest.importorskip("torch")
     recorder = Recorder(None, spec, gates=True)
@@ -90,7 +92,9 @@ def test_tensors_of_any_type_are_taken(spec):
     assert trace.gates.tolist() == [[[0.75, 0.25]] * 3, [[0.5, 0.5]] * 3]
 
 
-def test_a_recording_without_requests_does_not_tell_who_spoke(spec, tmp_path):
+def test_a_recording_without_requests_does_not_tell_who_spoke(
+    spec: ModelSpec, tmp_path: Path
+) -> None:
     """Nothing of the request column reaches memory or disk."""
     recorder = Recorder(tmp_path / "t", spec, requests=False)
     feed(recorder, 0, 9)
@@ -99,7 +103,7 @@ def test_a_recording_without_requests_does_not_tell_who_spoke(spec, tmp_path):
     assert "request" not in read_manifest(tmp_path / "t").columns
 
 
-def test_tokens_without_a_domain_stay_without(spec, tmp_path):
+def test_tokens_without_a_domain_stay_without(spec: ModelSpec, tmp_path: Path) -> None:
     """No labels at all: no domains. Some labels: the others are called unlabelled."""
     plain = Recorder(tmp_path / "plain", spec)
     feed(plain, 0, 3)
@@ -111,11 +115,12 @@ def test_tokens_without_a_domain_stay_without(spec, tmp_path):
     feed(mixed, 1, 2, domain_T=[0, 0])
     mixed.close()
     trace = load_trace(tmp_path / "mixed")
-    assert trace.domain_names == ("unlabelled", "chat") and trace.domain.tolist() == [0] * 4 + [1] * 2
+    assert trace.domain_names == ("unlabelled", "chat")
+    assert trace.domain.tolist() == [0] * 4 + [1] * 2
 
 
 @pytest.mark.parametrize("bad", [8, 255, 256, -1, -(2**40), 2**40])
-def test_an_id_that_is_no_expert_never_wraps_into_one(spec, bad):
+def test_an_id_that_is_no_expert_never_wraps_into_one(spec: ModelSpec, bad: int) -> None:
     """The step is dropped and the caller told; later steps are recorded."""
     recorder = Recorder(None, spec)
     recorder.begin_step(0, [0, 1])
@@ -125,7 +130,7 @@ def test_an_id_that_is_no_expert_never_wraps_into_one(spec, bad):
     assert np.array_equal(recorder.trace().ids, ids)
 
 
-def test_misuse_is_named(spec):
+def test_misuse_is_named(spec: ModelSpec) -> None:
     """Calls out of order, wrong shapes, unnamed domains, missing gates."""
     recorder = Recorder(None, spec, gates=True)
     ids = np.zeros((2, 2), int)
@@ -146,7 +151,7 @@ def test_misuse_is_named(spec):
         Recorder(None, spec, rank=1)
 
 
-def test_an_existing_folder_is_left_alone(spec, tmp_path):
+def test_an_existing_folder_is_left_alone(spec: ModelSpec, tmp_path: Path) -> None:
     """Of another model, of the same one, or of something else entirely."""
     first = Recorder(tmp_path / "t", spec)
     feed(first, 0, 5)
@@ -159,7 +164,7 @@ def test_an_existing_folder_is_left_alone(spec, tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "t").rglob("*.*")} == before
 
 
-def test_a_restarted_worker_goes_on(spec, tmp_path):
+def test_a_restarted_worker_goes_on(spec: ModelSpec, tmp_path: Path) -> None:
     """resume=True adds to what this rank committed before."""
     first = Recorder(tmp_path / "t", spec)
     a = feed(first, 0, 5)
@@ -171,7 +176,7 @@ def test_a_restarted_worker_goes_on(spec, tmp_path):
     assert np.array_equal(load_trace(tmp_path / "t").ids, np.concatenate([a, b]))
 
 
-def test_ranks_record_at_once(spec, tmp_path):
+def test_ranks_record_at_once(spec: ModelSpec, tmp_path: Path) -> None:
     """Four threads, one folder, many small shards: nothing is lost or mixed up."""
     found: dict[int, list[np.ndarray]] = {}
 
@@ -196,7 +201,9 @@ def test_ranks_record_at_once(spec, tmp_path):
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=12), buffer=st.integers(1, 15),
     broken=st.sets(st.integers(0, 11)),
 )
-def test_whatever_the_buffer_every_whole_step_is_kept(spec, tmp_path_factory, sizes, buffer, broken):
+def test_whatever_the_buffer_every_whole_step_is_kept(
+    spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory, sizes: Any, buffer: int, broken: Any
+) -> None:
     """Property: the trace is the concatenation of the steps that were completed."""
     folder = tmp_path_factory.mktemp("steps") / "t"
     recorder = Recorder(folder, spec, buffer_tokens=buffer)
@@ -215,7 +222,10 @@ def test_whatever_the_buffer_every_whole_step_is_kept(spec, tmp_path_factory, si
 # ---- the disk fails ----------------------------------------------------------------------------
 
 
-def test_a_disk_error_ends_the_recording_and_not_the_server(spec, tmp_path, monkeypatch, caplog):
+def test_a_disk_error_ends_the_recording_and_not_the_server(
+    spec: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """What was committed stays; the failure has a reason, a log line and a count."""
     recorder = Recorder(tmp_path / "t", spec, buffer_tokens=10)
     kept = np.concatenate([feed(recorder, step, 5) for step in range(2)])
@@ -253,7 +263,7 @@ print(recorder.close())
 """
 
 
-def test_a_disk_that_is_really_full(tmp_path):
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """The operating system refuses bytes in the middle of a recording in another process."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "t")], capture_output=True, text=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,9 @@ def served_in_order(lengths: list[int], concurrency: int, seed: int) -> list[int
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20), concurrency=st.integers(1, 8),
     tokens=st.integers(1, 7), seed=st.integers(0, 5),
 )
-def test_interleaving_is_continuous_batching(lengths, concurrency, tokens, seed):
+def test_interleaving_is_continuous_batching(
+    lengths: list[int], concurrency: int, tokens: int, seed: int
+) -> None:
     """Every step is a run of the oracle's order; the partial last step is dropped."""
     expected = served_in_order(lengths, concurrency, seed)
     sampler = StepSampler(tokens=tokens, concurrency=concurrency, seed=seed)
@@ -56,19 +59,19 @@ def test_interleaving_is_continuous_batching(lengths, concurrency, tokens, seed)
     assert set(np.diff(steps.offset)) == {tokens}
 
 
-def test_fewer_requests_than_asked_for_is_said():
+def test_fewer_requests_than_asked_for_is_said() -> None:
     steps = StepSampler(tokens=2, concurrency=64).sample(trace_of_requests([4, 4]))
     assert steps.notes == ("only 2 requests: all in flight, not 64",)
 
 
-def test_a_trace_without_requests_is_cut_in_blocks_and_says_so(make_trace):
+def test_a_trace_without_requests_is_cut_in_blocks_and_says_so(make_trace: Any) -> None:
     trace = make_trace(tokens=600, full=False)
     steps = StepSampler(tokens=8, concurrency=2).sample(trace)
     assert "blocks of 256 tokens" in steps.notes[0]
     assert len({int(t) // 256 for t in steps.tokens_of(0)}) == 2
 
 
-def test_recorded_steps_are_the_traces_own(make_trace):
+def test_recorded_steps_are_the_traces_own(make_trace: Any) -> None:
     """Any sizes, in the order of the step numbers; nothing is dropped."""
     trace = make_trace(tokens=40)
     steps = StepSampler(order="recorded").sample(trace)
@@ -78,7 +81,7 @@ def test_recorded_steps_are_the_traces_own(make_trace):
         StepSampler(order="recorded").sample(make_trace(full=False))
 
 
-def test_shuffled_and_stored_exist_to_be_printed_beside():
+def test_shuffled_and_stored_exist_to_be_printed_beside() -> None:
     trace = trace_of_requests([10, 10])
     stored = StepSampler(tokens=4, order="stored").sample(trace)
     assert stored.token.tolist() == list(range(20))
@@ -87,7 +90,7 @@ def test_shuffled_and_stored_exist_to_be_printed_beside():
     assert shuffled.token.tolist() != stored.token.tolist()
 
 
-def test_the_first_steps_can_be_had_alone():
+def test_the_first_steps_can_be_had_alone() -> None:
     sampler = StepSampler(tokens=3, concurrency=2)
     trace = trace_of_requests([9, 9, 9])
     few = sampler.sample(trace, max_steps=2)
@@ -95,13 +98,13 @@ def test_the_first_steps_can_be_had_alone():
     assert few.token.tolist() == sampler.sample(trace).token.tolist()[:6]
 
 
-def test_steps_that_cannot_be_are_refused():
+def test_steps_that_cannot_be_are_refused() -> None:
     for options in ({"tokens": 0}, {"concurrency": 0}, {"order": "sorted"}):
         with pytest.raises(UsageError):
             StepSampler(**options)
 
 
-def test_counts_are_those_of_a_loop(make_trace):
+def test_counts_are_those_of_a_loop(make_trace: Any) -> None:
     """[W, E] and [W, G, E] against a loop over tokens, with k_of_token."""
     trace = make_trace()
     steps = StepSampler(tokens=16, concurrency=3).sample(trace)

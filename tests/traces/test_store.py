@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def equal(a: RoutingTrace, b: RoutingTrace) -> bool:
     return same and a.layer_indices == b.layer_indices and a.model_name == b.model_name
 
 
-def test_a_trace_comes_back_as_it_was(make_trace, tmp_path):
+def test_a_trace_comes_back_as_it_was(make_trace: Any, tmp_path: Path) -> None:
     """All columns, names and layer numbers survive the trip."""
     trace = make_trace()
     save_trace(trace, tmp_path / "t")
@@ -43,10 +44,13 @@ def test_a_trace_comes_back_as_it_was(make_trace, tmp_path):
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    tokens=st.integers(1, 60), layers=st.integers(1, 4), experts=st.sampled_from([2, 256, 257, 900]),
-    seed=st.integers(0, 9), full=st.booleans(),
+    tokens=st.integers(1, 60), layers=st.integers(1, 4), seed=st.integers(0, 9),
+    experts=st.sampled_from([2, 256, 257, 900]), full=st.booleans(),
 )
-def test_any_shape_comes_back(make_trace, tmp_path_factory, tokens, layers, experts, seed, full):
+def test_any_shape_comes_back(
+    make_trace: Any, tmp_path_factory: pytest.TempPathFactory, tokens: int, layers: int,
+    experts: int, seed: int, full: bool,
+) -> None:
     """One or two bytes per id, one token or many, with and without columns."""
     trace = make_trace(tokens, layers, experts, 2, seed, full)
     folder = tmp_path_factory.mktemp("any") / "t"
@@ -54,7 +58,7 @@ def test_any_shape_comes_back(make_trace, tmp_path_factory, tokens, layers, expe
     assert equal(load_trace(folder), trace)
 
 
-def test_the_folder_is_what_the_documentation_says(make_trace, tmp_path):
+def test_the_folder_is_what_the_documentation_says(make_trace: Any, tmp_path: Path) -> None:
     """One fixed-width binary column per layer, a manifest with a hash per shard, nothing else."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -67,7 +71,7 @@ def test_the_folder_is_what_the_documentation_says(make_trace, tmp_path):
     assert json.loads(files["manifest.json"])["schema_version"] == 1
 
 
-def test_two_layers_are_read_without_the_rest(make_trace, tmp_path):
+def test_two_layers_are_read_without_the_rest(make_trace: Any, tmp_path: Path) -> None:
     """Layers and columns come alone; the bytes of other columns are not even looked at."""
     import pyarrow.parquet as pq
 
@@ -92,7 +96,7 @@ def test_two_layers_are_read_without_the_rest(make_trace, tmp_path):
         open_trace(tmp_path / "t")
 
 
-def test_appended_shards_follow_one_another(make_trace, tmp_path):
+def test_appended_shards_follow_one_another(make_trace: Any, tmp_path: Path) -> None:
     """A writer's shards are read in the order they were appended."""
     trace = make_trace(tokens=100)
     begin(tmp_path / "t", trace)
@@ -103,7 +107,7 @@ def test_appended_shards_follow_one_another(make_trace, tmp_path):
     assert equal(load_trace(tmp_path / "t"), trace)
 
 
-def test_ranks_share_a_folder_and_are_merged_by_step(make_trace, tmp_path):
+def test_ranks_share_a_folder_and_are_merged_by_step(make_trace: Any, tmp_path: Path) -> None:
     """Tokens come by step, then rank, in whatever order the ranks committed."""
     trace = make_trace(tokens=96)
     begin(tmp_path / "t", trace, ranks=2)
@@ -118,7 +122,7 @@ def test_ranks_share_a_folder_and_are_merged_by_step(make_trace, tmp_path):
     assert np.array_equal(without_step.request, trace.request[order])
 
 
-def test_an_empty_trace_can_be_read(make_trace, tmp_path):
+def test_an_empty_trace_can_be_read(make_trace: Any, tmp_path: Path) -> None:
     """Begun and never written to: no tokens, the right shape."""
     begin(tmp_path / "t", make_trace())
     trace = load_trace(tmp_path / "t")
@@ -138,14 +142,14 @@ def shard_of(folder: Path) -> Path:
     return folder / "rank-000/shard-00000.parquet"
 
 
-def test_a_truncated_shard_is_named(stored):
+def test_a_truncated_shard_is_named(stored: Path) -> None:
     shard = shard_of(stored)
     shard.write_bytes(shard.read_bytes()[:-7])
     with pytest.raises(InputError, match=r"shard-00000.*cut short"):
         load_trace(stored)
 
 
-def test_an_altered_shard_is_named(stored):
+def test_an_altered_shard_is_named(stored: Path) -> None:
     shard = shard_of(stored)
     data = bytearray(shard.read_bytes())
     data[40] ^= 1
@@ -154,13 +158,13 @@ def test_an_altered_shard_is_named(stored):
         load_trace(stored)
 
 
-def test_a_missing_shard_is_named(stored):
+def test_a_missing_shard_is_named(stored: Path) -> None:
     shard_of(stored).unlink()
     with pytest.raises(InputError, match=r"shard-00000.*not there"):
         load_trace(stored)
 
 
-def test_a_link_instead_of_a_shard_is_refused(stored, tmp_path):
+def test_a_link_instead_of_a_shard_is_refused(stored: Path, tmp_path: Path) -> None:
     """A manifest must not be able to make us read files elsewhere."""
     shard = shard_of(stored)
     shard.rename(tmp_path / "elsewhere")
@@ -179,13 +183,13 @@ def test_a_link_instead_of_a_shard_is_refused(stored, tmp_path):
     "name", ["/etc/passwd", "../secret.parquet", "rank-000/../../x.parquet", "shard-00000.parquet",
              "rank-000/shard-00000.parquet/../../../x"],
 )
-def test_shard_names_cannot_leave_the_folder(stored, name):
+def test_shard_names_cannot_leave_the_folder(stored: Path, name: str) -> None:
     change_manifest(stored, lambda m: m["shards"][0].update(name=name))
     with pytest.raises(InputError, match=r"shards.*not of the form rank-NNN"):
         load_trace(stored)
 
 
-def test_a_newer_manifest_is_refused_with_a_way_out(stored):
+def test_a_newer_manifest_is_refused_with_a_way_out(stored: Path) -> None:
     """Also when it has fields that this version cannot know."""
     change_manifest(stored, lambda m: m.update(schema_version=7, compression="quantum"))
     with pytest.raises(InputError, match=r"version 7 is newer.*upgrade"):
@@ -204,14 +208,16 @@ def test_a_newer_manifest_is_refused_with_a_way_out(stored):
         (lambda m: m.update(surprise=1), "surprise"),
     ],
 )
-def test_a_manifest_that_contradicts_itself_is_refused(stored, change, message):
+def test_a_manifest_that_contradicts_itself_is_refused(
+    stored: Path, change: Any, message: str
+) -> None:
     change_manifest(stored, change)
     with pytest.raises(InputError, match=message) as caught:
         load_trace(stored)
     assert "\n" not in str(caught.value)
 
 
-def test_a_manifest_that_contradicts_its_shard_is_refused(stored):
+def test_a_manifest_that_contradicts_its_shard_is_refused(stored: Path) -> None:
     """The shard is whole, but it is another trace's."""
     change_manifest(stored, lambda m: m.update(top_k=1))
     with pytest.raises(InputError, match="ids_000"):
@@ -221,14 +227,14 @@ def test_a_manifest_that_contradicts_its_shard_is_refused(stored):
         load_trace(stored)
 
 
-def test_ids_out_of_range_in_a_shard_are_refused(stored):
+def test_ids_out_of_range_in_a_shard_are_refused(stored: Path) -> None:
     """A whole, hashed shard may still hold ids that are no experts of the manifest's model."""
     change_manifest(stored, lambda m: m.update(num_experts=5))
     with pytest.raises(InputError, match=r"not all in \[0, 5\)"):
         load_trace(stored)
 
 
-def test_cut_manifests_never_crash(stored):
+def test_cut_manifests_never_crash(stored: Path) -> None:
     """Whatever prefix of a manifest is left: one line, no traceback of another kind."""
     manifest = stored / "manifest.json"
     text = manifest.read_text()
@@ -238,14 +244,14 @@ def test_cut_manifests_never_crash(stored):
             load_trace(stored)
 
 
-def test_what_is_not_a_trace_is_named(tmp_path):
+def test_what_is_not_a_trace_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such"):
         open_trace(tmp_path / "absent")
     with pytest.raises(InputError, match="not a stored trace"):
         open_trace(tmp_path)
 
 
-def test_layers_and_columns_that_are_not_there_are_named(stored):
+def test_layers_and_columns_that_are_not_there_are_named(stored: Path) -> None:
     opened = open_trace(stored)
     with pytest.raises(InputError, match=r"layers 0\.\.2"):
         opened.read(layers=[3])
@@ -256,7 +262,9 @@ def test_layers_and_columns_that_are_not_there_are_named(stored):
 # ---- writing never harms -----------------------------------------------------------------------
 
 
-def test_existing_files_are_never_overwritten(make_trace, stored, tmp_path):
+def test_existing_files_are_never_overwritten(
+    make_trace: Any, stored: Path, tmp_path: Path
+) -> None:
     """Neither by a second save, nor by a writer, nor where other files lie, nor over a file."""
     before = everything_in(tmp_path)
     (tmp_path / "notes").mkdir()
@@ -274,7 +282,7 @@ def test_existing_files_are_never_overwritten(make_trace, stored, tmp_path):
     assert after == before
 
 
-def test_a_bad_trace_leaves_nothing_behind(make_trace, tmp_path):
+def test_a_bad_trace_leaves_nothing_behind(make_trace: Any, tmp_path: Path) -> None:
     """Ids out of range are found before a byte is written."""
     trace = make_trace(full=False)
     ids = trace.ids.copy()
@@ -285,7 +293,7 @@ def test_a_bad_trace_leaves_nothing_behind(make_trace, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tokens_of_another_model_are_refused(make_trace, tmp_path):
+def test_tokens_of_another_model_are_refused(make_trace: Any, tmp_path: Path) -> None:
     begin(tmp_path / "t", make_trace())
     writer = TraceWriter(tmp_path / "t")
     with pytest.raises(InputError, match="one model"):
@@ -295,7 +303,7 @@ def test_tokens_of_another_model_are_refused(make_trace, tmp_path):
     assert read_manifest(tmp_path / "t").shards == ()
 
 
-def test_ranks_must_name_domains_alike(make_trace, tmp_path):
+def test_ranks_must_name_domains_alike(make_trace: Any, tmp_path: Path) -> None:
     trace = make_trace()
     begin(tmp_path / "t", trace, ranks=2)
     TraceWriter(tmp_path / "t").append(trace)
@@ -304,13 +312,17 @@ def test_ranks_must_name_domains_alike(make_trace, tmp_path):
         TraceWriter(tmp_path / "t", 1).append(other)
 
 
-def test_a_rank_that_is_not_part_of_the_recording_is_refused(make_trace, tmp_path):
+def test_a_rank_that_is_not_part_of_the_recording_is_refused(
+    make_trace: Any, tmp_path: Path
+) -> None:
     begin(tmp_path / "t", make_trace(), ranks=2)
     with pytest.raises(InputError, match="2 ranks, rank 2"):
         TraceWriter(tmp_path / "t", 2)
 
 
-def test_a_shard_that_a_crash_left_uncommitted_does_not_count(make_trace, tmp_path):
+def test_a_shard_that_a_crash_left_uncommitted_does_not_count(
+    make_trace: Any, tmp_path: Path
+) -> None:
     """The manifest is written last: without its line a shard is not there, nor in the way."""
     trace = make_trace(tokens=60)
     begin(tmp_path / "t", trace)
@@ -339,7 +351,9 @@ while True:
 
 
 @pytest.mark.parametrize("wait_shards", [1, 3])
-def test_killed_while_writing_the_committed_shards_are_whole(make_trace, tmp_path, wait_shards):
+def test_killed_while_writing_the_committed_shards_are_whole(
+    make_trace: Any, tmp_path: Path, wait_shards: int
+) -> None:
     """SIGKILL at any moment: the trace opens and holds whole shards only."""
     begin(tmp_path / "t", make_trace(full=False))
     process = subprocess.Popen(
@@ -371,7 +385,7 @@ except LoadmasterError as error:
 """
 
 
-def test_a_full_disk_leaves_no_folder(tmp_path):
+def test_a_full_disk_leaves_no_folder(tmp_path: Path) -> None:
     """The operating system refuses bytes: one line says so, and nothing is half written."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "t")], capture_output=True, text=True
@@ -380,7 +394,7 @@ def test_a_full_disk_leaves_no_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_reported(make_trace, tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(make_trace: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LoadmasterError, match="Not a directory"):
         save_trace(make_trace(), tmp_path / "file/t")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,9 @@ from loadmaster.traces.trace import PREFILL
         ("c512", 1.0, [574, 3162, 1315, 6464, 1140]),
     ],
 )
-def test_families_have_the_published_fingerprints(name, zipf, first_five):
+def test_families_have_the_published_fingerprints(
+    name: str, zipf: float, first_five: list[int]
+) -> None:
     """Seed 0, layer 0; every layer holds 200,000 tokens of eight choices."""
     made, family = instance(name, zipf, seed=0), FAMILIES[name]
     assert made.load_LE[0, :5].tolist() == first_five
@@ -34,7 +38,7 @@ def test_families_have_the_published_fingerprints(name, zipf, first_five):
 @pytest.mark.parametrize(
     ("name", "half", "one"), [("a288", 1.08, 3.97), ("b320", 2.16, 7.93), ("c512", 3.45, 15.63)]
 )
-def test_families_have_the_published_skew(name, half, one):
+def test_families_have_the_published_skew(name: str, half: float, one: float) -> None:
     """Hottest expert over mean device load, mean over layers and three seeds."""
     for zipf, expected in ((0.5, half), (1.0, one)):
         ratios = []
@@ -44,14 +48,14 @@ def test_families_have_the_published_skew(name, half, one):
         assert np.mean(ratios) == pytest.approx(expected, abs=0.02)
 
 
-def test_the_next_sample_is_the_same_traffic_and_the_drifted_one_is_not():
+def test_the_next_sample_is_the_same_traffic_and_the_drifted_one_is_not() -> None:
     made = instance("a288", 1.0, seed=1)
     near = np.abs(made.next_LE - made.load_LE).sum() / made.load_LE.sum()
     far = np.abs(made.drifted_LE - made.load_LE).sum() / made.load_LE.sum()
     assert near < 0.03 < 0.15 < far
 
 
-def test_an_instance_routes_tokens_by_its_shares():
+def test_an_instance_routes_tokens_by_its_shares() -> None:
     """Its trace has the shape of the family and follows the shares."""
     made = instance("a288", 0.5, seed=0)
     trace = made.trace(2000)
@@ -60,12 +64,12 @@ def test_an_instance_routes_tokens_by_its_shares():
     assert np.corrcoef(share.ravel(), made.share_LE.ravel())[0, 1] > 0.97
 
 
-def test_an_unknown_family_is_named():
+def test_an_unknown_family_is_named() -> None:
     with pytest.raises(UsageError, match="a288, a320, b320, c512"):
         instance("a999", 1.0, 0)
 
 
-def test_without_blocks_choices_follow_the_law_of_sampling_without_replacement():
+def test_without_blocks_choices_follow_the_law_of_sampling_without_replacement() -> None:
     """First choices have the shares themselves; pairs have successive sampling's probabilities."""
     share = np.array([[0.5, 0.25, 0.15, 0.1]])
     trace = synth_trace(share_LE=share, top_k=2, tokens=60_000, block_share=0.0, seed=3)
@@ -78,7 +82,7 @@ def test_without_blocks_choices_follow_the_law_of_sampling_without_replacement()
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 8), (6, 5), (300, 4), (256, 8)])
-def test_no_expert_occurs_twice_in_a_choice(experts, top_k):
+def test_no_expert_occurs_twice_in_a_choice(experts: int, top_k: int) -> None:
     """Also where almost every expert is chosen and shares are steep."""
     trace = synth_trace(layers=2, experts=experts, top_k=top_k, tokens=500, zipf=2.0)
     ordered = np.sort(trace.ids, axis=2)
@@ -86,7 +90,7 @@ def test_no_expert_occurs_twice_in_a_choice(experts, top_k):
     assert trace.num_experts == experts
 
 
-def test_affinity_ties_consecutive_layers_together():
+def test_affinity_ties_consecutive_layers_together() -> None:
     """Mutual information of experts in layers l and l+1: real routers have about 0.5 bits."""
     options = dict(layers=4, experts=32, top_k=4, tokens=20_000, zipf=0.6)
     tied = layer_information(synth_trace(**options))
@@ -94,7 +98,7 @@ def test_affinity_ties_consecutive_layers_together():
     assert 0.2 < tied < 1.0 and loose < 0.02
 
 
-def test_persistence_ties_the_tokens_of_a_request_together():
+def test_persistence_ties_the_tokens_of_a_request_together() -> None:
     """Neighbours in a request share experts more often than strangers do."""
     trace = synth_trace(layers=4, experts=32, top_k=4, tokens=20_000, zipf=0.6)
     strangers = np.random.default_rng(0).permutation(trace.num_tokens)
@@ -102,7 +106,7 @@ def test_persistence_ties_the_tokens_of_a_request_together():
     assert near > 1.2 * repeat_share(trace.ids, trace.ids[strangers])
 
 
-def test_domains_differ_and_may_take_turns():
+def test_domains_differ_and_may_take_turns() -> None:
     """At random over requests, or in stretches of tokens."""
     options = dict(layers=3, experts=16, top_k=2, tokens=12_000, domains=3, request_tokens=40)
     mixed = synth_trace(**options)
@@ -115,7 +119,7 @@ def test_domains_differ_and_may_take_turns():
     assert np.array_equal(turns.domain[first_token], first_token // 2000 % 3)
 
 
-def test_requests_begin_with_prefill_and_have_the_length_asked_for():
+def test_requests_begin_with_prefill_and_have_the_length_asked_for() -> None:
     trace = synth_trace(layers=1, experts=8, top_k=1, tokens=30_000, request_tokens=60)
     _, sizes = np.unique(trace.request, return_counts=True)
     assert np.mean(sizes) == pytest.approx(60, rel=0.15)
@@ -124,13 +128,13 @@ def test_requests_begin_with_prefill_and_have_the_length_asked_for():
     assert np.mean(trace.phase == PREFILL) == pytest.approx(0.7, abs=0.02)
 
 
-def test_the_same_seed_gives_the_same_trace():
+def test_the_same_seed_gives_the_same_trace() -> None:
     options = dict(layers=2, experts=16, top_k=2, tokens=1000)
     assert synth_trace(**options, seed=4).digest() == synth_trace(**options, seed=4).digest()
     assert synth_trace(**options, seed=4).digest() != synth_trace(**options, seed=5).digest()
 
 
-def test_a_token_depends_on_its_request_alone():
+def test_a_token_depends_on_its_request_alone() -> None:
     """A longer trace begins with the shorter one's requests."""
     options = dict(layers=2, experts=16, top_k=2, share_LE=zipf_shares(
         np.random.default_rng(0), 2, 16, 1.0), request_tokens=10)
@@ -144,7 +148,7 @@ def test_a_token_depends_on_its_request_alone():
 @pytest.mark.parametrize(
     "options", [{"top_k": 9}, {"tokens": 0}, {"domains": 0}, {"affinity": 1.5}, {"blocks": 99}]
 )
-def test_settings_that_cannot_be_are_refused(options):
+def test_settings_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         synth_trace(**{"layers": 1, "experts": 8, "top_k": 2, "tokens": 10, **options})
 
