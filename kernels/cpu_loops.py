@@ -6,21 +6,14 @@ Plain loops over numpy arrays, one pass each; knows nothing of tensors, packed w
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
-from .cpu_float import compiled, exp, sigmoid, store, to_float
+from .cpu_float import compiled, exp, store, times_sigmoid, to_float
 
 Array = Any  # numpy arrays inside compiled loops; numba infers their types
 _F32 = np.float32
-
-# Codes of the gated activations, as `gated_rows` takes them.
-GATE_SILU: Final = 0
-GATE_RELU: Final = 1
-GATE_GELU_TANH: Final = 2
-GATE_GPTOSS: Final = 3
-
 
 @compiled
 def choose_top_k(logit_TE: Array, normalize: bool, gate_TK: Array, id_TK: Array) -> None:
@@ -134,34 +127,54 @@ def sort_slots(slot_A: Array, order_A: Array, offset_S: Array, row_A: Array) -> 
             next_row_S[s] += 1
 
 
+# The gated activations: gate and up products [rows, 2I] into the input of the down product
+# [rows, I]. limit and alpha are gpt-oss's; the others take and ignore them.
+
+
 @compiled
-def gated_rows(gate_up: Array, kind: int, limit: Any, alpha: Any, out: Array) -> None:
-    """Gate and up products [rows, 2I] into the input of the down product [rows, I]."""
+def silu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """gate * sigmoid(gate) * up."""
     rows, width = out.shape
     for r in range(rows):
-        if kind == GATE_SILU:
-            for c in range(width):
-                gate = to_float(gate_up[r, c])
-                store(out, r, c, gate * sigmoid(gate) * to_float(gate_up[r, width + c]))
-        elif kind == GATE_RELU:
-            for c in range(width):
-                gate = to_float(gate_up[r, c])
-                gate = _F32(0.0) if gate < _F32(0.0) else gate
-                store(out, r, c, gate * to_float(gate_up[r, width + c]))
-        elif kind == GATE_GELU_TANH:
-            for c in range(width):
-                gate = to_float(gate_up[r, c])
-                # 0.5 (1 + tanh z) is sigmoid(2 z)
-                twice = _F32(1.59576912) * (gate + _F32(0.044715) * gate * gate * gate)
-                store(out, r, c, gate * sigmoid(twice) * to_float(gate_up[r, width + c]))
-        else:
-            for c in range(width):
-                gate = to_float(gate_up[r, c])
-                up = to_float(gate_up[r, width + c])
-                gate = limit if gate > limit else gate
-                up = limit if up > limit else up
-                up = -limit if up < -limit else up
-                store(out, r, c, (up + _F32(1.0)) * (gate * sigmoid(alpha * gate)))
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            store(out, r, c, times_sigmoid(gate_up[r, c], gate, gate) * up)
+
+
+@compiled
+def relu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """max(gate, 0) * up."""
+    rows, width = out.shape
+    for r in range(rows):
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            gate = _F32(0.0) if gate < _F32(0.0) else gate
+            store(out, r, c, gate * up)
+
+
+@compiled
+def gelu_tanh_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """The tanh form of gelu(gate) * up; 0.5 (1 + tanh z) is written as sigmoid(2 z)."""
+    rows, width = out.shape
+    for r in range(rows):
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            twice = _F32(1.59576912) * (gate + _F32(0.044715) * gate * gate * gate)
+            store(out, r, c, times_sigmoid(gate_up[r, c], gate, twice) * up)
+
+
+@compiled
+def gptoss_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """(up + 1) * gate * sigmoid(alpha * gate), gate <= limit and |up| <= limit."""
+    rows, width = out.shape
+    for r in range(rows):
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            gate = limit if gate > limit else gate
+            up = limit if up > limit else up
+            up = -limit if up < -limit else up
+            glu = times_sigmoid(gate_up[r, c], gate, alpha * gate)
+            store(out, r, c, (up + _F32(1.0)) * glu)
 
 
 @compiled

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,14 @@ from .activation import gate_rows_first, gated_inplace, stored_rows
 from .backend import SlotShape, SlotTensors
 from .cpu_float import as_array
 from .cpu_loops import (
-    GATE_GELU_TANH,
-    GATE_GPTOSS,
-    GATE_RELU,
-    GATE_SILU,
     combine_rows,
-    gated_rows,
+    gelu_tanh_rows,
+    gptoss_rows,
+    relu_rows,
+    silu_rows,
     sort_slots,
 )
+from .huge_pages import use_huge_pages
 
 # Rows of one pair of products: enough to read the weights rarely, few enough for the cache.
 BLOCK_ROWS = 384
@@ -36,26 +36,33 @@ SMALL_ROWS = 32
 STRIP_ROWS = 256
 # A single row takes another code path with other bits (measured on torch 2.13: both dtypes once
 # H or I reaches 2048); from two rows on, a row's bits do not depend on how many there are.
-# Three rows are computed as fast as one or two.
+# Three rows take no longer than one or two.
 LEAST_ROWS = 3
 # Each new row count compiles a oneDNN kernel (0.5 ms or more); above this, counts are rounded up.
 EXACT_ROWS = 16
 ROW_STEP = 4
+# Smaller matrices than this stay in cache between steps.
+HUGE_PAGES_FROM_BYTES = 1 << 18
 # The packed layout serves any row count; the hint only has to be far from a single row.
 _LAYOUT_HINT_ROWS = 64
 
-_GATE_CODES = {
-    "silu": GATE_SILU,
-    "relu": GATE_RELU,
-    "gelu_tanh": GATE_GELU_TANH,
-    "gptoss_clamped": GATE_GPTOSS,
+_GATED_ROWS = {
+    "silu": silu_rows,
+    "relu": relu_rows,
+    "gelu_tanh": gelu_tanh_rows,
+    "gptoss_clamped": gptoss_rows,
 }
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A matrix [N, K] in oneDNN's own layout."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _LAYOUT_HINT_ROWS)
-    return cast(Tensor, packed)
+    """A matrix [N, K] in oneDNN's own layout, in huge pages where the system has them."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
+        weight.contiguous(), _LAYOUT_HINT_ROWS
+    )
+    size_bytes = weight.numel() * weight.element_size()
+    if size_bytes >= HUGE_PAGES_FROM_BYTES and hasattr(torch.ops.mkldnn, "data_ptr"):
+        use_huge_pages(torch.ops.mkldnn.data_ptr(packed), size_bytes)
+    return packed
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,6 +125,12 @@ def row_strips(counts: Sequence[int]) -> Iterator[list[RowBlock]]:
         yield strip
 
 
+def strip_span(strip: Sequence[RowBlock]) -> tuple[int, int, int]:
+    """First row, end of the rows, and end of rows and padding of one strip."""
+    last = strip[-1].start + strip[-1].rows
+    return strip[0].start, last, max(block.start + block.computed for block in strip)
+
+
 class _Buffers(threading.local):
     """Scratch that every layer of a thread shares; grows to the largest seen."""
 
@@ -129,6 +142,7 @@ class _Buffers(threading.local):
         held = self._held.get((name, dtype))
         if held is None or held.numel() < rows * columns:
             held = torch.zeros(rows * columns, dtype=dtype)
+            use_huge_pages(held.data_ptr(), held.numel() * held.element_size())
             self._held[name, dtype] = held
         return held[: rows * columns].view(rows, columns)
 
@@ -157,7 +171,7 @@ class PackedSlots:
             for name, size in shape.tensor_shapes().items()
         }
         self._experts: list[PackedExpert] = [self._packed(empty)] * shape.slots
-        self._gate_code = _GATE_CODES.get(shape.activation.kind)
+        self._gated_rows = _GATED_ROWS.get(shape.activation.kind)
         self._limit = np.float32(shape.activation.limit or 0.0)
         self._alpha = np.float32(shape.activation.alpha or 0.0)
 
@@ -181,10 +195,10 @@ class PackedSlots:
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         x_AH = x_AH.contiguous()
         for strip in row_strips(count_S.tolist()):
-            first, last = strip[0].start, strip[-1].start + strip[-1].computed
-            x = x_AH[first:last]
-            if last > len(x_AH):
-                x = _BUFFERS.take("x", last - first, self.shape.hidden, self.shape.dtype)
+            first, _, reach = strip_span(strip)
+            x = x_AH[first:reach]
+            if reach > len(x_AH):
+                x = _BUFFERS.take("x", reach - first, self.shape.hidden, self.shape.dtype)
                 x[: len(x_AH) - first] = x_AH[first:]
             self._run_strip(strip, x, out_AH)
 
@@ -199,9 +213,8 @@ class PackedSlots:
         token_A = order_A.div_(max(slot_TK.shape[1], 1), rounding_mode="floor")
         y_AH = _BUFFERS.take("y", len(token_A), hidden, self.shape.dtype)
         for strip in row_strips(np.diff(offset).tolist()):
-            first, last = strip[0].start, strip[-1].start + strip[-1].rows
-            padding = strip[-1].computed - strip[-1].rows
-            x = _BUFFERS.take("x", last - first + padding, hidden, self.shape.dtype)
+            first, last, reach = strip_span(strip)
+            x = _BUFFERS.take("x", reach - first, hidden, self.shape.dtype)
             torch.index_select(x_TH, 0, token_A[first:last], out=x[: last - first])
             self._run_strip(strip, x, y_AH)
         sum_H = np.empty(hidden, np.float32)
@@ -212,13 +225,13 @@ class PackedSlots:
 
         The padding rows of a block are the next block's rows: their results are dropped.
         """
-        first, last = strip[0].start, strip[-1].start + strip[-1].rows
+        first, last, reach = strip_span(strip)
         products = []
         for slot, start, rows, computed in strip:
             expert, row = self._experts[slot], start - first
             y = packed_linear(x[row : row + computed], expert.gate_up, expert.gate_up_bias)
             products.append(y if rows == computed else y[:rows])
-        act = self._gated(products, strip[-1].computed - strip[-1].rows)
+        act = self._gated(products, reach - last)
         products.clear()
         for slot, start, rows, computed in strip:
             expert, row = self._experts[slot], start - first
@@ -234,12 +247,11 @@ class PackedSlots:
         gate_up = products[0] if len(products) == 1 else torch.cat(products)
         rows, intermediate = len(gate_up), self.shape.intermediate
         act = _BUFFERS.take("act", rows + padding, intermediate, self.shape.dtype)
-        if self._gate_code is None:
+        if self._gated_rows is None:
             gate, up = gate_up.tensor_split(2, dim=1)
             act[:rows] = gated_inplace(gate, up, self.shape.activation)
         else:
-            out = as_array(act[:rows])
-            gated_rows(as_array(gate_up), self._gate_code, self._limit, self._alpha, out)
+            self._gated_rows(as_array(gate_up), self._limit, self._alpha, as_array(act[:rows]))
         return act
 
     def _packed(self, tensors: SlotTensors) -> PackedExpert:
