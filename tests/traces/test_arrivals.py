@@ -153,7 +153,8 @@ def test_another_file_is_refused_with_the_formats_there_are(tmp_path: Path) -> N
 )
 def test_arrays_that_cannot_be_arrivals_are_named(columns: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Arrivals(*(np.array(c, np.int64) for c in columns))
+        time_us, prompt, output = (np.array(c, np.int64) for c in columns)
+        Arrivals(time_us, prompt, output)
 
 
 def test_the_published_hour_of_azure(real_data: Path) -> None:

@@ -52,12 +52,13 @@ def test_entropy_of_equal_shares_is_the_logarithm() -> None:
 
 def test_the_same_traffic_does_not_drift_and_another_domain_does() -> None:
     """Two halves of one domain are within chance; two domains are far above the floor."""
-    trace = synth_trace(
+    trace: Any = synth_trace(
         layers=3, experts=16, top_k=2, tokens=20_000, domains=2, request_tokens=50, seed=1
     )
     one, other = trace.slice_domains([0]), trace.slice_domains([1])
     a, b = one.split(0.5)
-    same, moved = drift(a, b), drift(one, other)
+    same: Any = drift(a, b)
+    moved: Any = drift(one, other)
     assert same.moved is False and same.bits < 3 * same.floor_bits
     assert moved.moved is True and moved.bits > 10 * moved.floor_bits
     assert moved.bits == pytest.approx(float(np.mean(moved.bits_L)))
@@ -79,7 +80,9 @@ def test_chance_is_rarely_called_drift() -> None:
     """Two draws from the same distribution: at 5 % few of 40 pairs may be called moved."""
     called = 0
     for seed in range(40):
-        trace = synth_trace(layers=2, experts=8, top_k=1, tokens=3000, request_tokens=40, seed=seed)
+        trace = synth_trace(
+            layers=2, experts=8, top_k=1, tokens=3000, request_tokens=40, seed=seed
+        )
         called += bool(drift(*trace.split(0.5, seed=seed), seed=seed, shuffles=60).moved)
     assert called <= 6
 
@@ -103,7 +106,7 @@ def test_other_models_cannot_be_compared(make_trace: Any) -> None:
 
 def test_the_published_divergence_of_two_domains(real_data: Path) -> None:
     """DeepSeek-V2-Lite, law against translation: 0.188 bits, split halves 0.002."""
-    trace = import_any(real_data / "routing/esft_law_translation.npz").trace
+    trace: Any = import_any(real_data / "routing/esft_law_translation.npz").trace
     found = drift(trace.slice_domains(["law"]), trace.slice_domains(["translation"]))
     assert found.bits == pytest.approx(0.188, abs=0.001)
     assert found.floor_bits == pytest.approx(0.002, abs=0.001)

@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 
 from loadmaster.errors import InputError
-from loadmaster.traces.formats import import_any
+from loadmaster.traces.formats import ImportResult, import_any
 from loadmaster.traces.store import load_trace, save_trace
 
 torch = pytest.importorskip("torch")
+
+
+def trace_of(result: ImportResult) -> Any:
+    """The trace, which must be there."""
+    assert result.trace is not None
+    return result.trace
 
 
 # ---- arrays ------------------------------------------------------------------------------------
@@ -27,7 +33,7 @@ def test_npz_with_the_usual_names(make_trace: Any, tmp_path: Path) -> None:
         domains=["law", "code"], weights=np.full((200, 3, 2), 0.5, np.float16), n_experts=8,
         layers=[1, 2, 5],
     )
-    result = import_any(tmp_path / "log.npz")
+    result: Any = import_any(tmp_path / "log.npz")
     got = result.trace
     assert np.array_equal(got.ids, trace.ids) and got.num_experts == 8
     assert got.domain_names == ("law", "code") and got.layer_indices == (1, 2, 5)
@@ -46,7 +52,7 @@ def test_names_of_ones_own_are_given(make_trace: Any, tmp_path: Path) -> None:
         {"chosen": trace.ids, "conversation": np.arange(200)}, tmp_path / "log.safetensors"
     )
     keys = {"ids": "chosen", "request": "conversation"}
-    got = import_any(tmp_path / "log.safetensors", num_experts=8, keys=keys).trace
+    got: Any = import_any(tmp_path / "log.safetensors", num_experts=8, keys=keys).trace
     assert np.array_equal(got.ids, trace.ids) and got.request[7] == 7
     with pytest.raises(InputError, match=r"no array 'x' for ids.*chosen"):
         import_any(tmp_path / "log.safetensors", num_experts=8, keys={"ids": "x"})
@@ -61,7 +67,7 @@ def test_an_npy_holds_ids_alone_and_needs_the_number_of_experts(
 ) -> None:
     """The largest id need not be the last expert, so E is never guessed."""
     np.save(tmp_path / "ids.npy", make_trace().ids.astype(np.int64))
-    assert import_any(tmp_path / "ids.npy", num_experts=8).trace.num_experts == 8
+    assert trace_of(import_any(tmp_path / "ids.npy", num_experts=8)).num_experts == 8
     with pytest.raises(InputError, match="give num_experts"):
         import_any(tmp_path / "ids.npy")
     with pytest.raises(InputError, match="K=2 experts but a layer has only E=1"):
@@ -73,7 +79,7 @@ def test_an_npy_holds_ids_alone_and_needs_the_number_of_experts(
 
 def test_arrays_of_loads_become_a_profile(tmp_path: Path) -> None:
     np.savez(tmp_path / "load.npz", load=np.arange(1, 25).reshape(2, 3, 4), layers=[4, 5, 6])
-    result = import_any(tmp_path / "load.npz")
+    result: Any = import_any(tmp_path / "load.npz")
     assert result.trace is None and result.profile.load_WLE.shape == (2, 3, 4)
     assert result.profile.layer_indices == (4, 5, 6)
     assert "planning is for load only" in " ".join(result.cannot_tell)
@@ -98,12 +104,12 @@ def test_pickles_lies_and_rubbish_are_refused(tmp_path: Path) -> None:
 
 def test_real_logs_have_the_published_facts(real_data: Path) -> None:
     """Tokens, layers, experts, top-k, requests and the skew of both logs."""
-    facts = {
+    facts: dict[str, Any] = {
         "gptoss20b_decode": ((103_387, 24, 4), 32, 291, (1.92, 2.46, 3.91)),
         "esft_law_translation": ((16_578, 26, 6), 64, 73, (2.40, 3.43, 4.38)),
     }
     for name, (shape, experts, requests, skew) in facts.items():
-        trace = import_any(real_data / f"routing/{name}.npz").trace
+        trace: Any = import_any(real_data / f"routing/{name}.npz").trace
         assert trace.ids.shape == shape and trace.num_experts == experts
         assert len(np.unique(trace.request)) == requests
         load = trace.load_LE()
@@ -128,7 +134,7 @@ def test_stat_is_one_sum_over_its_ring_buffer(tmp_path: Path) -> None:
         {"rank": 0, "logical_count": count, "average_utilization_rate_over_window": None},
         tmp_path / "expert_distribution_recorder_1.pt",
     )
-    result = import_any(tmp_path / "expert_distribution_recorder_1.pt")
+    result: Any = import_any(tmp_path / "expert_distribution_recorder_1.pt")
     assert result.profile.load_WLE.tolist() == [[[2, 3, 4, 5, 6, 7]] * 2]
     assert result.profile.layer_indices == (1, 2)
     assert "wrap around" in " ".join(result.cannot_tell)
@@ -137,7 +143,7 @@ def test_stat_is_one_sum_over_its_ring_buffer(tmp_path: Path) -> None:
         load_trace(tmp_path / "expert_distribution_recorder_1.pt")
 
 
-def passes(rank: int) -> dict:
+def passes(rank: int) -> dict[str, Any]:
     """Pass 7 and 9 of a rank: slot s of layer l gets l * (s + 1) + rank tokens."""
     count = torch.arange(3)[:, None] * (torch.arange(8) + 1 + rank)
     records = [
@@ -152,7 +158,7 @@ def test_per_pass_sums_ranks_and_maps_slots_to_experts(tmp_path: Path) -> None:
     """One window per forward pass, in their order; copies of an expert count together."""
     for rank in range(2):
         torch.save(passes(rank), tmp_path / f"recorder_{rank}.pt")
-    result = import_any(tmp_path)
+    result: Any = import_any(tmp_path)
     slots = np.arange(1, 9) * 2 + 1                      # of layer 1, both ranks
     expected = np.bincount(SLOT_MAP[1].numpy(), slots, 6)
     assert result.profile.load_WLE.shape == (2, 2, 6)
@@ -160,7 +166,9 @@ def test_per_pass_sums_ranks_and_maps_slots_to_experts(tmp_path: Path) -> None:
     assert "placement changed" in " ".join(result.cannot_tell)
 
 
-def token_record(number: int, rank: int, tokens: list[int], slots, mode: int, lengths=None) -> dict:
+def token_record(
+    number: int, rank: int, tokens: list[int], slots: Any, mode: int, lengths: Any = None
+) -> dict[str, Any]:
     """A per_token record: slots [L, T, <=8], padded to eight with -1."""
     slots = torch.tensor(slots, dtype=torch.int32)
     padded = torch.full((*slots.shape[:2], 8), -1, dtype=torch.int32)
@@ -173,8 +181,8 @@ def token_record(number: int, rank: int, tokens: list[int], slots, mode: int, le
     }
 
 
-def save_tokens(path: Path, *records: dict, slot_map=SLOT_MAP) -> None:
-    torch.save({"records": list(records), "last_physical_to_logical_map": slot_map}, path)
+def save_tokens(path: Path, *records: dict[str, Any]) -> None:
+    torch.save({"records": list(records), "last_physical_to_logical_map": SLOT_MAP}, path)
 
 
 NONE = [[-1, -1], [-1, -1]]   # a dense layer's two tokens
@@ -191,7 +199,7 @@ def test_per_token_slots_become_experts_with_steps_ranks_and_phases(tmp_path: Pa
         token_record(5, 0, [12, 13], [NONE, [[6, 3], [-1, -1]], [[0, 2], [-1, -1]]], mode=2),
         token_record(4, 0, [10, 11], [NONE, [[0, 1], [4, 5]], [[5, 4], [3, 2]]], mode=1),
     )
-    result = import_any(tmp_path)
+    result: Any = import_any(tmp_path)
     trace = result.trace
     assert trace.layer_indices == (1, 2) and trace.num_experts == 6 and trace.top_k == 2
     assert trace.step.tolist() == [4, 4, 4, 4, 5] and trace.source.tolist() == [0, 0, 1, 1, 0]
@@ -207,9 +215,9 @@ def test_a_mixed_pass_tells_phases_by_sequence_lengths(tmp_path: Path) -> None:
     """A sequence of one token decodes, a longer one is a prompt; unknown modes are not guessed."""
     three = [[[-1]] * 3, [[0]] * 3, [[1]] * 3]
     save_tokens(tmp_path / "a.pt", token_record(0, 0, [1, 2, 3], three, mode=3, lengths=[1, 2]))
-    assert import_any(tmp_path / "a.pt").trace.phase.tolist() == [1, 0, 0]
+    assert trace_of(import_any(tmp_path / "a.pt")).phase.tolist() == [1, 0, 0]
     save_tokens(tmp_path / "b.pt", token_record(0, 0, [1, 2, 3], three, mode=9))
-    result = import_any(tmp_path / "b.pt")
+    result: Any = import_any(tmp_path / "b.pt")
     assert result.trace.phase is None and "forward mode" in " ".join(result.cannot_tell)
 
 
@@ -220,12 +228,12 @@ def test_ranks_that_all_saw_the_same_tokens_count_once(tmp_path: Path) -> None:
         save_tokens(tmp_path / f"{rank}.pt", *(
             token_record(number, rank, [10 + number, 11], same, mode=1) for number in range(3)
         ))
-    result = import_any(tmp_path)
+    result: Any = import_any(tmp_path)
     assert result.trace.num_tokens == 6 and "those of one are kept" in " ".join(result.notes)
     save_tokens(tmp_path / "1.pt", *(
         token_record(number, 1, [20 + number, 11], same, mode=1) for number in range(3)
     ))
-    assert import_any(tmp_path).trace.num_tokens == 12
+    assert trace_of(import_any(tmp_path)).num_tokens == 12
 
 
 def test_sglang_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -264,7 +272,7 @@ def test_sglang_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def statistics(tmp_path) -> Path:
+def statistics(tmp_path: Path) -> Any:
     """Iterations 100..102, layers 3 and 4, two ranks: rank r counts r + iteration + layer."""
     from safetensors.numpy import save_file
 
@@ -284,7 +292,7 @@ def statistics(tmp_path) -> Path:
 
 def test_statistics_sum_ranks_and_keep_the_models_layer_numbers(statistics: Path) -> None:
     """One window per iteration; K is known; routing per token is not."""
-    result = import_any(statistics)
+    result: Any = import_any(statistics)
     profile = result.profile
     assert profile.layer_indices == (3, 4) and profile.top_k == 2
     assert profile.load_WLE[1].tolist() == [[209] * 4, [211] * 4]
@@ -329,7 +337,7 @@ def test_statistics_with_holes_are_refused(statistics: Path) -> None:
 
 def test_a_stored_trace_is_recognised(make_trace: Any, tmp_path: Path) -> None:
     save_trace(make_trace(), tmp_path / "t")
-    assert import_any(tmp_path / "t").trace.digest() == make_trace().digest()
+    assert trace_of(import_any(tmp_path / "t")).digest() == make_trace().digest()
 
 
 def test_what_is_nothing_known_is_told_the_known_formats(tmp_path: Path) -> None:

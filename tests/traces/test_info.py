@@ -18,11 +18,11 @@ from loadmaster.traces.synth import synth_trace
 
 def test_a_trace_is_counted_in_every_way(tmp_path: Path) -> None:
     """Shape, tokens per phase and domain, skew, steps, floor and the curve; all of it JSON."""
-    trace = synth_trace(
+    trace: Any = synth_trace(
         layers=2, experts=16, top_k=2, tokens=6000, domains=2, request_tokens=50, seed=1
     )
     save_trace(trace, tmp_path / "t")
-    info = trace_info(tmp_path / "t", steps=StepSampler(tokens=100, concurrency=4))
+    info: Any = trace_info(tmp_path / "t", steps=StepSampler(tokens=100, concurrency=4))
     assert (info.tokens, info.layers, info.experts, info.top_k) == (6000, 2, 16, 2)
     assert sum(info.tokens_by_phase.values()) == sum(info.tokens_by_domain.values()) == 6000
     assert info.requests == len(np.unique(trace.request)) and info.recorded_steps is None
@@ -36,19 +36,19 @@ def test_a_trace_is_counted_in_every_way(tmp_path: Path) -> None:
 
 
 def test_a_judge_is_used_when_handed_in(make_trace: Any) -> None:
-    info = trace_info(make_trace(tokens=3000), judge=lambda plan, held: 1.25)
+    info: Any = trace_info(make_trace(tokens=3000), judge=lambda plan, held: 1.25)
     assert set(info.curve.imbalance) == {1.25} and info.curve.judged_by == "the judge handed in"
 
 
 def test_a_short_trace_is_described_all_the_same(make_trace: Any) -> None:
     """Too few tokens for steps or a curve is an answer, not a failure."""
-    info = trace_info(make_trace())
+    info: Any = trace_info(make_trace())
     assert info.tokens == 200 and info.steps_available == 0 and info.curve is None
     assert "do not fill one step" in info.verdict
 
 
 def test_loads_alone_are_described_as_such() -> None:
-    info = trace_info(Profile.from_loads([[4, 2], [3, 3]], top_k=1))
+    info: Any = trace_info(Profile.from_loads([[4, 2], [3, 3]], top_k=1))
     assert (info.tokens, info.steps_available) == (6, 0)
     assert info.skew_L == (pytest.approx(4 / 3), 1.0)
     assert info.verdict.endswith("it holds loads only")

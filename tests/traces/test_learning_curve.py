@@ -56,7 +56,7 @@ def test_the_proxy_follows_a_packed_plan() -> None:
 
 def test_the_published_curve_of_gpt_oss(real_data: Path) -> None:
     """The data's own table for packed plans: 1.23 from 4,096 tokens, 1.12 from 16,384."""
-    trace = import_any(real_data / "routing/gptoss20b_decode.npz").trace
+    trace: Any = import_any(real_data / "routing/gptoss20b_decode.npz").trace
     curve = learning_curve(trace)
     at = dict(zip(curve.tokens, curve.imbalance, strict=True))
     assert at[4096] == pytest.approx(1.23, abs=0.03)

@@ -16,7 +16,7 @@ from loadmaster.traces.trace import RoutingTrace
 def test_loads_are_those_of_the_trace(make_trace: Any) -> None:
     """Whatever is sampled, the windows together hold every assignment, in time order."""
     trace = make_trace()
-    profile = Profile.from_trace(trace, windows=5, sample_tokens=30)
+    profile: Any = Profile.from_trace(trace, windows=5, sample_tokens=30)
     assert np.array_equal(profile.load_LE, trace.load_LE())
     assert profile.num_windows == 5
     first = np.argsort(trace.step, kind="stable")[:40]
@@ -26,23 +26,24 @@ def test_loads_are_those_of_the_trace(make_trace: Any) -> None:
 def test_the_sample_is_whole_requests_with_their_columns(make_trace: Any) -> None:
     """Enough to make steps from; the same seed draws the same ones."""
     trace = make_trace()
-    profile = Profile.from_trace(trace, sample_tokens=75, seed=3)
+    profile: Any = Profile.from_trace(trace, sample_tokens=75, seed=3)
     sample = profile.require_sample()
     assert sample.num_tokens == 70 and profile.sampled_share == 0.35
     for request in set(sample.request):
         assert (sample.request == request).sum() == (trace.request == request).sum()
-    assert sample.digest() == Profile.from_trace(trace, sample_tokens=75, seed=3).sample.digest()
+    again = Profile.from_trace(trace, sample_tokens=75, seed=3)
+    assert sample.digest() == again.require_sample().digest()
     assert len(StepSampler(tokens=10, concurrency=2).sample(sample)) > 1
 
 
 def test_a_small_sample_still_holds_one_request(make_trace: Any) -> None:
-    assert Profile.from_trace(make_trace(), sample_tokens=1).sample.num_tokens == 10
+    assert Profile.from_trace(make_trace(), sample_tokens=1).require_sample().num_tokens == 10
 
 
 def test_pairs_are_those_of_a_loop(make_trace: Any) -> None:
     """Co-activation inside a layer and transitions to the next, with k_of_token."""
     trace = make_trace(tokens=30)
-    profile = Profile.from_trace(trace)
+    profile: Any = Profile.from_trace(trace)
     together, onward = np.zeros((3, 8, 8), int), np.zeros((2, 8, 8), int)
     for t in range(30):
         chosen = [trace.ids[t, layer, : trace.k_of_token[t, layer]] for layer in range(3)]
@@ -62,7 +63,7 @@ def test_pairs_are_those_of_a_loop(make_trace: Any) -> None:
 def test_pairs_of_unordered_memory_and_wide_ids(make_trace: Any) -> None:
     """uint16 ids, no k_of_token, one layer only."""
     trace = make_trace(tokens=20, layers=1, experts=300, full=False)
-    profile = Profile.from_trace(trace)
+    profile: Any = Profile.from_trace(trace)
     assert profile.transition_LEE().shape == (0, 300, 300)
     assert profile.coactivation_LEE().sum() == 20 * 4
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,9 @@ from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.store import TraceWriter, load_trace
 
 
-def feed(recorder: Recorder, step: int, tokens: int, seed: int = 0, **begin) -> np.ndarray:
+def feed(
+    recorder: Recorder, step: int, tokens: int, seed: int = 0, **begin: Any
+) -> npt.NDArray[np.int64]:
     """One whole step of random ids; returns them [T, L, K]."""
     model = recorder.model
     rng = np.random.default_rng((seed, step))
@@ -45,7 +48,7 @@ def test_steps_come_back_in_order(spec: ModelSpec, tmp_path: Path, where: str) -
              domain_T=np.full(tokens, step % 2))
         for step, tokens in enumerate([7, 13, 1, 45, 20, 3])
     ]
-    trace = recorder.trace()
+    trace: Any = recorder.trace()
     assert np.array_equal(trace.ids, np.concatenate(ids))
     assert trace.ids.dtype == np.uint8
     assert np.array_equal(trace.step, np.repeat(range(6), [7, 13, 1, 45, 20, 3]))
@@ -53,7 +56,7 @@ def test_steps_come_back_in_order(spec: ModelSpec, tmp_path: Path, where: str) -
     assert np.array_equal(trace.domain, trace.step % 2)
     assert trace.domain_names == ("chat", "code") and set(trace.source) == {2}
     assert trace.request[0] == 0 and trace.request[7] == 100
-    summary = recorder.close()
+    summary: Any = recorder.close()
     assert (summary.tokens, summary.steps, summary.failure) == (89, 6, None)
     if where == "folder":
         assert load_trace(tmp_path / "t").digest() == trace.digest()
@@ -72,7 +75,7 @@ def test_dummy_and_aborted_passes_are_recorded_nowhere(spec: ModelSpec) -> None:
     recorder.end_step()                    # layer 1 never came
     last = feed(recorder, 4, 6)
     assert np.array_equal(recorder.trace().ids, np.concatenate([first, last]))
-    summary = recorder.close()
+    summary: Any = recorder.close()
     assert (summary.dummy_steps, summary.abandoned_steps, summary.steps) == (1, 2, 2)
 
 
@@ -87,7 +90,7 @@ def test_tensors_of_any_type_are_taken(spec: ModelSpec) -> None:
     recorder.layer(1, ids.to(torch.int32).repeat(1, 2)[:, ::2], gates.float())
     recorder.layer(2, ids.flip(0), gates.double())
     recorder.end_step()
-    trace = recorder.trace()
+    trace: Any = recorder.trace()
     assert trace.ids.tolist() == [[[7, 1], [7, 7], [2, 3]], [[2, 3], [2, 2], [7, 1]]]
     assert trace.gates.tolist() == [[[0.75, 0.25]] * 3, [[0.5, 0.5]] * 3]
 
@@ -114,7 +117,7 @@ def test_tokens_without_a_domain_stay_without(spec: ModelSpec, tmp_path: Path) -
     mixed.domain_names = ("chat",)   # the name came up later
     feed(mixed, 1, 2, domain_T=[0, 0])
     mixed.close()
-    trace = load_trace(tmp_path / "mixed")
+    trace: Any = load_trace(tmp_path / "mixed")
     assert trace.domain_names == ("unlabelled", "chat")
     assert trace.domain.tolist() == [0] * 4 + [1] * 2
 
@@ -178,7 +181,7 @@ def test_a_restarted_worker_goes_on(spec: ModelSpec, tmp_path: Path) -> None:
 
 def test_ranks_record_at_once(spec: ModelSpec, tmp_path: Path) -> None:
     """Four threads, one folder, many small shards: nothing is lost or mixed up."""
-    found: dict[int, list[np.ndarray]] = {}
+    found: dict[int, list[npt.NDArray[np.int64]]] = {}
 
     def serve(rank: int) -> None:
         recorder = Recorder(tmp_path / "t", spec, rank=rank, ranks=4, buffer_tokens=8)
@@ -191,7 +194,7 @@ def test_ranks_record_at_once(spec: ModelSpec, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     expected = [found[rank][step] for step in range(8) for rank in range(4)]
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert np.array_equal(trace.ids, np.concatenate(expected))
     assert np.array_equal(trace.source, np.tile(np.repeat(range(4), 5), 8))
 
@@ -235,7 +238,7 @@ def test_a_disk_error_ends_the_recording_and_not_the_server(
     with caplog.at_level(logging.ERROR):
         for step in range(3, 12):
             feed(recorder, step, 5)             # the server never notices
-        summary = recorder.close()
+        summary: Any = recorder.close()
     assert "no space left" in summary.failure and "no space left" in caplog.text
     assert summary.tokens == 10 and summary.tokens + summary.lost_tokens == 60
     assert np.array_equal(load_trace(tmp_path / "t").ids, kept)
@@ -269,7 +272,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "t")], capture_output=True, text=True
     )
     assert done.returncode == 0 and "File too large" in done.stdout, done.stderr
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert trace.num_tokens == 64 and (trace.ids[:32] == 0).all()
     leftovers = [p for p in (tmp_path / "t").rglob("*") if p.name.startswith(".")]
     assert leftovers == []

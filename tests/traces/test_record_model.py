@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +19,14 @@ SIZES = dict(vocab_size=256, hidden_size=32, num_hidden_layers=3, num_attention_
              num_key_value_heads=2, head_dim=16)
 
 
-def saved(config, folder: Path) -> Path:
+def saved(config: Any, folder: Path) -> Path:
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Qwen3-MoE whose middle layer is dense."""
     return saved(transformers.Qwen3MoeConfig(
         **SIZES, intermediate_size=64, moe_intermediate_size=16, num_experts=8,
@@ -39,7 +40,7 @@ TEXTS = [Text("the quick brown fox jumps over the lazy dog", "en"), Text("le ren
 def test_the_trace_holds_what_the_router_chose(checkpoint: Path, tmp_path: Path) -> None:
     """Against the router logits of a plain forward pass of every request."""
     summary = record_model(checkpoint, TEXTS, tmp_path / "t", request_tokens=16, step_tokens=32)
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert summary.tokens == trace.num_tokens == 43 + 14
     assert trace.layer_indices == (0, 2) and trace.domain_names == ("en", "fr")
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -57,7 +58,7 @@ def test_the_trace_holds_what_the_router_chose(checkpoint: Path, tmp_path: Path)
 def test_equal_lengths_run_together_and_nothing_is_padded(checkpoint: Path, tmp_path: Path) -> None:
     """Steps hold whole requests up to the limit; all of it is prefill."""
     record_model(checkpoint, ["x" * 80], tmp_path / "t", request_tokens=16, step_tokens=32)
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert np.bincount(trace.step).tolist() == [32, 32, 16]
     assert (trace.phase == 0).all() and len(np.unique(trace.request)) == 5
 
@@ -68,7 +69,7 @@ def test_generated_tokens_are_decode_steps_of_their_requests(
     """Two requests of one length decode together, one token each per step."""
     record_model(checkpoint, ["abcd", "efgh"], tmp_path / "t", request_tokens=4, step_tokens=8,
                  decode_tokens=3)
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert np.bincount(trace.step).tolist() == [8, 2, 2, 2]
     assert trace.phase.tolist() == [0] * 8 + [1] * 6
     assert trace.request[8:].tolist() == [0, 1] * 3
@@ -76,7 +77,7 @@ def test_generated_tokens_are_decode_steps_of_their_requests(
 
 def test_gates_come_along_and_requests_may_stay_away(checkpoint: Path, tmp_path: Path) -> None:
     record_model(checkpoint, ["hello"], tmp_path / "t", gates=True, requests=False)
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert trace.request is None
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     with torch.inference_mode():
@@ -89,7 +90,7 @@ def test_a_limit_keeps_all_domains(checkpoint: Path, tmp_path: Path) -> None:
     """Texts are cut in turn, so the first text does not use up the whole limit."""
     record_model(checkpoint, [Text("a" * 900, "a"), Text("b" * 900, "b")], tmp_path / "t",
                  request_tokens=32, step_tokens=64, max_tokens=128)
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert np.bincount(trace.domain).tolist() == [64, 64]
 
 
@@ -120,7 +121,7 @@ def test_other_architectures_are_recorded_alike(tmp_path: Path, family: str) -> 
     }
     folder = saved(configs[family](), tmp_path / "model")
     record_model(folder, ["the same text for everyone"], tmp_path / "t")
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert trace.ids.shape == (26, 2 if family == "deepseek_v3" else 3, 2)
     if family == "deepseek_v3":  # both choices lie in one of the two groups
         assert (trace.ids[..., 0] // 4 == trace.ids[..., 1] // 4).all()

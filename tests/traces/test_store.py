@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_two_layers_are_read_without_the_rest(make_trace: Any, tmp_path: Path) -
                 chunk.total_compressed_size
             )
     shard.write_bytes(spoilt)
-    part = open_trace(tmp_path / "t", verify=False).read(layers=[4, 1], columns=["step"])
+    part: Any = open_trace(tmp_path / "t", verify=False).read(layers=[4, 1], columns=["step"])
     assert np.array_equal(part.ids, trace.ids[:, [4, 1]])
     assert np.array_equal(part.step, trace.step) and part.request is None
     assert part.layer_indices == (5, 2)
@@ -117,7 +118,7 @@ def test_ranks_share_a_folder_and_are_merged_by_step(make_trace: Any, tmp_path: 
     order = np.lexsort((np.arange(96), odd, trace.step))
     assert equal(load_trace(tmp_path / "t"), trace.select(order))
     assert equal(open_trace(tmp_path / "t").read(rank=1), trace.select(odd))
-    without_step = open_trace(tmp_path / "t").read(columns=["request"])
+    without_step: Any = open_trace(tmp_path / "t").read(columns=["request"])
     assert without_step.step is None
     assert np.array_equal(without_step.request, trace.request[order])
 
@@ -125,7 +126,7 @@ def test_ranks_share_a_folder_and_are_merged_by_step(make_trace: Any, tmp_path: 
 def test_an_empty_trace_can_be_read(make_trace: Any, tmp_path: Path) -> None:
     """Begun and never written to: no tokens, the right shape."""
     begin(tmp_path / "t", make_trace())
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert trace.ids.shape == (0, 3, 2) and trace.num_experts == 8
 
 
@@ -133,12 +134,12 @@ def test_an_empty_trace_can_be_read(make_trace: Any, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def stored(make_trace, tmp_path) -> Path:
+def stored(make_trace: Any, tmp_path: Path) -> Any:
     save_trace(make_trace(), tmp_path / "t")
     return tmp_path / "t"
 
 
-def shard_of(folder: Path) -> Path:
+def shard_of(folder: Path) -> Any:
     return folder / "rank-000/shard-00000.parquet"
 
 
@@ -252,7 +253,7 @@ def test_what_is_not_a_trace_is_named(tmp_path: Path) -> None:
 
 
 def test_layers_and_columns_that_are_not_there_are_named(stored: Path) -> None:
-    opened = open_trace(stored)
+    opened: Any = open_trace(stored)
     with pytest.raises(InputError, match=r"layers 0\.\.2"):
         opened.read(layers=[3])
     with pytest.raises(InputError, match="did not record"):
@@ -363,7 +364,7 @@ def test_killed_while_writing_the_committed_shards_are_whole(
         assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    trace = load_trace(tmp_path / "t")
+    trace: Any = load_trace(tmp_path / "t")
     assert trace.num_tokens >= 500 * wait_shards and trace.num_tokens % 500 == 0
     TraceWriter(tmp_path / "t", resume=True).append(trace)
     assert load_trace(tmp_path / "t").num_tokens == 2 * trace.num_tokens
@@ -409,7 +410,7 @@ def begin(folder: Path, trace: RoutingTrace, ranks: int = 1) -> None:
     ))
 
 
-def change_manifest(folder: Path, change) -> None:
+def change_manifest(folder: Path, change: Callable[[Any], object]) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)

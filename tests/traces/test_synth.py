@@ -11,7 +11,7 @@ from loadmaster.errors import UsageError
 from loadmaster.traces.drift import drift, entropy_bits
 from loadmaster.traces.profile import Profile
 from loadmaster.traces.synth import FAMILIES, instance, synth_trace, zipf_shares
-from loadmaster.traces.trace import PREFILL
+from loadmaster.traces.trace import PREFILL, RoutingTrace
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_an_unknown_family_is_named() -> None:
 def test_without_blocks_choices_follow_the_law_of_sampling_without_replacement() -> None:
     """First choices have the shares themselves; pairs have successive sampling's probabilities."""
     share = np.array([[0.5, 0.25, 0.15, 0.1]])
-    trace = synth_trace(share_LE=share, top_k=2, tokens=60_000, block_share=0.0, seed=3)
+    trace: Any = synth_trace(share_LE=share, top_k=2, tokens=60_000, block_share=0.0, seed=3)
     pairs = np.zeros((4, 4))
     np.add.at(pairs, (trace.ids[:, 0, 0], trace.ids[:, 0, 1]), 1 / 60_000)
     p = share[0]
@@ -84,7 +84,7 @@ def test_without_blocks_choices_follow_the_law_of_sampling_without_replacement()
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 8), (6, 5), (300, 4), (256, 8)])
 def test_no_expert_occurs_twice_in_a_choice(experts: int, top_k: int) -> None:
     """Also where almost every expert is chosen and shares are steep."""
-    trace = synth_trace(layers=2, experts=experts, top_k=top_k, tokens=500, zipf=2.0)
+    trace: Any = synth_trace(layers=2, experts=experts, top_k=top_k, tokens=500, zipf=2.0)
     ordered = np.sort(trace.ids, axis=2)
     assert (np.diff(ordered.astype(int), axis=2) > 0).all()
     assert trace.num_experts == experts
@@ -92,7 +92,7 @@ def test_no_expert_occurs_twice_in_a_choice(experts: int, top_k: int) -> None:
 
 def test_affinity_ties_consecutive_layers_together() -> None:
     """Mutual information of experts in layers l and l+1: real routers have about 0.5 bits."""
-    options = dict(layers=4, experts=32, top_k=4, tokens=20_000, zipf=0.6)
+    options: dict[str, Any] = dict(layers=4, experts=32, top_k=4, tokens=20_000, zipf=0.6)
     tied = layer_information(synth_trace(**options))
     loose = layer_information(synth_trace(**options, affinity=0.0, persistence=0.0))
     assert 0.2 < tied < 1.0 and loose < 0.02
@@ -100,7 +100,7 @@ def test_affinity_ties_consecutive_layers_together() -> None:
 
 def test_persistence_ties_the_tokens_of_a_request_together() -> None:
     """Neighbours in a request share experts more often than strangers do."""
-    trace = synth_trace(layers=4, experts=32, top_k=4, tokens=20_000, zipf=0.6)
+    trace: Any = synth_trace(layers=4, experts=32, top_k=4, tokens=20_000, zipf=0.6)
     strangers = np.random.default_rng(0).permutation(trace.num_tokens)
     near = repeat_share(trace.ids[:-1], trace.ids[1:])
     assert near > 1.2 * repeat_share(trace.ids, trace.ids[strangers])
@@ -108,9 +108,11 @@ def test_persistence_ties_the_tokens_of_a_request_together() -> None:
 
 def test_domains_differ_and_may_take_turns() -> None:
     """At random over requests, or in stretches of tokens."""
-    options = dict(layers=3, experts=16, top_k=2, tokens=12_000, domains=3, request_tokens=40)
-    mixed = synth_trace(**options)
-    turns = synth_trace(**options, switch_tokens=2000)
+    options: dict[str, Any] = dict(
+        layers=3, experts=16, top_k=2, tokens=12_000, domains=3, request_tokens=40
+    )
+    mixed: Any = synth_trace(**options)
+    turns: Any = synth_trace(**options, switch_tokens=2000)
     assert drift(mixed.slice_domains([0]), mixed.slice_domains([2])).bits > 0.05
     assert len(np.flatnonzero(np.diff(turns.domain))) == 5 < 100 < np.count_nonzero(
         np.diff(mixed.domain)
@@ -120,7 +122,7 @@ def test_domains_differ_and_may_take_turns() -> None:
 
 
 def test_requests_begin_with_prefill_and_have_the_length_asked_for() -> None:
-    trace = synth_trace(layers=1, experts=8, top_k=1, tokens=30_000, request_tokens=60)
+    trace: Any = synth_trace(layers=1, experts=8, top_k=1, tokens=30_000, request_tokens=60)
     _, sizes = np.unique(trace.request, return_counts=True)
     assert np.mean(sizes) == pytest.approx(60, rel=0.15)
     starts = np.searchsorted(trace.request, np.unique(trace.request))
@@ -129,16 +131,17 @@ def test_requests_begin_with_prefill_and_have_the_length_asked_for() -> None:
 
 
 def test_the_same_seed_gives_the_same_trace() -> None:
-    options = dict(layers=2, experts=16, top_k=2, tokens=1000)
+    options: dict[str, Any] = dict(layers=2, experts=16, top_k=2, tokens=1000)
     assert synth_trace(**options, seed=4).digest() == synth_trace(**options, seed=4).digest()
     assert synth_trace(**options, seed=4).digest() != synth_trace(**options, seed=5).digest()
 
 
 def test_a_token_depends_on_its_request_alone() -> None:
     """A longer trace begins with the shorter one's requests."""
-    options = dict(layers=2, experts=16, top_k=2, share_LE=zipf_shares(
+    options: dict[str, Any] = dict(layers=2, experts=16, top_k=2, share_LE=zipf_shares(
         np.random.default_rng(0), 2, 16, 1.0), request_tokens=10)
-    short, long = synth_trace(**options, tokens=100), synth_trace(**options, tokens=200)
+    short: Any = synth_trace(**options, tokens=100)
+    long: Any = synth_trace(**options, tokens=200)
     same = min(short.request.max(), 5)
     assert np.array_equal(
         short.ids[short.request < same], long.ids[long.request < same]
@@ -153,7 +156,7 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
         synth_trace(**{"layers": 1, "experts": 8, "top_k": 2, "tokens": 10, **options})
 
 
-def layer_information(trace) -> float:
+def layer_information(trace: RoutingTrace) -> float:
     """Mean mutual information in bits between the experts of consecutive layers."""
     counts = Profile.from_trace(trace).transition_LEE().astype(float)
     joint = counts / counts.sum(axis=(1, 2), keepdims=True)
@@ -162,6 +165,6 @@ def layer_information(trace) -> float:
     return float(np.mean(entropy_bits(first) + entropy_bits(second) - whole))
 
 
-def repeat_share(first_TLK, second_TLK) -> float:
+def repeat_share(first_TLK: Any, second_TLK: Any) -> float:
     """Share of a token's experts that the other token chose, too."""
     return float((first_TLK[..., None] == second_TLK[..., None, :]).any(-1).mean())

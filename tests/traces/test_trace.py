@@ -57,14 +57,15 @@ def test_ids_take_one_byte_while_they_can() -> None:
 
 def test_ids_beyond_a_tokens_k_may_be_anything() -> None:
     """Padding after the k that count is no expert and is not read as one."""
-    trace = RoutingTrace.from_arrays(
+    trace: Any = RoutingTrace.from_arrays(
         [[[3, -1]], [[1, 7]]], num_experts=8, k_of_token=[[1], [2]]
     )
     assert trace.load_LE()[0].tolist() == [0, 1, 0, 1, 0, 0, 0, 1]
 
 
 def test_domains_may_be_words() -> None:
-    trace = RoutingTrace.from_arrays([[[0]], [[1]], [[1]]], num_experts=2, domain=["b", "a", "b"])
+    words = ["b", "a", "b"]
+    trace: Any = RoutingTrace.from_arrays([[[0]], [[1]], [[1]]], num_experts=2, domain=words)
     assert trace.domain_names == ("a", "b") and trace.domain.tolist() == [1, 0, 1]
     assert trace.slice_domains(["b"]).ids.ravel().tolist() == [0, 1]
     with pytest.raises(InputError, match="no domain 'c'; there are: a, b"):
