@@ -23,6 +23,7 @@ from loadmaster.workers.group import Group, contiguous
 from loadmaster.workers.model import MoeCheckpoint
 from loadmaster.workers.random_checkpoint import ARCHITECTURES, save_random_checkpoint
 from loadmaster.workers.settings import GroupSettings, RankSettings, served_spec
+from loadmaster.workers.tables import PhasePlans
 from loadmaster.workers.thread_fleet import ThreadFleet
 from loadmaster.workers.work import ReplayedRouting
 
@@ -151,10 +152,11 @@ def thread_group(
     )
     settings = GroupSettings(
         name="threads",
+        journal=tempfile.mkdtemp(prefix="loadmaster-"),
         ranks=tuple(
             RankSettings(g, ranks, str(directory), cluster, dtype) for g in range(ranks)
         ),
-        plan=plan,
+        plans=PhasePlans.both(plan),
         model_spec=spec,
     )
     coordinator = Coordinator(settings, ThreadFleet())

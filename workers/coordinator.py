@@ -1,8 +1,8 @@
 """The one process that leads a group: takes requests, runs lock-step steps, switches plans.
 
-Knows the scheduler, the plan in force, the journal of a switch, and ranks through a fleet. Knows
-nothing of tensors. All state changes happen in one thread, at step boundaries; callers from other
-threads hand in work and wait.
+Knows the scheduler, the plans in force, a switch under way, and ranks through a fleet. Knows
+nothing of tensors or Ray. All state changes happen in one thread, at step boundaries; callers from
+other threads hand in work and wait. What happens when ranks die is in `recovery`.
 """
 
 from __future__ import annotations
@@ -12,127 +12,90 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import numpy as np
-import numpy.typing as npt
 
 from ..errors import LoadmasterError
 from ..placement.plan import Plan
 from ..traces.merge import concatenate, in_step_order
 from ..traces.spec import ModelSpec
-from ..traces.trace import RoutingTrace
-from .fleet import Fleet
-from .scheduler import Request, Scheduler, check_prompt
+from ..traces.trace import DECODE, PREFILL, RoutingTrace
+from .exchange_errors import ExchangeError
+from .fleet import Fleet, OverdueError, RankLostError
+from .journal import Journal
+from .metrics import NO_METRICS, Metrics
+from .recovery import Crew, Recovered
+from .requests import RequestBook, RequestState
+from .scheduler import Scheduler
 from .settings import GroupSettings
-from .switch import ApplyReport, PlanSwitch, check_plan
-from .tables import Tables
+from .step_log import Measurements, StepLog
+from .switch import ApplyReport, PlanSwitch, check_plans
+from .tables import PhasePlans, Tables
 from .work import Chunk, ReplayedRouting, StepResult, StepWork
 
 Answer = TypeVar("Answer")
-_KEPT_STEPS = 4096
-_START_TIMEOUT_S = 300.0
 
-
-@dataclass(frozen=True)
-class RequestState:
-    """What a caller sees of a request. `tokens` are those from position `since` on."""
-
-    number: int
-    tokens: tuple[int, ...]
-    since: int
-    done: bool
-    error: str
-    digest: str
-    retries: int
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """Figures of the last steps (at most 4,096 are kept). W steps, L layers, G ranks.
-
-    expert_cpu_us is CPU time of the thread that ran the experts; the critical path of a step is
-    expert_cpu_us.max(axis=2).sum(axis=1).
-    """
-
-    step: npt.NDArray[np.int64]                  # [W]
-    epoch: npt.NDArray[np.int64]                 # [W]
-    rows: npt.NDArray[np.int64]                  # [W, G] rows that were not padding
-    expert_cpu_us: npt.NDArray[np.float64]       # [W, L, G]
-    tokens: npt.NDArray[np.int64]                # [W, L, G] rows computed
-    remote_copies: npt.NDArray[np.int64]         # [W, L, G] rows sent to other ranks
-    step_wall_us: npt.NDArray[np.float64]        # [W] seen by the coordinator
-    step_cpu_us: npt.NDArray[np.float64]         # [W, G]
-    stage_us: npt.NDArray[np.float64]            # [W, G] spent on moving experts
-
-    def take(self, steps: npt.NDArray[np.int64]) -> Measurements:
-        """Only these steps, by position."""
-        return Measurements(**{name: column[steps] for name, column in vars(self).items()})
+HEARTBEAT_S = 1.0
+_FAILURES_IN_A_ROW = 3
+_NUMBERS_PER_LIFE = 10**9
 
 
 class Coordinator:
     """Leads one group. Public methods may be called from any thread, but `start` comes first."""
 
-    def __init__(self, settings: GroupSettings, fleet: Fleet) -> None:
+    def __init__(
+        self, settings: GroupSettings, fleet: Fleet, metrics: Metrics = NO_METRICS
+    ) -> None:
         self.settings = settings
         self._fleet = fleet
+        self._metrics = metrics
+        self._journal = Journal(settings.journal)
+        self._crew = Crew(settings, fleet)
         self._scheduler = Scheduler(len(settings.ranks), settings.limits)
-        self._requests: dict[int, Request] = {}
-        self._numbers = 0
-        self._domain_names: list[str] = []
-        self._plan = settings.plan
+        self._changed = threading.Condition()
+        self._book = RequestBook(self._changed, self._journal.begin_life() * _NUMBERS_PER_LIFE)
+        self._log = StepLog(settings.model_spec.num_layers)
+        self._plans = settings.plans
         self._epoch = 1
         self._step = 0
-        self._generation = 0
-        self._vocabulary = self._context_tokens = 0
-        self._recording = False
-        self._digests = False
-        self._all_logits = False
-        self._fingerprints: dict[tuple[int, int], str] = {}
-        self._kept: deque[tuple[list[StepResult], float]] = deque(maxlen=_KEPT_STEPS)
-        self._logits: dict[int, list[Any]] = {}
-        self._own_ids: dict[int, list[Any]] = {}
+        self._last_phase = DECODE
+        self._recording = self._digests = self._all_logits = False
         self._switch: PlanSwitch | None = None
-        self._changed = threading.Condition()
+        self._committing = False
+        self._recoveries: list[Recovered] = []
+        self._failures = 0
         self._boundary: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._stopping = False
-        self._thread: threading.Thread | None = None
         self._broken = ""
+        self._thread: threading.Thread | None = None
 
     # ---- life ------------------------------------------------------------------------------
 
     def start(self) -> ModelSpec:
         """Start the ranks, load what the plan gives each, form the group, begin to serve."""
-        self._fleet.start(self.settings.ranks, _START_TIMEOUT_S)
-        loaded = self._all("load")[0]
-        self._vocabulary, self._context_tokens = loaded.vocabulary, loaded.context_tokens
-        tables = Tables.of(self._plan, self._epoch)
-        answers = [
-            self._fleet.call(g, "hold", tables.experts_of(g)) for g in range(self._fleet.ranks)
-        ]
-        for read in self._fleet.gather(answers, _START_TIMEOUT_S):
-            self._fingerprints.update(read)
-        self._form_group()
-        self._all("adopt", tables)
+        self._crew.muster(Tables.of(self._plans, self._epoch))
+        return self._begin()
+
+    def resume(self) -> ModelSpec:
+        """Take over the ranks of a coordinator that died: finish or undo what it had begun."""
+        standing = self._journal.read()
+        if standing.plans is not None:
+            self._plans = standing.plans
+        self._epoch = standing.epoch
+        if standing.unfinished is not None:
+            if standing.committing:
+                self._plans, self._epoch = standing.unfinished, standing.unfinished_epoch
+            self._journal.write("done" if standing.committing else "abort", self._epoch)
+        self._crew.take_over(Tables.of(self._plans, self._epoch))
+        self._scheduler = Scheduler(self._fleet.ranks, self.settings.limits)
+        return self._begin()
+
+    def _begin(self) -> ModelSpec:
+        loaded = self._crew.loaded
+        self._book.vocabulary = loaded.vocabulary
+        self._book.context_tokens = loaded.context_tokens
         self._thread = threading.Thread(target=self._serve, name="serve", daemon=True)
         self._thread.start()
         return self.model_spec
-
-    def _form_group(self) -> None:
-        """All ranks meet at a fresh port under the next generation."""
-        self._generation += 1
-        hosts = self._fleet.hosts()
-        (port,) = self._fleet.gather(
-            [self._fleet.call(0, "host_meeting", hosts[0])], _START_TIMEOUT_S
-        )
-        answers = [
-            self._fleet.call(
-                g, "meet", (hosts[0], host), port, self._generation, self.settings.step_timeout_s
-            )
-            for g, host in enumerate(hosts)
-        ]
-        self._fleet.gather(answers, _START_TIMEOUT_S)
 
     def stop(self) -> None:
         """Finish the step that runs, end the ranks. Requests not done fail."""
@@ -141,8 +104,9 @@ class Coordinator:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(self.settings.step_timeout_s)
-        if not self._broken:
-            self._fleet.gather(self._fleet.call_all("close_recording"), _START_TIMEOUT_S)
+            self._thread = None
+            if not self._broken:
+                self._crew.all("close_recording")
         self._fail_all("the group was stopped")
         self._fleet.end()
 
@@ -161,68 +125,31 @@ class Coordinator:
         replays: Sequence[ReplayedRouting] | None = None,
     ) -> list[int]:
         """Take requests; returns their numbers. Raises InputError, and takes none, on a bad one."""
-        checked = [
-            check_prompt(p, max_new_tokens, self._vocabulary, self._context_tokens)
-            for p in prompts
-        ]
         with self._changed:
             self._require_serving()
-            requests = []
-            for i, prompt in enumerate(checked):
-                domain = -1 if domains is None else self._domain(domains[i])
-                request = Request(self._numbers, prompt, max_new_tokens, domain)
-                request.stop_tokens = frozenset(stop_tokens)
-                request.replay = None if replays is None else replays[i]
-                self._requests[request.number] = request
-                self._numbers += 1
-                requests.append(request)
-            self._scheduler.add(requests)
+            taken = self._book.take(prompts, max_new_tokens, domains, stop_tokens, replays)
+            self._scheduler.add(taken)
             self._changed.notify_all()
-        return [r.number for r in requests]
+        return [r.number for r in taken]
 
     def wait(self, since: dict[int, int], timeout_s: float = 10.0) -> list[RequestState]:
-        """News of these requests: waits until one has tokens past `since[number]` or is done.
-
-        Returns the state of all of them; those without news too, when time is up.
-        """
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while True:
-                states = [self._state(n, at) for n, at in since.items()]
-                left = deadline - time.monotonic()
-                if any(s.done or s.tokens for s in states) or left <= 0:
-                    return states
-                self._changed.wait(left)
+        """News of these requests: see `RequestBook.wait`."""
+        return self._book.wait(since, timeout_s)
 
     def wait_all(self, numbers: Sequence[int], timeout_s: float = 10.0) -> list[RequestState]:
-        """The states of these requests once all are done, or when time is up."""
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            while not all(self._requests[n].done for n in numbers):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            return [self._state(n, 0) for n in numbers]
+        """These requests once all are done, or when time is up."""
+        return self._book.wait_all(numbers, timeout_s)
 
     def forget(self, numbers: Sequence[int]) -> None:
         """The caller has all it wants of these requests; those still running are cancelled."""
-
-        def drop() -> None:
+        with self._changed:
             for number in numbers:
-                request = self._requests.pop(number, None)
-                if request is not None and not request.done:
+                if self._book.forget(number):
                     self._scheduler.cancel(number)
-                self._logits.pop(number, None)
-                self._own_ids.pop(number, None)
-
-        self._at_boundary(drop)
 
     def logits(self, number: int) -> tuple[Any, Any]:
-        """(logits [rows, V], own routing [L, rows, K] or None) of a request run with all logits."""
-        with self._changed:
-            own = self._own_ids.get(number)
-            return np.concatenate(self._logits[number]), own and np.concatenate(own, axis=1)
+        """Logits and own routing of a request that ran with all logits."""
+        return self._book.logits(number)
 
     # ---- what is measured ------------------------------------------------------------------
 
@@ -247,101 +174,122 @@ class Coordinator:
 
     def trace(self, take: bool = False) -> RoutingTrace | None:
         """Everything recorded on all ranks, in step order; None when nothing was."""
-        parts = self._at_boundary(lambda: self._all_with("trace", take=take))
+        parts = self._at_boundary(lambda: self._crew.all("trace", take=take))
         traces = [t for t in parts if t is not None]
         return in_step_order(concatenate(traces)) if traces else None
 
     def measurements(self, after_step: int = 0) -> Measurements:
         """Figures of the steps after `after_step` (steps count from 1), as far as they are kept."""
         with self._changed:
-            kept = [k for k in self._kept if k[0][0].step > after_step]
-        results = [r for r, _ in kept]
-
-        def stack(name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-            rows = [[getattr(r, name) for r in ranks] for ranks in results]
-            return np.array(rows, dtype).reshape(len(rows), self._fleet.ranks, *shape)
-
-        layers = self.model_spec.num_layers
-        per_layer = {
-            name: stack(f"{name}_L", (layers,), dtype).transpose(0, 2, 1)
-            for name, dtype in (
-                ("expert_cpu_us", np.float64), ("tokens", np.int64), ("remote_copies", np.int64)
-            )
-        }
-        return Measurements(
-            step=np.array([r[0].step for r in results], np.int64),
-            epoch=np.array([r[0].epoch for r in results], np.int64),
-            rows=stack("rows", (), np.int64),
-            step_wall_us=np.array([wall for _, wall in kept], np.float64),
-            step_cpu_us=stack("cpu_us", (), np.float64),
-            stage_us=stack("stage_us", (), np.float64),
-            **per_layer,
-        )
-
-    # ---- plans -----------------------------------------------------------------------------
+            return self._log.after(after_step)
 
     def status(self) -> dict[str, Any]:
-        """What is in force: plan, epoch, step, requests in flight, rank process ids."""
+        """What is in force, how far the group is, and what befell it."""
         with self._changed:
             return {
-                "plan": self._plan,
+                "plan": self._plans.prefill,
+                "decode_plan": self._plans.decode,
                 "epoch": self._epoch,
                 "step": self._step,
                 "requests": len(self._scheduler.requests),
+                "switching": self._switch is not None,
                 "pids": self._fleet.pids,
+                "recoveries": list(self._recoveries),
                 "broken": self._broken,
                 "model_spec": self.model_spec,
             }
 
-    def apply(self, plan: Plan, timeout_s: float = 600.0) -> ApplyReport:
-        """Move to another plan while serving: stage, verify, commit. One at a time.
+    # ---- plans -----------------------------------------------------------------------------
 
-        Raises PlanError for a plan that does not fit, before anything moves; LoadmasterError when
-        staging failed: then the old plan is in force as before.
+    def apply(
+        self, plan: Plan, decode: Plan | None = None, epoch: int | None = None,
+        timeout_s: float = 600.0,
+    ) -> ApplyReport:
+        """Move to another plan while serving: stage, verify, commit. Applies wait for each other.
+
+        decode: a plan of its own for new tokens. epoch: the one the caller decided under; another
+        one in force by now is an error. Raises PlanError for a plan that does not fit, before
+        anything moves; LoadmasterError when staging failed: then the old plan is in force.
         """
         future: Future[ApplyReport] = Future()
+        plans = PhasePlans.both(plan, decode)
 
         def begin() -> None:
             if self._switch is not None:
-                raise LoadmasterError("another plan is being applied: wait for it to end")
-            check_plan(plan, self._plan, self.model_spec)
-            held = self._all("held")
-            self._switch = PlanSwitch(
-                plan, held, self._fingerprints, self._epoch + 1, self.model_spec,
-                self.settings.stage_budget_bytes, future,
-            )
+                with self._changed:                      # after the one under way
+                    self._boundary.append((begin, Future()))
+                return
+            try:
+                self._begin_switch(plans, epoch, future)
+            except LoadmasterError as error:
+                future.set_exception(error)
 
         self._at_boundary(begin)
         return future.result(timeout_s)
 
+    def _begin_switch(
+        self, plans: PhasePlans, epoch: int | None, future: Future[ApplyReport]
+    ) -> None:
+        check_plans(plans, self._plans, self.model_spec)
+        if epoch is not None and epoch != self._epoch:
+            raise LoadmasterError(
+                f"the plan was made under epoch {epoch}, in force is {self._epoch}: plan again"
+            )
+        size_bytes = int(self.model_spec.bytes_per_expert_E()[0])
+        switch = PlanSwitch(
+            plans, self._epoch + 1, size_bytes, self.settings.stage_budget_bytes, future
+        )
+        switch.begin(self._crew.all("held"), self._crew.fingerprints)
+        self._journal.write("stage", switch.epoch, plans)
+        self._switch = switch
+
+    def resize(self, ranks: int, plan: Plan | None = None) -> Plan:
+        """Serve on another number of ranks; requests in flight start again from their prompts.
+
+        Fewer: the last ranks leave, and survivors take over what only those held. More: they join
+        empty; apply a plan to use them. plan: go to this one instead. Returns the plan in force.
+        """
+
+        def change() -> Plan:
+            plans = None if plan is None else PhasePlans.both(plan)
+            self._reform(self._crew.resize(ranks, self._plans, plans, self._epoch + 1))
+            return self._plans.prefill
+
+        return self._at_boundary(change)
+
     # ---- the serving thread ----------------------------------------------------------------
 
     def _serve(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._stopping or self._has_work()):
-                    self._changed.wait()
-                if self._stopping:
-                    return
+        while self._wait_for_work():
             try:
                 self._run_boundary()
                 self._run_step()
-            except LoadmasterError as error:
-                self._break(str(error))
-                return
             except Exception as error:
-                self._break(f"{type(error).__name__}: {error}")
-                return
+                if not self._recover(error):
+                    return
 
-    def _has_work(self) -> bool:
-        return bool(self._boundary) or not self._scheduler.idle or self._switch is not None
-
-    def _run_boundary(self) -> None:
+    def _wait_for_work(self) -> bool:
+        """True when there is something to do; False when the group stops."""
         while True:
             with self._changed:
-                if not self._boundary:
-                    return
-                work, future = self._boundary.popleft()
+                if self._stopping:
+                    return False
+                if self._has_work() or self._changed.wait_for(self._has_work, HEARTBEAT_S):
+                    return not self._stopping
+            if self._fleet.silent(HEARTBEAT_S) and not self._recover(
+                RankLostError((), "a rank died while the group was idle")
+            ):
+                return False
+
+    def _has_work(self) -> bool:
+        work = self._boundary or not self._scheduler.idle or self._switch is not None
+        return bool(work) or self._stopping
+
+    def _run_boundary(self) -> None:
+        """Everything handed in so far; what is handed in meanwhile waits for the next boundary."""
+        with self._changed:
+            batch, self._boundary = self._boundary, deque()
+        for work, future in batch:
             try:
                 future.set_result(work())
             except LoadmasterError as error:
@@ -349,53 +297,96 @@ class Coordinator:
 
     def _run_step(self) -> None:
         with self._changed:
-            chunks_G = self._scheduler.next_step()
-            release_G = self._scheduler.take_release()
-        if not any(chunks_G) and self._switch is None:
+            phase = self._next_phase()
+            chunks_G = self._scheduler.next_step(phase=phase)
+            works = self._works(chunks_G, self._scheduler.take_release(), phase)
+        if works is None:
             return
+        commit = works[0].commit
+        if commit is not None:
+            self._journal.write("commit", commit.epoch)
+            self._committing = True
+        began = time.perf_counter()
+        answers = [self._fleet.call(g, "step", work) for g, work in enumerate(works)]
+        results: list[StepResult] = self._await_step(answers)
+        wall_us = (time.perf_counter() - began) * 1e6
+        switching = self._switch is not None
+        with self._changed:
+            self._failures = 0
+            self._scheduler.finish_step(chunks_G, results)
+            self._book.keep_outputs(results)
+            if any(chunks_G):
+                self._log.add(results, wall_us, staging=switching)
+            self._changed.notify_all()
+        self._metrics.step(results, wall_us, self._epoch)
+        if self._switch is not None:
+            self._advance_switch(self._switch, commit, results, wall_us)
+
+    def _next_phase(self) -> int | None:
+        """None: both phases in one step. Under two plans they take turns."""
+        if not self._plans.apart:
+            return None
+        open_phases = self._scheduler.phases()
+        other = PREFILL if self._last_phase == DECODE else DECODE
+        self._last_phase = other if other in open_phases else self._last_phase
+        return self._last_phase
+
+    def _works(
+        self,
+        chunks_G: list[tuple[Chunk, ...]],
+        release_G: list[tuple[int, ...]],
+        phase: int | None,
+    ) -> list[StepWork] | None:
+        """What each rank does next; None when there is nothing to do at all."""
         switch = self._switch
+        if not any(chunks_G) and switch is None:
+            self._scheduler.put_back_release(release_G)
+            return None
         stage = switch.next_stage() if switch is not None else ()
-        commit = switch.ready_to_commit() if switch is not None else None
+        commit = switch.ready_to_commit() if switch is not None and not stage else None
         self._step += 1
-        epoch = commit.epoch if commit is not None else self._epoch
-        works = [
+        return [
             StepWork(
                 step=self._step,
-                epoch=epoch,
+                epoch=self._epoch if commit is None else commit.epoch,
+                phase=PREFILL if phase is None else phase,
                 chunks=chunks,
                 release=release,
                 record=self._recording,
-                domain_names=tuple(self._domain_names),
+                domain_names=tuple(self._book.domain_names),
                 digest=self._digests,
                 all_logits=self._all_logits,
                 stage=stage,
-                expected=switch.expected if switch is not None else {},
+                expected=switch.expected if switch is not None and stage else {},
                 commit=commit,
                 retire=commit is not None,
             )
             for chunks, release in zip(chunks_G, release_G, strict=True)
         ]
-        began = time.perf_counter()
-        answers = [self._fleet.call(g, "step", work) for g, work in enumerate(works)]
-        results: list[StepResult] = self._fleet.gather(answers, self.settings.step_timeout_s)
-        wall_us = (time.perf_counter() - began) * 1e6
-        self._finish_step(chunks_G, results, wall_us)
-        if switch is not None:
-            self._advance_switch(switch, commit, results, wall_us)
 
-    def _finish_step(
-        self, chunks_G: list[tuple[Chunk, ...]], results: list[StepResult], wall_us: float
-    ) -> None:
-        with self._changed:
-            self._scheduler.finish_step(chunks_G, results)
-            if any(chunks_G):
-                self._kept.append(([_without_outputs(r) for r in results], wall_us))
-            for result in results:
-                for number, logits in result.logits.items():
-                    self._logits.setdefault(number, []).append(logits)
-                for number, ids in result.own_ids.items():
-                    self._own_ids.setdefault(number, []).append(ids)
-            self._changed.notify_all()
+    def _await_step(self, answers: list[Any]) -> list[StepResult]:
+        """The ranks' results. A step that takes suspiciously long makes us ask for signs of life.
+
+        A rank that gives none is lost; busy ones are waited for, up to the hard limit.
+        """
+        hard_s = self.settings.step_timeout_s
+        waited_s = 0.0
+        while True:
+            patience_s = min(self._log.overdue_s(hard_s), hard_s - waited_s)
+            try:
+                return self._fleet.gather(answers, patience_s)
+            except OverdueError as error:
+                waited_s += patience_s
+                silent = self._fleet.silent(HEARTBEAT_S)
+                if silent or waited_s >= hard_s:
+                    raise RankLostError(tuple(silent), f"a rank hangs: {error}") from error
+            except ExchangeError as error:
+                raise self._cause(answers, error) from error
+
+    def _cause(self, answers: list[Any], seen: Exception) -> Exception:
+        """Why an exchange failed: the rank that failed first, where it can still tell."""
+        raised = self._fleet.failures(answers, HEARTBEAT_S)
+        return next((e for e in raised if not isinstance(e, ExchangeError)), seen)
 
     def _advance_switch(
         self,
@@ -405,16 +396,70 @@ class Coordinator:
         wall_us: float,
     ) -> None:
         if commit is not None:
-            with self._changed:
-                self._plan, self._epoch = switch.plan, commit.epoch
-            self._switch = None
-            switch.committed(wall_us)
+            self._finish_switch(switch, wall_us)
             return
         switch.note(results, wall_us)
         if switch.failed:
-            self._all("abort")
+            self._crew.all("abort")
+            self._journal.write("abort", switch.epoch)
             self._switch = None
             switch.aborted()
+
+    def _finish_switch(self, switch: PlanSwitch, wall_us: float) -> None:
+        with self._changed:
+            self._plans, self._epoch = switch.plans, switch.epoch
+        self._journal.write("done", switch.epoch)
+        self._switch, self._committing = None, False
+        switch.committed(wall_us)
+        self._metrics.switched(switch.epoch)
+
+    # ---- when ranks die --------------------------------------------------------------------
+
+    def _recover(self, error: Exception) -> bool:
+        """Bring the group back after a failed step; False when that cannot be done."""
+        reason = str(error) if isinstance(error, LoadmasterError) else repr(error)
+        self._failures += 1
+        known = error.ranks if isinstance(error, RankLostError) else ()
+        began = time.perf_counter()
+        try:
+            plans, epoch = self._plans_after_failure()
+            recovered = self._crew.recover(known, reason, plans, epoch)
+            self._reform(recovered)
+        except Exception as second:
+            self._break(f"{reason}; and the group could not be rebuilt: {second}")
+            return False
+        self._recoveries.append(recovered.after(time.perf_counter() - began))
+        self._metrics.recovered(time.perf_counter() - began)
+        if self._failures >= _FAILURES_IN_A_ROW:
+            self._fail_requests(f"{self._failures} steps in a row failed, the last with: {reason}")
+        return True
+
+    def _plans_after_failure(self) -> tuple[PhasePlans, int]:
+        """Roll forward when a commit had begun: every surviving rank holds what it needs."""
+        if self._switch is not None and self._committing:
+            return self._switch.plans, self._switch.epoch
+        return self._plans, self._epoch
+
+    def _reform(self, recovered: Recovered) -> None:
+        """The group stands again: requests start anew, a switch ends or begins again."""
+        with self._changed:
+            self._scheduler.restart_all(self._fleet.ranks)
+            self._log.forget_pace()
+        switch = self._switch
+        if switch is not None and self._committing:
+            self._finish_switch(switch, 0.0)
+        if recovered.plans.prefill.num_devices != self._plans.prefill.num_devices:
+            if self._switch is not None:
+                self._journal.write("abort", self._switch.epoch)
+                self._switch.aborted("the number of ranks changed: plan again for those there are")
+                self._switch = None
+            self._journal.write("stage", recovered.epoch, recovered.plans)
+            self._journal.write("done", recovered.epoch)
+        elif self._switch is not None:
+            self._switch.begin(self._crew.all("held"), self._crew.fingerprints)
+        with self._changed:
+            self._plans, self._epoch = recovered.plans, recovered.epoch
+            self._changed.notify_all()
 
     # ---- small things ----------------------------------------------------------------------
 
@@ -425,28 +470,7 @@ class Coordinator:
             self._require_serving()
             self._boundary.append((work, future))
             self._changed.notify_all()
-        return future.result(_START_TIMEOUT_S)
-
-    def _all(self, method: str, *args: Any) -> list[Any]:
-        return self._fleet.gather(self._fleet.call_all(method, *args), _START_TIMEOUT_S)
-
-    def _all_with(self, method: str, **options: Any) -> list[Any]:
-        answers = [self._fleet.call(g, method, **options) for g in range(self._fleet.ranks)]
-        return self._fleet.gather(answers, _START_TIMEOUT_S)
-
-    def _domain(self, name: str) -> int:
-        if name not in self._domain_names:
-            self._domain_names.append(name)
-        return self._domain_names.index(name)
-
-    def _state(self, number: int, since: int) -> RequestState:
-        if number not in self._requests:
-            raise LoadmasterError(f"no request {number}: it was never taken, or is forgotten")
-        request = self._requests[number]
-        return RequestState(
-            number, tuple(request.produced[since:]), since, request.done, request.error,
-            request.digest, request.retries,
-        )
+        return future.result(self.settings.start_timeout_s)
 
     def _require_serving(self) -> None:
         if self._broken:
@@ -460,18 +484,18 @@ class Coordinator:
         self._fail_all(reason)
 
     def _fail_all(self, reason: str) -> None:
+        self._fail_requests(reason)
         with self._changed:
-            for request in self._scheduler.requests:
-                request.fail(f"request {request.number} failed: {reason}")
             while self._boundary:
                 self._boundary.popleft()[1].set_exception(LoadmasterError(reason))
             if self._switch is not None:
                 self._switch.aborted(reason)
                 self._switch = None
+
+    def _fail_requests(self, reason: str) -> None:
+        with self._changed:
+            for request in self._scheduler.requests:
+                request.fail(f"request {request.number} failed: {reason}")
+            self._scheduler.drop_all()
+            self._failures = 0
             self._changed.notify_all()
-
-
-def _without_outputs(result: StepResult) -> StepResult:
-    import dataclasses
-
-    return dataclasses.replace(result, next_token={}, digest={}, logits={}, own_ids={})

@@ -20,6 +20,7 @@ from ..placement.cluster import Cluster
 from ..placement.comparison import Comparison, compare
 from ..placement.plan import Plan
 from ..placement.planner import PlanResult, plan
+from ..simulator.report.page import Table, write_report
 from ..simulator.result import SimulationResult
 from ..simulator.serve import Serving, simulate
 from ..simulator.workload import Workload
@@ -28,7 +29,6 @@ from ..traces.steps import StepSampler
 from ..traces.store import save_trace
 from ..traces.trace import RoutingTrace
 from . import demo_traffic as traffic
-from .coordinator import Measurements
 from .demo_measure import (
     RECORDED,
     ExpertFit,
@@ -42,6 +42,7 @@ from .demo_measure import (
 )
 from .group import Group, PrefillResult
 from .reference import reference_model_dir
+from .step_log import Measurements
 from .switch import ApplyReport
 
 STEP_TOKENS = 4096
@@ -126,7 +127,7 @@ def run_demo(
     ranks: int = 4,
     out: Path | None = None,
     seed: int = 0,
-    size: DemoSize = DemoSize(),  # noqa: B008  (frozen)
+    size: DemoSize = DemoSize(),
     progress: Progress | None = None,
 ) -> DemoResult:
     """Serve the reference model under contiguous, plan, simulate, apply, serve the same again.
@@ -183,7 +184,7 @@ def run_demo(
         simulated=simulated, ranks=ranks, cores=os.cpu_count() or 1,
         seconds=time.perf_counter() - started, folder=folder,
     )
-    _leave(result, folder, recorded, plans, cluster)
+    _leave(result, folder, recorded, before.trace, plans, cluster)
     return result
 
 
@@ -320,11 +321,31 @@ def _run_folder(out: Path | None) -> Path:
 
 
 def _leave(
-    result: DemoResult, folder: Path, recorded: RoutingTrace, plans: dict[str, Plan],
-    cluster: Cluster,
+    result: DemoResult, folder: Path, recorded: RoutingTrace, judged: RoutingTrace,
+    plans: dict[str, Plan], cluster: Cluster,
 ) -> None:
+    """The run folder: trace, plans, cluster, summary and report."""
     save_trace(recorded, folder / "trace")
     for name, made in plans.items():
         made.save(folder / f"{name}.plan.json")
     (folder / "cluster.yaml").write_text(cluster.to_yaml(), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
+    write_report(
+        folder / "report.html", title="Loadmaster demo", verdict=result.verdict, plans=plans,
+        trace=judged, steps=RECORDED.sample(judged), cluster=cluster,
+        tables=[
+            _table("Prefill", result.before, result.predicted, result.measured),
+            _table("Decode", result.decode_before, result.decode_predicted,
+                   result.decode_measured),
+        ],
+        notes=(result.decode_verdict,
+               "loads and traffic: the recorded steps replayed under each plan"),
+    )
+
+
+def _table(title: str, *columns: Figures) -> Table:
+    rows = [
+        [name.replace("_", " "), *("-" if v is None else f"{v:,.3f}" for v in values)]
+        for name, *values in ((n, *(getattr(c, n) for c in columns)) for n in vars(columns[0]))
+    ]
+    return Table(title, ("", "before", "predicted", "measured"), rows)

@@ -20,7 +20,7 @@ from ..placement.traffic import step_loads
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
 from ..traces.trace import RoutingTrace
-from .coordinator import Measurements
+from .step_log import Measurements
 
 FloatArray = npt.NDArray[np.float64]
 RECORDED = StepSampler(order="recorded")

@@ -19,20 +19,12 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ..errors import LoadmasterError
+from .exchange_errors import EpochMismatchError, ExchangeError
 
 IntArray = npt.NDArray[np.int64]
 
 # torch.distributed declares little of what it offers.
 distributed: Any = torch.distributed
-
-
-class ExchangeError(LoadmasterError):
-    """A collective failed: a peer died, hangs, or left the group."""
-
-
-class EpochMismatchError(LoadmasterError):
-    """Ranks met in one exchange with different plans in force; nothing was computed."""
 
 
 class Rendezvous:
@@ -82,26 +74,30 @@ class Exchange:
         options._devices = [distributed.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = timedelta(seconds=timeout_s)
         try:
-            self._group: Any = distributed.ProcessGroupGloo(store, rank, ranks, options)
+            self._members: Any = distributed.ProcessGroupGloo(store, rank, ranks, options)
         except RuntimeError as error:
             raise self._failed("joining the group", error) from error
 
     @classmethod
     def meet(
-        cls, at: Rendezvous, generation: int, rank: int, ranks: int, *, timeout_s: float, host: str
+        cls, at: Rendezvous, generation: str, rank: int, ranks: int, *, timeout_s: float, host: str
     ) -> Exchange:
         """Join the group of this generation; a late member of an older one finds nobody."""
         store = distributed.PrefixStore(f"generation-{generation}", at.store)
         return cls(store, rank, ranks, timeout_s=timeout_s, host=host)
 
-    def set_timeout(self, timeout_s: float) -> None:
-        """From now on a collective fails after this long."""
-        self._group._set_default_timeout(timedelta(seconds=timeout_s))
-
     def close(self) -> None:
         """Leave the group; peers that still wait in a collective fail."""
-        self._group.abort()
-        self._group = None      # its sockets close with it
+        group, self._members = self._members, None      # its sockets close with it
+        if group is not None:
+            group.abort()
+
+    @property
+    def _group(self) -> Any:
+        group = self._members
+        if group is None:
+            raise ExchangeError(f"rank {self.rank} has left the group")
+        return group
 
     def all_gather(self, row: Tensor) -> Tensor:
         """[n] on every rank -> [G, n]."""
@@ -141,7 +137,8 @@ class Exchange:
             raise self._failed(what, error) from error
 
     def _failed(self, what: str, error: RuntimeError) -> ExchangeError:
-        reason = str(error).splitlines()[0]
+        # gloo: "[file:line] what happened. advice": the middle is what helps.
+        reason = str(error).splitlines()[0].rsplit("] ", 1)[-1].split(". ")[0][:120]
         return ExchangeError(f"rank {self.rank}: {what} failed: {reason}")
 
 

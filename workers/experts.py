@@ -52,12 +52,11 @@ class LayerMeasures:
     expert_cpu_us_L: npt.NDArray[np.float64]
     tokens_L: npt.NDArray[np.int64]            # rows computed by this rank's experts
     remote_copies_L: npt.NDArray[np.int64]     # rows this rank sent to other ranks
+    dropped_L: npt.NDArray[np.int64]           # assignments of this rank's tokens left out
 
     @classmethod
     def zeros(cls, layers: int) -> LayerMeasures:
-        return cls(
-            np.zeros(layers), np.zeros(layers, np.int64), np.zeros(layers, np.int64)
-        )
+        return cls(np.zeros(layers), *(np.zeros(layers, np.int64) for _ in range(3)))
 
 
 @dataclass
@@ -70,6 +69,7 @@ class RankContext:
     stores: list[ExpertStore]
     payload: str = "per_expert"
     step: int = 0
+    phase: int = 0
     recorder: RoutingRecorder | None = None
     replay: Replay | None = None
     measures: LayerMeasures = field(default_factory=lambda: LayerMeasures.zeros(0))
@@ -101,12 +101,14 @@ class ExpertLayer:
     def _exchanged(
         self, context: RankContext, x_TH: Tensor, ids_TK: Tensor, gate_TK: Tensor
     ) -> Tensor:
-        slots_GC = context.tables.slots_LGC[self.layer]
+        slots_GC = context.tables.slots_PLGC[context.phase][self.layer]
         experts = context.stores[self.layer]
         mine_C = slots_GC[context.exchange.rank].astype(np.int64)
         counts_E = histogram(ids_TK, context.tables.num_experts)
         counts_GE = agree(context.exchange, context.tables.epoch, context.step, counts_E)
-        quota_GS = split(counts_GE, slots_GC, context.cluster, context.tables.dispatch)
+        quota_GS = split(
+            counts_GE, slots_GC, context.cluster, context.tables.dispatch_P[context.phase]
+        )
         slot_TK = assign_slots(
             ids_TK,
             torch.from_numpy(quota_GS[context.exchange.rank]),

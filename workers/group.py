@@ -6,35 +6,46 @@ coordinator's and the ranks' business.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import importlib
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
-from ray.exceptions import RayActorError, RayTaskError
 
 from ..errors import LoadmasterError, UsageError
 from ..placement.cluster import Cluster, Traffic
 from ..placement.plan import DispatchSpec, Plan, Provenance
 from ..traces.spec import ModelSpec
 from ..traces.trace import RoutingTrace
-from .coordinator import Coordinator, Measurements, RequestState
-from .launch import NAMESPACE, RayFleet, connect
+from .client import Line, Order, Stream, run
+from .coordinator import Coordinator
+from .launch import NAMESPACE, RayFleet, connect, end_group
+from .metrics import RayMetrics
+from .requests import RequestState
 from .settings import GroupSettings, Limits, RankSettings, served_spec
+from .step_log import Measurements
 from .switch import ApplyReport
+from .tables import PhasePlans
 from .work import ReplayedRouting
 
-_WAIT_S = 10.0
+# Ray declares few of its types.
+ray: Any = importlib.import_module("ray")
+
 
 
 class CoordinatorActor(Coordinator):
     """The coordinator with a Ray fleet, as it lives in its own process."""
 
     def __init__(self, settings: GroupSettings, cpus_per_rank: float | None, gpus: float) -> None:
-        super().__init__(settings, RayFleet(settings.name, cpus_per_rank, gpus))
+        fleet = RayFleet(settings.name, cpus_per_rank, gpus)
+        super().__init__(settings, fleet, RayMetrics(settings.name))
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self.resume()
 
 
 @dataclass(frozen=True)
@@ -52,38 +63,12 @@ class PrefillResult:
         return hashlib.sha256("".join(self.digests).encode()).hexdigest()
 
 
-class Stream:
-    """One request's tokens as they come. Iterate, or ask for the `result`."""
-
-    def __init__(self, group: Group, number: int) -> None:
-        self._group, self.number = group, number
-        self._tokens: list[int] = []
-
-    def __iter__(self) -> Iterator[int]:
-        done = False
-        while not done:
-            (state,) = self._group._ask("wait", {self.number: len(self._tokens)}, _WAIT_S)
-            for token in state.tokens:
-                self._tokens.append(token)
-                yield token
-            done = state.done
-            if state.error:
-                raise LoadmasterError(state.error)
-        self._group._ask("forget", [self.number])
-
-    def result(self) -> list[int]:
-        """All tokens, once the request is done."""
-        for _ in self:
-            pass
-        return self._tokens
-
-
 class Group:
     """A running group. Handles are cheap; `find` gives another one to the same group."""
 
     def __init__(self, name: str, actor: Any) -> None:
         self.name = name
-        self._actor = actor
+        self._line = Line(name, actor)
 
     @classmethod
     def start(
@@ -92,11 +77,13 @@ class Group:
         plan: Plan | None = None,
         *,
         ranks: int,
+        decode_plan: Plan | None = None,
         name: str = "default",
         dtype: str = "bfloat16",
         traffic: str = "return_home/per_expert",
         dispatch: str | DispatchSpec | None = None,
         record_to: str | Path | None = None,
+        journal: str | Path | None = None,
         cluster: Cluster | None = None,
         address: str | None = None,
         cpus_per_rank: float | None = None,
@@ -130,8 +117,9 @@ class Group:
                 )
                 for g in range(ranks)
             ),
-            plan=plan,
+            plans=PhasePlans.both(plan, decode_plan),
             model_spec=spec,
+            journal=str(journal or tempfile.mkdtemp(prefix="loadmaster-")),
             limits=limits or Limits(),
             step_timeout_s=step_timeout_s,
         )
@@ -139,13 +127,14 @@ class Group:
         if _find(name) is not None:
             raise UsageError(f"a group named {name!r} is running: stop it, or take another name")
         actor = ray.remote(CoordinatorActor).options(
-            name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=32
+            name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=32,
+            max_restarts=-1,
         ).remote(settings, cpus_per_rank, gpus_per_rank)
         group = cls(name, actor)
         try:
-            group._ask("start")
+            group._line.ask("start")
         except BaseException:
-            group._end()
+            end_group(name)
             raise
         return group
 
@@ -167,16 +156,16 @@ class Group:
         step_tokens: int = 4096,
     ) -> PrefillResult:
         """Run prompts through the model in steps of about `step_tokens` rows over all ranks."""
-        first = self._ask("status")["step"]
-        self._ask("configure", digests=True, step_tokens=step_tokens)
+        first = self._line.ask_again("status")["step"]
+        self._line.ask_again("configure", digests=True, step_tokens=step_tokens)
         try:
             states = self._run(prompts, 1, domains)
         finally:
-            self._ask("configure", digests=False)
+            self._line.ask_again("configure", digests=False)
         return PrefillResult(
             next_tokens=tuple(s.tokens[0] for s in states),
             digests=tuple(s.digest for s in states),
-            steps=self._ask("status")["step"] - first,
+            steps=self._line.ask_again("status")["step"] - first,
             tokens=sum(len(p) for p in prompts),
         )
 
@@ -198,10 +187,9 @@ class Group:
         domain: str | None = None,
         stop_tokens: Sequence[int] = (),
     ) -> Stream:
-        """Send one request; its tokens stream."""
-        domains = None if domain is None else [domain]
-        (number,) = self._ask("submit", [list(prompt)], max_new_tokens, domains, list(stop_tokens))
-        return Stream(self, number)
+        """Send one request; its tokens stream. Raises InputError when it cannot be served."""
+        order = Order(np.asarray(prompt), max_new_tokens, domain, tuple(stop_tokens))
+        return Stream(self._line, order)
 
     def logits(
         self,
@@ -212,14 +200,18 @@ class Group:
 
         replays: routing to use instead of the router's; without, the second item is None.
         """
-        self._ask("configure", all_logits=True)
+        self._line.ask_again("configure", all_logits=True)
         try:
-            arrays = [np.asarray(p, np.int32) for p in prompts]
-            numbers = self._ask("submit", arrays, 1, None, (), replays)
-            self._until_done(numbers)
-            return [self._ask("logits", n) for n in numbers]
+            states = run(
+                self._line,
+                [
+                    Order(np.asarray(p), 1, replay=None if replays is None else replays[i])
+                    for i, p in enumerate(prompts)
+                ],
+            )
+            return [self._line.ask_again("logits", s.number) for s in states]
         finally:
-            self._ask("configure", all_logits=False)
+            self._line.ask_again("configure", all_logits=False)
 
     def _run(
         self,
@@ -230,102 +222,92 @@ class Group:
     ) -> list[RequestState]:
         if domains is not None and len(domains) != len(prompts):
             raise UsageError(f"{len(domains)} domains for {len(prompts)} prompts")
-        arrays = [np.asarray(p) for p in prompts]
-        numbers = self._ask("submit", arrays, max_new_tokens, domains, list(stop_tokens))
-        try:
-            states = self._until_done(numbers)
-        finally:
-            self._ask("forget", numbers)
-        for state in states:
-            if state.error:
-                raise LoadmasterError(state.error)
+        stops = tuple(stop_tokens)
+        orders = [
+            Order(np.asarray(p), max_new_tokens, domains[i] if domains else None, stops)
+            for i, p in enumerate(prompts)
+        ]
+        states = run(self._line, orders)
+        self._line.ask_again("forget", [s.number for s in states])
         return states
-
-    def _until_done(self, numbers: list[int]) -> list[RequestState]:
-        while True:
-            states: list[RequestState] = self._ask("wait_all", numbers, _WAIT_S)
-            if all(s.done for s in states):
-                return states
 
     # ---- recording and measuring -----------------------------------------------------------
 
     def record(self, on: bool) -> None:
         """Record routing from the next step on, or stop."""
-        self._ask("configure", recording=on)
+        self._line.ask_again("configure", recording=on)
 
     def trace(self, *, take: bool = False) -> RoutingTrace:
         """What all ranks recorded so far, logical ids, in step order. take: and start afresh.
 
         Raises LoadmasterError when nothing was recorded.
         """
-        trace: RoutingTrace | None = self._ask("trace", take)
+        trace: RoutingTrace | None = self._line.ask_again("trace", take)
         if trace is None:
             raise LoadmasterError("nothing has been recorded: record(True), then serve")
         return trace
 
     def measurements(self, after_step: int = 0) -> Measurements:
-        """CPU times, tokens and copies of the steps after `after_step`: `group.step` taken before."""
-        return self._ask("measurements", after_step)  # type: ignore[no-any-return]
+        """CPU times, tokens and copies of the steps after `after_step` (`group.step`, before)."""
+        return self._line.ask_again("measurements", after_step)  # type: ignore[no-any-return]
 
     # ---- plans and life --------------------------------------------------------------------
 
-    def apply(self, plan: Plan) -> ApplyReport:
-        """Switch to another plan without stopping; returns when it is in force."""
-        return self._ask("apply", plan)  # type: ignore[no-any-return]
+    def apply(
+        self, plan: Plan, decode: Plan | None = None, *, epoch: int | None = None
+    ) -> ApplyReport:
+        """Switch to another plan without stopping; returns when it is in force.
+
+        decode: a plan of its own for new tokens. epoch: the one the plan was made under; if
+        another is in force by now, nothing happens but an error.
+        """
+        report: ApplyReport = self._line.ask("apply", plan, decode, epoch)
+        return report
+
+    def resize(self, ranks: int, plan: Plan | None = None) -> Plan:
+        """Serve on another number of ranks; requests in flight start again from their prompts.
+
+        Fewer: survivors take over what the last ranks held. More: they join empty, unless `plan`
+        uses them. Returns the plan in force.
+        """
+        return self._line.ask("resize", ranks, plan)  # type: ignore[no-any-return]
 
     @property
     def plan(self) -> Plan:
         """The plan in force."""
-        return self._ask("status")["plan"]  # type: ignore[no-any-return]
+        return self._line.ask_again("status")["plan"]  # type: ignore[no-any-return]
 
     @property
     def epoch(self) -> int:
         """The number of the plan in force; counts up with every switch."""
-        return int(self._ask("status")["epoch"])
+        return int(self._line.ask_again("status")["epoch"])
 
     @property
     def model_spec(self) -> ModelSpec:
         """The model served."""
-        return self._ask("status")["model_spec"]  # type: ignore[no-any-return]
+        return self._line.ask_again("status")["model_spec"]  # type: ignore[no-any-return]
 
     @property
     def step(self) -> int:
         """How many steps have run."""
-        return int(self._ask("status")["step"])
+        return int(self._line.ask_again("status")["step"])
 
     def status(self) -> dict[str, Any]:
         """Plan, epoch, step, requests in flight, process ids of the ranks."""
-        return self._ask("status")  # type: ignore[no-any-return]
+        return self._line.ask_again("status")  # type: ignore[no-any-return]
 
     def stop(self) -> None:
         """End the group's processes, and nothing else."""
         try:
-            self._ask("stop")
+            self._line.ask_again("stop")
         finally:
-            self._end()
+            end_group(self.name)
 
     def __enter__(self) -> Group:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
-
-    def _end(self) -> None:
-        for rank in _rank_actors(self.name):
-            ray.kill(rank, no_restart=True)
-        ray.kill(self._actor, no_restart=True)
-
-    def _ask(self, method: str, *args: Any, **options: Any) -> Any:
-        """Call the coordinator; its errors come out as they went in."""
-        try:
-            return ray.get(getattr(self._actor, method).remote(*args, **options))
-        except RayTaskError as error:
-            cause = error.cause
-            raise cause if isinstance(cause, LoadmasterError) else error from None
-        except RayActorError as error:
-            raise LoadmasterError(
-                f"the coordinator of group {self.name!r} is gone: {str(error).splitlines()[0]}"
-            ) from error
 
 
 def contiguous(spec: ModelSpec, ranks: int) -> Plan:
@@ -344,8 +326,6 @@ def contiguous(spec: ModelSpec, ranks: int) -> Plan:
 
 def with_dispatch(plan: Plan, dispatch: str | DispatchSpec) -> Plan:
     """The same slots under another dispatch."""
-    import dataclasses
-
     spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
     return dataclasses.replace(plan, dispatch=spec)
 
@@ -355,9 +335,3 @@ def _find(name: str) -> Any:
         return ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
         return None
-
-
-def _rank_actors(name: str) -> list[Any]:
-    listed = ray.util.list_named_actors(all_namespaces=True)
-    mine = [a["name"] for a in listed if a["namespace"] == NAMESPACE]
-    return [_find(n) for n in mine if n.startswith(f"{name}/rank-")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from typing import Any
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from ..errors import LoadmasterError, UsageError
-from .fleet import RankLostError
+from .fleet import OverdueError, RankLostError
 from .settings import RankSettings
 
 # Ray declares few of its types.
@@ -65,11 +69,6 @@ def _on_this_machine(address: str) -> bool:
     return host in ("auto", "local", "localhost", LOOPBACK, "[::1]")
 
 
-def _identity(rank: Any) -> tuple[int, str, str]:
-    """(process id, node, address), asked inside an actor."""
-    return os.getpid(), ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
-
-
 class RankProcess:
     """What lives in a rank's process: the rank, and a voice that answers while it works."""
 
@@ -83,9 +82,10 @@ class RankProcess:
         """Call a method of the rank."""
         return getattr(self._rank, method)(*args, **options)
 
-    def ping(self) -> int:
-        """The process id."""
-        return os.getpid()
+    def ping(self) -> tuple[int, str, str]:
+        """(process id, node, address)."""
+        context = ray.get_runtime_context()
+        return os.getpid(), context.get_node_id(), ray.util.get_node_ip_address()
 
 
 @dataclass
@@ -93,20 +93,23 @@ class RankActor:
     """One rank as the fleet sees it."""
 
     handle: Any
-    pid: int
-    node: str
-    host: str
+    bundles: Any          # placement group
+    bundle: int
+    pid: int = 0
+    node: str = ""
+    host: str = ""
 
 
 class RayFleet:
-    """The rank actors of one group: start, call, watch, end."""
+    """The rank actors of one group: start, call, watch, replace, end."""
 
-    def __init__(self, name: str, cpus_per_rank: float | None, gpus_per_rank: float) -> None:
+    def __init__(self, group: str, cpus_per_rank: float | None, gpus_per_rank: float) -> None:
         """cpus_per_rank: None shares the cluster's free CPUs among the ranks."""
-        self._name = name
+        self._group = group
         self._cpus, self._gpus = cpus_per_rank, gpus_per_rank
-        self._actors: dict[int, RankActor] = {}
-        self._bundles: Any = None
+        self._actors: list[RankActor] = []
+        self._bundles: list[Any] = []
+        self._serial = 0
 
     @property
     def ranks(self) -> int:
@@ -114,75 +117,126 @@ class RayFleet:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids in rank order."""
-        return [self._actors[g].pid for g in sorted(self._actors)]
+        return [a.pid for a in self._actors]
 
-    def start(self, settings: Sequence[RankSettings], timeout_s: float = 120.0) -> None:
-        """Start one actor per rank, one per bundle, and wait until all answer."""
+    # ---- starting --------------------------------------------------------------------------
+
+    def start(self, settings: Sequence[RankSettings], timeout_s: float) -> None:
+        """One actor per rank, one rank per bundle."""
+        bundles = self._reserve(len(settings), timeout_s)
+        self._actors = [self._create(one, bundles, g) for g, one in enumerate(settings)]
+        for actor in self._actors:
+            self._identify(actor, timeout_s)
+
+    def attach(self, timeout_s: float) -> list[Any]:
+        """Find the ranks of a coordinator that died, by name; those that are gone are left out.
+
+        Every found rank is asked who it is; the list is in rank order, gaps are closed by
+        `replace`, which takes a fresh bundle for each.
+        """
+        found = []
+        for name in _actor_names(self._group):
+            try:
+                handle = ray.get_actor(name, namespace=NAMESPACE)
+                state = ray.get(handle.run.remote("state", (), {}), timeout=timeout_s)
+            except (ValueError, RayActorError, GetTimeoutError):
+                continue
+            self._serial = max(self._serial, int(name.rsplit("-", 1)[1]) + 1)
+            found.append((state.settings.rank, state, RankActor(handle, None, -1)))
+        found.sort(key=lambda entry: entry[0])
+        ranks = found[0][1].settings.ranks if found else 0
+        self._actors = [RankActor(None, None, -1) for _ in range(ranks)]
+        for rank, _, actor in found:
+            self._identify(actor, timeout_s)
+            self._actors[rank] = actor
+        self._bundles = _bundles_of(self._group)
+        return [state for _, state, _ in found]
+
+    def replace(self, settings: RankSettings, timeout_s: float) -> None:
+        old = self._actors[settings.rank]
+        bundles, bundle = old.bundles, old.bundle
+        if bundles is None:
+            bundles, bundle = self._reserve(1, timeout_s), 0
+        self._actors[settings.rank] = self._bring_up(settings, bundles, bundle, timeout_s)
+
+    def add(self, settings: RankSettings, timeout_s: float) -> None:
+        try:
+            bundles = self._reserve(1, timeout_s)
+        except LoadmasterError as error:
+            raise RankLostError((settings.rank,), str(error)) from error
+        self._actors.append(self._bring_up(settings, bundles, 0, timeout_s))
+
+    def _reserve(self, ranks: int, timeout_s: float) -> Any:
         cpus = self._cpus
         if cpus is None:
             free = ray.available_resources().get("CPU", 1.0)
-            cpus = min(1.0, int(100 * free / len(settings)) / 100)
+            cpus = min(1.0, int(100 * free / ranks) / 100)
+            self._cpus = cpus
         bundle = {"CPU": cpus} | ({"GPU": self._gpus} if self._gpus else {})
-        self._bundles = placement_group(
-            [bundle] * len(settings), strategy="PACK", lifetime="detached"
+        bundles = placement_group(
+            [bundle] * ranks,
+            strategy="PACK",
+            lifetime="detached",
+            name=f"{NAMESPACE}/{self._group}/{self._serial}",
         )
-        if not self._bundles.wait(timeout_s):
-            remove_placement_group(self._bundles)
+        if not bundles.wait(timeout_s):
+            remove_placement_group(bundles)
             raise LoadmasterError(
-                f"the cluster has no room for {len(settings)} ranks of {bundle}: it offers "
+                f"the cluster has no room for {ranks} ranks of {bundle}: free are "
                 f"{ray.available_resources()}; ask for less per rank or fewer ranks"
             )
-        for index, one in enumerate(settings):
-            self._actors[one.rank] = RankActor(self._create(one, index, bundle), 0, "", "")
-        for g in list(self._actors):
-            self._identify(g, timeout_s)
+        self._bundles.append(bundles)
+        return bundles
 
-    def _create(self, settings: RankSettings, bundle_index: int, bundle: dict[str, float]) -> Any:
-        remote_rank = ray.remote(concurrency_groups={"watch": 1})(RankProcess)
-        return remote_rank.options(
-            name=f"{self._name}/rank-{settings.rank}",
+    def _create(self, settings: RankSettings, bundles: Any, bundle: int) -> RankActor:
+        remote_rank: Any = ray.remote(concurrency_groups={"watch": 1})(RankProcess)
+        name = f"{self._group}/rank-{self._serial}"
+        self._serial += 1
+        handle = remote_rank.options(
+            name=name,
             namespace=NAMESPACE,
             lifetime="detached",
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
+            num_cpus=self._cpus,
+            num_gpus=self._gpus,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._bundles, placement_group_bundle_index=bundle_index
+                bundles, placement_group_bundle_index=bundle
             ),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}},
         ).remote(settings)
+        return RankActor(handle, bundles, bundle)
 
-    def _identify(self, rank: int, timeout_s: float) -> None:
-        actor = self._actors[rank]
-        answer = actor.handle.__ray_call__.remote(_identity)
-        ((actor.pid, actor.node, actor.host),) = self.gather([answer], timeout_s)
+    def _bring_up(
+        self, settings: RankSettings, bundles: Any, bundle: int, timeout_s: float
+    ) -> RankActor:
+        actor = self._create(settings, bundles, bundle)
+        try:
+            self._identify(actor, timeout_s)
+        except (OverdueError, RankLostError) as error:
+            ray.kill(actor.handle, no_restart=True)
+            raise RankLostError(
+                (settings.rank,), f"no new process for rank {settings.rank}: {error}"
+            ) from error
+        return actor
+
+    def _identify(self, actor: RankActor, timeout_s: float) -> None:
+        ((actor.pid, actor.node, actor.host),) = self.gather([self._ping(actor)], timeout_s)
+
+    # ---- calling ---------------------------------------------------------------------------
 
     def hosts(self) -> list[str]:
-        """Each rank's address for the exchange; the loopback address when one node holds all."""
-        actors = [self._actors[g] for g in sorted(self._actors)]
-        if len({a.node for a in actors}) == 1:
-            return [LOOPBACK] * len(actors)
-        return [a.host for a in actors]
+        """The loopback address when one node holds all ranks."""
+        if len({a.node for a in self._actors}) == 1:
+            return [LOOPBACK] * self.ranks
+        return [a.host for a in self._actors]
 
-    def call(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Start a method on one rank; the answer is fetched with `gather`."""
-        return self._actors[rank].handle.run.remote(method, args, kwargs)
+    def call(self, rank: int, method: str, *args: Any, **options: Any) -> Any:
+        return self._actors[rank].handle.run.remote(method, args, options)
 
-    def ping(self, rank: int) -> Any:
-        """Ask a rank's process for a sign of life; it answers while a step runs."""
-        return self._actors[rank].handle.ping.options(concurrency_group="watch").remote()
-
-    def call_all(self, method: str, *args: Any) -> list[Any]:
-        """Start a method with the same arguments on every rank, in rank order."""
-        return [self.call(g, method, *args) for g in sorted(self._actors)]
+    def call_all(self, method: str, *args: Any, **options: Any) -> list[Any]:
+        return [self.call(g, method, *args, **options) for g in range(self.ranks)]
 
     def gather(self, answers: list[Any], timeout_s: float) -> list[Any]:
-        """All answers in order. The first failure is raised at once, without waiting for others.
-
-        Raises RankLostError when an actor died or did not answer in time; an error raised inside a
-        rank's method comes out as it went in.
-        """
         deadline = time.monotonic() + timeout_s
         waiting = list(answers)
         while waiting:
@@ -190,28 +244,122 @@ class RayFleet:
                 waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic())
             )
             if not ready:
-                raise RankLostError((), f"no answer within {timeout_s:.1f} s")
-            self._fetch(ready[0])
-        return ray.get(answers)  # type: ignore[no-any-return]
+                raise OverdueError(f"no answer within {timeout_s:.1f} s")
+            _fetch(ready[0])
+        results: list[Any] = ray.get(answers)
+        return results
 
-    @staticmethod
-    def _fetch(answer: Any) -> None:
-        try:
-            ray.get(answer, timeout=0)
-        except RayActorError as error:
-            reason = str(error).splitlines()[0]
-            raise RankLostError((), f"a rank's process died: {reason}") from error
-        except GetTimeoutError as error:
-            raise RankLostError((), "an answer was announced but never came") from error
-        except RayTaskError as error:
-            cause = error.cause
-            raise cause if isinstance(cause, LoadmasterError) else error from None
+    def failures(self, answers: list[Any], timeout_s: float) -> list[Exception]:
+        ended, _ = ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
+        raised: list[Exception] = []
+        for answer in ended:
+            try:
+                _fetch(answer)
+            except (LoadmasterError, RayTaskError) as error:
+                raised.append(error)
+        return raised
+
+    # ---- watching and ending ---------------------------------------------------------------
+
+    def silent(self, timeout_s: float) -> dict[int, str]:
+        answers = [self._ping(actor) for actor in self._actors]
+        ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
+        silent = {}
+        for rank, answer in enumerate(answers):
+            try:
+                ray.get(answer, timeout=0)
+            except GetTimeoutError:
+                silent[rank] = f"no sign of life for {timeout_s:.1f} s"
+            except RayActorError as error:
+                silent[rank] = f"its process died: {str(error).splitlines()[0]}"
+        return silent
+
+    def kill(self, rank: int) -> None:
+        """By signal: a stopped process reads no messages."""
+        actor = self._actors[rank]
+        if actor.handle is None:
+            return
+        end: Any = ray.remote(_end_process)
+        here = ray.get_runtime_context().get_node_id()
+        if actor.node == here:
+            _end_process(actor.pid)
+        else:
+            there = NodeAffinitySchedulingStrategy(actor.node, soft=False)
+            ray.wait(
+                [end.options(num_cpus=0, scheduling_strategy=there).remote(actor.pid)], timeout=5.0
+            )
+        ray.kill(actor.handle, no_restart=True)
+
+    def keep(self, ranks: Sequence[int]) -> None:
+        for rank, actor in enumerate(self._actors):
+            if rank not in ranks and actor.handle is not None:
+                ray.kill(actor.handle, no_restart=True)
+        self._actors = [self._actors[g] for g in ranks]
 
     def end(self) -> None:
-        """End every rank and give back the bundles. Nothing else is touched."""
-        for actor in self._actors.values():
-            ray.kill(actor.handle, no_restart=True)
-        self._actors.clear()
-        if self._bundles is not None:
-            remove_placement_group(self._bundles)
-            self._bundles = None
+        """Every rank and every bundle of this group; nothing else is touched."""
+        for actor in self._actors:
+            if actor.handle is not None:
+                ray.kill(actor.handle, no_restart=True)
+        self._actors = []
+        for bundles in self._bundles:
+            remove_placement_group(bundles)
+        self._bundles = []
+
+    @staticmethod
+    def _ping(actor: RankActor) -> Any:
+        return actor.handle.ping.options(concurrency_group="watch").remote()
+
+
+def end_group(name: str) -> None:
+    """End whatever of a group is left: ranks, bundles, coordinator. Nothing else is touched."""
+    for actor_name in [*_actor_names(name), name]:
+        try:
+            handle = ray.get_actor(actor_name, namespace=NAMESPACE)
+        except ValueError:
+            continue
+        ray.kill(handle, no_restart=True)
+    for bundles in _bundles_of(name):
+        remove_placement_group(bundles)
+
+
+def _fetch(answer: Any) -> None:
+    try:
+        ray.get(answer, timeout=0)
+    except RayActorError as error:
+        reason = str(error).splitlines()[0]
+        raise RankLostError((), f"a rank's process died: {reason}") from error
+    except GetTimeoutError as error:
+        raise RankLostError((), "an answer was announced but never came") from error
+    except RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, LoadmasterError) else error from None
+
+
+def _end_process(pid: int) -> None:
+    """SIGKILL a rank's process, if the pid is still one: pids are used again."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            ours = b"RankProcess" in file.read()
+    except OSError:
+        return
+    if ours:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _actor_names(group: str) -> list[str]:
+    """Names of a group's live rank actors."""
+    listed = ray.util.list_named_actors(all_namespaces=True)
+    names = [a["name"] for a in listed if a["namespace"] == NAMESPACE]
+    return sorted(n for n in names if n.startswith(f"{group}/rank-"))
+
+
+def _bundles_of(group: str) -> list[Any]:
+    """A group's placement groups, found by name."""
+    table: dict[str, Any] = ray.util.placement_group_table()
+    prefix = f"{NAMESPACE}/{group}/"
+    names = [
+        e["name"] for e in table.values()
+        if e["name"].startswith(prefix) and e["state"] != "REMOVED"
+    ]
+    return [ray.util.get_placement_group(name) for name in sorted(names)]

@@ -23,7 +23,8 @@ from ..traces.trace import RoutingTrace
 from . import attention, experts
 from .attention import PackedStep, RequestCache
 from .checkpoint import bytes_of
-from .exchange import EpochMismatchError, Exchange, Rendezvous
+from .exchange import Exchange, Rendezvous
+from .exchange_errors import EpochMismatchError
 from .experts import LayerMeasures, RankContext, Replay
 from .model import DTYPES, MoeCheckpoint, fingerprint
 from .settings import RankSettings, served_spec
@@ -44,6 +45,15 @@ Arrivals = tuple[list[tuple[int, int]], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
+class RankState:
+    """What a rank answers to a coordinator that does not know it yet."""
+
+    settings: RankSettings
+    epoch: int                    # 0: under no plan
+    held_L: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Loaded:
     """What a rank learnt from its checkpoint."""
 
@@ -60,6 +70,7 @@ class Rank:
         self.settings = settings
         self._dtype = DTYPES[settings.dtype]
         self.model_spec = served_spec(settings.model_dir, settings.dtype)
+        self._checkpoint: MoeCheckpoint
         self._stores: list[ExpertStore] = []
         self._caches: dict[int, RequestCache] = {}
         self._digests: dict[int, Any] = {}
@@ -71,7 +82,12 @@ class Rank:
         self._hidden_TH: Tensor = torch.empty(0)
 
     def load(self) -> Loaded:
-        """Read the model without its experts. Raises InputError when it cannot be served."""
+        """Read the model without its experts. Raises InputError when it cannot be served.
+
+        Called again, nothing is read.
+        """
+        if self._stores:
+            return Loaded(self._checkpoint.vocabulary, self._checkpoint.context_tokens)
         with _BUILDING:
             self._checkpoint = MoeCheckpoint(self.settings.model_dir)
             self._checkpoint.require_shape(self.model_spec)
@@ -95,7 +111,7 @@ class Rank:
         return self._meeting.port
 
     def meet(
-        self, hosts: tuple[str, str], port: int, generation: int, timeout_s: float
+        self, hosts: tuple[str, str], port: int, generation: str, timeout_s: float
     ) -> None:
         """Form a group with the other ranks. hosts: (where the store is, own address)."""
         self.leave()
@@ -113,10 +129,20 @@ class Rank:
         self.leave()
         self._exchange = exchange
 
-    def set_timeout(self, timeout_s: float) -> None:
-        """How long this rank waits for the others in one exchange."""
-        if self._exchange is not None:
-            self._exchange.set_timeout(timeout_s)
+    def renumber(self, settings: RankSettings) -> None:
+        """Become another rank of a group of another size; what is held stays."""
+        self.leave()
+        self.settings = settings
+
+    def forget_requests(self) -> None:
+        """Drop the keys and values of all requests: they start again from their prompts."""
+        self._caches.clear()
+        self._digests.clear()
+
+    def state(self) -> RankState:
+        """Which rank this is, under which epoch, and what it holds."""
+        epoch = 0 if self._tables is None else self._tables.epoch
+        return RankState(self.settings, epoch, self.held())
 
     def leave(self) -> None:
         """Leave the group, if in one."""
@@ -187,15 +213,33 @@ class Rank:
                     dropped += 1
         return dropped
 
+    def fingerprints(self) -> Fingerprints:
+        """The fingerprint of every expert in memory, computed now."""
+        return {
+            (layer, expert): fingerprint(store.get(expert))
+            for layer, store in enumerate(self._stores)
+            for expert in store.experts
+        }
+
     def held(self) -> list[list[int]]:
         """Experts in memory, by layer."""
         return [store.experts for store in self._stores]
 
     # ---- a step ----------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def step(self, work: StepWork) -> StepResult:
-        """Run one step together with all other ranks."""
+        """Run one step together with all other ranks.
+
+        On any error this rank leaves the group, so that its peers fail at once and do not wait.
+        """
+        try:
+            return self._step(work)
+        except BaseException:
+            self.leave()
+            raise
+
+    @torch.inference_mode()
+    def _step(self, work: StepWork) -> StepResult:
         wall, cpu = time.perf_counter_ns(), time.process_time_ns()
         for request in work.release:
             self._caches.pop(request, None)
@@ -209,7 +253,8 @@ class Rank:
                 f"{work.epoch}: nothing was computed"
             )
         layers = self.model_spec.num_layers
-        context.step, context.measures = work.step, LayerMeasures.zeros(layers)
+        context.step, context.phase = work.step, work.phase
+        context.measures = LayerMeasures.zeros(layers)
         context.replay = _replay(work.chunks, layers, self.model_spec.top_k)
         recorder = self._begin_recording(work)
         context.recorder = recorder
@@ -234,6 +279,7 @@ class Rank:
             expert_cpu_us_L=measures.expert_cpu_us_L,
             tokens_L=measures.tokens_L,
             remote_copies_L=measures.remote_copies_L,
+            dropped_L=measures.dropped_L,
             staged=tuple(staged),
             corrupted=tuple(corrupted),
             stage_us=(time.perf_counter_ns() - moving) / 1e3,
@@ -266,6 +312,7 @@ class Rank:
     def _cache(self, chunk: Chunk) -> RequestCache:
         if chunk.start == 0:
             self._caches[chunk.request] = RequestCache()
+            self._digests[chunk.request] = hashlib.sha256()
         cache = self._caches.get(chunk.request)
         if cache is None or cache.length != chunk.start:
             held = "nothing" if cache is None else f"{cache.length} tokens"
@@ -300,8 +347,7 @@ class Rank:
         start = 0
         for chunk in work.chunks:
             rows = self._hidden_TH[start : start + len(chunk.tokens)]
-            digest = self._digests.setdefault(chunk.request, hashlib.sha256())
-            digest.update(bytes_of(rows))
+            self._digests[chunk.request].update(bytes_of(rows))
             start += len(chunk.tokens)
         return {c.request: self._digests[c.request].hexdigest() for c in work.chunks}
 
@@ -333,6 +379,7 @@ class Rank:
                 self.model_spec,
                 rank=self.settings.rank,
                 ranks=self.settings.ranks,
+                resume=self.settings.resume_recording,
             )
         self._recorder.domain_names = work.domain_names
         sizes = [len(c.tokens) for c in work.chunks]

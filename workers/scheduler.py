@@ -36,16 +36,16 @@ class Request:
     done: bool = False
     home: int = -1
     retries: int = 0
-    _fed: int = 0           # rows of prompt and produced tokens that went through the model
+    fed: int = 0           # rows of prompt and produced tokens that went through the model
     _regained: int = 0      # produced tokens that a retry has produced again
 
     @property
     def in_prefill(self) -> bool:
-        return self._fed < len(self.prompt)
+        return self.fed < len(self.prompt)
 
     def next_chunk(self, chunk_tokens: int) -> Chunk:
         """The rows that come next: a piece of the prompt on a fixed grid, or one token."""
-        start = self._fed
+        start = self.fed
         if not self.in_prefill:
             token = self.produced[start - len(self.prompt)]
             return Chunk(
@@ -67,7 +67,7 @@ class Request:
 
         After a retry the tokens already streamed must come again; another token fails the request.
         """
-        self._fed = chunk.start + len(chunk.tokens)
+        self.fed = chunk.start + len(chunk.tokens)
         if token is None:
             return None
         if self._regained < len(self.produced):
@@ -85,7 +85,7 @@ class Request:
 
     def restart(self) -> None:
         """Its rank is gone: start again from the prompt; what was streamed stays streamed."""
-        self._fed = self._regained = 0
+        self.fed = self._regained = 0
         self.home = -1
         self.retries += 1
 
@@ -96,7 +96,7 @@ class Request:
     @property
     def remaining_rows(self) -> int:
         """Rows still to run, an upper bound: what a home rank takes on with it."""
-        return len(self.prompt) + self.max_new_tokens - self._fed
+        return len(self.prompt) + self.max_new_tokens - self.fed
 
 
 class Scheduler:
@@ -136,17 +136,26 @@ class Scheduler:
         """Change how large a step may grow; chunks stay as they are."""
         self.limits = dataclasses.replace(self.limits, step_tokens=step_tokens)
 
-    def next_phase(self) -> int:
-        """Which phase a step of one phase should run: prompts first, as long as there are any."""
+    def phases(self) -> set[int]:
+        """Which phases have rows to run."""
         self._admit()
-        prefill = any(r.in_prefill for rank in self._active for r in rank)
-        return PREFILL if prefill else DECODE
+        return {PREFILL if r.in_prefill else DECODE for rank in self._active for r in rank}
 
     def take_release(self) -> list[tuple[int, ...]]:
         """Requests each rank may forget; asked for once."""
         release = [tuple(numbers) for numbers in self._release]
         self._release = [[] for _ in range(self.ranks)]
         return release
+
+    def put_back_release(self, release: list[tuple[int, ...]]) -> None:
+        """The step these were meant for does not run: hand them out again next time."""
+        for mine, numbers in zip(self._release, release, strict=True):
+            mine.extend(numbers)
+
+    def drop_all(self) -> None:
+        """Forget every request."""
+        self._waiting.clear()
+        self._active = [[] for _ in range(self.ranks)]
 
     def finish_step(
         self, chunks_G: list[tuple[Chunk, ...]], results: list[StepResult]

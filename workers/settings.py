@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..placement.cluster import Cluster
-from ..placement.plan import Plan
 from ..traces.spec import ModelSpec
+from .tables import PhasePlans
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -41,6 +41,7 @@ class RankSettings:
     dtype: str = "bfloat16"
     payload: str = "per_expert"
     record_to: str | None = None
+    resume_recording: bool = False     # this rank recorded before and was replaced
     device: str = "cpu"
 
 
@@ -50,11 +51,15 @@ class GroupSettings:
 
     name: str
     ranks: tuple[RankSettings, ...]
-    plan: Plan
+    plans: PhasePlans
     model_spec: ModelSpec
+    journal: str                          # folder of the journal of plan switches
     limits: Limits = field(default_factory=Limits)
-    step_timeout_s: float = 120.0
-    stage_budget_bytes: int = 4 << 20
+    step_timeout_s: float = 120.0         # hard limit of a step; a silent rank is noticed sooner
+    start_timeout_s: float = 300.0
+    replace_timeout_s: float = 60.0       # then a lost rank counts as lost for good
+    stage_budget_bytes: int = 4 << 20     # per rank and direction in one step
+    most_slots: int | None = None         # per rank and layer, in an emergency
 
 
 def served_spec(model_dir: str | Path, dtype: str) -> ModelSpec:

@@ -10,7 +10,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from ..errors import InfeasibleError
-from ..placement.plan import Plan
 
 
 @dataclass(frozen=True, order=True)
@@ -38,19 +37,19 @@ Round = tuple[Piece, ...]
 
 
 def plan_transfers(
-    held_LG: list[list[frozenset[int]]], target: Plan, expert_bytes: int
+    held_LG: list[list[frozenset[int]]], wanted_LG: list[list[frozenset[int]]], expert_bytes: int
 ) -> list[Transfer]:
-    """Every (layer, rank, expert) that `target` wants and the rank does not hold, with a source.
+    """Every (layer, rank, expert) that is wanted and not held there, with a source.
 
-    held_LG: experts each rank holds now, by layer. Among holders the one that has been given the
-    fewest bytes to send goes, ties to the lower rank. Raises InfeasibleError for an expert that
-    no rank holds (it must come from the checkpoint).
+    held_LG, wanted_LG: experts of each rank, by layer. Among holders the one that has been given
+    the fewest bytes to send goes, ties to the lower rank. Raises InfeasibleError for an expert
+    that no rank holds (it must come from the checkpoint).
     """
     sent_bytes: dict[int, int] = defaultdict(int)
     transfers = []
-    for layer, row in enumerate(target.slots):
-        for rank, slots_C in enumerate(row):
-            for expert in sorted({int(e) for e in slots_C if e >= 0} - held_LG[layer][rank]):
+    for layer, row in enumerate(wanted_LG):
+        for rank, wanted in enumerate(row):
+            for expert in sorted(wanted - held_LG[layer][rank]):
                 holders = [g for g, held in enumerate(held_LG[layer]) if expert in held]
                 if not holders:
                     raise InfeasibleError(

@@ -43,6 +43,7 @@ class StepWork:
 
     step: int
     epoch: int
+    phase: int = 0                    # whose tables the step runs under; see tables.PhasePlans
     chunks: tuple[Chunk, ...] = ()
     release: tuple[int, ...] = ()     # requests whose keys and values are not needed any more
     record: bool = False
@@ -70,6 +71,7 @@ class StepResult:
     expert_cpu_us_L: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     tokens_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     remote_copies_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    dropped_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     staged: tuple[tuple[int, int], ...] = ()        # (layer, expert) that arrived whole and right
     corrupted: tuple[tuple[int, int], ...] = ()     # arrived wrong and were thrown away
     stage_us: float = 0.0             # of wall_us, what moving experts took

@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from loadmaster.workers.coordinator import Coordinator
 from loadmaster.workers.group import contiguous
 from loadmaster.workers.random_checkpoint import save_random_checkpoint
 from loadmaster.workers.settings import GroupSettings, Limits, RankSettings, served_spec
+from loadmaster.workers.tables import PhasePlans
 from loadmaster.workers.thread_fleet import ThreadFleet
 
 RANKS = 4
@@ -51,7 +53,9 @@ def single_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def start_threads(single_thread: None) -> Iterator[Callable[..., Coordinator]]:
+def start_threads(
+    single_thread: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Coordinator]]:
     """Start groups whose ranks are threads of this process; they end with the test."""
     started: list[Coordinator] = []
 
@@ -65,6 +69,7 @@ def start_threads(single_thread: None) -> Iterator[Callable[..., Coordinator]]:
         record_to: Path | None = None,
         stage_budget_bytes: int = 4 << 20,
         fleet: ThreadFleet | None = None,
+        **settings_too: Any,
     ) -> Coordinator:
         spec = served_spec(model_dir, dtype)
         plan = plan or contiguous(spec, RANKS)
@@ -79,11 +84,13 @@ def start_threads(single_thread: None) -> Iterator[Callable[..., Coordinator]]:
                 RankSettings(g, RANKS, str(model_dir), cluster, dtype, payload, target)
                 for g in range(RANKS)
             ),
-            plan=plan,
+            plans=PhasePlans.both(plan),
             model_spec=spec,
+            journal=str(tmp_path_factory.mktemp("journal")),
             limits=limits or Limits(step_tokens=64, chunk_tokens=32),
             step_timeout_s=30.0,
             stage_budget_bytes=stage_budget_bytes,
+            **settings_too,
         )
         coordinator = Coordinator(settings, fleet or ThreadFleet())
         coordinator.start()
@@ -100,7 +107,12 @@ def shuffled_plan() -> Callable[..., Plan]:
     """(spec, seed) -> a plan with experts at random over the ranks and replicas on each."""
 
     def make(
-        spec: ModelSpec, seed: int, *, spare: int = 1, ranks: int = RANKS, dispatch: str = "balanced"
+        spec: ModelSpec,
+        seed: int,
+        *,
+        spare: int = 1,
+        ranks: int = RANKS,
+        dispatch: str = "balanced",
     ) -> Plan:
         rng = np.random.default_rng(seed)
         base = -(-spec.num_experts // ranks)

@@ -70,17 +70,21 @@ def test_one_expert_costs_one_experts_reads(
 ) -> None:
     read: list[str] = []
     whole, row = TensorFiles.read, TensorFiles.read_row
+
+    def note_row(files: TensorFiles, key: str, number: int) -> torch.Tensor:
+        read.append(f"{key}[{number}]")
+        return row(files, key, number)
+
     monkeypatch.setattr(TensorFiles, "read", lambda f, k: read.append(k) or whole(f, k))
-    monkeypatch.setattr(TensorFiles, "read_row", lambda f, k, r: read.append(f"{k}[{r}]") or row(f, k, r))
+    monkeypatch.setattr(TensorFiles, "read_row", note_row)
     MoeCheckpoint(checkpoint("qwen3_moe")).read_expert(1, 5, torch.bfloat16)
     stem = "model.layers.1.mlp.experts.5"
     assert sorted(read) == [f"{stem}.{m}_proj.weight" for m in ("down", "gate", "up")]
     read.clear()
     MoeCheckpoint(checkpoint("gpt_oss")).read_expert(0, 3, torch.bfloat16)
     stem = "model.layers.0.mlp.experts"
-    assert sorted(read) == [
-        f"{stem}.{m}[3]" for m in ("down_proj", "down_proj_bias", "gate_up_proj", "gate_up_proj_bias")
-    ]
+    matrices = ("down_proj", "down_proj_bias", "gate_up_proj", "gate_up_proj_bias")
+    assert sorted(read) == [f"{stem}.{m}[3]" for m in matrices]
 
 
 def test_a_stacked_file_holds_the_same_experts_as_one_with_a_tensor_each(

@@ -11,15 +11,8 @@ import pytest
 import torch
 import torch.distributed
 
-from loadmaster.workers.exchange import (
-    EpochMismatchError,
-    Exchange,
-    ExchangeError,
-    Rendezvous,
-    agree,
-    return_tokens,
-    send_tokens,
-)
+from loadmaster.workers.exchange import Exchange, Rendezvous, agree, return_tokens, send_tokens
+from loadmaster.workers.exchange_errors import EpochMismatchError, ExchangeError
 
 RANKS, SLOTS, HIDDEN = 3, 2, 8
 distributed: Any = torch.distributed

@@ -13,6 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from scipy.spatial.distance import jensenshannon
+from transformers import PreTrainedModel
+
 from loadmaster.errors import InputError, UsageError
 from loadmaster.workers.reference import reference_model_dir
 from loadmaster.workers.reference.bytes_tokenizer import decode, encode
@@ -29,9 +33,6 @@ from loadmaster.workers.reference.ngram import fit_ngram
 from loadmaster.workers.reference.paragraphs import SENTENCES
 from loadmaster.workers.reference.prompts import DOMAINS, demo_prompts
 from loadmaster.workers.reference.train import balance_loss, learning_rate, save, train
-from safetensors import safe_open
-from scipy.spatial.distance import jensenshannon
-from transformers import PreTrainedModel
 
 TEXT = Path(__file__).resolve().parents[3] / "shared" / "data" / "text"
 needs_text = pytest.mark.skipif(not TEXT.is_dir(), reason=f"real text not present: {TEXT}")

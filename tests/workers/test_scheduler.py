@@ -83,7 +83,7 @@ def test_a_step_of_one_phase_leaves_the_other_alone() -> None:
     scheduler.add([request(0, 3)])
     step(scheduler)
     scheduler.add([request(1, 3)])
-    assert scheduler.next_phase() == PREFILL
+    assert scheduler.phases() == {PREFILL, DECODE}
     assert [c.request for c in scheduler.next_step(phase=PREFILL)[0]] == [1]
     assert [c.request for c in scheduler.next_step(phase=DECODE)[0]] == [0]
 

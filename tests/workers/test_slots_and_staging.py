@@ -137,10 +137,10 @@ def test_abort_leaves_no_trace() -> None:
 
 def test_a_bit_that_flips_on_the_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
+    accept = Staging._accept
     for _ in range(20):
         ranks = TwoRanks()
         bit = int(rng.integers(0, 8 * SIZE))
-        accept = Staging._accept
 
         def flip(self: Staging, key: tuple[int, int], expected: str, bit: int = bit) -> bool:
             if key == (0, 1):
@@ -149,7 +149,6 @@ def test_a_bit_that_flips_on_the_way_is_refused(monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(Staging, "_accept", flip)
         assert ranks.run(SWAP) == [([(0, 2)], []), ([], [(0, 1)])]
-        monkeypatch.setattr(Staging, "_accept", accept)
         assert ranks.stores[1].experts == [2, 3]
 
 
