@@ -25,7 +25,7 @@ import numpy as np
 from .compiled import compiled
 
 HOP = 1
-COST = 4096                 # one unit of cost outweighs any number of hops (G < 4096)
+COST = 1 << 20               # one unit of cost outweighs any number of hops (G < 2^20)
 UNREACHED = 1 << 40
 WATER_PASSES = 12
 
