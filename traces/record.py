@@ -151,14 +151,15 @@ class Recorder:
 
         ids_TK, gates_TK: [T, K] numpy arrays or torch tensors of any integer or float type.
         Raises UsageError outside a step, on a wrong shape or without the gates this recorder
-        keeps; InputError on an id that is no expert. The step is dropped then.
+        keeps; InputError on an id that is no expert or a gate that is no number. The step is then
+        dropped.
         """
         if self._step is None:
             raise UsageError("Recorder.layer was called outside begin_step … end_step")
         if not self._step.kept:
             return
         try:
-            self._store(layer, _as_numpy(ids_TK), None if gates_TK is None else gates_TK)
+            self._store(layer, _as_numpy(ids_TK), gates_TK)
         except (InputError, UsageError):
             self._abandon()
             raise
@@ -230,7 +231,14 @@ class Recorder:
         if self._buffer.gates_LTK is not None:
             if gates is None:
                 raise UsageError(f"layer {layer}: this recorder keeps gates, none were given")
-            self._buffer.gates_LTK[layer, self._rows(tokens)] = _as_numpy(gates)
+            into = self._buffer.gates_LTK[layer, self._rows(tokens)]
+            with np.errstate(over="ignore", invalid="ignore"):  # found by the next line
+                into[...] = _as_numpy(gates)
+            if not np.isfinite(into).all():  # a stored NaN would make the trace unreadable
+                raise InputError(
+                    f"layer {layer}: gates hold NaN, infinity or more than float16 can; record "
+                    "without gates; the step was dropped"
+                )
 
     def _labels(self, domain_T: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Domains as stored: one higher, so that 0 is free for tokens without a label (-1)."""

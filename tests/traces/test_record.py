@@ -133,6 +133,21 @@ def test_an_id_that_is_no_expert_never_wraps_into_one(spec: ModelSpec, bad: int)
     assert np.array_equal(recorder.trace().ids, ids)
 
 
+def test_a_gate_that_is_no_number_drops_its_step(spec: ModelSpec, tmp_path: Path) -> None:
+    """One NaN must not make the whole recording unreadable."""
+    recorder = Recorder(tmp_path / "t", spec, gates=True)
+    for step, gate in enumerate([0.5, np.nan, 1e6, 0.25]):
+        recorder.begin_step(step, [0])
+        try:
+            for layer in range(3):
+                recorder.layer(layer, np.array([[0, 1]]), np.array([[gate, 0.5]]))
+            recorder.end_step()
+        except InputError as error:
+            assert "record without gates" in str(error)
+    assert recorder.close().abandoned_steps == 2
+    assert load_trace(tmp_path / "t").step.tolist() == [0, 3]  # type: ignore[union-attr]
+
+
 def test_misuse_is_named(spec: ModelSpec) -> None:
     """Calls out of order, wrong shapes, unnamed domains, missing gates."""
     recorder = Recorder(None, spec, gates=True)
