@@ -47,9 +47,6 @@ def simulate(
     devices_per_node: DevicesPerNode = 8,
     traffic: TrafficMode = "return_home/per_expert",
     report: Annotated[Path | None, typer.Option(help="HTML report to write.")] = None,
-    trace_out: Annotated[
-        Path | None, typer.Option(help="Chrome trace to write (opens in Perfetto).")
-    ] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -57,10 +54,10 @@ def simulate(
     from .errors import UsageError
     from .placement.plan import Plan
     from .simulator.serve import simulate as serve
+    from .simulator.workload import as_workload
     from .traces.arrivals import Length, load_arrivals, poisson
 
-    for path in (report, trace_out):
-        require_new(path)
+    require_new(report)
     named = {path.stem: Plan.load(path) for path in plans}
     if len(named) != len(plans):
         raise UsageError("two plan files share a name: rename one, names label the rows")
@@ -70,15 +67,11 @@ def simulate(
     first = next(iter(named.values()))
     place = build_cluster(cluster, preset, nodes, devices_per_node, first.slots_per_device,
                           traffic, routing.num_experts)
-    if arrivals is not None:
-        from .simulator.workload import as_workload
-
-        load = as_workload(load_arrivals(arrivals)).head(requests)
-    else:
-        from .simulator.workload import as_workload
-
-        load = as_workload(poisson(requests, rate, prompt=Length(prompt_tokens, 1.0),
-                                   output=Length(output_tokens, 1.0), seed=seed))
+    source = poisson(
+        requests, rate, prompt=Length(prompt_tokens, 1.0), output=Length(output_tokens, 1.0),
+        seed=seed,
+    ) if arrivals is None else load_arrivals(arrivals)
+    load = as_workload(source).head(requests)
     results = {}
     with show.progress_bar() as bar:
         task = bar.add_task("serving under each plan", total=len(named))
@@ -89,25 +82,55 @@ def simulate(
         show.print_json({n: r.to_dict() for n, r in results.items()} | {"notes": list(notes)})
     else:
         _print(results, notes)
+    if report is not None:
+        _write_report(report, results, named, routing, place)
 
 
-def _print(results: dict[str, Any], notes: tuple[str, ...]) -> None:
-    ranked = sorted(results, key=lambda n: results[n].latency.mean)
-    best = ranked[0]
-    show.print_verdict(
+COLUMNS = ("plan", "latency p50", "p99", "first token p50", "p99", "per token p50",
+           "output tokens/s", "step mean", "devices busy")
+
+
+def _verdict(results: dict[str, Any]) -> str:
+    best = _ranked(results)[0]
+    return (
         f"{best}: mean latency {results[best].latency.mean / 1e6:.3f} s, "
         f"{results[best].output_tokens_per_s:,.0f} output tokens/s"
     )
+
+
+def _ranked(results: dict[str, Any]) -> list[str]:
+    return sorted(results, key=lambda n: results[n].latency.mean)
+
+
+def _rows(results: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Milliseconds, best mean latency first."""
     rows = []
-    for name in ranked:
+    for name in _ranked(results):
         r = results[name]
         rows.append((
             name, r.latency.p50 / 1e3, r.latency.p99 / 1e3, r.ttft.p50 / 1e3, r.ttft.p99 / 1e3,
             None if r.tpot is None else r.tpot.p50 / 1e3, r.output_tokens_per_s,
             r.step_time.mean / 1e3, float(r.device_busy_G.mean()),
         ))
-    show.print_table(
-        "milliseconds", ("plan", "latency p50", "p99", "first token p50", "p99", "per token p50",
-                         "output tokens/s", "step mean", "devices busy"), rows,
+    return rows
+
+
+def _print(results: dict[str, Any], notes: tuple[str, ...]) -> None:
+    show.print_verdict(_verdict(results))
+    show.print_table("milliseconds", COLUMNS, _rows(results))
+    show.print_notes(dict.fromkeys((*notes, *(n for r in results.values() for n in r.notes))))
+
+
+def _write_report(
+    path: Path, results: dict[str, Any], plans: dict[str, Any], routing: Any, cluster: Any
+) -> None:
+    from .simulator.report.page import Table, write_report
+    from .traces.steps import StepSampler
+
+    cells = [[show.figure(v) for v in row] for row in _rows(results)]
+    write_report(
+        path, title="Loadmaster simulation", verdict=_verdict(results), plans=plans,
+        trace=routing, steps=StepSampler().sample(routing, 200), cluster=cluster,
+        tables=[Table("Served requests, milliseconds", COLUMNS, cells)],
+        notes=("pictures: steps of 512 tokens, 64 requests in flight, from the trace",),
     )
-    show.print_notes((*notes, *(n for r in results.values() for n in r.notes)))
