@@ -386,7 +386,9 @@ def plan_export(
     from .placement.formats import export_plan
 
     require_new(out)
-    notes = export_plan(_load_plan(plan_file), format, out, model=read_model(model))
+    notes = export_plan(
+        _load_plan(plan_file), format, out, model=read_model(model), nearest=nearest
+    )
     show.print_verdict(f"wrote {out} for {format}")
     show.print_notes(notes)
 

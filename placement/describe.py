@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..traces.spec import ModelSpec
+from .formats.model_layers import told_layers
 from .plan import DispatchSpec, Plan
 
 Row = tuple[Any, ...]
@@ -89,7 +90,7 @@ def diff_plans(old: Plan, new: Plan, model: ModelSpec | None = None) -> PlanDiff
     model that gives them. Raises InputError on plans or a model of different shapes.
     """
     moves = old.moves_to(new)
-    if _differ(_named_layers(old), _named_layers(new)):
+    if _differ(told_layers(old), told_layers(new)):
         raise InputError(
             f"the plans are for different layers of their model: {_layer_range(old)} and "
             f"{_layer_range(new)}"
@@ -321,12 +322,6 @@ def _differ(before: object, after: object) -> bool:
 
 def _layer_names(plan: Plan) -> tuple[int, ...]:
     return plan.layer_indices or tuple(range(plan.num_layers))
-
-
-def _named_layers(plan: Plan) -> tuple[int, ...]:
-    """The model's own numbers; () where they merely count up from 0."""
-    counted = tuple(range(plan.num_layers))
-    return () if plan.layer_indices == counted else plan.layer_indices
 
 
 def _layer_range(plan: Plan) -> str:

@@ -1,15 +1,17 @@
-"""Plans in the engines' own files, both ways: one module per engine.
+"""Plans in the engines' own files: one module per engine, both ways.
 
-sglang (.json, .pt), trtllm (.yaml), vllm_ascend (.json), eplb (DeepSeek's tensors, .npz or .pt),
-omni (OmniPlacement's .npy). Every file is checked line by line, because most engines check nothing.
+An engine's file holds less than a plan: neither evidence nor provenance. What an engine cannot
+hold (uneven slots, an expert twice on a device) is refused, naming the nearest plan that it can.
+Keep the plan file beside an exported one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-from ...errors import UsageError
+from ...errors import InputError, UsageError
 from ...traces.spec import ModelSpec
 from ..plan import Plan
 from . import eplb, omni, sglang, trtllm, vllm_ascend
@@ -18,10 +20,35 @@ from .nearest import nearest_plan
 
 __all__ = ["FORMATS", "ImportedPlan", "export_plan", "import_plan", "nearest_plan"]
 
-_MODULES: dict[str, ModuleType] = {
-    "sglang": sglang, "trtllm": trtllm, "vllm_ascend": vllm_ascend, "eplb": eplb, "omni": omni,
+
+@dataclass(frozen=True)
+class _Format:
+    engine: str
+    read: Callable[[Known], ImportedPlan]
+    write: Callable[[Plan, Path, ModelSpec | None], tuple[str, ...]]
+    suffixes: tuple[str, ...]
+    policies: tuple[str, ...] = ()      # how the engine chooses among replicas, where it is known
+    duplicates: bool = True             # may hold an expert twice on a device
+    uneven: bool = False                # may fill more slots here than there
+
+
+_FORMATS = {
+    "sglang": _Format(
+        "SGLang", sglang.read, sglang.write, (".json", ".pt"), ("sglang_static", "sglang_dynamic")
+    ),
+    "trtllm": _Format(
+        "TensorRT-LLM", trtllm.read, trtllm.write, (".yaml", ".yml"), ("trtllm_round_robin",)
+    ),
+    "vllm_ascend": _Format(
+        "vllm-ascend", vllm_ascend.read, vllm_ascend.write, (".json",), ("ascend_fixed",),
+        duplicates=False,
+    ),
+    "eplb": _Format("EPLB", eplb.read, eplb.write, (".npz", ".pt")),
+    "omni": _Format(
+        "OmniPlacement", omni.read, omni.write, (".npy",), duplicates=False, uneven=True
+    ),
 }
-FORMATS = tuple(_MODULES)
+FORMATS = tuple(_FORMATS)
 
 
 def export_plan(
@@ -32,22 +59,29 @@ def export_plan(
     model: ModelSpec | None = None,
     nearest: bool = False,
 ) -> tuple[str, ...]:
-    """Write the plan as an engine's file, whole or not at all; returns what the file cannot say.
+    """Write `plan` as the engine's own file, whole or not at all; returns what to know about it.
 
-    model: for the model's own layer numbers, where the plan does not carry them. nearest: where the
-    engine cannot hold the plan, write the nearest one it can (`nearest_plan`) instead of refusing.
-    Raises InputError when the engine cannot hold the plan, naming the nearest it can.
+    model: needed by sglang (all hidden layers) and, unless the plan knows its model's layer
+    numbers, by trtllm. nearest: where the engine cannot hold the plan, write the nearest one that
+    it can (`nearest_plan`). Raises UsageError on an unknown format or ending, or a model that is
+    needed; InputError on a plan that the engine cannot hold or that is another model's, or where
+    the file cannot be written.
     """
-    module = _module(format)
-    notes: list[str] = []
+    path, kind = Path(path), _format(format)
+    if path.suffix not in kind.suffixes:
+        raise UsageError(
+            f"{path}: {kind.engine}'s plan ends in {' or '.join(kind.suffixes)}: name it so"
+        )
+    _require_own_model(plan, model)
+    notes: tuple[str, ...] = ()
     if nearest:
-        fitted = nearest_plan(plan, duplicates=module.HOLDS_DUPLICATES, uneven=module.HOLDS_UNEVEN)
-        changed = int((fitted.slots != plan.slots).sum())
-        if changed:
-            notes.append(f"{changed} slots differ from the plan: the nearest {format} can hold")
-        plan = fitted
-    notes.extend(module.write(plan, Path(path), model))
-    return (*notes, f"the file does not carry the dispatch ({plan.dispatch.policy} in the plan)")
+        given, plan = plan, nearest_plan(plan, duplicates=kind.duplicates, uneven=kind.uneven)
+        notes = _nearest_notes(given, plan)
+    try:
+        notes += kind.write(plan, path, model)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return notes + _export_notes(plan, kind)
 
 
 def import_plan(
@@ -58,22 +92,61 @@ def import_plan(
     num_experts: int | None = None,
     model: ModelSpec | None = None,
 ) -> ImportedPlan:
-    """Read an engine's plan file and check all of it.
+    """Read an engine's plan and check every entry of it.
 
-    num_devices: needed where the file does not say (sglang, trtllm, eplb). num_experts, model:
-    otherwise the highest expert named is taken for the last. model also tells which rows are MoE
-    layers (sglang) and checks that none is missing (trtllm).
-    Raises InputError naming file, layer and slot.
+    num_devices: needed by sglang, trtllm and eplb, whose files do not say. num_experts or model:
+    else the largest id in the file tells. model also tells which rows are MoE layers (sglang) and
+    that none is missing. The plan's dispatch is the engine's own. Raises UsageError on an unknown
+    format or a missing or contradicting number, InputError on anything in the file that is not a
+    whole plan, naming layer and device.
     """
-    path = Path(path)
-    if model is not None and num_experts not in (None, model.num_experts):
-        raise UsageError(f"--num-experts {num_experts}, but the model has {model.num_experts}")
-    known = Known(path, num_devices, model.num_experts if model else num_experts, model)
-    imported: ImportedPlan = _module(format).read(known)
-    return imported
+    kind = _format(format)
+    found = kind.read(Known(Path(path), num_devices, num_experts, model))
+    notes = found.notes + _duplicate_notes(found.plan)
+    if not kind.policies and found.plan.spare_slots:
+        notes += ("how tokens choose among replicas is not in the file: the plan says 'even'",)
+    return ImportedPlan(found.plan, notes)
 
 
-def _module(format: str) -> ModuleType:
-    if format not in _MODULES:
-        raise UsageError(f"unknown plan format {format!r}; there are: {', '.join(FORMATS)}")
-    return _MODULES[format]
+def _format(name: str) -> _Format:
+    if name not in _FORMATS:
+        raise UsageError(f"no plan format {name!r}; there are: {', '.join(FORMATS)}")
+    return _FORMATS[name]
+
+
+def _require_own_model(plan: Plan, model: ModelSpec | None) -> None:
+    if model is not None and (model.num_layers, model.num_experts) != (
+        plan.num_layers, plan.num_experts,
+    ):
+        raise InputError(
+            f"the model {model.name} has {model.num_layers} MoE layers of {model.num_experts} "
+            f"experts, the plan {plan.num_layers} of {plan.num_experts}: name the plan's model"
+        )
+
+
+def _export_notes(plan: Plan, kind: _Format) -> tuple[str, ...]:
+    notes = _duplicate_notes(plan)
+    if kind.policies and plan.spare_slots and plan.dispatch.policy not in kind.policies:
+        notes += (
+            f"the plan is for dispatch {plan.dispatch.policy}; {kind.engine} chooses among "
+            "replicas by its own rule: `loadmaster evaluate --dispatch "
+            f"{kind.policies[0]}` judges it so",
+        )
+    return notes
+
+
+def _nearest_notes(given: Plan, written: Plan) -> tuple[str, ...]:
+    if written is given:
+        return ()
+    change_LGE = written.copies_LGE() - given.copies_LGE()
+    dropped, added = int(-change_LGE[change_LGE < 0].sum()), int(change_LGE[change_LGE > 0].sum())
+    return (
+        f"not the plan but the nearest that can be held: {dropped:,} copies dropped, {added:,} "
+        "added; import it to judge it",
+    )
+
+
+def _duplicate_notes(plan: Plan) -> tuple[str, ...]:
+    if not plan.duplicates:
+        return ()
+    return (f"{plan.duplicates} slots repeat an expert that their device already holds: wasted",)

@@ -1,13 +1,11 @@
-"""DeepSeek EPLB's three tensors: phy2log [L, S], log2phy [L, E, X] (-1 = none), logcnt [L, E].
+"""DeepSeek EPLB's tensors: phy2log [L, S], log2phy [L, E, X], logcnt [L, E], as .npz or .pt.
 
-As .npz or .pt with these names. Slot s lies on device s // (S / devices). EPLB lists an expert's
-copies in order of creation, which slots alone do not tell; we write ascending slots.
+What rebalance_experts returns. phy2log alone is a plan; the other two follow from it but for the
+order of an expert's replicas, and are checked against it where present. X pads with -1.
 """
 
 from __future__ import annotations
 
-import io
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,100 +15,124 @@ import numpy.typing as npt
 from ...errors import InputError
 from ...traces.atomic_file import replacing
 from ...traces.spec import ModelSpec
-from ..plan import Plan
-from .full_rows import full_rows, model_layers
-from .imported import ImportedPlan, Known, build
+from ..plan import EMPTY, Plan
+from .even_rows import even_rows_LS
+from .imported import (
+    MAX_EXPERTS,
+    ImportedPlan,
+    Known,
+    build_plan,
+    moe_layer_names,
+    shown,
+    split_rows,
+)
+from .strict_files import read_npz, read_pt, whole_array
 
-HOLDS_DUPLICATES = True
-HOLDS_UNEVEN = False
 NAMES = ("phy2log", "log2phy", "logcnt")
 
 IntArray = npt.NDArray[np.int64]
 
 
+def read(known: Known) -> ImportedPlan:
+    """Raises InputError where the three tensors contradict each other, naming layer and expert."""
+    tensors, notes = _tensors(known.path)
+    phy2log = whole_array(tensors["phy2log"], "layer, slot", f"{known.path}: phy2log")
+    bad = np.argwhere((phy2log < 0) | (phy2log >= MAX_EXPERTS))
+    if len(bad):
+        layer, slot = bad[0]
+        raise InputError(
+            f"{known.path}: MoE layer {layer}, slot {slot}: {phy2log[layer, slot]} is no expert id"
+        )
+    said = None
+    if "logcnt" in tensors:
+        said = whole_array(tensors["logcnt"], "layer, expert", f"{known.path}: logcnt").shape[1]
+    names = moe_layer_names(len(phy2log))
+    slots = split_rows(phy2log.tolist(), names, known.devices(), known.path)
+    num_experts, inferred = known.experts(int(phy2log.max()), said)
+    plan = build_plan(
+        known, slots, num_experts, names, known.layers(len(names)), engine="eplb", dispatch="even"
+    )
+    if "logcnt" in tensors:
+        _check_logcnt(known.path, plan, tensors["logcnt"])
+    if "log2phy" in tensors:
+        _check_log2phy(known.path, _log2phy(plan, phy2log), tensors["log2phy"])
+    return ImportedPlan(plan, inferred + notes)
+
+
 def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
-    """.pt if the name says so, else .npz."""
-    phy2log = full_rows(plan, "EPLB")
-    model_layers(plan, model)
-    log2phy, logcnt = _by_expert(phy2log, plan.num_experts)
-    arrays = dict(zip(NAMES, (phy2log, log2phy, logcnt), strict=True))
+    """log2phy lists an expert's slots ascending."""
+    phy2log = even_rows_LS(plan, "EPLB")
+    tensors = {"phy2log": phy2log, "log2phy": _log2phy(plan, phy2log), "logcnt": plan.replicas_LE}
     with replacing(path) as file:
         if path.suffix == ".pt":
-            import torch  # slow to import, and only this writes .pt
+            import torch
 
-            torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, file)
+            torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, file)
         else:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-    return ("copies of an expert are listed by slot, not in EPLB's order of creation",)
+            np.savez(file, **tensors)  # type: ignore[arg-type]
+    return ("log2phy lists replicas by slot; rebalance_experts lists them as it made them",)
 
 
-def read(known: Known) -> ImportedPlan:
-    """phy2log is the plan; log2phy and logcnt must agree with it where they are present."""
-    arrays = _arrays(known)
-    for name, array in arrays.items():
-        if array.dtype.kind not in "iu":
-            raise InputError(f"{known.path}: {name} holds {array.dtype}, not whole numbers")
-    if "phy2log" not in arrays or arrays["phy2log"].ndim != 2 or not arrays["phy2log"].size:
-        raise InputError(f"{known.path}: not EPLB's tensors: it needs phy2log [layers, slots]")
-    phy2log = arrays["phy2log"].astype(np.int64)
-    names = [f"layer {i}" for i in range(len(phy2log))]
-    model = known.model
-    indices = model.own_layer_indices() if model else ()
-    if model is not None and model.num_layers != len(phy2log):
+def _tensors(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """By name, and notes; a plain tuple of three is what rebalance_experts returned."""
+    found = read_pt(path) if path.suffix == ".pt" else read_npz(path)
+    if isinstance(found, (tuple, list)) and len(found) == len(NAMES):
+        found = dict(zip(NAMES, found, strict=True))
+    if not isinstance(found, dict) or "phy2log" not in found:
         raise InputError(
-            f"{known.path}: {len(phy2log)} layers, the model {model.name} has {model.num_layers}"
+            f"{path}: must hold {', '.join(NAMES)}; is {shown(found)} without phy2log"
         )
-    imported = build(known, phy2log.tolist(), names, indices, "eplb")
-    _check_agreement(known, arrays, phy2log, imported.plan.num_experts)
-    return imported
+    unread = sorted(shown(key) for key in found if key not in NAMES)
+    return found, ((f"left unread: {', '.join(unread)}",) if unread else ())
 
 
-def _by_expert(phy2log: IntArray, experts: int) -> tuple[IntArray, IntArray]:
-    """log2phy in ascending slots and logcnt."""
-    layers = len(phy2log)
-    logcnt = np.stack([np.bincount(row, minlength=experts) for row in phy2log])
-    log2phy = np.full((layers, experts, int(logcnt.max())), -1, np.int64)
+def _log2phy(plan: Plan, phy2log: IntArray) -> IntArray:
+    """[L, E, X] slots of every expert, ascending, -1 behind them."""
+    replicas_LE = plan.replicas_LE
+    out = np.full((*replicas_LE.shape, int(replicas_LE.max())), EMPTY, np.int64)
     for layer, row in enumerate(phy2log):
         order = np.argsort(row, kind="stable")
-        rank = np.arange(len(row)) - np.repeat(
-            np.concatenate(([0], np.cumsum(logcnt[layer])[:-1])), logcnt[layer]
+        first_E = np.cumsum(replicas_LE[layer]) - replicas_LE[layer]
+        out[layer, row[order], np.arange(len(row)) - first_E[row[order]]] = order
+    return out
+
+
+def _check_logcnt(path: Path, plan: Plan, given: Any) -> None:
+    logcnt = whole_array(given, "layer, expert", f"{path}: logcnt")
+    replicas_LE = plan.replicas_LE
+    _require_shape(logcnt.shape, replicas_LE.shape, f"{path}: logcnt")
+    odd = np.argwhere(logcnt != replicas_LE)
+    if len(odd):
+        layer, expert = odd[0]
+        raise InputError(
+            f"{path}: MoE layer {layer}, expert {expert}: logcnt says {logcnt[layer, expert]} "
+            f"replicas, phy2log holds {replicas_LE[layer, expert]}: save all three anew"
         )
-        log2phy[layer, row[order], rank] = order
-    return log2phy, logcnt
 
 
-def _check_agreement(
-    known: Known, arrays: dict[str, Any], phy2log: IntArray, experts: int
-) -> None:
-    log2phy, logcnt = _by_expert(phy2log, experts)
-    if "logcnt" in arrays and not np.array_equal(arrays["logcnt"], logcnt):
-        raise InputError(f"{known.path}: logcnt does not count the copies in phy2log")
-    if "log2phy" in arrays:
-        given = np.sort(np.where(arrays["log2phy"] < 0, -1, arrays["log2phy"]), axis=-1)
-        if given.ndim != 3 or given.shape[:2] != log2phy.shape[:2]:
-            raise InputError(f"{known.path}: log2phy must be [layers, experts, copies]")
-        width = max(given.shape[2], log2phy.shape[2])
-        if not np.array_equal(_padded(given, width), _padded(np.sort(log2phy, axis=-1), width)):
-            raise InputError(f"{known.path}: log2phy and phy2log name different slots")
+def _check_log2phy(path: Path, expected: IntArray, given: Any) -> None:
+    log2phy = whole_array(given, "layer, expert, replica", f"{path}: log2phy")
+    _require_shape(log2phy.shape[:2], expected.shape[:2], f"{path}: log2phy")
+    width = max(log2phy.shape[2], expected.shape[2])
+    odd = np.argwhere((_sorted(log2phy, width) != _sorted(expected, width)).any(axis=2))
+    if len(odd):
+        layer, expert = odd[0]
+        raise InputError(
+            f"{path}: MoE layer {layer}, expert {expert}: log2phy does not name the slots that "
+            "phy2log gives this expert: save all three anew"
+        )
 
 
-def _padded(sorted_LEX: IntArray, width: int) -> IntArray:
-    missing = width - sorted_LEX.shape[2]
-    return np.pad(sorted_LEX, ((0, 0), (0, 0), (missing, 0)), constant_values=-1)
+def _require_shape(given: tuple[int, ...], expected: tuple[int, ...], where: str) -> None:
+    if given != expected:
+        raise InputError(
+            f"{where} has {given[0]} layers of {given[1]} experts, phy2log {expected[0]} of "
+            f"{expected[1]}: save all three anew"
+        )
 
 
-def _arrays(known: Known) -> dict[str, Any]:
-    content = io.BytesIO(known.bytes())
-    if known.path.suffix == ".pt":
-        import torch  # slow to import, and only this reads .pt
-
-        try:
-            loaded = torch.load(content, weights_only=True, map_location="cpu")
-            return {name: loaded[name].numpy() for name in NAMES if name in loaded}
-        except Exception as error:  # torch raises many kinds on a file that is not its own
-            raise InputError(f"{known.path}: not a torch file of plain tensors") from error
-    try:
-        with np.load(content, allow_pickle=False) as stored:
-            return {name: stored[name] for name in NAMES if name in stored}
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise InputError(f"{known.path}: not an .npz of plain arrays") from error
+def _sorted(table_LEX: IntArray, width: int) -> IntArray:
+    """Each expert's slots ascending behind the padding: the order of replicas is free."""
+    padded = np.full((*table_LEX.shape[:2], width), EMPTY, np.int64)
+    padded[:, :, : table_LEX.shape[2]] = table_LEX
+    return np.sort(padded, axis=2)

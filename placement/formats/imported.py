@@ -1,6 +1,6 @@
-"""What every importer starts from and hands back, and the checks they share.
+"""What an importer is told, what it hands back, and the checks that all importers share.
 
-Knows rows of expert numbers. Knows nothing of any engine's file.
+Knows slots, experts and layer numbers. Knows nothing of any engine's file.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ...errors import InputError, UsageError
 from ...traces.spec import ModelSpec
-from ..plan import Plan, PlanError, Provenance
+from ..plan import DispatchSpec, Plan, Provenance
+
+MAX_EXPERTS = 32767
 
 
 @dataclass(frozen=True)
@@ -27,107 +30,161 @@ class ImportedPlan:
 
 @dataclass(frozen=True)
 class Known:
-    """The file, and what the caller knows that the file may not say."""
+    """The file, and what the caller knows beside it."""
 
     path: Path
-    num_devices: int | None
-    num_experts: int | None
-    model: ModelSpec | None
+    num_devices: int | None = None
+    num_experts: int | None = None
+    model: ModelSpec | None = None
 
-    def bytes(self) -> bytes:
-        """The file's content. Raises InputError when there is none."""
-        try:
-            return self.path.read_bytes()
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise InputError(f"{self.path}: no such plan file") from error
-
-    def text(self) -> str:
-        """The file's content as UTF-8."""
-        try:
-            return self.bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.path}: not a text file") from error
-
-    def devices(self) -> int:
-        """Devices, for files that do not say. Raises UsageError when the caller did not either."""
-        if self.num_devices is None:
+    def __post_init__(self) -> None:
+        for name, value in (("devices", self.num_devices), ("experts", self.num_experts)):
+            if value is not None and not 1 <= value <= MAX_EXPERTS:
+                raise UsageError(f"the number of {name}, {value}, must lie in [1, {MAX_EXPERTS}]")
+        if self.model is not None and self.num_experts not in (None, self.model.num_experts):
             raise UsageError(
-                f"{self.path}: this format does not say on how many devices its slots lie: "
-                "give the number (--devices)"
+                f"{self.num_experts} experts were asked for, but the model has "
+                f"{self.model.num_experts}: leave --num-experts out"
             )
-        if self.num_devices < 1:
-            raise UsageError(f"{self.num_devices} devices: at least 1")
-        return self.num_devices
+
+    def devices(self, said: int | None = None) -> int:
+        """G: what the file says, which the caller must not contradict, else what they know."""
+        found = self.num_devices if said is None else said
+        if found is None:
+            raise UsageError(
+                f"{self.path}: this format does not say on how many devices its slots lie: give "
+                "the number (--devices)"
+            )
+        if self.num_devices not in (None, found):
+            raise UsageError(
+                f"{self.path}: is for {found} devices, not {self.num_devices}: leave --devices "
+                "out, or plan anew"
+            )
+        return found
+
+    def experts(self, largest: int, said: int | None = None) -> tuple[int, tuple[str, ...]]:
+        """(E, notes): from the file, the model or the caller, else from the largest id named."""
+        wanted = self.model.num_experts if self.model is not None else self.num_experts
+        if said is not None and wanted not in (None, said):
+            raise InputError(
+                f"{self.path}: is for {said} experts per layer, not {wanted}: it belongs to "
+                "another model"
+            )
+        found = said if said is not None else wanted
+        if found is not None:
+            return found, ()
+        return largest + 1, (
+            f"{largest + 1} experts per layer, going by the largest id in the file: --num-experts "
+            "or --model makes sure of it",
+        )
+
+    def layers(self, found: int) -> tuple[int, ...]:
+        """The model's own numbers of the `found` MoE layers; () without a model."""
+        if self.model is None:
+            return ()
+        if found != self.model.num_layers:
+            raise InputError(
+                f"{self.path}: holds {found} MoE layers, the model {self.model.name} has "
+                f"{self.model.num_layers}: it belongs to another model"
+            )
+        return self.model.own_layer_indices()
 
 
-def whole_numbers(value: Any, where: str) -> list[int]:
-    """A list of integers, nothing else (True is none). Raises InputError naming the place."""
+def expert_ids(value: object, where: str) -> list[int]:
+    """A list of whole numbers that can be expert ids. Raises InputError naming the slot."""
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: must be a list of expert numbers, is {type(value).__name__}")
-    for position, item in enumerate(value):
-        if type(item) is not int:
-            raise InputError(f"{where}, slot {position}: {item!r} is not a whole number")
+        raise InputError(f"{where}: must be a list of expert ids, not {shown(value)}")
+    for slot, expert in enumerate(value):
+        if type(expert) is not int or not 0 <= expert < MAX_EXPERTS:
+            raise InputError(
+                f"{where}, slot {slot}: {shown(expert)} is no expert id: a whole number from 0 to "
+                f"{MAX_EXPERTS - 1}"
+            )
     return value
 
 
-def build(
-    known: Known,
-    rows: Sequence[Sequence[int]],
-    names: Sequence[str],
-    layer_indices: Sequence[int],
-    engine: str,
-    notes: Sequence[str] = (),
-) -> ImportedPlan:
-    """A plan from one full row of global slots per layer; slot s lies on device s // (S / G).
+def shown(value: object) -> str:
+    """A foreign value in a message: short, whatever it is."""
+    if isinstance(value, (list, dict, tuple)):
+        return f"{'a' if value else 'an empty'} {type(value).__name__}"
+    if type(value) is int and abs(value) >= 2**63:
+        return "a number beyond 64 bits"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
-    names: what to call each row in an error. Raises InputError on rows of different length, slots
-    that do not divide, unknown experts, and experts without a slot.
-    """
-    said = list(notes)
-    devices, width = known.devices(), len(rows[0])
-    for name, row in zip(names, rows, strict=True):
-        if len(row) != width:
+
+def require_keys(document: object, needed: Sequence[str], where: str) -> dict[str, Any]:
+    """A mapping with exactly these keys. Raises InputError naming the first that is off."""
+    if not isinstance(document, dict):
+        raise InputError(f"{where}: must be a mapping with {', '.join(needed)}; is "
+                         f"{shown(document)}")
+    for key in document:
+        if key not in needed:
             raise InputError(
-                f"{known.path}: {name} has {len(row)} slots, {names[0]} has {width}: all layers "
+                f"{where}: the key {shown(key)} must go: the format has {', '.join(needed)} alone"
+            )
+    for key in needed:
+        if key not in document:
+            raise InputError(f"{where}: lacks the key {key!r}")
+    return document
+
+
+def split_rows(
+    rows: Sequence[Sequence[int]], names: Sequence[str], num_devices: int, path: Path
+) -> npt.NDArray[np.int64]:
+    """[L, G, C] of rows of S = G * C slots; slot s is on device s // C.
+
+    Raises InputError where a row is longer or shorter than most, or S does not divide.
+    """
+    lengths = [len(row) for row in rows]
+    usual = max(sorted(set(lengths)), key=lengths.count)
+    for name, length in zip(names, lengths, strict=True):
+        if length != usual:
+            raise InputError(
+                f"{path}: {name} has {length} slots, the other layers have {usual}: all layers "
                 "need the same number"
             )
-    if width % devices:
+    if usual % num_devices:
         raise InputError(
-            f"{known.path}: {width} slots do not divide over {devices} devices: wrong number of "
-            "devices?"
+            f"{path}: {usual} slots per layer do not divide over {num_devices} devices: check "
+            "--devices against the engine's number of ranks"
         )
-    experts = known.num_experts
-    if experts is None:
-        experts = max(max(row) for row in rows) + 1
-        said.append(f"the file does not say how many experts there are: took {experts}")
-    for name, row in zip(names, rows, strict=True):
-        check_row(known.path, name, row, experts)
-    slots = np.array(rows, np.int64).reshape(len(rows), devices, width // devices)
-    return ImportedPlan(plan_of(slots, experts, layer_indices, engine), tuple(said))
+    return np.array(rows, np.int64).reshape(len(rows), num_devices, -1)
 
 
-def check_row(path: Path, name: str, row: Sequence[int], experts: int) -> None:
-    """Every expert known and none missing in one layer's slots."""
-    for slot, expert in enumerate(row):
-        if not 0 <= expert < experts:
+def build_plan(
+    known: Known,
+    slots_LGC: npt.NDArray[np.int64],
+    num_experts: int,
+    names: Sequence[str],
+    layer_indices: tuple[int, ...],
+    *,
+    engine: str,
+    dispatch: str,
+) -> Plan:
+    """The plan; faults are named by what the file calls its layers."""
+    unknown = np.argwhere(slots_LGC >= num_experts)
+    if len(unknown):
+        layer, device, slot = unknown[0]
+        raise InputError(
+            f"{known.path}: {names[layer]}, device {device}, slot {slot} holds expert "
+            f"{slots_LGC[layer, device, slot]}; a layer has experts 0 to {num_experts - 1}"
+        )
+    for name, row in zip(names, slots_LGC, strict=True):
+        missing = np.setdiff1d(np.arange(num_experts), row)
+        if len(missing):
+            more = f", nor have {len(missing) - 1} more" if len(missing) > 1 else ""
             raise InputError(
-                f"{path}: {name}, slot {slot} names expert {expert}; experts are 0..{experts - 1}"
+                f"{known.path}: {name}: expert {missing[0]} has no slot on any device{more}; "
+                "tokens sent there would be lost: give it one"
             )
-    missing = sorted(set(range(experts)) - set(row))
-    if missing:
-        raise InputError(
-            f"{path}: {name} has no slot for expert {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ": tokens sent there would be lost"
-        )
+    return Plan(
+        slots=slots_LGC.astype(np.int16), num_experts=num_experts, layer_indices=layer_indices,
+        dispatch=DispatchSpec(policy=dispatch),
+        provenance=Provenance(method=f"imported from {engine}"),
+    )
 
 
-def plan_of(slots: Any, experts: int, layer_indices: Sequence[int], engine: str) -> Plan:
-    """The plan, with where it came from."""
-    try:
-        return Plan(
-            slots=slots, num_experts=experts, layer_indices=tuple(layer_indices),
-            provenance=Provenance(method=f"imported from {engine}"),
-        )
-    except PlanError as error:
-        raise InputError(str(error)) from error
+def moe_layer_names(count: int) -> list[str]:
+    """For files that count MoE layers from 0."""
+    return [f"MoE layer {layer}" for layer in range(count)]

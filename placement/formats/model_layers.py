@@ -10,18 +10,22 @@ from ...traces.spec import ModelSpec
 from ..plan import Plan
 
 
+def told_layers(plan: Plan) -> tuple[int, ...]:
+    """The plan's layer numbers; () where they merely count up from 0."""
+    return () if plan.layer_indices == tuple(range(plan.num_layers)) else plan.layer_indices
+
+
 def model_layers(plan: Plan, model: ModelSpec | None) -> tuple[tuple[int, ...] | None, list[str]]:
     """(the model's own index of every layer, notes); None where neither plan nor model tells.
 
     Raises InputError where both tell and differ.
     """
-    counted = tuple(range(plan.num_layers))
-    told = plan.layer_indices if plan.layer_indices != counted else ()
+    told = told_layers(plan)
     if model is None:
         return told or None, []
     if not told or model.layer_indices is None:
         layers = told or model.own_layer_indices()
-        moved = not told and layers != counted
+        moved = not told and layers != tuple(range(plan.num_layers))
         return layers, (
             [f"layers are taken to be the model's MoE layers, {layers[0]} to {layers[-1]}"]
             if moved else []

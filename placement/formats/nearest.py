@@ -1,8 +1,6 @@
-"""The nearest plan an engine can hold.
+"""The nearest plan that an engine can hold: the fewest slots changed.
 
-Changes only what it must: empty slots are filled and second copies on one device replaced. Each
-such slot gets the expert with fewest copies in its layer among those its device lacks (ties: the
-lowest expert). Every other slot stays.
+Knows slots. Knows nothing of loads, so a dropped or added copy is chosen by counting copies alone.
 """
 
 from __future__ import annotations
@@ -12,51 +10,105 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import InfeasibleError
 from ..plan import EMPTY, Plan
+
+IntArray = npt.NDArray[np.int64]
+Step = tuple[int, int, int]      # layer, device, and the expert to drop or the slots to fill
 
 
 def nearest_plan(plan: Plan, *, duplicates: bool, uneven: bool) -> Plan:
     """`plan` made holdable. duplicates, uneven: whether the engine takes those as they are.
 
-    Raises InfeasibleError when a device has more slots than there are experts to tell apart.
+    Second copies on a device go first. Then copies are dropped or added until all devices fill as
+    many slots in every layer (`even_steps`); added is the expert with fewest copies among those
+    the device lacks, ties to the lower id. A changed plan has no evidence.
     """
-    slots = plan.slots.astype(np.int64)
-    for layer in range(plan.num_layers):
-        if not duplicates:
-            _clear_duplicates_inplace(slots[layer])
-        if not uneven or not duplicates:
-            _fill_inplace(slots[layer], plan, layer, keep_empty=uneven)
-    if np.array_equal(slots, plan.slots):
+    slots_LGC = plan.slots.astype(np.int64)
+    if not duplicates:
+        _drop_duplicates_inplace(slots_LGC)
+    if not uneven:
+        _, drops, fills = even_steps(slots_LGC, plan.num_experts)
+        for layer, device, expert in drops:
+            row = slots_LGC[layer, device]
+            row[np.flatnonzero(row == expert)[-1]] = EMPTY
+        for layer, device, count in fills:
+            _fill_inplace(slots_LGC[layer], device, count, plan.num_experts)
+    if np.array_equal(slots_LGC, plan.slots):
         return plan
-    return dataclasses.replace(plan, slots=slots.astype(np.int16), evidence=None)
+    return dataclasses.replace(
+        plan, slots=closed_up(slots_LGC).astype(np.int16), evidence=None
+    )
 
 
-def _clear_duplicates_inplace(slots_GC: npt.NDArray[np.int64]) -> None:
-    """Empty every second copy of an expert on a device; the lowest slot keeps it."""
-    for row in slots_GC:
-        seen: set[int] = set()
-        for c, expert in enumerate(row):
-            if expert != EMPTY and int(expert) in seen:
-                row[c] = EMPTY
-            seen.add(int(expert))
+def even_steps(slots_LGC: IntArray, num_experts: int) -> tuple[int, list[Step], list[Step]]:
+    """(C, drops, fills): the fewest copies to drop and slots to fill until every device holds C.
+
+    Ties: the lower C. A drop names an expert that keeps another copy. Filling every device like
+    the fullest needs no drop, so there always is an answer.
+    """
+    filled_LG = (slots_LGC >= 0).sum(axis=2)
+    by_cost = sorted(
+        (int(np.abs(filled_LG - target).sum()), int(target)) for target in np.unique(filled_LG)
+    )
+    for _, target in by_cost[:-1]:
+        drops = _drops(slots_LGC, num_experts, target)
+        if drops is not None:
+            break
+    else:
+        target = int(filled_LG.max())
+        drops = _drops(slots_LGC, num_experts, target) or []
+    fills = [
+        (int(layer), int(device), target - int(filled_LG[layer, device]))
+        for layer, device in np.argwhere(filled_LG < target)
+    ]
+    return target, drops, fills
 
 
-def _fill_inplace(
-    slots_GC: npt.NDArray[np.int64], plan: Plan, layer: int, *, keep_empty: bool
-) -> None:
-    """Fill empty slots; with keep_empty only those that were filled in the plan."""
-    experts = plan.num_experts
-    copies_E = np.bincount(slots_GC[slots_GC >= 0], minlength=experts)
-    for device, c in np.argwhere(slots_GC == EMPTY):
-        if keep_empty and plan.slots[layer, device, c] == EMPTY:
-            continue
-        held = np.isin(np.arange(experts), slots_GC[device])
-        if held.all():
-            raise InfeasibleError(
-                f"device {device} has more slots ({slots_GC.shape[1]}) than experts ({experts}): "
-                "plan with fewer slots"
+def closed_up(slots_LGC: IntArray) -> IntArray:
+    """Empty slots moved behind the filled ones, whose order is kept."""
+    order = np.argsort(slots_LGC < 0, axis=2, kind="stable")
+    return np.take_along_axis(slots_LGC, order, axis=2)
+
+
+def _drops(slots_LGC: IntArray, num_experts: int, target: int) -> list[Step] | None:
+    """Copies to drop so that no device holds more than `target`; None where too few can go.
+
+    From each device the expert with most copies in its layer, ties to the lower id.
+    """
+    drops = []
+    filled_LG = (slots_LGC >= 0).sum(axis=2)
+    for layer in np.flatnonzero((filled_LG > target).any(axis=1)):
+        held = slots_LGC[layer][slots_LGC[layer] >= 0]
+        copies_E = np.bincount(held, minlength=num_experts)
+        for device in np.flatnonzero(filled_LG[layer] > target):
+            held_E = np.bincount(
+                slots_LGC[layer, device][slots_LGC[layer, device] >= 0], minlength=num_experts
             )
-        chosen = int(np.argmin(np.where(held, np.iinfo(np.int64).max, copies_E)))
-        slots_GC[device, c] = chosen
-        copies_E[chosen] += 1
+            for _ in range(int(filled_LG[layer, device]) - target):
+                expert = int(np.where(held_E > 0, copies_E, 0).argmax())
+                if copies_E[expert] < 2:
+                    return None
+                held_E[expert] -= 1
+                copies_E[expert] -= 1
+                drops.append((int(layer), int(device), expert))
+    return drops
+
+
+def _fill_inplace(slots_GC: IntArray, device: int, count: int, num_experts: int) -> None:
+    """Fill the first `count` empty slots of the device."""
+    copies_E = np.bincount(slots_GC[slots_GC >= 0], minlength=num_experts)
+    for slot in np.flatnonzero(slots_GC[device] == EMPTY)[:count]:
+        lacks_E = ~np.isin(np.arange(num_experts), slots_GC[device])
+        candidates = lacks_E if lacks_E.any() else np.ones(num_experts, bool)
+        expert = int(np.where(candidates, copies_E, np.iinfo(np.int64).max).argmin())
+        slots_GC[device, slot] = expert
+        copies_E[expert] += 1
+
+
+def _drop_duplicates_inplace(slots_LGC: IntArray) -> None:
+    """Empty every second copy of an expert on a device; the first slot keeps it."""
+    for row in slots_LGC.reshape(-1, slots_LGC.shape[2]):
+        held, first = np.unique(row, return_index=True)
+        again = np.ones(len(row), bool)
+        again[first] = False
+        row[again] = EMPTY

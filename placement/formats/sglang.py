@@ -1,96 +1,111 @@
-"""SGLang's plan (`--init-expert-location`): {"physical_to_logical_map": rows of experts by slot}.
+"""SGLang's plan (--init-expert-location): JSON or .pt with the one key physical_to_logical_map.
 
-That key alone: SGLang fails on any other. One row per hidden layer of the model, dense ones too;
-slot s lies on rank s // (S / ranks). SGLang checks none of it on load. A .pt file with the same key
-and an integer tensor is read as well.
+[L_all, S]: a row for every hidden layer of the model, dense ones too; slot s is on rank
+s // (S / ranks). SGLang checks nothing when it loads such a file, so all is checked here.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
-from typing import Any
 
-from ...errors import InputError
+import numpy as np
+
+from ...errors import InputError, UsageError
 from ...traces.atomic_file import replacing
 from ...traces.spec import ModelSpec
 from ..plan import Plan
-from .full_rows import full_rows, model_layers
-from .imported import ImportedPlan, Known, build, whole_numbers
+from .even_rows import even_rows_LS
+from .imported import ImportedPlan, Known, build_plan, expert_ids, require_keys, shown, split_rows
+from .model_layers import model_layers
+from .strict_files import read_json, read_pt, whole_array
 
-HOLDS_DUPLICATES = True
-HOLDS_UNEVEN = False
 KEY = "physical_to_logical_map"
 
 
-def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
-    """Dense layers get the trivial row (slot s holds s mod E), which nothing reads."""
-    rows = full_rows(plan, "SGLang")
-    layers, notes = model_layers(plan, model)
-    total = max(layers) + 1
-    if model is not None and model.total_layers is not None:
-        total = model.total_layers
-    elif model is None:
-        notes = (*notes, f"no model given: took layer {total - 1} for the model's last")
-    table = [[s % plan.num_experts for s in range(rows.shape[1])] for _ in range(total)]
-    for layer, row in zip(layers, rows, strict=True):
-        table[layer] = row.tolist()
-    with replacing(path) as file:
-        file.write(json.dumps({KEY: table}).encode())
-    return notes
-
-
 def read(known: Known) -> ImportedPlan:
-    """Rows of MoE layers; which these are only the model can tell."""
-    table = _table(known)
-    where = [f"layer {i}" for i in range(len(table))]
-    rows = [whole_numbers(row, f"{known.path}: {name}") for row, name in
-            zip(table, where, strict=True)]
-    model = known.model
-    if model is None:
-        note = "every row is taken for a MoE layer: give the model if some of its layers are dense"
-        return build(known, rows, where, range(len(rows)), "sglang", [note])
-    layers = model.own_layer_indices()
-    total = model.total_layers or max(layers) + 1
-    if len(rows) != total:
-        raise InputError(
-            f"{known.path}: {len(rows)} rows, but {model.name} has {total} hidden layers, and "
-            "SGLang's file has one row for each"
-        )
-    return build(known, [rows[i] for i in layers], [where[i] for i in layers], layers, "sglang")
+    """With a model its dense layers' rows are left out; without one every row is a MoE layer."""
+    table = _table(known.path)
+    names = [f"layer {layer}" for layer in range(len(table))]
+    rows = [
+        expert_ids(row, f"{known.path}: {name}") for name, row in zip(names, table, strict=True)
+    ]
+    slots = split_rows(rows, names, known.devices(), known.path)
+    num_experts, notes = known.experts(int(slots.max()))
+    moe = _moe_rows(known, len(rows))
+    plan = build_plan(
+        known, slots[list(moe)], num_experts, [names[layer] for layer in moe], moe,
+        engine="sglang", dispatch="sglang_static",
+    )
+    return ImportedPlan(plan, notes + _dense_notes(rows, moe, num_experts, known.model))
 
 
-def _table(known: Known) -> list[Any]:
-    content = _tensors(known) if known.path.suffix == ".pt" else _json(known)
-    if not isinstance(content, dict) or KEY not in content:
-        raise InputError(f'{known.path}: not an SGLang plan: it needs the key "{KEY}"')
-    extra = sorted(str(k) for k in content if k != KEY)
-    if extra:
-        raise InputError(
-            f'{known.path}: key "{extra[0]}" beside "{KEY}": SGLang refuses any other key; take it '
-            "out"
+def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
+    """Dense layers get SGLang's own default row. Needs the model's number of hidden layers."""
+    rows_LS = even_rows_LS(plan, "SGLang")
+    if model is None or model.total_layers is None:
+        raise UsageError(
+            "SGLang's file has a row for every hidden layer, dense ones too, and a plan knows "
+            "MoE layers only: name the model (--model; a ModelSpec by hand needs total_layers)"
         )
-    table = content[KEY]
+    layers, notes = model_layers(plan, model)
+    if layers is None or max(layers) >= model.total_layers:
+        raise UsageError(
+            f"the plan's layers do not fit total_layers {model.total_layers} of {model.name}: "
+            "correct the ModelSpec"
+        )
+    slots = rows_LS.shape[1]
+    table = np.tile(np.arange(slots) % plan.num_experts, (model.total_layers, 1))
+    table[list(layers)] = rows_LS
+    with replacing(path) as file:
+        if path.suffix == ".pt":
+            import torch
+
+            torch.save({KEY: torch.from_numpy(table)}, file)
+        else:
+            file.write((json.dumps({KEY: table.tolist()}) + "\n").encode())
+    return (
+        f"start SGLang on {plan.num_devices} ranks with --init-expert-location {path} "
+        f"--ep-num-redundant-experts {slots - plan.num_experts}", *notes,
+    )
+
+
+def _table(path: Path) -> list[object]:
+    document = read_pt(path) if path.suffix == ".pt" else read_json(path)
+    if isinstance(document, dict) and KEY not in document and "logical_count" in document:
+        raise InputError(
+            f"{path}: holds loads (logical_count), not a plan: give it to `loadmaster plan`"
+        )
+    table = require_keys(document, [KEY], str(path))[KEY]
+    if path.suffix == ".pt":
+        table = whole_array(table, "layer, slot", f"{path}: {KEY}").tolist()
     if not isinstance(table, list) or not table:
-        raise InputError(f"{known.path}: {KEY} must be a list of rows, one per layer")
+        raise InputError(f"{path}: {KEY} must be a list of layers, not {shown(table)}")
     return table
 
 
-def _json(known: Known) -> Any:
-    try:
-        return json.loads(known.text())
-    except ValueError as error:
-        raise InputError(f"{known.path}: not JSON: {error}") from error
+def _moe_rows(known: Known, found: int) -> tuple[int, ...]:
+    if known.model is None:
+        return tuple(range(found))
+    layers = known.model.own_layer_indices()
+    total = known.model.total_layers or max(layers) + 1
+    if found != total:
+        raise InputError(
+            f"{known.path}: has {found} rows, the model {known.model.name} has {total} hidden "
+            "layers; SGLang wants a row for each, dense ones too"
+        )
+    return layers
 
 
-def _tensors(known: Known) -> Any:
-    import torch  # slow to import, and only this reads .pt
-
-    try:
-        content = torch.load(io.BytesIO(known.bytes()), weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many kinds on a file that is not its own
-        raise InputError(f"{known.path}: not a torch file of plain tensors") from error
-    if isinstance(content, dict):
-        return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in content.items()}
-    return content
+def _dense_notes(
+    rows: list[list[int]], moe: tuple[int, ...], num_experts: int, model: ModelSpec | None
+) -> tuple[str, ...]:
+    if model is not None:
+        dense = sorted(set(range(len(rows))) - set(moe))
+        return (f"rows of dense layers, left out: {', '.join(map(str, dense))}",) if dense else ()
+    default = [
+        str(layer) for layer, row in enumerate(rows)
+        if row == [slot % num_experts for slot in range(len(row))]
+    ]
+    said = f" ({', '.join(default)} hold SGLang's default and may be dense)" if default else ""
+    return (f"every row is taken for a MoE layer{said}: --model tells which are",)

@@ -1,104 +1,98 @@
-"""TensorRT-LLM's plan (the load balancer's YAML): initial_global_assignments, num_slots and
-layer_updates_per_iter, these three keys alone.
+"""TensorRT-LLM's plan: the load balancer's YAML with exactly three keys.
 
-Assignments are keyed by the model's own layer index, MoE layers only; a MoE layer that is missing
-is a KeyError in the engine. Slot j lies on rank j // (num_slots / ranks).
+Keys of initial_global_assignments are model layer indices of MoE layers; slot j is on rank
+j // (num_slots / ranks).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from ...errors import InputError
+from ...errors import InputError, UsageError
 from ...traces.atomic_file import replacing
 from ...traces.spec import ModelSpec
 from ..plan import Plan
-from .full_rows import full_rows, model_layers
-from .imported import ImportedPlan, Known, build, whole_numbers
+from .even_rows import even_rows_LS
+from .imported import ImportedPlan, Known, build_plan, expert_ids, require_keys, shown, split_rows
+from .model_layers import model_layers
+from .strict_files import read_yaml
 
-HOLDS_DUPLICATES = True
-HOLDS_UNEVEN = False
 ASSIGNMENTS, UPDATES, SLOTS = "initial_global_assignments", "layer_updates_per_iter", "num_slots"
 
 
+def read(known: Known) -> ImportedPlan:
+    """Raises InputError on a key too many, a list that is not num_slots long, a missing layer."""
+    path = known.path
+    document = read_yaml(path)
+    if isinstance(document, dict) and SLOTS in document and ASSIGNMENTS not in document:
+        raise InputError(
+            f"{path}: has no {ASSIGNMENTS}: TensorRT-LLM then places experts itself, and there "
+            "is no plan to import"
+        )
+    document = require_keys(document, (ASSIGNMENTS, UPDATES, SLOTS), str(path))
+    num_slots = _whole(document[SLOTS], 1, f"{path}: {SLOTS}")
+    updates = _whole(document[UPDATES], 0, f"{path}: {UPDATES}")
+    table = _table(path, document[ASSIGNMENTS])
+    for layer, row in table.items():
+        if len(row) != num_slots:
+            raise InputError(
+                f"{path}: layer {layer} lists {len(row)} slots, {SLOTS} says {num_slots}: every "
+                "slot of every layer needs an expert"
+            )
+    layers = _layers(known, table)
+    names = [f"layer {layer}" for layer in layers]
+    slots = split_rows([table[layer] for layer in layers], names, known.devices(), path)
+    num_experts, notes = known.experts(int(slots.max()))
+    plan = build_plan(
+        known, slots, num_experts, names, layers, engine="trtllm", dispatch="trtllm_round_robin"
+    )
+    if updates:
+        notes += (f"{UPDATES} is {updates}: TensorRT-LLM starts from this plan and changes it",)
+    return ImportedPlan(plan, notes)
+
+
 def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
-    """A static plan: layer_updates_per_iter 0."""
-    rows = full_rows(plan, "TensorRT-LLM")
+    """A static plan: no updates while the engine runs."""
+    rows_LS = even_rows_LS(plan, "TensorRT-LLM")
     layers, notes = model_layers(plan, model)
+    if layers is None:
+        raise UsageError(
+            "TensorRT-LLM names layers by the model's own index, and this plan counts MoE layers "
+            "from 0: name the model (--model)"
+        )
     lines = [f"{ASSIGNMENTS}:"]
-    lines += [f"  {layer}: {row.tolist()}" for layer, row in zip(layers, rows, strict=True)]
-    lines += [f"{UPDATES}: 0", f"{SLOTS}: {rows.shape[1]}", ""]
+    lines += [f"  {layer}: {row}" for layer, row in zip(layers, rows_LS.tolist(), strict=True)]
+    lines += [f"{UPDATES}: 0", f"{SLOTS}: {rows_LS.shape[1]}", ""]
     with replacing(path) as file:
         file.write("\n".join(lines).encode())
-    return (*notes, f"{UPDATES} is 0: the engine keeps this plan and does not re-plan")
+    return (
+        f"name {path} as load_balancer in TensorRT-LLM's MoE configuration, expert parallelism "
+        f"{plan.num_devices}", *notes,
+    )
 
 
-def read(known: Known) -> ImportedPlan:
-    """All three keys checked; layers in ascending order of their index."""
-    content = _yaml(known)
-    assignments, slots = content.get(ASSIGNMENTS), content.get(SLOTS)
-    if not isinstance(assignments, dict) or not assignments:
-        raise InputError(f"{known.path}: {ASSIGNMENTS} holds no layer: there is no plan in it")
-    if type(slots) is not int or slots < 1:
-        raise InputError(f"{known.path}: {SLOTS} must be a whole number, is {slots!r}")
-    for layer in assignments:
-        if type(layer) is not int or layer < 0:
-            raise InputError(f"{known.path}: layer {layer!r} is not a layer index")
-    layers = sorted(assignments)
-    _check_layers(known, layers)
-    names = [f"layer {layer}" for layer in layers]
-    rows = []
-    for layer, name in zip(layers, names, strict=True):
-        row = whole_numbers(assignments[layer], f"{known.path}: {name}")
-        if len(row) != slots:
-            raise InputError(f"{known.path}: {name} lists {len(row)} slots, {SLOTS} says {slots}")
-        rows.append(row)
-    notes = []
-    if content.get(UPDATES):
-        notes.append(f"{UPDATES} is {content[UPDATES]}: the engine will not keep this plan")
-    return build(known, rows, names, layers, "trtllm", notes)
-
-
-def _check_layers(known: Known, layers: list[int]) -> None:
-    model = known.model
-    if model is None:
-        return
-    own = model.own_layer_indices()
-    missing = sorted(set(own) - set(layers))
-    unknown = sorted(set(layers) - set(own))
-    if missing:
-        raise InputError(f"{known.path}: MoE layer {missing[0]} of {model.name} is missing")
-    if unknown:
-        raise InputError(f"{known.path}: layer {unknown[0]} is no MoE layer of {model.name}")
-
-
-class _OncePerKey(yaml.SafeLoader):
-    """YAML lets a later key replace an earlier one without a word; a plan must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.YAMLError(f"key {key!r} occurs twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(known: Known) -> dict[Any, Any]:
-    try:
-        content = yaml.load(known.text(), Loader=_OncePerKey)  # a SafeLoader
-    except (yaml.YAMLError, TypeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise InputError(f"{known.path}: not usable YAML: {first_line}") from error
-    keys = {ASSIGNMENTS, UPDATES, SLOTS}
-    if not isinstance(content, dict) or not keys >= set(content):
-        extra = sorted(map(str, set(content) - keys)) if isinstance(content, dict) else []
+def _layers(known: Known, table: dict[int, list[int]]) -> tuple[int, ...]:
+    """The model's MoE layers, each of which must be there; without a model all in the file."""
+    layers = known.model.own_layer_indices() if known.model else tuple(sorted(table))
+    for layer in sorted(set(layers) ^ set(table)):
+        fault = "is no MoE layer of the model" if layer in table else "is missing"
         raise InputError(
-            f"{known.path}: not a TensorRT-LLM plan: it takes {', '.join(sorted(keys))} alone"
-            + (f", not {extra[0]!r}" if extra else "")
+            f"{known.path}: layer {layer} {fault}: TensorRT-LLM wants each MoE layer once"
         )
-    return content
+    return layers
+
+
+def _table(path: Path, value: object) -> dict[int, list[int]]:
+    if not isinstance(value, dict) or not value:
+        raise InputError(f"{path}: {ASSIGNMENTS} must map layers to slots, not {shown(value)}")
+    return {
+        _whole(layer, 0, f"{path}: a layer of {ASSIGNMENTS}"):
+            expert_ids(row, f"{path}: layer {shown(layer)}")
+        for layer, row in value.items()
+    }
+
+
+def _whole(value: object, low: int, where: str) -> int:
+    if type(value) is not int or not low <= value < 2**31:
+        raise InputError(f"{where}: must be a whole number from {low}, not {shown(value)}")
+    return value

@@ -1,8 +1,8 @@
-"""vllm-ascend's plan (`expert_map_path`): layers, each with devices, each with its experts.
+"""vllm-ascend's plan (expert_map_path): JSON, each MoE layer's devices with their experts.
 
-The engine reads layers and devices by position and ignores their ids, needs as many slots on every
-device, and numbers slots by the count of distinct experts on device 0: an expert twice on a device
-would corrupt the numbering. So ids must agree with positions here, and duplicates are refused.
+The engine reads layers and devices by position and derives slot numbers from the number of
+distinct experts on device 0: an id out of place or an expert twice on a device would corrupt its
+numbering without a word, so both are refused, either way.
 """
 
 from __future__ import annotations
@@ -11,113 +11,109 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...errors import InputError
 from ...traces.atomic_file import replacing
 from ...traces.spec import ModelSpec
 from ..plan import Plan
-from .full_rows import full_rows, model_layers, refuse_duplicates
-from .imported import ImportedPlan, Known, check_row, plan_of, whole_numbers
+from .even_rows import even_rows_LS, refuse_duplicates
+from .imported import (
+    ImportedPlan,
+    Known,
+    build_plan,
+    expert_ids,
+    moe_layer_names,
+    require_keys,
+    shown,
+    split_rows,
+)
+from .strict_files import read_json
 
-HOLDS_DUPLICATES = False
-HOLDS_UNEVEN = False
-
-
-def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
-    """Layers are counted over MoE layers from 0, whatever the model calls them."""
-    full_rows(plan, "vllm-ascend")
-    refuse_duplicates(plan, "vllm-ascend", "cannot hold an expert twice on a device")
-    model_layers(plan, model)
-    layers = [
-        {
-            "layer_id": layer,
-            "device_count": plan.num_devices,
-            "device_list": [
-                {"device_id": g, "device_expert": [int(e) for e in plan.slots[layer, g]]}
-                for g in range(plan.num_devices)
-            ],
-        }
-        for layer in range(plan.num_layers)
-    ]
-    document = {"moe_layer_count": plan.num_layers, "layer_list": layers}
-    with replacing(path) as file:
-        file.write(json.dumps(document, indent=4).encode())
-    return ()
+LAYERS, DEVICES, EXPERTS = "layer_list", "device_list", "device_expert"
 
 
 def read(known: Known) -> ImportedPlan:
-    """Devices come from the file; the model's own layer numbers from the model, if given."""
-    try:
-        document = json.loads(known.text())
-    except ValueError as error:
-        raise InputError(f"{known.path}: not JSON: {error}") from error
-    layers = _listed(known, document, "layer_list", "moe_layer_count", "the file")
-    slots = [_layer(known, layer, position) for position, layer in enumerate(layers)]
-    if len({(len(rows), len(rows[0])) for rows in slots}) > 1:
-        raise InputError(
-            f"{known.path}: layers differ in devices or slots; vllm-ascend reads them as one table"
-        )
-    if known.num_devices not in (None, len(slots[0])):
-        raise InputError(
-            f"{known.path}: the file has {len(slots[0])} devices, not {known.num_devices}"
-        )
-    notes = []
-    experts = known.num_experts
-    if experts is None:
-        experts = int(np.max(slots)) + 1
-        notes.append(f"the file does not say how many experts there are: took {experts}")
-    for position, rows in enumerate(slots):
-        check_row(known.path, f"layer {position}", [e for row in rows for e in row], experts)
-    model = known.model
-    if model is not None and model.num_layers != len(slots):
-        raise InputError(
-            f"{known.path}: {len(slots)} layers, the model {model.name} has {model.num_layers}"
-        )
-    indices = model.own_layer_indices() if model else ()
-    return ImportedPlan(plan_of(np.array(slots), experts, indices, "vllm_ascend"), tuple(notes))
-
-
-def _layer(known: Known, layer: Any, position: int) -> list[list[int]]:
-    """One layer's experts by device, checked."""
-    where = f"layer {position}"
-    devices = _listed(known, layer, "device_list", "device_count", where)
-    _check_id(known, layer, "layer_id", position, where)
-    rows: list[list[int]] = []
-    for g, device in enumerate(devices):
-        place = f"{where}, device {g}"
-        _check_id(known, device, "device_id", g, place)
-        row = whole_numbers(device.get("device_expert"), f"{known.path}: {place}")
-        twice = sorted({e for e in row if row.count(e) > 1})
-        if twice:
+    """Raises InputError where counts, ids or positions disagree, naming layer and device."""
+    path = known.path
+    document = require_keys(read_json(path), ("moe_layer_count", LAYERS), str(path))
+    entries = _listed(document, "moe_layer_count", LAYERS, str(path))
+    layers = [_layer(entry, layer, path) for layer, entry in enumerate(entries)]
+    for layer, held in enumerate(layers):
+        if len(held) != len(layers[0]):
             raise InputError(
-                f"{known.path}: {place} lists expert {twice[0]} twice: vllm-ascend's slot numbers "
-                "would be wrong from there on"
+                f"{path}: MoE layer {layer} has {len(held)} devices, layer 0 has "
+                f"{len(layers[0])}: all layers need the same"
             )
-        if rows and len(row) != len(rows[0]):
+    names = moe_layer_names(len(layers))
+    rows = [[expert for held in layer for expert in held] for layer in layers]
+    slots = split_rows(rows, names, known.devices(len(layers[0])), path)
+    num_experts, notes = known.experts(int(slots.max()))
+    plan = build_plan(
+        known, slots, num_experts, names, known.layers(len(layers)), engine="vllm_ascend",
+        dispatch="ascend_fixed",
+    )
+    return ImportedPlan(plan, notes)
+
+
+def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
+    """Layers counted from 0 in MoE layers, as the engine reads them."""
+    refuse_duplicates(plan, "vllm-ascend", "it corrupts the engine's slot numbers")
+    rows_LGC = even_rows_LS(plan, "vllm-ascend").reshape(plan.num_layers, plan.num_devices, -1)
+    document = {"moe_layer_count": plan.num_layers, LAYERS: [
+        {"layer_id": layer, "device_count": plan.num_devices, DEVICES: [
+            {"device_id": device, EXPERTS: held} for device, held in enumerate(held_GC)
+        ]}
+        for layer, held_GC in enumerate(rows_LGC.tolist())
+    ]}
+    with replacing(path) as file:
+        file.write((json.dumps(document, indent=4) + "\n").encode())
+    return (f"give {path} to vllm-ascend as expert_map_path, on {plan.num_devices} ranks",)
+
+
+def _layer(entry: object, layer: int, path: Path) -> list[list[int]]:
+    """Experts of each device."""
+    where = f"{path}: MoE layer {layer}"
+    fields = require_keys(entry, ("layer_id", "device_count", DEVICES), where)
+    _require_position(fields["layer_id"], layer, f"{where}: layer_id")
+    parts = _listed(fields, "device_count", DEVICES, where)
+    held = [_device(part, device, f"{where}, device {device}")
+            for device, part in enumerate(parts)]
+    for device, experts in enumerate(held):
+        if len(experts) != len(held[0]):
             raise InputError(
-                f"{known.path}: {place} has {len(row)} slots, device 0 has {len(rows[0])}"
+                f"{where}, device {device} holds {len(experts)} experts, device 0 holds "
+                f"{len(held[0])}: vllm-ascend needs the same number on all devices"
             )
-        rows.append(row)
-    return rows
+    return held
 
 
-def _listed(known: Known, holder: Any, key: str, count_key: str, where: str) -> list[Any]:
-    items = holder.get(key) if isinstance(holder, dict) else None
-    if not isinstance(items, list) or not items:
-        raise InputError(f"{known.path}: {where} has no {key}: not a vllm-ascend plan")
-    if holder.get(count_key) != len(items):
+def _device(part: object, device: int, where: str) -> list[int]:
+    fields = require_keys(part, ("device_id", EXPERTS), where)
+    _require_position(fields["device_id"], device, f"{where}: device_id")
+    experts = expert_ids(fields[EXPERTS], where)
+    if len(set(experts)) < len(experts):
+        twice = min(expert for expert in experts if experts.count(expert) > 1)
         raise InputError(
-            f"{known.path}: {where} says {count_key} {holder.get(count_key)!r}, {key} has "
-            f"{len(items)}"
+            f"{where} holds expert {twice} twice, which corrupts vllm-ascend's slot numbers: put "
+            "another expert there"
         )
-    return items
+    return experts
 
 
-def _check_id(known: Known, holder: Any, key: str, position: int, where: str) -> None:
-    if not isinstance(holder, dict) or holder.get(key) != position:
-        given = holder.get(key) if isinstance(holder, dict) else holder
+def _listed(fields: dict[str, Any], count: str, name: str, where: str) -> list[Any]:
+    """The list `name`, as long as `count` says."""
+    entries = fields[name]
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{where}: {name} must be a list, not {shown(entries)}")
+    if type(fields[count]) is not int or fields[count] != len(entries):
         raise InputError(
-            f"{known.path}: {where} has {key} {given!r}; vllm-ascend goes by position, so it must "
-            f"be {position}"
+            f"{where}: {count} is {shown(fields[count])}, but {name} holds {len(entries)}"
+        )
+    return entries
+
+
+def _require_position(value: object, position: int, where: str) -> None:
+    if type(value) is not int or value != position:
+        raise InputError(
+            f"{where} is {shown(value)} at position {position}: vllm-ascend reads by position, "
+            "so sort the list"
         )
