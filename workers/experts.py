@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..errors import LoadmasterError
 from ..kernels.routing import assign_slots, combine, histogram, sort_by_slot
+from ..placement.capacity import CapacityRule
 from ..placement.cluster import Cluster
 from ..placement.dispatch import split
-from . import attention
+from . import attention, capacity
 from .exchange import Exchange, agree, return_tokens, send_tokens
 from .model import EXPERTS_IMPLEMENTATION
 from .slots import ExpertStore
@@ -53,10 +54,11 @@ class LayerMeasures:
     tokens_L: npt.NDArray[np.int64]            # rows computed by this rank's experts
     remote_copies_L: npt.NDArray[np.int64]     # rows this rank sent to other ranks
     dropped_L: npt.NDArray[np.int64]           # assignments of this rank's tokens left out
+    peak_L: npt.NDArray[np.int64]              # most assignments of one expert, all ranks
 
     @classmethod
     def zeros(cls, layers: int) -> LayerMeasures:
-        return cls(np.zeros(layers), *(np.zeros(layers, np.int64) for _ in range(3)))
+        return cls(np.zeros(layers), *(np.zeros(layers, np.int64) for _ in range(4)))
 
 
 @dataclass
@@ -68,6 +70,7 @@ class RankContext:
     tables: Tables
     stores: list[ExpertStore]
     payload: str = "per_expert"
+    capacity: CapacityRule | None = None
     step: int = 0
     phase: int = 0
     recorder: RoutingRecorder | None = None
@@ -78,9 +81,16 @@ class RankContext:
 class ExpertLayer:
     """One MoE layer as this rank sees it; hangs on transformers' experts module."""
 
-    def __init__(self, layer: int, context: Callable[[], RankContext]) -> None:
+    def __init__(
+        self,
+        layer: int,
+        context: Callable[[], RankContext],
+        scores: capacity.RouterScores | None = None,
+    ) -> None:
+        """scores: what the router thinks of all experts, for rerouting overflow."""
         self.layer = layer
         self._context = context
+        self._scores = scores
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """The experts' output for this rank's tokens; every rank must call this at once.
@@ -102,6 +112,8 @@ class ExpertLayer:
         self, context: RankContext, x_TH: Tensor, ids_TK: Tensor, gate_TK: Tensor
     ) -> Tensor:
         slots_GC = context.tables.slots_PLGC[context.phase][self.layer]
+        if context.capacity is not None:
+            ids_TK, gate_TK = self._limited(context, context.capacity, ids_TK, gate_TK, slots_GC)
         experts = context.stores[self.layer]
         mine_C = slots_GC[context.exchange.rank].astype(np.int64)
         counts_E = histogram(ids_TK, context.tables.num_experts)
@@ -127,10 +139,27 @@ class ExpertLayer:
         measures.expert_cpu_us_L[self.layer] += (time.thread_time_ns() - began) / 1e3
         measures.tokens_L[self.layer] += len(rows)
         measures.remote_copies_L[self.layer] += remote
+        measures.peak_L[self.layer] = counts_GE.sum(axis=0).max()
         home_AH = return_tokens(context.exchange, y_AH, receipt)
-        y_TKH = torch.empty(ids_TK.numel(), x_TH.shape[1], dtype=x_TH.dtype)
+        y_TKH = torch.zeros(ids_TK.numel(), x_TH.shape[1], dtype=x_TH.dtype)
         y_TKH[assignment_A] = home_AH
         return combine(y_TKH.view(*ids_TK.shape, x_TH.shape[1]), gate_TK)
+
+    def _limited(
+        self,
+        context: RankContext,
+        rule: CapacityRule,
+        ids_TK: Tensor,
+        gate_TK: Tensor,
+        slots_GC: npt.NDArray[np.int16],
+    ) -> tuple[Tensor, Tensor]:
+        score_TE = None if self._scores is None else self._scores.scaled(ids_TK, gate_TK)
+        limited = capacity.limit(
+            context.exchange, rule, ids_TK, gate_TK, score_TE, slots_GC,
+            context.tables.num_experts,
+        )
+        context.measures.dropped_L[self.layer] += limited.dropped
+        return limited.ids_TK, limited.gates_TK
 
     @staticmethod
     def _count(
@@ -149,10 +178,18 @@ class ExpertLayer:
         return replay.ids_LTK[self.layer], replay.gates_LTK[self.layer]
 
 
-def attach(model: Any, expert_modules: list[str], context: Callable[[], RankContext]) -> None:
+def attach(
+    model: Any,
+    expert_modules: list[str],
+    context: Callable[[], RankContext],
+    rule: CapacityRule | None,
+    where: str,
+) -> None:
     """Hang a layer on each experts module; from then on the model computes through the exchange."""
     for layer, name in enumerate(expert_modules):
-        model.get_submodule(name).loadmaster_layer = ExpertLayer(layer, context)
+        reroutes = rule is not None and rule.rule == "reroute"
+        scores = capacity.RouterScores(model, name, where) if reroutes else None
+        model.get_submodule(name).loadmaster_layer = ExpertLayer(layer, context, scores)
 
 
 def register() -> None:

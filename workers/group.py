@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import LoadmasterError, UsageError
+from ..placement.capacity import CapacityRule
 from ..placement.cluster import Cluster, Traffic
 from ..placement.plan import DispatchSpec, Plan, Provenance
 from ..traces.spec import ModelSpec
@@ -88,6 +89,7 @@ class Group:
         address: str | None = None,
         cpus_per_rank: float | None = None,
         gpus_per_rank: float = 0.0,
+        capacity: CapacityRule | None = None,
         limits: Limits | None = None,
         step_timeout_s: float = 120.0,
     ) -> Group:
@@ -114,6 +116,7 @@ class Group:
                 RankSettings(
                     g, ranks, str(Path(model_dir).resolve()), cluster, dtype, payload,
                     None if record_to is None else str(Path(record_to).resolve()),
+                    capacity=capacity,
                 )
                 for g in range(ranks)
             ),

@@ -93,7 +93,10 @@ class Rank:
             self._checkpoint.require_shape(self.model_spec)
             self._model = self._checkpoint.load_dense(self._dtype)
         attention.require_supported(self._model, self.settings.model_dir)
-        experts.attach(self._model, self._checkpoint.expert_modules, self._ready)
+        experts.attach(
+            self._model, self._checkpoint.expert_modules, self._ready, self.settings.capacity,
+            self.settings.model_dir,
+        )
         self._model.base_model.register_forward_hook(self._keep_hidden)
         shape, device = self._checkpoint.shape, self.settings.device
         self._stores = [
@@ -280,6 +283,7 @@ class Rank:
             tokens_L=measures.tokens_L,
             remote_copies_L=measures.remote_copies_L,
             dropped_L=measures.dropped_L,
+            peak_L=measures.peak_L,
             staged=tuple(staged),
             corrupted=tuple(corrupted),
             stage_us=(time.perf_counter_ns() - moving) / 1e3,
@@ -334,6 +338,7 @@ class Rank:
                 tables=self._tables,
                 stores=self._stores,
                 payload=self.settings.payload,
+                capacity=self.settings.capacity,
             )
         return self._context
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
+from ..placement.capacity import CapacityRule
 from ..placement.cluster import Cluster
 from ..traces.spec import ModelSpec
 from .tables import PhasePlans
@@ -42,6 +43,7 @@ class RankSettings:
     payload: str = "per_expert"
     record_to: str | None = None
     resume_recording: bool = False     # this rank recorded before and was replaced
+    capacity: CapacityRule | None = None      # drop or reroute overflow; changes the output
     device: str = "cpu"
 
 

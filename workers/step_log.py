@@ -35,7 +35,8 @@ class Measurements:
     expert_cpu_us: npt.NDArray[np.float64]       # [W, L, G]
     tokens: npt.NDArray[np.int64]                # [W, L, G] rows computed
     remote_copies: npt.NDArray[np.int64]         # [W, L, G] rows sent to other ranks
-    dropped: npt.NDArray[np.int64]               # [W, L, G] assignments no expert computed
+    dropped: npt.NDArray[np.int64]               # [W, L, G] assignments over capacity
+    peak: npt.NDArray[np.int64]                  # [W, L] most assignments of one expert
     step_wall_us: npt.NDArray[np.float64]        # [W] seen by the coordinator
     step_cpu_us: npt.NDArray[np.float64]         # [W, G]
     stage_us: npt.NDArray[np.float64]            # [W, G] spent on moving experts
@@ -113,6 +114,7 @@ class StepLog:
             tokens=per_layer("tokens_L", np.int64),
             remote_copies=per_layer("remote_copies_L", np.int64),
             dropped=per_layer("dropped_L", np.int64),
+            peak=per_layer("peak_L", np.int64).max(axis=2, initial=0),
             step_wall_us=np.array([s.wall_us for s in kept], np.float64),
             step_cpu_us=per_rank("cpu_us", np.float64),
             stage_us=per_rank("stage_us", np.float64),

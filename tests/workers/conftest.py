@@ -16,6 +16,7 @@ import torch
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+from loadmaster.placement.capacity import CapacityRule
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.traces.spec import ModelSpec
@@ -69,6 +70,7 @@ def start_threads(
         record_to: Path | None = None,
         stage_budget_bytes: int = 4 << 20,
         fleet: ThreadFleet | None = None,
+        capacity: CapacityRule | None = None,
         **settings_too: Any,
     ) -> Coordinator:
         spec = served_spec(model_dir, dtype)
@@ -81,7 +83,9 @@ def start_threads(
         settings = GroupSettings(
             name="threads",
             ranks=tuple(
-                RankSettings(g, RANKS, str(model_dir), cluster, dtype, payload, target)
+                RankSettings(
+                    g, RANKS, str(model_dir), cluster, dtype, payload, target, capacity=capacity
+                )
                 for g in range(RANKS)
             ),
             plans=PhasePlans.both(plan),
