@@ -1,6 +1,6 @@
 """Lower bounds: how good any plan could be on given steps, whatever it places where.
 
-Knows loads, slots and speeds; never looks at a plan, so a bound holds for all of them. Every bound
+Knows loads, slots, speeds and prices; never looks at a plan, so a bound holds for all of them. Every bound
 here is proved in its docstring; `checked_gap` refuses a bound above the objective, always.
 """
 
@@ -10,7 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import LoadmasterError
+from ..traces.spec import ModelSpec
+from .cluster import Cluster
 from .compiled import compiled
+from .dispatch import needs_all_counts
+from .plan import DispatchSpec
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -44,29 +48,30 @@ def balance_bound_W(load_WE: FloatArray, slots: int, speed_G: FloatArray) -> Flo
 
     load_WE [W, E] tokens; slots: S in the layer. Steps without load give 1.
     Proof: (1) a maximum is not below the mean. (2) An expert with r copies is computed by at most r
-    devices, so some device finishes no sooner than load / (sum of the r highest speeds); all
-    experts together have at most S copies and at most G each. For a level z expert e needs
-    r_e(z) = least r with load_e <= z · (r highest speeds); if the r_e sum above S, z is out of
-    reach. The bound is the least z that passes, found to 1e-12 by bisection and rounded down.
+    devices, so one of them gets load / r; all experts together have at most S copies. For a level
+    z expert e needs r_e(z) = least r with load_e <= z·r; if the r_e sum above S, z is out of
+    reach. The bound is the least z that passes, found by bisection from below.
     """
-    speeds = np.sort(np.asarray(speed_G, np.float64))[::-1]
+    if speed_G.min() < speed_G.max():
+        # The mean of tokens/speed depends on the plan where speeds differ: only (1) holds.
+        return np.ones(len(load_WE))
     total_W = load_WE.sum(axis=1)
-    ideal_W = np.where(total_W > 0, total_W / speeds.sum(), 1.0)
+    ideal_W = np.where(total_W > 0, total_W / len(speed_G), 1.0)
     relative = np.ascontiguousarray(load_WE / ideal_W[:, None], np.float64)
-    return _balance_bound(relative, slots, np.cumsum(speeds))
+    return _balance_bound(relative, slots, np.arange(1.0, len(speed_G) + 1))
 
 
 @compiled
-def _balance_bound(relative_WE: FloatArray, slots: int, fastest_R: FloatArray) -> FloatArray:
+def _balance_bound(relative_WE: FloatArray, slots: int, level_R: FloatArray) -> FloatArray:
     steps, experts = relative_WE.shape
     bound_W = np.ones(steps)
     for w in range(steps):
-        low, high = 1.0, max(1.0, relative_WE[w].max() / fastest_R[0])
-        if high == 1.0 or _copies_needed(relative_WE[w], low, fastest_R) <= slots:
+        low, high = 1.0, max(1.0, relative_WE[w].max() / level_R[0])
+        if high == 1.0 or _copies_needed(relative_WE[w], low, level_R) <= slots:
             continue
         for _ in range(60):
             middle = 0.5 * (low + high)
-            if _copies_needed(relative_WE[w], middle, fastest_R) <= slots:
+            if _copies_needed(relative_WE[w], middle, level_R) <= slots:
                 high = middle
             else:
                 low = middle
@@ -75,10 +80,46 @@ def _balance_bound(relative_WE: FloatArray, slots: int, fastest_R: FloatArray) -
 
 
 @compiled
-def _copies_needed(relative_E: FloatArray, level: float, fastest_R: FloatArray) -> int:
+def _copies_needed(relative_E: FloatArray, level: float, level_R: FloatArray) -> int:
     needed = 0
     for load in relative_E:
-        copies = int(np.searchsorted(fastest_R, load / level * (1.0 - 1e-12))) + 1
-        needed += min(copies, len(fastest_R) + 1)
+        copies = int(np.searchsorted(level_R, load / level * (1.0 - 1e-12))) + 1
+        needed += min(copies, len(level_R) + 1)
     return needed
 
+
+
+def time_bound_us(
+    load_WE: FloatArray, model: ModelSpec, cluster: Cluster, dispatch: DispatchSpec
+) -> FloatArray:
+    """[W] least possible microseconds of one layer in each step under any placement and split.
+
+    Proof: an expert with tokens reads its weights at least once and computes each token once, so
+    the work of all devices is at least sum of reads + tokens · flops, and the device that finishes
+    last takes at least that over all speed; it is busy, so it pays the start as well. An exchange
+    takes at least its alpha (its table's first entry), whatever crosses. The counts collective is
+    paid whenever the dispatch needs it. Steps without tokens pay the exchange alone.
+    """
+    hardware = cluster.hardware
+    compute = hardware.compute
+    used_WE = load_WE > 0
+    tokens_W = load_WE.sum(axis=1)
+    if compute.expert_table_tokens:
+        # A table may bend either way: its least time per token, and per active expert, are safe.
+        time_us = np.asarray(compute.expert_table_us, np.float64)
+        work_W = used_WE.sum(axis=1) * float(time_us.min())
+    else:
+        bytes_E = model.bytes_per_expert_E()
+        read_us_E = bytes_E / compute.hbm_bytes_per_s * 1e6 + compute.active_expert_us
+        flops_us = model.flops_per_assignment / compute.flops_per_s * 1e6
+        work_W = used_WE @ read_us_E + tokens_W * flops_us
+    start_us = compute.start_us / float(cluster.speed_G.max())
+    compute_W = np.where(tokens_W > 0, start_us + work_W / float(cluster.speed_G.sum()), 0.0)
+    if cluster.num_devices == 1:
+        return np.asarray(compute_W)
+    fixed_us = hardware.counts_collective_us if needs_all_counts(dispatch) else 0.0
+    legs = (hardware.dispatch, hardware.combine)
+    for leg in legs[: 1 if cluster.traffic.mode == "coherent" else 2]:
+        alpha_us = leg.alpha_us + leg.alpha_per_log2_node_us * float(np.log2(cluster.num_nodes))
+        fixed_us += min(alpha_us, *leg.table_us) if leg.table_us else alpha_us
+    return np.asarray(compute_W + fixed_us)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .cluster import Cluster
 from .dispatch import device_tokens
+from .evaluate import imbalance_of
 from .plan import DispatchSpec
 from .search_average import even_device_load
 
@@ -33,7 +34,7 @@ def imbalance_W(
     counts_WGE: [W, G, E], or [W, 1, E] where the policy does not ask for homes.
     """
     tokens_WG, _ = device_tokens(counts_WGE, slots_GC, cluster, dispatch)
-    return relative_peak(tokens_WG, cluster.speed_G)
+    return imbalance_of(tokens_WG[:, None], cluster)[:, 0]
 
 
 def fluid_imbalance_W(
@@ -45,7 +46,7 @@ def fluid_imbalance_W(
     """
     if dispatch.policy == "even":
         load_WG = np.stack([even_device_load(load_E, slots_GC) for load_E in load_WE])
-        return relative_peak(load_WG, cluster.speed_G)
+        return imbalance_of(load_WG[:, None], cluster)[:, 0]
     total = float(load_WE.sum(axis=1).max(initial=0.0))
     scale = 1.0 if total <= 0 else max(1.0, 2.0**20 / total)
     counts = np.rint(load_WE * scale).astype(np.int32)
@@ -61,16 +62,6 @@ def spread_over_homes(
     base, extra = np.divmod(counts_WE, devices)
     turn_GE = (np.arange(devices)[:, None] - np.arange(counts_WE.shape[1])) % devices
     return np.asarray(base[:, None] + (turn_GE < extra[:, None]), np.int32)
-
-
-def relative_peak(
-    tokens_WG: npt.NDArray[Any], speed_G: FloatArray
-) -> FloatArray:
-    """[W] max over mean of tokens/speed, the mean being all tokens over all speed."""
-    total_W = tokens_WG.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        peak = (tokens_WG / speed_G).max(axis=1) / (total_W / speed_G.sum())
-    return np.asarray(np.where(total_W > 0, peak, np.nan), np.float64)
 
 
 def mean_imbalance(imbalance_W: FloatArray) -> float:

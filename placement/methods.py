@@ -7,6 +7,7 @@ traffic or cost: how good a placement is, others say.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,3 +178,14 @@ def _eplb(layer: LayerLoads, *, groups: int, nodes: int) -> SlotArray:
 
 def _empty(layer: LayerLoads) -> SlotArray:
     return np.full((layer.devices, layer.most_slots), EMPTY, np.int16)
+
+
+LAYER_METHODS: dict[str, Callable[[LayerLoads], SlotArray]] = {
+    "contiguous": contiguous,
+    "round_robin": round_robin,
+    "eplb": eplb_global,
+    "eplb_hierarchical": eplb_hierarchical,
+    "greedy": greedy,
+    "anticorrelation": anticorrelation,
+    "lpt_swap": lpt_swap,
+}

@@ -7,50 +7,34 @@ Knows nothing of Ray, files or printing.
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from ..errors import UsageError
+from ..errors import InputError, UsageError
+from ..traces.profile import Profile
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
 from ..traces.trace import RoutingTrace
 from .bounds import checked_gap
 from .cluster import Cluster
-from .dispatch_policies import POLICIES
-from .judge import HOME_BLIND
-from .methods import (
-    LayerLoads,
-    SlotArray,
-    anticorrelation,
-    contiguous,
-    eplb_global,
-    eplb_hierarchical,
-    greedy,
-    lpt_swap,
-    require_room,
-    round_robin,
-)
+from .dispatch_policies import policy_of
+from .layer_job import LayerAnswer, LayerTask, judge_slots, layer_bound
+from .layer_threads import LayerThreads
+from .methods import LAYER_METHODS, require_room
 from .plan import DispatchSpec, Evidence, LayerEvidence, Plan, Provenance
-from .planning_steps import PlanningSteps, steps_of_trace
-from .search import EFFORTS, LayerAnswer, LayerTask, judge_layer, search_layer
+from .planning_steps import PlanningSteps, planning_steps
+from .search import EFFORTS, search_layer
 
-LAYER_METHODS: dict[str, Callable[[LayerLoads], SlotArray]] = {
-    "contiguous": contiguous,
-    "round_robin": round_robin,
-    "eplb": eplb_global,
-    "eplb_hierarchical": eplb_hierarchical,
-    "greedy": greedy,
-    "anticorrelation": anticorrelation,
-    "lpt_swap": lpt_swap,
-}
 METHODS = (*LAYER_METHODS, "auto")
+BALANCE_SLACK = 0.02
 
 Progress = Callable[[int, int, float], None]     # layers done, layers, gap so far
+SlotArray = npt.NDArray[np.int16]
 
 
 class Executor(Protocol):
@@ -61,154 +45,271 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class PlanResult:
-    """A plan, what it is worth, and what finding it took."""
+    """A plan, what it is worth, and what finding it took.
+
+    moves and pays_back_after_steps are `rebalance`'s: (layer, device, expert) to send, in order,
+    and after how many steps their cost is earned back (None: never, or nothing to earn).
+    """
 
     plan: Plan
     evidence: Evidence
     seconds: float
     truncated: bool = False
+    moves: tuple[tuple[int, int, int], ...] = ()
+    pays_back_after_steps: float | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a planning run was asked, checked once."""
+
+    cluster: Cluster
+    dispatch: DispatchSpec
+    objective: str
+    model: ModelSpec | None
+    slack: float
+    seed: int
+    effort: str
+    deadline: float | None
 
 
 def plan(
-    trace: RoutingTrace,
+    trace: RoutingTrace | Profile,
     cluster: Cluster,
     *,
     method: str = "auto",
     objective: str | None = None,
     dispatch: str | DispatchSpec = "balanced",
-    steps: StepSampler | None = None,
+    steps: StepSampler = StepSampler(),  # noqa: B008  (frozen)
     seed: int = 0,
     model: ModelSpec | None = None,
+    current: Plan | None = None,
     effort: str = "normal",
     executor: Executor | None = None,
+    time_limit_s: float | None = None,
+    balance_slack: float = BALANCE_SLACK,
     progress: Progress | None = None,
 ) -> PlanResult:
     """Decide which device holds which expert and replica, for the dispatch that will run.
 
-    method: see METHODS. effort: "fast", "normal" or "thorough", a budget in units of work, so the
-    same input and seed give the same plan byte for byte on any executor.
+    method: see METHODS. objective: "time" (default with a model of known sizes) or "balance":
+    smallest per-step imbalance and, where the traffic mode makes copies cost bytes, the fewest
+    copies among plans within balance_slack of it. current: a standing plan, taken as one more
+    candidate. effort: "fast", "normal" or "thorough", a budget in units of work, so the same input
+    and seed give the same plan byte for byte on any executor. time_limit_s: a guard; when it fires
+    the best so far is returned, `truncated`. Evidence holds a bound over all plans and the gap.
     Raises UsageError on an unknown option, InputError on a bad trace, InfeasibleError when the
     cluster cannot hold every expert.
     """
     started = time.perf_counter()
-    spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
-    objective = objective or "balance"
-    _check_options(method, objective, spec, effort)
-    require_room(trace.num_experts, cluster.slots_G)
-    data = steps_of_trace(trace, steps or StepSampler())
-    work = search_layer if method == "auto" else _Baseline(method)
-    tasks = [
-        layer_task(data, layer, cluster, spec, seed=seed, effort=effort, model=model)
-        for layer in range(data.num_layers)
-    ]
-    answers = _run(work, tasks, executor, progress)
-    slots = np.stack([a.slots_GC for a in answers])
-    evidence = _evidence(objective, answers, data)
-    made = Plan(
-        slots=slots,
-        num_experts=trace.num_experts,
-        dispatch=spec,
-        layer_indices=trace.layer_indices,
-        model_digest="" if model is None else model.digest(),
-        cluster_digest=cluster.digest(),
-        provenance=Provenance(
-            method=method, seed=seed, effort=effort, trace_digest=trace.digest(),
-            notes=data.notes,
-        ),
-        evidence=evidence,
+    settings = _settings(
+        cluster, method, objective, dispatch, model, balance_slack, seed, effort, time_limit_s
     )
-    return PlanResult(made, evidence, time.perf_counter() - started)
+    require_room(trace.num_experts, cluster.slots_G)
+    data = planning_steps(trace, steps)
+    _check_model(settings, data)
+    if current is not None:
+        _check_current(current, data, cluster)
+    tasks = layer_tasks(data, settings, current)
+    work = search_layer if method == "auto" else Baseline(method)
+    answers = run_layers(work, tasks, data.num_layers, executor, progress)
+    evidence = evidence_of(answers, data, settings)
+    made = assemble(answers, data, settings, method, trace_digest(trace), evidence)
+    truncated = any(a.truncated for a in answers)
+    return PlanResult(made, evidence, time.perf_counter() - started, truncated)
 
 
 @dataclass(frozen=True)
-class _Baseline:
+class Baseline:
     """A method that looks at loads alone, as a job (picklable, unlike a closure)."""
 
     method: str
 
     def __call__(self, task: LayerTask) -> LayerAnswer:
-        return judge_layer(task, self.method, LAYER_METHODS[self.method](task.loads))
+        slots_GC = LAYER_METHODS[self.method](task.loads())
+        return judge_slots(task, self.method, slots_GC, layer_bound(task))
 
 
-def layer_task(
-    data: PlanningSteps,
-    layer: int,
-    cluster: Cluster,
-    dispatch: DispatchSpec,
-    *,
-    seed: int,
-    effort: str,
-    model: ModelSpec | None,
-) -> LayerTask:
-    """Everything one layer's job needs."""
-    loads = LayerLoads(
-        load_WE=data.planning_WE(layer),
-        slots_G=cluster.slots_G,
-        speed_G=cluster.speed_G,
-        nodes=cluster.num_nodes,
-        expert_groups=1 if model is None else model.num_expert_groups,
-    )
-    planning = validation = None
-    if data.trace is not None:
-        if dispatch.policy in HOME_BLIND:
-            planning = loads.load_WE.astype(np.int32)[:, None]
-            check = data.validation_WE(layer)
-            validation = None if check is None else check.astype(np.int32)[:, None]
-        else:
-            planning = data.planning_WGE(layer, cluster.num_devices)
-            validation = data.validation_WGE(layer, cluster.num_devices)
-    return LayerTask(layer, loads, planning, validation, cluster, dispatch, seed, effort)
+def layer_tasks(
+    data: PlanningSteps, settings: Settings, current: Plan | None = None
+) -> Iterator[LayerTask]:
+    """One job per layer, made as they are asked for."""
+    for layer in range(data.num_layers):
+        yield LayerTask(
+            layer=layer, traffic=data.layer(layer), slots_G=settings.cluster.slots_G, room_G=None,
+            cluster=settings.cluster, dispatch=settings.dispatch, objective=settings.objective,
+            model=settings.model, slack=settings.slack, seed=settings.seed,
+            effort=settings.effort, deadline=settings.deadline,
+            start_GC=None if current is None else current.slots[layer],
+        )
 
 
-def _run(
+def run_layers(
     work: Callable[[LayerTask], LayerAnswer],
-    tasks: list[LayerTask],
+    tasks: Iterable[LayerTask],
+    layers: int,
     executor: Executor | None,
     progress: Progress | None,
 ) -> list[LayerAnswer]:
+    """Answers in layer order; None = threads of this process, one per usable core."""
     answers: list[LayerAnswer] = []
-    results = map(work, tasks) if executor is None else executor.map(work, tasks)
-    for answer in results:
+    runner: Executor = LayerThreads() if executor is None else executor
+    for answer in runner.map(work, tasks):
         answers.append(answer)
         if progress is not None:
-            reached = float(np.mean([a.objective for a in answers]))
+            objective = "time" if answer.planning.time_us is not None else "balance"
+            reached = float(np.mean([a.planning.objective(objective) for a in answers]))
             bound = float(np.mean([a.bound for a in answers]))
-            progress(len(answers), len(tasks), checked_gap(reached, bound, "plan")[1])
+            progress(len(answers), layers, checked_gap(reached, bound, "plan")[1])
     return answers
 
 
-def _evidence(objective: str, answers: list[LayerAnswer], data: PlanningSteps) -> Evidence:
+def evidence_of(
+    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
+) -> Evidence:
+    """Objective, bound and gap; time adds layers up, balance takes their mean."""
+    name = settings.objective
     layers = []
     for answer in answers:
-        bound, _ = checked_gap(answer.objective, answer.bound, f"layer {answer.layer}")
-        copies = int((answer.slots_GC >= 0).sum()) - data.num_experts
+        reached = answer.planning.objective(name)
+        bound, _ = checked_gap(reached, answer.bound, f"layer {answer.layer}")
         layers.append(
             LayerEvidence(
-                objective=answer.objective, bound=bound, imbalance_mean=answer.objective,
-                replicas=copies,
+                objective=reached, bound=bound, imbalance_mean=answer.planning.imbalance,
+                replicas=int((answer.slots_GC >= 0).sum()) - data.num_experts,
             )
         )
-    reached = float(np.mean([x.objective for x in layers]))
-    bound, gap = checked_gap(reached, float(np.mean([x.bound for x in layers])), "plan")
-    checks = [a.validation for a in answers if a.validation is not None]
+    other_us = settings.model.other_time_us if name == "time" and settings.model else 0.0
+    sums = np.array([[x.objective, x.bound] for x in layers])
+    objective, bound = sums.sum(axis=0) + other_us if name == "time" else sums.mean(axis=0)
+    bound, gap = checked_gap(float(objective), float(bound), "plan")
+    checks = [a.validation.objective(name) for a in answers if a.validation is not None]
+    validation = None
+    if checks:
+        validation = float(np.sum(checks)) + other_us if name == "time" else float(np.mean(checks))
     return Evidence(
-        objective_name=objective, objective=reached, bound=bound, gap=gap,
-        validation=float(np.mean(checks)) if checks else None, layers=tuple(layers),
-        steps=data.said, bound_kind="mean load; copies of the heaviest experts", notes=data.notes,
+        objective_name=name, objective=float(objective), bound=bound, gap=gap,
+        validation=validation, layers=tuple(layers), steps=data.said,
+        bound_kind=BOUND_KINDS[name], notes=(*data.notes, *_remarks(answers, data, settings)),
     )
 
 
-def _check_options(method: str, objective: str, spec: DispatchSpec, effort: str) -> None:
+BOUND_KINDS = {
+    "balance": "mean load; copies that the heaviest experts need",
+    "time": "every used expert read once, every token computed once, exchanges at their start-up",
+}
+
+
+def assemble(
+    answers: list[LayerAnswer],
+    data: PlanningSteps,
+    settings: Settings,
+    method: str,
+    digest: str,
+    evidence: Evidence,
+) -> Plan:
+    """The plan itself."""
+    from .. import __version__
+
+    return Plan(
+        slots=np.stack([a.slots_GC for a in answers]),
+        num_experts=data.num_experts,
+        dispatch=settings.dispatch,
+        layer_indices=data.layer_indices,
+        model_digest="" if settings.model is None else settings.model.digest(),
+        cluster_digest=settings.cluster.digest(),
+        provenance=Provenance(
+            method=method, seed=settings.seed, effort=settings.effort, trace_digest=digest,
+            version=__version__, notes=data.notes,
+        ),
+        evidence=evidence,
+    )
+
+
+def trace_digest(source: RoutingTrace | Profile) -> str:
+    """Fingerprint of what the plan was made from."""
+    if isinstance(source, RoutingTrace):
+        return source.digest()
+    if source.sample is not None:
+        return source.sample.digest()
+    return ""
+
+
+def _remarks(
+    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
+) -> tuple[str, ...]:
+    """What a reader of the plan should know beside the numbers."""
+    remarks = []
+    slots = data.num_layers * settings.cluster.total_slots
+    empty = slots - sum(int((a.slots_GC >= 0).sum()) for a in answers)
+    searched = any(a.name.startswith("search") for a in answers)
+    if settings.objective == "time" and empty and searched:
+        remarks.append(
+            f"{empty} of {slots} slots are left empty: another replica there would cost more in "
+            "weight reads than it saves in balance"
+        )
+    unused = [a.layer for a in answers if not data.layer(a.layer).planning_WE().any()]
+    if unused:
+        remarks.append(f"no token used layer {unused[0]} ({len(unused)} such layers)")
+    return tuple(remarks)
+
+
+def _settings(
+    cluster: Cluster,
+    method: str,
+    objective: str | None,
+    dispatch: str | DispatchSpec,
+    model: ModelSpec | None,
+    slack: float,
+    seed: int,
+    effort: str,
+    time_limit_s: float | None,
+) -> Settings:
+    spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
+    policy_of(spec)
+    sized = model is not None and model.knows_sizes
+    objective = objective or ("time" if sized else "balance")
     for what, value, known in (
         ("method", method, METHODS),
         ("objective", objective, ("balance", "time")),
-        ("dispatch", spec.policy, tuple(POLICIES)),
         ("effort", effort, tuple(EFFORTS)),
     ):
         if value not in known:
             raise UsageError(f"unknown {what} {value!r}; there are: {', '.join(known)}")
+    if objective == "time" and not sized:
+        raise UsageError(
+            "objective time needs the model's hidden and intermediate sizes: give model=ModelSpec, "
+            "or use objective balance"
+        )
+    if not 0.0 <= slack < 1.0:
+        raise UsageError(f"balance_slack {slack} must lie in [0, 1)")
+    if time_limit_s is not None and not time_limit_s > 0:
+        raise UsageError(f"time_limit_s {time_limit_s} must be above 0")
+    deadline = None if time_limit_s is None else time.time() + time_limit_s
+    return Settings(cluster, spec, objective, model, slack, seed, effort, deadline)
 
 
-def replace_evidence(made: Plan, evidence: Evidence) -> Plan:
-    """The same slots with other evidence."""
-    return dataclasses.replace(made, evidence=evidence)
+def _check_model(settings: Settings, data: PlanningSteps) -> None:
+    model = settings.model
+    if model is None:
+        return
+    if (model.num_layers, model.num_experts) != (data.num_layers, data.num_experts):
+        raise InputError(
+            f"the model {model.name} has {model.num_layers} layers of {model.num_experts} experts, "
+            f"the trace {data.num_layers} of {data.num_experts}: they do not belong together"
+        )
+    if settings.objective == "time" and data.trace is None:
+        raise UsageError(
+            "average loads cannot tell time per step: record a trace of tokens, or use objective "
+            "balance"
+        )
+
+
+def _check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:
+    shape = (current.num_layers, current.num_experts, current.num_devices)
+    if shape != (data.num_layers, data.num_experts, cluster.num_devices):
+        raise InputError(
+            f"the current plan has {shape[0]} layers of {shape[1]} experts on {shape[2]} devices; "
+            f"the trace and cluster have {data.num_layers} of {data.num_experts} on "
+            f"{cluster.num_devices}"
+        )

@@ -1,114 +1,187 @@
 """What a plan is searched on and judged on: steps of a trace, or average loads where no trace is.
 
-Splits requests into a planning part and a validation part, cuts both into steps, and counts one
-layer at a time. Knows traces and steps. Knows nothing of devices beyond their number, of plans or
-of search.
+Splits requests into a planning part and a validation part, cuts both into steps, and hands out one
+layer at a time. Knows traces and steps. Knows nothing of devices, plans or search.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from ..traces.steps import Steps, StepSampler, count_steps, count_steps_by_home
+from ..traces.profile import Profile
+from ..traces.steps import Steps, StepSampler
 from ..traces.trace import RoutingTrace
+from .compiled import compiled
 
 FloatArray = npt.NDArray[np.float64]
-CountArray = npt.NDArray[np.int32]
+Int32Array = npt.NDArray[np.int32]
 
 VALIDATION_SHARE = 0.25     # of requests
-PLANNING_STEPS = 192
-VALIDATION_STEPS = 96
-FEWEST_VALIDATION_STEPS = 4
+STEP_ASSIGNMENTS = 1 << 21  # choices of one layer to search on: more steps teach little more
+MOST_STEPS, FEWEST_STEPS = 64, 16
+FEWEST_VALIDATION_STEPS = 2
+FEW_IN_FLIGHT = 16          # a second set of steps has this many times fewer requests in flight
 MOST_PASSES = 8             # through the same tokens, each with another seed
+MOST_REQUESTS = 512         # whose loads shape the scenarios
+
+
+@dataclass(frozen=True)
+class LayerTraffic:
+    """One layer's share of the planning data; picklable, and all that a job needs to know."""
+
+    trace: RoutingTrace | None       # this layer alone: ids [T, 1, K]
+    planning: Steps | None
+    bursty: Steps | None             # planning tokens again, few requests in flight
+    validation: Steps | None
+    load_WE: FloatArray | None       # average loads, where there is no trace
+    num_experts: int
+
+    def planning_WE(self) -> FloatArray:
+        """[W, E] tokens per planning step and expert."""
+        if self.load_WE is not None:
+            return self.load_WE
+        return self._counts(self.planning)
+
+    def search_WE(self) -> FloatArray:
+        """[W, E] planning and bursty steps."""
+        if self.load_WE is not None:
+            return self.load_WE
+        parts = [self._counts(s) for s in (self.planning, self.bursty) if s is not None]
+        return np.concatenate(parts)
+
+    def request_RE(self) -> FloatArray:
+        """[R, E] load of each request of the planning part; windows where there is no trace."""
+        if self.load_WE is not None:
+            return self.load_WE
+        assert self.trace is not None and self.planning is not None
+        tokens = np.unique(self.planning.token)
+        _, place = np.unique(self.trace.request_T()[tokens], return_inverse=True)
+        row = place.astype(np.int64) % MOST_REQUESTS
+        load = np.zeros((int(row.max()) + 1, self.num_experts))
+        ids = self.trace.ids[tokens, 0].astype(np.int64)
+        cell = row[:, None] * self.num_experts + ids
+        if self.trace.k_of_token is not None:
+            cell = cell[np.arange(ids.shape[1]) < self.trace.k_of_token[tokens, 0][:, None]]
+        load += np.bincount(cell.reshape(-1), minlength=load.size).reshape(load.shape)
+        return load
+
+    def counts(self, steps: Steps) -> Int32Array:
+        """[W, E] tokens per step and expert, whole numbers."""
+        assert self.trace is not None
+        k_T = self.trace.k_of_token
+        counted = np.zeros((len(steps), self.num_experts), np.int32)
+        _count(
+            np.ascontiguousarray(self.trace.ids[:, 0]), steps.token, steps.offset,
+            np.empty(0, np.uint8) if k_T is None else np.ascontiguousarray(k_T[:, 0]), counted,
+        )
+        return counted
+
+    def _counts(self, steps: Steps | None) -> FloatArray:
+        assert steps is not None
+        return self.counts(steps).astype(np.float64)
 
 
 @dataclass(frozen=True)
 class PlanningSteps:
-    """Steps to search on (`planning`) and, apart, to decide on (`validation`).
+    """Steps to search on (`planning`, `bursty`) and, apart, to decide on (`validation`).
 
     Without a trace only `load_WLE` is there: each row is one step of average loads.
     """
 
     trace: RoutingTrace | None
     planning: Steps | None
+    bursty: Steps | None
     validation: Steps | None
     load_WLE: FloatArray | None
     num_experts: int
     num_layers: int
+    layer_indices: tuple[int, ...]
     notes: tuple[str, ...] = ()
     said: str = ""
 
-    def planning_WE(self, layer: int) -> FloatArray:
-        """[W, E] tokens per planning step and expert of one layer."""
+    def layer(self, layer: int) -> LayerTraffic:
+        """One layer's share."""
         if self.load_WLE is not None:
-            return np.ascontiguousarray(self.load_WLE[:, layer], np.float64)
-        assert self.trace is not None and self.planning is not None
-        return count_steps(self.trace, self.planning, layer).astype(np.float64)
-
-    def planning_WGE(self, layer: int, devices: int) -> CountArray:
-        """[W, G, E] the same by home rank."""
-        assert self.trace is not None and self.planning is not None
-        return count_steps_by_home(self.trace, self.planning, layer, devices)
-
-    def validation_WE(self, layer: int) -> FloatArray | None:
-        """[W, E] tokens per validation step; None where nothing was held back."""
-        if self.trace is None or self.validation is None:
-            return None
-        return count_steps(self.trace, self.validation, layer).astype(np.float64)
-
-    def validation_WGE(self, layer: int, devices: int) -> CountArray | None:
-        """[W, G, E] the same by home rank."""
-        if self.trace is None or self.validation is None:
-            return None
-        return count_steps_by_home(self.trace, self.validation, layer, devices)
+            loads = np.ascontiguousarray(self.load_WLE[:, layer], np.float64)
+            return LayerTraffic(None, None, None, None, loads, self.num_experts)
+        assert self.trace is not None
+        return LayerTraffic(
+            one_layer(self.trace, layer), self.planning, self.bursty, self.validation, None,
+            self.num_experts,
+        )
 
 
-def steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
+def planning_steps(source: RoutingTrace | Profile, sampler: StepSampler) -> PlanningSteps:
+    """Steps of a trace or of a profile's sample; average loads of a load-only profile."""
+    if isinstance(source, Profile):
+        if source.sample is None:
+            return _steps_of_loads(source)
+        return _steps_of_trace(source.sample, sampler)
+    return _steps_of_trace(source, sampler)
+
+
+def one_layer(trace: RoutingTrace, layer: int) -> RoutingTrace:
+    """The trace of one MoE layer; gates are left out, planning does not read them."""
+    k_TL = trace.k_of_token
+    indices = trace.layer_indices[layer : layer + 1]
+    return dataclasses.replace(
+        trace, ids=np.ascontiguousarray(trace.ids[:, layer : layer + 1]), gates=None,
+        k_of_token=None if k_TL is None else np.ascontiguousarray(k_TL[:, layer : layer + 1]),
+        layer_indices=indices,
+    )
+
+
+def _steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
     """Hold back a quarter of the requests, cut both parts into steps.
 
     In `recorded` order the last quarter of the steps is held back instead. Nothing is held back
-    when a part would not fill FEWEST_VALIDATION_STEPS steps; the notes say so.
+    when a part would not fill enough steps; the notes say so.
     Raises InputError when the whole trace does not fill one step.
     """
+    most = int(np.clip(STEP_ASSIGNMENTS // (sampler.tokens * trace.top_k), FEWEST_STEPS, MOST_STEPS))
+    notes: list[str] = []
+    bursty: Steps | None = None
     if sampler.order == "recorded":
-        planning, validation = _cut_in_time(sampler.sample(trace))
+        planning, validation = _cut_in_time(sampler.sample(trace), most)
     else:
         planning_tokens, validation_tokens = _split_tokens(trace, sampler.seed)
-        planning = _passes(trace, planning_tokens, sampler, PLANNING_STEPS)
-        validation = _passes(trace, validation_tokens, sampler, VALIDATION_STEPS)
-    notes: list[str] = []
-    if planning is None or validation is None or len(validation) < FEWEST_VALIDATION_STEPS:
-        planning, validation = sampler.sample(trace, PLANNING_STEPS), None
+        planning = _passes(trace, planning_tokens, sampler, most)
+        validation = _passes(trace, validation_tokens, sampler, most)
+        if planning is None or validation is None or len(validation) < FEWEST_VALIDATION_STEPS:
+            planning, validation = sampler.sample(trace, most), None
+            planning_tokens = np.arange(trace.num_tokens)
+        if sampler.order == "interleaved":
+            few = replace(
+                sampler, concurrency=max(1, sampler.concurrency // FEW_IN_FLIGHT),
+                seed=sampler.seed + 1,
+            )
+            bursty = _passes(trace, planning_tokens, few, most // 2)
+    if validation is None:
         notes.append("too short a trace to hold back a validation part")
     said = (
         f"{len(planning)} planning and {0 if validation is None else len(validation)} validation "
         f"steps of {sampler.tokens} tokens, {sampler.order}, {sampler.concurrency} in flight"
     )
     return PlanningSteps(
-        trace, planning, validation, None, trace.num_experts, trace.num_layers,
-        tuple(dict.fromkeys((*planning.notes, *notes))), said,
+        trace, planning, bursty, validation, None, trace.num_experts, trace.num_layers,
+        trace.layer_indices, tuple(dict.fromkeys((*planning.notes, *notes))), said,
     )
 
 
-def steps_of_loads(load_WLE: npt.ArrayLike) -> PlanningSteps:
-    """Average loads as steps: [W, L, E], finite and >= 0. Raises InputError otherwise."""
-    loads = np.asarray(load_WLE, np.float64)
-    if loads.ndim != 3 or 0 in loads.shape:
-        raise InputError(f"loads must be [windows, layers, experts]; got {list(loads.shape)}")
-    if not np.isfinite(loads).all() or (loads < 0).any():
-        w, layer, expert = np.argwhere(~np.isfinite(loads) | (loads < 0))[0]
-        raise InputError(
-            f"window {w}, layer {layer}, expert {expert}: load {loads[w, layer, expert]}; loads "
-            "must be finite and >= 0"
-        )
+def _steps_of_loads(profile: Profile) -> PlanningSteps:
+    """Average loads as steps, one per window; windows of any scale weigh alike."""
+    loads = np.asarray(profile.load_WLE, np.float64)
     return PlanningSteps(
-        None, None, None, loads, loads.shape[2], loads.shape[1],
+        None, None, None, None, loads, profile.num_experts, profile.num_layers,
+        profile.layer_indices,
         ("planned for load only: no steps, requests or homes were recorded",),
-        f"{len(loads)} windows of average load",
+        f"average loads in {profile.num_windows} windows",
     )
 
 
@@ -123,38 +196,39 @@ def _split_tokens(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _cut_in_time(steps: Steps) -> tuple[Steps, Steps | None]:
-    """The earlier three quarters of the steps and the later quarter, each thinned to its limit."""
+def _cut_in_time(steps: Steps, most: int) -> tuple[Steps, Steps | None]:
+    """The earlier three quarters of the steps and the later quarter, each thinned to `most`."""
     cut = len(steps) - round(VALIDATION_SHARE * len(steps))
-    earlier = np.unique(np.linspace(0, cut - 1, min(cut, PLANNING_STEPS)).astype(np.int64))
-    if cut == len(steps):
-        return steps.take(earlier), None
-    later = np.linspace(cut, len(steps) - 1, min(len(steps) - cut, VALIDATION_STEPS))
-    return steps.take(earlier), steps.take(np.unique(later.astype(np.int64)))
+    if len(steps) - cut < FEWEST_VALIDATION_STEPS:
+        return steps.take(_thinned(0, len(steps), most)), None
+    return steps.take(_thinned(0, cut, most)), steps.take(_thinned(cut, len(steps), most))
+
+
+def _thinned(start: int, stop: int, most: int) -> npt.NDArray[np.int64]:
+    return np.unique(np.linspace(start, stop - 1, min(stop - start, most)).astype(np.int64))
 
 
 def _passes(
     trace: RoutingTrace, tokens: npt.NDArray[np.int64], sampler: StepSampler, wanted: int
 ) -> Steps | None:
-    """Up to `wanted` steps of some of the trace's tokens (indices into the whole trace).
+    """Up to `wanted` steps of some of the trace's tokens, as indices into the whole trace.
 
-    Sampling ends when a request in flight cannot be replaced, so at most a quarter of the requests
-    are in flight at once, and the tokens are passed through again with another seed until there
-    are enough steps. None if the tokens do not fill one step.
+    Sampling ends when a request in flight cannot be replaced. So the first pass is the sampler's
+    own; further ones, with other seeds, keep at most a quarter of the requests in flight and so
+    reach the ends of long requests too. None if the tokens do not fill one step.
     """
     if len(tokens) < sampler.tokens:
         return None
     part = trace.select(tokens)
-    requests = len(np.unique(part.request_T()))
-    in_flight = min(sampler.concurrency, max(1, requests // 4))
+    quarter = max(1, len(np.unique(part.request_T())) // 4)
     found: list[Steps] = []
     for turn in range(MOST_PASSES if sampler.order != "stored" else 1):
+        in_flight = sampler.concurrency if turn == 0 else min(sampler.concurrency, quarter)
         again = replace(sampler, concurrency=in_flight, seed=sampler.seed + 7919 * turn)
         try:
-            steps = again.sample(part, wanted - sum(map(len, found)))
+            found.append(again.sample(part, wanted - sum(map(len, found))))
         except InputError:      # not one whole step in this order
             continue
-        found.append(steps)
         if sum(map(len, found)) >= wanted:
             break
     if not found:
@@ -163,3 +237,14 @@ def _passes(
     order = np.concatenate([s.token for s in found])
     offset = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
     return Steps(tokens[order], offset, found[0].notes)
+
+
+@compiled
+def _count(ids_TK: Any, token: Any, offset: Any, k_T: Any, counts_WE: Any) -> None:
+    for w in range(len(offset) - 1):
+        row = counts_WE[w]
+        for a in range(offset[w], offset[w + 1]):
+            t = token[a]
+            kept = ids_TK.shape[1] if len(k_T) == 0 else int(k_T[t])
+            for k in range(kept):
+                row[ids_TK[t, k]] += 1

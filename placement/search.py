@@ -1,115 +1,214 @@
-"""One layer's search: starts, improvement under the dispatch that will run, and the choice.
+"""One layer's search: starts, improvement on sampled and imagined steps, and the choice.
 
-A `LayerTask` holds everything and travels to any machine; `search_layer` is pure. Knows counts per
-step, devices and dispatch. Knows nothing of traces, other layers, files or executors.
+`search_layer` is pure: the same task gives the same answer on any machine, unless its guard on
+time fires. Knows the searches and when each applies. Knows nothing of other layers or executors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from .bounds import balance_bound_W
-from .cluster import Cluster
-from .compiled import random_state
-from .judge import fluid_imbalance_W, imbalance_W, mean_imbalance
-from .methods import LayerLoads, greedy, lpt_swap
-from .plan import DispatchSpec
-from .search_few_devices import MOST_DEVICES, anneal, subset_speed
+from .annealing import Annealing, Found, SearchSpace, search_space
+from .compiled import RandomState, random_state
+from .layer_job import LayerAnswer, LayerTask, judge_slots, layer_bound
+from .methods import LayerLoads, contiguous, greedy, lpt_swap
+from .scenarios import Rows, home_rows, search_rows
+from .search_average import anneal_average
+from .search_copies import CopyModel, copy_model, no_copies
+from .search_few_devices import MOST_DEVICES, improve_few_devices
+from .search_fixed_shares import NEAREST_RULES, improve_fixed_shares
+from .search_many_devices import improve_many_devices
 
 FloatArray = npt.NDArray[np.float64]
-CountArray = npt.NDArray[np.int32]
 SlotArray = npt.NDArray[np.int16]
+Improve = Callable[..., Found]
 
 EFFORTS = {"fast": 0.3, "normal": 1.0, "thorough": 4.0}   # units of work
-HARDENING = 1.5      # search steps are drawn this much further from their mean
-BEND = 1.0           # weight of squared overload: the tail counts more
-
-
-@dataclass(frozen=True)
-class LayerTask:
-    """One layer to place. Counts are [W, G, E] by home rank, or [W, 1, E] where homes are moot."""
-
-    layer: int
-    loads: LayerLoads
-    planning_WGE: CountArray | None      # None: average loads only
-    validation_WGE: CountArray | None
-    cluster: Cluster
-    dispatch: DispatchSpec
-    seed: int
-    effort: str
-
-
-@dataclass(frozen=True)
-class LayerAnswer:
-    """The slots found and what they are worth on the planning steps."""
-
-    layer: int
-    slots_GC: SlotArray
-    name: str                            # the candidate that won
-    objective: float
-    bound: float
-    validation: float | None
+ROUNDS = 6                   # each with fresh scenarios; the last one with more of them, cold
+MOVES_PER_SLOT_FEW = 200     # over all rounds
+MOVES_PER_SLOT_MANY = 16
+FEWEST_MOVES = 6_000
+SCENARIOS_FEW, SCENARIOS_MANY = 48, 8     # fresh rows of each kind, each round
+HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
+BEND = 1.0                   # weight of squared overload: the tail counts more
+ROBUSTNESS_PRICE = 0.005     # imbalance at home that robustness may cost
+COPY_TOKENS = 4_096          # tokens whose copies are counted while searching
+COPY_WEIGHTS = (0.3, 1.0)    # price of one copy per token against overload, one search each
 
 
 def search_layer(task: LayerTask) -> LayerAnswer:
-    """Search one layer; the candidate with the best validation wins, ties to the earlier one."""
-    candidates = {"greedy": greedy(task.loads), "lpt_swap": lpt_swap(task.loads)}
-    if task.dispatch.policy == "balanced" and task.loads.devices <= MOST_DEVICES:
-        candidates["search"] = _few_devices(task, candidates["greedy"])
-    answers = [judge_layer(task, name, slots) for name, slots in candidates.items()]
-    return min(answers, key=_decisive)
+    """Search one layer and choose among its candidates by their validation."""
+    bound = layer_bound(task)
+    answers: list[LayerAnswer] = []
+    truncated = False
+    for name, slots in _candidates(task):
+        answers.append(judge_slots(task, name, slots, bound))
+        if task.expired():
+            truncated = True
+            break
+    return replace(choose(task, answers), truncated=truncated)
 
 
-def judge_layer(task: LayerTask, name: str, slots_GC: SlotArray) -> LayerAnswer:
-    """Objective, bound and validation of given slots."""
-    loads = task.loads
-    bound = balance_bound_W(loads.load_WE, int(loads.slots_G.sum()), loads.speed_G)
-    if task.planning_WGE is None:
-        planning = fluid_imbalance_W(loads.load_WE, slots_GC, task.cluster, task.dispatch)
-    else:
-        planning = imbalance_W(task.planning_WGE, slots_GC, task.cluster, task.dispatch)
-    validation = None
-    if task.validation_WGE is not None:
-        validation = mean_imbalance(
-            imbalance_W(task.validation_WGE, slots_GC, task.cluster, task.dispatch)
-        )
-    used = loads.load_WE.sum(axis=1) > 0
-    return LayerAnswer(
-        task.layer, slots_GC, name, mean_imbalance(planning),
-        float(bound[used].mean()) if used.any() else 1.0, validation,
-    )
+def choose(task: LayerTask, answers: list[LayerAnswer]) -> LayerAnswer:
+    """The best answer; see the objective in `plan`. Searched candidates come last and win ties.
 
-
-def _decisive(answer: LayerAnswer) -> float:
-    return answer.objective if answer.validation is None else answer.validation
-
-
-def _few_devices(task: LayerTask, start_GC: SlotArray) -> SlotArray:
-    loads = task.loads
-    rows = hardened(loads.load_WE, loads.speed_G)
-    if len(rows) == 0:
-        return start_GC
-    rate_Q = (1.0 / subset_speed(loads.speed_G)).astype(np.float32)
-    moves = int(20_000 * EFFORTS[task.effort])
-    _, slots_GC = anneal(
-        rows.astype(np.float32), np.full(len(rows), 1 / len(rows)), rate_Q, start_GC,
-        loads.slots_G, moves, 3e-3, 3e-5, BEND, random_state(task.seed, task.layer),
-    )
-    return slots_GC
-
-
-def hardened(load_WE: FloatArray, speed_G: FloatArray) -> FloatArray:
-    """Steps with tokens, scaled so that perfect balance is 1, moved away from their mean.
-
-    x' = max(0, mean + HARDENING · (x − mean)), renormalised. Once every step is perfect a search
-    would walk at random; harder steps keep it walking towards plans with room to spare.
+    time: the least. balance: the least imbalance, where a searched placement may cost
+    ROBUSTNESS_PRICE at home; where copies cost bytes, the fewest copies among those within slack.
     """
-    total_W1 = load_WE.sum(axis=1, keepdims=True)
-    share = load_WE[total_W1[:, 0] > 0] / total_W1[total_W1[:, 0] > 0]
-    if len(share) == 0:
-        return share
-    share = np.maximum(0.0, share.mean(axis=0) + HARDENING * (share - share.mean(axis=0)))
-    return np.asarray(share / share.sum(axis=1, keepdims=True) * speed_G.sum())
+    if task.objective == "time":
+        return min(answers, key=lambda a: a.decisive.objective("time"))
+    least = min(a.decisive.imbalance for a in answers)
+    if task.counts_copies:
+        near = [a for a in answers if a.decisive.imbalance <= least + task.slack]
+        return min(near, key=lambda a: (a.decisive.copies, a.decisive.imbalance))
+    robust = [a for a in answers if a.name.startswith("search")]
+    for answer in reversed(robust):
+        if answer.decisive.imbalance <= least + ROBUSTNESS_PRICE:
+            return answer
+    return min(answers, key=lambda a: a.decisive.imbalance)
+
+
+def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
+    """(name, slots), cheap ones first, so that a fired guard still has something to choose."""
+    loads = task.loads()
+    start = lpt_swap(loads)
+    if task.start_GC is not None:
+        yield "current", task.start_GC
+    yield "lpt_swap", start
+    yield "greedy", greedy(loads)
+    if not loads.load_WE.any():
+        return                       # a layer nobody used: any placement is as good
+    if task.objective == "time":
+        yield "contiguous", contiguous(loads)
+    if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
+        yield "search", _average(task, loads, start)
+        return
+    yield "search", _by_rows(task, loads, start, 0.0)
+    if task.counts_copies:
+        for weight in COPY_WEIGHTS:
+            yield f"search, copies {weight}", _by_rows(task, loads, start, weight)
+    if task.objective == "time":
+        yield from _with_fewer_copies(task, loads)
+
+
+def _with_fewer_copies(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
+    """The same with slots left empty: decode reads weights, so a replica may cost time."""
+    experts, slots = loads.experts, int(loads.usable_slots_G().sum())
+    for share in (0.5, 0.25, 0.0):
+        keep = experts + round(share * (slots - experts))
+        if keep >= slots:
+            continue
+        fewer = replace(loads, slots_G=_trimmed(loads.slots_G, keep))
+        part = replace(task, slots_G=fewer.slots_G)
+        found = _by_rows(part, fewer, lpt_swap(fewer), 0.0)
+        yield f"search, {keep} of {slots} slots", _widened(found, loads.most_slots)
+
+
+def _trimmed(slots_G: npt.NDArray[np.int64], keep: int) -> npt.NDArray[np.int64]:
+    """Fewer slots, taken one by one from the device with most (ties: the last)."""
+    slots = slots_G.copy()
+    while int(slots.sum()) > keep:
+        slots[len(slots) - 1 - int(np.argmax(slots[::-1]))] -= 1
+    return slots
+
+
+def _widened(slots_GC: SlotArray, width: int) -> SlotArray:
+    wide = np.full((len(slots_GC), width), -1, np.int16)
+    wide[:, : slots_GC.shape[1]] = slots_GC
+    return wide
+
+
+def _average(task: LayerTask, loads: LayerLoads, start_GC: SlotArray) -> SlotArray:
+    moves = round(MOVES_PER_SLOT_AVERAGE * int(loads.slots_G.sum()) * EFFORTS[task.effort])
+    return anneal_average(
+        start_GC, loads.load_E, loads.slots_G, loads.speed_G, moves,
+        random_state(task.seed, task.layer),
+    )
+
+
+MOVES_PER_SLOT_AVERAGE = 600
+
+
+def _by_rows(
+    task: LayerTask, loads: LayerLoads, start_GC: SlotArray, copy_weight: float
+) -> SlotArray:
+    """Anneal in rounds, each on home steps and fresh scenarios; the last is cold and has more."""
+    few = loads.devices <= MOST_DEVICES
+    improve = _improver(task, few)
+    space = search_space(
+        loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.room_G
+    )
+    copies = _copies(task, copy_weight)
+    rng = np.random.default_rng([task.seed, task.layer])
+    state = random_state(task.seed, task.layer)
+    home = home_rows(task.traffic.search_WE(), float(loads.speed_G.sum()))
+    request_RE = task.traffic.request_RE()
+    scenarios = SCENARIOS_FEW if few else SCENARIOS_MANY
+    per_slot = MOVES_PER_SLOT_FEW if few else MOVES_PER_SLOT_MANY
+    slots = int(np.asarray(space.slots_G).sum())
+    moves = round(max(FEWEST_MOVES, per_slot * slots) * EFFORTS[task.effort] / ROUNDS)
+    heat = HOT * (COLD / HOT) ** (np.arange(ROUNDS) / (ROUNDS - 1))
+    free = 1.0 if copy_weight == 0.0 else 1.0 + task.slack / 2
+    found_GC = start_GC
+    for turn in range(ROUNDS):
+        last = turn == ROUNDS - 1
+        rows = search_rows(
+            home, request_RE, scenarios * (3 if last else 1), float(loads.speed_G.sum()), rng
+        )
+        annealing = Annealing(
+            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1]), BEND, free
+        )
+        found = improve(space, rows.load_WE, rows.weight_W, found_GC, annealing, copies, state)
+        found_GC = found.best_GC if last else found.last_GC
+        if task.expired():
+            return found.best_GC
+    return found_GC
+
+
+def _improver(task: LayerTask, few: bool) -> Improve:
+    """The search that models how the dispatch shares tokens among copies."""
+    if task.dispatch.policy in ("balanced", "fewest_active"):
+        return improve_few_devices if few else improve_many_devices
+    if task.dispatch.policy in NEAREST_RULES:
+        return partial(improve_fixed_shares, node_G=task.cluster.node_G)
+    return improve_fixed_shares
+
+
+def _copies(task: LayerTask, weight: float) -> CopyModel:
+    """Copies of a sample of the planning tokens; none where they cost nothing."""
+    trace, planning = task.traffic.trace, task.traffic.planning
+    if weight == 0.0 or trace is None or planning is None:
+        return no_copies(task.cluster.num_devices)
+    token = planning.token[:: max(1, len(planning.token) // COPY_TOKENS)]
+    ids_TK = trace.ids[token, 0].astype(np.int32)
+    valid = trace.valid_TLK(token)
+    if valid is not None:
+        ids_TK[~valid[:, 0]] = -1
+    home_T = trace.home_rank_T(task.cluster.num_devices)[token]
+    model = copy_model(ids_TK, home_T, task.traffic.num_experts, task.cluster, weight)
+    return no_copies(task.cluster.num_devices) if model is None else model
+
+
+def rows_of(task: LayerTask, count: int, rng: np.random.Generator) -> Rows:
+    """Rows as the search sees them, for others that judge by the same prior."""
+    speed = float(task.cluster.speed_G.sum())
+    home = home_rows(task.traffic.search_WE(), speed)
+    return search_rows(home, task.traffic.request_RE(), count, speed, rng)
+
+
+def space_of(task: LayerTask) -> SearchSpace:
+    """The devices of a task as the searches see them."""
+    loads = task.loads()
+    return search_space(
+        loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.room_G
+    )
+
+
+def state_of(task: LayerTask) -> RandomState:
+    """The task's stream of random numbers."""
+    return random_state(task.seed, task.layer)

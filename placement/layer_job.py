@@ -1,0 +1,155 @@
+"""One layer as a job of its own: what there is to place, and what given slots are worth.
+
+A `LayerTask` holds everything and travels to any machine. Knows counts, devices, dispatch, traffic
+and, with a model, time. Knows nothing of how slots are found, of other layers or of executors.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..traces.spec import ModelSpec
+from ..traces.steps import Steps
+from .bounds import balance_bound_W, time_bound_us
+from .cluster import Cluster
+from .cost import step_cost
+from .evaluate import imbalance_of
+from .judge import HOME_BLIND, fluid_imbalance_W, imbalance_W, mean_imbalance
+from .methods import LayerLoads
+from .plan import DispatchSpec, Plan
+from .planning_steps import LayerTraffic
+from .search_copies import copies_cost_bytes
+from .traffic import step_loads
+
+FloatArray = npt.NDArray[np.float64]
+SlotArray = npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One layer to place."""
+
+    layer: int
+    traffic: LayerTraffic
+    slots_G: npt.NDArray[np.int64]       # slots in this layer, at most the cluster's
+    room_G: FloatArray | None            # bytes for this layer; None = slots are the limit
+    cluster: Cluster
+    dispatch: DispatchSpec
+    objective: str                       # "balance" or "time"
+    model: ModelSpec | None              # this layer's sizes, needed for "time"
+    slack: float                         # of balance, in favour of fewer copies
+    seed: int
+    effort: str
+    deadline: float | None = None        # time.time() after which only cheap work is begun
+    start_GC: SlotArray | None = None    # a standing plan's slots, also a candidate
+
+    def loads(self) -> LayerLoads:
+        """What the load-only methods see."""
+        sizes = None if self.model is None else self.model.bytes_per_expert_E().astype(np.float64)
+        return LayerLoads(
+            load_WE=self.traffic.planning_WE(), slots_G=self.slots_G,
+            speed_G=self.cluster.speed_G, nodes=self.cluster.num_nodes,
+            expert_groups=1 if self.model is None else self.model.num_expert_groups,
+            size_E=sizes, room_G=self.room_G,
+        )
+
+    def expired(self) -> bool:
+        """Whether the guard on time has fired."""
+        return self.deadline is not None and time.time() > self.deadline
+
+    @property
+    def counts_copies(self) -> bool:
+        """Whether fewer copies are worth something here."""
+        return self.traffic.trace is not None and copies_cost_bytes(self.cluster)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What slots are worth on some steps. `copies`: remote, per token; between nodes if any."""
+
+    imbalance: float
+    copies: float = 0.0
+    time_us: float | None = None
+
+    def objective(self, name: str) -> float:
+        """The figure that decides."""
+        if name == "time":
+            assert self.time_us is not None
+            return self.time_us
+        return self.imbalance
+
+
+@dataclass(frozen=True)
+class LayerAnswer:
+    """The slots found and what they are worth."""
+
+    layer: int
+    slots_GC: SlotArray
+    name: str                        # the candidate that won
+    planning: Score
+    bound: float                     # on the objective, over all plans, on the planning steps
+    validation: Score | None
+    truncated: bool = False
+
+    @property
+    def decisive(self) -> Score:
+        """The score that candidates are chosen by."""
+        return self.planning if self.validation is None else self.validation
+
+
+def judge_slots(task: LayerTask, name: str, slots_GC: SlotArray, bound: float) -> LayerAnswer:
+    """Scores of given slots on the planning and the validation steps."""
+    validation = None
+    if task.traffic.validation is not None:
+        validation = score(task, slots_GC, task.traffic.validation)
+    planning = score(task, slots_GC, task.traffic.planning)
+    return LayerAnswer(task.layer, slots_GC, name, planning, bound, validation)
+
+
+def score(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> Score:
+    """What slots are worth on these steps (the average loads where there is no trace)."""
+    traffic, cluster = task.traffic, task.cluster
+    if traffic.load_WE is not None:
+        fluid = fluid_imbalance_W(traffic.load_WE, slots_GC, cluster, task.dispatch)
+        return Score(mean_imbalance(fluid))
+    assert traffic.trace is not None and steps is not None
+    plain = task.objective == "balance" and not task.counts_copies
+    if plain and task.dispatch.policy in HOME_BLIND:
+        counts = traffic.counts(steps)[:, None]
+        return Score(mean_imbalance(imbalance_W(counts, slots_GC, cluster, task.dispatch)))
+    plan = Plan(slots=slots_GC[None], num_experts=traffic.num_experts, dispatch=task.dispatch)
+    sizes = None
+    if task.model is not None and task.model.expert_bytes is not None:
+        sizes = task.model.bytes_per_expert_E()
+    loads = step_loads(
+        traffic.trace, steps, plan, cluster, task.dispatch, expert_bytes_E=sizes
+    )
+    time_us = None
+    if task.objective == "time":
+        assert task.model is not None
+        cost = step_cost(loads, task.model, cluster, dispatch=task.dispatch)
+        time_us = float(cost.layer_us_WL.mean())
+    copies = loads.nic_out_WLG.sum()
+    if cluster.num_nodes == 1:
+        copies = loads.nvlink_out_WLG.sum()
+    return Score(
+        mean_imbalance(imbalance_of(loads.tokens_WLG, cluster)[:, 0]),
+        float(copies / max(loads.tokens_W.sum(), 1)), time_us,
+    )
+
+
+def layer_bound(task: LayerTask) -> float:
+    """Least possible objective of this layer on the planning steps, over all plans."""
+    load_WE = task.traffic.planning_WE()
+    if task.objective == "time":
+        assert task.model is not None
+        return float(time_bound_us(load_WE, task.model, task.cluster, task.dispatch).mean())
+    used = load_WE.sum(axis=1) > 0
+    if not used.any():
+        return 1.0
+    slots = int(task.slots_G.sum())
+    return float(balance_bound_W(load_WE[used], slots, task.cluster.speed_G).mean())

@@ -1,0 +1,117 @@
+"""The traffic a search prepares for: today's steps, and a stated prior on how the mix may change.
+
+Three kinds of rows, each an [E] load scaled so that perfect balance is 1:
+  home      sampled steps of the trace, moved away from their mean, so that once all are perfect the
+            search still walks towards plans with room to spare;
+  requests  a few of the trace's requests make up the whole step (weights uniform on the simplex),
+            moved away from the mean, times lognormal noise: the mix changes towards what some
+            requests do today;
+  unknown   shares to a power below one, times lognormal noise: a domain nobody has seen.
+The constants are the prior, the same for every trace; they were not fitted to any one.
+
+Knows loads. Knows nothing of devices beyond their total speed, of plans or of search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """How much each kind of row weighs, and how far traffic may move."""
+
+    home: float = 0.5
+    requests: float = 0.3
+    unknown: float = 0.2
+    hardening: float = 1.5        # home and request rows move this much further from their mean
+    requests_mixed: int = 2
+    request_noise: float = 0.5    # sigma of the log of each expert's load
+    persistence: float = 0.3      # power on today's shares in an unseen domain
+    spread: float = 1.0           # sigma of the log there
+
+
+PRIOR = Prior()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to search on, and their weights (which sum to 1)."""
+
+    load_WE: FloatArray
+    weight_W: FloatArray
+
+
+def home_rows(load_WE: FloatArray, speed: float, prior: Prior = PRIOR) -> FloatArray:
+    """Steps with tokens, hardened: x' = max(0, mean + h·(x − mean)), renormalised."""
+    share = _shares(load_WE)
+    if len(share) == 0:
+        return share
+    return _scaled(_hardened(share, share.mean(axis=0), prior.hardening), speed)
+
+
+def request_rows(
+    load_RE: FloatArray, count: int, speed: float, rng: np.random.Generator, prior: Prior = PRIOR
+) -> FloatArray:
+    """`count` steps made of a few requests each; empty where there are fewer than two requests."""
+    share = _shares(load_RE)
+    if len(share) < 2:
+        return np.empty((0, load_RE.shape[1]))
+    chosen = rng.integers(0, len(share), (count, prior.requests_mixed))
+    weight = rng.dirichlet(np.ones(prior.requests_mixed), count)
+    mixed = (share[chosen] * weight[:, :, None]).sum(axis=1)
+    hard = _hardened(mixed, share.mean(axis=0), prior.hardening)
+    hard += FLOOR / share.shape[1]
+    return _scaled(hard * np.exp(prior.request_noise * rng.standard_normal(hard.shape)), speed)
+
+
+def unknown_rows(
+    load_E: FloatArray, count: int, speed: float, rng: np.random.Generator, prior: Prior = PRIOR
+) -> FloatArray:
+    """`count` steps of domains nobody has seen; an expert unused today may be used there."""
+    share_E = np.maximum(load_E / load_E.sum(), FLOOR / len(load_E))
+    noise = np.exp(prior.spread * rng.standard_normal((count, len(load_E))))
+    return _scaled(share_E**prior.persistence * noise, speed)
+
+
+FLOOR = 1e-2     # of the mean share: no expert is thought impossible
+
+
+def search_rows(
+    home: FloatArray,
+    load_RE: FloatArray,
+    count: int,
+    speed: float,
+    rng: np.random.Generator,
+    prior: Prior = PRIOR,
+) -> Rows:
+    """Home rows (as they are) with `count` fresh scenario rows of each kind, weighted."""
+    parts = [
+        (home, prior.home),
+        (request_rows(load_RE, count, speed, rng, prior), prior.requests),
+        (unknown_rows(home.mean(axis=0), count, speed, rng, prior), prior.unknown),
+    ]
+    parts = [(rows, weight) for rows, weight in parts if len(rows) and weight > 0]
+    total = sum(weight for _, weight in parts)
+    return Rows(
+        np.concatenate([rows for rows, _ in parts]),
+        np.concatenate([np.full(len(rows), w / total / len(rows)) for rows, w in parts]),
+    )
+
+
+def _shares(load_WE: FloatArray) -> FloatArray:
+    total_W = load_WE.sum(axis=1)
+    return np.asarray(load_WE[total_W > 0] / total_W[total_W > 0, None], np.float64)
+
+
+def _hardened(share_WE: FloatArray, mean_E: FloatArray, hardening: float) -> FloatArray:
+    return np.maximum(0.0, mean_E + hardening * (share_WE - mean_E))
+
+
+def _scaled(row_WE: FloatArray, speed: float) -> FloatArray:
+    return np.asarray(row_WE / row_WE.sum(axis=1, keepdims=True) * speed)
