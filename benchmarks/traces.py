@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+
 from loadmaster.traces.drift import entropy_bits
 from loadmaster.traces.manifest import Manifest, create_manifest
 from loadmaster.traces.record import Recorder
