@@ -1,9 +1,10 @@
 """A step timer that draws from steps routed beforehand, for runs of many steps.
 
-A step's time depends on how many prompt and answer tokens it holds and on which. For a grid of
-sizes the bank routes a few steps of each, drawn from the workload's own requests; a batch's time is
-interpolated (linearly) between the sizes around it. The grid is filled as sizes occur.
-`benchmarks/simulator.py` measures the error against routing every step.
+A step's time depends on how many prompt and answer tokens it holds, on how many of the prompt
+tokens start from one rank (its port is the busiest), and on which tokens they are. For a grid of
+those three sizes the bank routes a few steps of each, drawn from the workload's own requests; a
+batch's time is interpolated (linearly) between the sizes around it. The grid is filled as sizes
+occur. `benchmarks/simulator.py` measures the error against routing every step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 KEPT_STEPS = 48
-Key = tuple[int, int, int, int]    # condition, window, answer tokens, prompt tokens
+# Share of a step's prompt tokens that the busiest home rank holds.
+SHARES = (0.0, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
+Key = tuple[int, int, int, int, int]    # condition, window, answers, prompts, place in SHARES
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,18 @@ class StepBank:
         window = max(0, bisect_right(self.window_ns, group.loop.env.now) - 1)
         sample = self._sample()
         step_us, heaviest = 0.0, -1.0
+        shares = _around_share(_busiest_share(batch, group))
         for answers, part_a in self._around(batch.decode_tokens):
             for prompts, part_p in self._around(batch.prefill_tokens):
-                part = part_a * part_p
-                if part <= 0:
-                    continue
-                cell = self._cell((number, window, answers, prompts))
-                cell.used[sample] += part
-                step_us += part * cell.step_us[sample]
-                if part > heaviest:
-                    heaviest, nearest = part, cell
+                for share, part_s in shares:
+                    part = part_a * part_p * part_s
+                    if part <= 0:
+                        continue
+                    cell = self._cell((number, window, answers, prompts, share if prompts else 0))
+                    cell.used[sample] += part
+                    step_us += part * cell.step_us[sample]
+                    if part > heaviest:
+                        heaviest, nearest = part, cell
         if self.in_force.jitter_G is not None:
             step_us += self.in_force.jitter_us(nearest.routed.compute_us[sample])
         step_us += self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
@@ -127,33 +132,41 @@ class StepBank:
 
     def _compositions(self, key: Key) -> list[Composition]:
         """The cell's steps; they depend on window, sizes and seed, not on plan or order of use."""
-        _, window, answers, prompts = key
-        rng = stream(self.seed, f"bank {answers} {prompts}", window)
-        return [self._compose(rng, window, answers, prompts) for _ in range(self.spec.samples)]
+        _, window, answers, prompts, share = key
+        rng = stream(self.seed, f"bank {answers} {prompts} {share}", window)
+        first = self.window_start[window]
+        later = self.window_start[window + 1 : window + 2]
+        pool = np.arange(first, later[0] if later else len(self.workload))
+        return [
+            self._compose(rng, pool, answers, prompts, SHARES[share])
+            for _ in range(self.spec.samples)
+        ]
 
     def _compose(
-        self, rng: np.random.Generator, window: int, answers: int, prompts: int
+        self, rng: np.random.Generator, pool: IntArray, answers: int, prompts: int, share: float
     ) -> Composition:
-        """Answers of requests met in proportion to their length; prompts of a run of requests."""
-        first = self.window_start[window]
-        last = self.window_start[window + 1] if window + 1 < len(self.window_start) else None
-        pool = np.arange(first, len(self.workload) if last is None else last)
+        """Answers of requests met in proportion to their length; whole prompts, one per home."""
         devices = self.router.cluster.num_devices
+        homes_G = rng.permutation(devices)
         tokens, homes = [], []
         if answers:
             length = self.workload.output_tokens[pool]
             requests = rng.choice(pool, answers, p=length / length.sum())
             written = (rng.random(answers) * self.workload.output_tokens[requests]).astype(np.int64)
             tokens.append(self.source.answers(requests, written))
-            homes.append(rng.permutation(np.arange(answers) % devices))
-        request = int(rng.choice(pool))
-        left, offset = prompts, int(rng.random() * self.workload.prompt_tokens[request])
+            homes.append(homes_G[np.arange(answers) % devices])
+        largest = max(1, round(share * prompts), -(-prompts // devices))
+        left, home = prompts, 0
         while left > 0:
-            count = min(left, int(self.workload.prompt_tokens[request]) - offset)
-            tokens.append(self.source.prompt(request, offset, count))
-            homes.append(np.full(count, rng.integers(devices)))
+            request = int(rng.choice(pool))
+            wanted = largest if home == 0 else int(self.workload.prompt_tokens[request])
+            count = min(left, largest, wanted)
+            if left - count > largest * (devices - home - 1):
+                count = min(left, largest)     # smaller ones would not leave enough homes
+            tokens.append(self.source.prompt(request, 0, count))
+            homes.append(np.full(count, homes_G[home]))
             left -= count
-            offset, request = 0, request + 1 if request + 1 <= int(pool[-1]) else first
+            home += 1
         return Composition(np.concatenate(tokens), np.concatenate(homes))
 
     # ---- the account ------------------------------------------------------------------------
@@ -178,3 +191,22 @@ def grid(largest: int, ratio: float) -> list[int]:
     while sizes[-1] < largest:
         sizes.append(min(largest, max(sizes[-1] + 1, round(sizes[-1] * ratio))))
     return sizes
+
+
+def _busiest_share(batch: Batch, group: ServingGroup) -> float:
+    """The largest part of a batch's prompt tokens that starts from one rank; 1 where none do."""
+    if len(batch.chunks) < 2:
+        return 1.0
+    home, by_home = group.loop.requests.home, dict[int, int]()
+    for chunk in batch.chunks:
+        rank = home[chunk.prefill.request]
+        by_home[rank] = by_home.get(rank, 0) + chunk.tokens
+    return max(by_home.values()) / batch.prefill_tokens
+
+
+def _around_share(share: float) -> list[tuple[int, float]]:
+    at = bisect_right(SHARES, share) - 1
+    if SHARES[at] == share:
+        return [(at, 1.0)]
+    part = (share - SHARES[at]) / (SHARES[at + 1] - SHARES[at])
+    return [(at, 1.0 - part), (at + 1, part)]

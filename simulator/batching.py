@@ -104,6 +104,7 @@ class Lanes:
         if limits.kv_tokens_per_device is not None:
             self.kv_free_G = list(limits.kv_tokens_per_device)
         self.requests_G = [0] * num_devices
+        self.next_home = 0
         self.alive = list(range(num_devices))
         self.prefilling: deque[Prefill] = deque()
         self.decoding: list[tuple[int, int]] = []    # heap of (ends at counter, request)
@@ -211,10 +212,16 @@ class Lanes:
         return True
 
     def _home(self, need: int) -> int | None:
-        """The live device with the fewest requests that has room; ties to the lower device."""
-        free = self.kv_free_G
+        """The live device with the fewest requests that has room; ties go round in turn."""
+        free, requests, devices = self.kv_free_G, self.requests_G, len(self.requests_G)
         fits = self.alive if free is None else [g for g in self.alive if free[g] >= need]
-        return min(fits, key=self.requests_G.__getitem__, default=None)
+        if not fits:
+            return None
+        fewest = min(map(requests.__getitem__, fits))
+        ties = [g for g in fits if requests[g] == fewest]
+        home = min(ties, key=lambda g: (g - self.next_home) % devices)
+        self.next_home = home + 1
+        return home
 
     def _end(self, request: int, now_ns: int) -> None:
         self.log.finish_ns[request] = now_ns

@@ -77,9 +77,11 @@ def bulk_loads(
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(count, range(len(steps))))
-    floats = ports.astype(np.float64)
-    sizes = np.array([len(s.token) for s in steps], np.int64)
-    return StepLoads(tokens, active, weights, *floats, sizes)
+    near_out, near_in, far_out, far_in = ports.astype(np.float64)
+    return StepLoads(
+        tokens, active, weights, near_out, near_in, far_out, far_in,
+        tokens_W=np.array([len(s.token) for s in steps], np.int64),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +157,13 @@ def _count_step(
     layers, experts = expert_LP.shape
     cells = slot_LS.shape[1]
     devices = len(node_G)
-    device_LS = slot_LS // slots_per_device
+    own_LG = np.zeros((layers, devices), np.int64)
     count_LE = np.zeros((layers, experts), np.uint32)
     node_LS = np.zeros((layers, cells), np.int32)      # what the current node sends to each cell
     near_L = np.zeros(layers, np.int64)                # of that, to its own cells
     total_LS = np.zeros((layers, cells), np.int32)
     tokens_P = np.empty(experts, np.int32)
+    work_XP = np.empty((3, experts), np.int32)
     first = 0
     for home in range(devices):
         node = node_G[home]
@@ -171,24 +174,30 @@ def _count_step(
         for layer in range(layers):
             sent = _take(count_LE[layer], expert_LP[layer], tokens_P)
             own = -_held(cell_LGC[layer, home : home + 1], node_LS[layer])
-            _deal(tokens_P, turn_LP[layer], run_LRX[layer], home, node_LS[layer])
+            _deal(tokens_P, turn_LP[layer], run_LRX[layer], home, node_LS[layer], work_XP)
             own += _held(cell_LGC[layer, home : home + 1], node_LS[layer])
             near = _held(cell_LGC[layer, first:last], node_LS[layer]) - near_L[layer]
             near_L[layer] += near
             ports_PLG[NEAR_OUT, layer, home] += near - own
-            ports_PLG[NEAR_IN, layer, home] -= own
+            own_LG[layer, home] = own
             ports_PLG[FAR_OUT, layer, home] += sent - near
         if home + 1 == last:
-            _close_node(node_G, node, device_LS, node_LS, total_LS, ports_PLG)
+            _close_node(cell_LGC, first, last, node_LS, total_LS, ports_PLG)
             near_L[:] = 0
             first = last
     for layer in range(layers):
         for x in range(cells):
             if total_LS[layer, x] > 0:
-                device = device_LS[layer, x]
+                device = slot_LS[layer, x] // slots_per_device
                 tokens_LG[layer, device] += total_LS[layer, x]
                 active_LG[layer, device] += 1
                 weights_LG[layer, device] += bytes_LS[layer, slot_LS[layer, x]]
+        for device in range(devices):
+            # NEAR_IN holds all that came from the own node so far, the device's own tokens too.
+            ports_PLG[FAR_IN, layer, device] = (
+                tokens_LG[layer, device] - ports_PLG[NEAR_IN, layer, device]
+            )
+            ports_PLG[NEAR_IN, layer, device] -= own_LG[layer, device]
 
 
 @compiled
@@ -214,7 +223,9 @@ def _take(count_E: Any, expert_P: Any, tokens_P: Any) -> int:
 
 
 @compiled
-def _deal(tokens_P: Any, turn_P: Any, run_RX: Any, home: int, node_S: Any) -> None:
+def _deal(
+    tokens_P: Any, turn_P: Any, run_RX: Any, home: int, node_S: Any, work_XP: Any
+) -> None:
     """Add one rank's tokens to the cells of their experts' copies, as `even` deals them.
 
     Written over whole runs so that it compiles to vector code; 32-bit throughout.
@@ -232,18 +243,29 @@ def _deal(tokens_P: Any, turn_P: Any, run_RX: Any, home: int, node_S: Any) -> No
         if copies == 2:
             _deal_pair(n_P, turns, np.int32(home % 2), node_S[cell : cell + 2 * m])
             continue
-        c, turn = np.int32(copies), np.int32(home % copies)
-        inverse = np.float32(1.0) / np.float32(copies)
-        for j in range(copies):
-            out, this = node_S[cell + j * m : cell + (j + 1) * m], np.int32(j)
-            for i in range(m):
-                base = np.int32((np.float32(n_P[i]) + np.float32(0.5)) * inverse)
-                extra = n_P[i] - base * c
-                start = turns[i] + turn
-                start -= c if start >= c else np.int32(0)
-                ahead = this - start
-                ahead += c if ahead < 0 else np.int32(0)
-                out[i] += base + (np.int32(1) if ahead < extra else np.int32(0))
+        _deal_run(n_P, turns, home, np.int32(copies), node_S[cell : cell + copies * m], work_XP)
+
+
+@compiled
+def _deal_run(
+    n_P: Any, turns: Any, home: int, copies: Any, out_X: Any, work_XP: Any
+) -> None:
+    """Any number of copies: the whole part to each, the rest one by one from the turn on."""
+    m, zero = len(n_P), np.int32(0)
+    turn = np.int32(home % copies)
+    inverse = np.float32(1.0) / np.float32(copies)
+    base, extra, start = work_XP[0, :m], work_XP[1, :m], work_XP[2, :m]
+    for i in range(m):
+        base[i] = np.int32((np.float32(n_P[i]) + np.float32(0.5)) * inverse)
+        extra[i] = n_P[i] - base[i] * copies
+        start[i] = turns[i] + turn
+        start[i] -= copies if start[i] >= copies else zero
+    for j in range(copies):
+        out, this = out_X[j * m : (j + 1) * m], np.int32(j)
+        for i in range(m):
+            ahead = this - start[i]
+            ahead += copies if ahead < zero else zero
+            out[i] += base[i] + (np.int32(1) if ahead < extra[i] else zero)
 
 
 @compiled
@@ -270,19 +292,13 @@ def _held(cells_XC: Any, node_S: Any) -> int:
 
 @compiled
 def _close_node(
-    node_G: Any, node: int, device_LS: Any, node_LS: Any, total_LS: Any, ports_PLG: Any
+    cell_LGC: Any, first: int, last: int, node_LS: Any, total_LS: Any, ports_PLG: Any
 ) -> None:
-    """Add what one node sent to every cell's device; node_LS goes out zero."""
+    """Add what a node of devices first..last sent; node_LS goes out zero."""
     for layer in range(node_LS.shape[0]):
-        near_in_G, far_in_G = ports_PLG[NEAR_IN, layer], ports_PLG[FAR_IN, layer]
-        for x in range(node_LS.shape[1]):
-            tokens = node_LS[layer, x]
-            if tokens == 0:
-                continue
-            device = device_LS[layer, x]
-            if node_G[device] == node:
-                near_in_G[device] += tokens
-            else:
-                far_in_G[device] += tokens
+        for device in range(first, last):
+            ports_PLG[NEAR_IN, layer, device] = _held(
+                cell_LGC[layer, device : device + 1], node_LS[layer]
+            )
         total_LS[layer] += node_LS[layer]
         node_LS[layer] = 0
