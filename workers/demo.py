@@ -211,8 +211,9 @@ def _serve(
     group.record(False)
     decode_trace = None
     if record:
-        decode_trace = group.trace(take=True)
-        decode_trace = decode_trace.select(np.isin(decode_trace.step, decode_steps.step))
+        recorded = group.trace(take=True)
+        assert recorded.step is not None
+        decode_trace = recorded.select(np.isin(recorded.step, decode_steps.step))
     return Served(prefill, generated, steps, decode_steps, trace, decode_trace)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ from ..placement.cluster import Cluster, Traffic
 from ..placement.plan import DispatchSpec, Plan, Provenance
 from ..traces.spec import ModelSpec
 from ..traces.trace import RoutingTrace
+from . import run_folder
 from .client import Line, Order, Stream, run
 from .coordinator import Coordinator
-from .launch import NAMESPACE, RayFleet, connect, end_group
+from .launch import NAMESPACE, RayFleet, cluster_address, connect, end_group
 from .metrics import RayMetrics
 from .requests import RequestState
 from .settings import GroupSettings, Limits, RankSettings, served_spec
@@ -100,6 +100,7 @@ class Group:
         existing Ray cluster; None = the one joined already, or a new one on this machine.
         Raises InputError on a checkpoint that cannot be served, UsageError on a name in use.
         """
+        run_folder.check_name(name)
         spec = served_spec(model_dir, dtype)
         plan = plan or contiguous(spec, ranks)
         if dispatch is not None:
@@ -122,13 +123,15 @@ class Group:
             ),
             plans=PhasePlans.both(plan, decode_plan),
             model_spec=spec,
-            journal=str(journal or tempfile.mkdtemp(prefix="loadmaster-")),
+            journal="",
             limits=limits or Limits(),
             step_timeout_s=step_timeout_s,
         )
         connect(address)
         if _find(name) is not None:
             raise UsageError(f"a group named {name!r} is running: stop it, or take another name")
+        folder = run_folder.group_folder(name, fresh=True)
+        settings = dataclasses.replace(settings, journal=str(journal or folder / "journal"))
         actor = ray.remote(CoordinatorActor).options(
             name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=32,
             max_restarts=-1,
@@ -138,12 +141,24 @@ class Group:
             group._line.ask("start")
         except BaseException:
             end_group(name)
+            run_folder.remove(name)
             raise
+        run_folder.write_address(name, cluster_address())
         return group
 
     @classmethod
     def find(cls, name: str = "default", address: str | None = None) -> Group:
-        """The running group of that name. Raises UsageError when there is none."""
+        """The running group of that name. Raises UsageError when there is none.
+
+        address: its Ray cluster; None = the one joined already, or the one noted on this machine.
+        """
+        if not ray.is_initialized():
+            address = address or run_folder.read_address(name)
+            if address is None:
+                raise UsageError(
+                    f"no group named {name!r} was started on this machine: `loadmaster run` "
+                    "starts one; name its cluster's address if it runs elsewhere"
+                )
         connect(address)
         actor = _find(name)
         if actor is None:
@@ -305,6 +320,7 @@ class Group:
             self._line.ask_again("stop")
         finally:
             end_group(self.name)
+            run_folder.remove(self.name)
 
     def __enter__(self) -> Group:
         return self

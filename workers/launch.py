@@ -55,13 +55,33 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
             "include_dashboard": False,
             "_node_ip_address": LOOPBACK,
         }
-    else:
-        options["address"] = address
     try:
-        ray.init(**options)
+        if address is None:
+            ray.init(**options)
+        else:
+            _join(address, options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = "on this machine" if address is None else f"at {address}"
         raise LoadmasterError(f"no Ray cluster {where}: {str(error).splitlines()[0]}") from error
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    """Join a cluster. Ray uses the token it finds only where it looks for the address itself."""
+    before = os.environ.get("RAY_ADDRESS")
+    if address != "auto":
+        os.environ["RAY_ADDRESS"] = address
+    try:
+        ray.init(address="auto", **options)
+    finally:
+        if before is None:
+            os.environ.pop("RAY_ADDRESS", None)
+        else:
+            os.environ["RAY_ADDRESS"] = before
+
+
+def cluster_address() -> str:
+    """Where others can join the cluster that this process is connected to."""
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _on_this_machine(address: str) -> bool:

@@ -1,0 +1,24 @@
+"""What runs inside a submitted job: the verb, then its exit code and files on the log."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..cli import main
+from .submit import print_result
+
+
+def run() -> None:
+    """Run the command line with this process's arguments; `out/` holds what is brought back."""
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    print_result(code, Path("out"))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    run()
