@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,19 +107,17 @@ def plan(
         "dispatch": dispatch, "objective": objective, "effort": effort, "seed": seed,
         "time_limit_s": time_limit,
     }
-    with _executor(address) as executor:
-        options["executor"] = executor
-        if not isinstance(source, RoutingTrace):
-            _plan_loads(source, notes, out, json, options)
-            return
-        parts = {
-            "all": {"": source},
-            "apart": {"prefill": source, "decode": source},
-        }.get(phase, {phase: source})
-        answers = {}
-        for name, part in parts.items():
-            part = part.slice_phase(name) if name else part  # type: ignore[arg-type]
-            answers[name] = _advise(part, options)
+    options["executor"] = _executor(address)
+    if not isinstance(source, RoutingTrace):
+        _plan_loads(source, notes, out, json, options)
+        return
+    parts = {"all": {"": source}, "apart": {"prefill": source, "decode": source}}.get(
+        phase, {phase: source}
+    )
+    answers = {}
+    for name, part in parts.items():
+        part = part.slice_phase(name) if name else part  # type: ignore[arg-type]
+        answers[name] = _advise(part, options)
     for name, advice in answers.items():
         target = _target(out, name if phase == "apart" else "")
         if target is not None:
@@ -298,7 +294,7 @@ def evaluate(
         shape.slots_per_device, traffic, routing.num_experts,
     )
     table = compare(
-        named, routing, place,  # type: ignore[arg-type]
+        named, routing, place,
         steps=build_sampler(step_tokens, concurrency, order, 0),
         dispatch=dispatch, model=read_model(model), seed=seed, current=reference,
     )
@@ -344,7 +340,7 @@ def plan_show(
         show.print_json(told.to_dict())
         return
     show.print_verdict(told.summary)
-    show.print_table("", ("", "value"), told.facts)
+    show.print_table("", ("plan", ""), told.facts)
     show.print_table("", told.layer_columns, told.layer_rows)
     show.print_notes(told.notes)
 
@@ -381,6 +377,7 @@ def plan_export(
         bool, typer.Option("--nearest", help="Write the nearest plan the engine can hold.")
     ] = False,
     model: ModelSource = None,
+    json: Json = False,
 ) -> None:
     """Write a plan as an engine's own file; refuses what that engine cannot hold."""
     from .placement.formats import export_plan
@@ -389,6 +386,9 @@ def plan_export(
     notes = export_plan(
         _load_plan(plan_file), format, out, model=read_model(model), nearest=nearest
     )
+    if json:
+        show.print_json({"file": str(out), "format": format, "notes": notes})
+        return
     show.print_verdict(f"wrote {out} for {format}")
     show.print_notes(notes)
 
@@ -404,8 +404,10 @@ def plan_import(
     ] = None,
     num_experts: NumExperts = None,
     model: ModelSource = None,
+    json: Json = False,
 ) -> None:
     """Read an engine's plan, check every line of it, and write it as a plan file."""
+    from .placement.describe import shape_text
     from .placement.formats import import_plan
 
     require_new(out)
@@ -413,7 +415,11 @@ def plan_import(
         source, format, num_devices=devices, num_experts=num_experts, model=read_model(model)
     )
     found.plan.save(out)
-    show.print_verdict(f"imported {source} ({format}) to {out}")
+    shape = shape_text(found.plan)
+    if json:
+        show.print_json({"file": str(out), "format": format, "plan": shape, "notes": found.notes})
+        return
+    show.print_verdict(f"imported {source} ({format}) to {out}: {shape}")
     show.print_notes(found.notes)
 
 
@@ -450,13 +456,10 @@ def _target(out: Path | None, name: str) -> Path | None:
     return out if out is None or not name else out.with_suffix(f".{name}{out.suffix or '.json'}")
 
 
-@contextmanager
-def _executor(address: str | None) -> Iterator[Any]:
+def _executor(address: str | None) -> Any:
     """Ray tasks on the cluster named, or None: in this process."""
     if address is None:
-        yield None
-        return
+        return None
     from .workers.jobs import RayExecutor
 
-    with RayExecutor.connect(address) as executor:
-        yield executor
+    return RayExecutor(address)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..errors import InputError
 from ..traces.spec import ModelSpec
 from .formats.model_layers import told_layers
-from .plan import DispatchSpec, Plan
+from .plan import DispatchSpec, Evidence, Plan, Provenance
 
 Row = tuple[Any, ...]
 IntArray = npt.NDArray[np.int64]
@@ -59,15 +59,9 @@ class PlanDifference:
 def describe_plan(plan: Plan) -> PlanDescription:
     """What the plan says: shape, replicas, dispatch, where it came from and how good it is."""
     layers = _layer_documents(plan)
+    columns, rows = _layer_table(layers)
     return PlanDescription(
-        _summary(plan), _facts(plan),
-        ("layer", "filled slots", "spare replicas", "duplicates", "most copies", "objective",
-         "bound"),
-        _merged([(
-            entry["layer"], entry["filled_slots"], entry["spare_replicas"], entry["duplicates"],
-            _copies_text(entry["most_copies"]), entry["objective"], entry["bound"],
-        ) for entry in layers]),
-        _notes(plan),
+        _summary(plan), _facts(plan), columns, rows, _notes(plan),
         {
             "num_layers": plan.num_layers, "num_experts": plan.num_experts,
             "num_devices": plan.num_devices, "slots_per_device": plan.slots_per_device,
@@ -105,11 +99,11 @@ def diff_plans(old: Plan, new: Plan, model: ModelSpec | None = None) -> PlanDiff
     size = () if bytes_E is None else ("MB",)
     return PlanDifference(
         _difference_summary(new, arrived_LGE, total_bytes, lost),
-        ("layer", "experts to send", "% of slots", "to devices", "most to one", "replicas gained",
-         "replicas lost", *size),
+        ("layer", "experts to send", "of its slots", "to devices", "most to one",
+         "replicas gained", "replicas lost", *size),
         layer_rows,
-        ("device", "experts to receive", "% of slots", *size), device_rows,
-        _difference_notes(old, new, arrived_LGE),
+        ("device", "experts to receive", "of its slots", *size), device_rows,
+        _difference_notes(old, new, bool(moves) or lost > 0),
         {
             "moves": [list(move) for move in moves], "move_count": len(moves),
             "share_of_slots": len(moves) / int((new.slots >= 0).sum()),
@@ -125,25 +119,27 @@ def diff_plans(old: Plan, new: Plan, model: ModelSpec | None = None) -> PlanDiff
 # ---- one plan ---------------------------------------------------------------------------------
 
 
-def _summary(plan: Plan) -> str:
+def shape_text(plan: Plan) -> str:
+    """Layers, experts, devices, slots and replicas in words."""
     filled_L = (plan.slots >= 0).sum(axis=(1, 2))
     spare = f"{plan.spare_slots:,} spare replicas" if plan.spare_slots else "no replicas"
-    said = (
+    return (
         f"{plan.num_layers} layers x {plan.num_experts} experts on {plan.num_devices} devices, "
         f"{_range(filled_L)} slots per layer, {spare}"
     )
+
+
+def _summary(plan: Plan) -> str:
     if plan.evidence is None:
-        return said + "; how good it is was not judged"
-    evidence = plan.evidence
-    return said + (
-        f"; {evidence.objective_name} {evidence.objective:,.4g}, at most {evidence.gap:.1%} above "
-        "what any plan can reach"
+        return f"{shape_text(plan)}; how good it is was not judged"
+    return (
+        f"{shape_text(plan)}; {_objective_text(plan.evidence)} on its planning steps, at most "
+        f"{plan.evidence.gap:.2%} above what any plan can reach there"
     )
 
 
 def _facts(plan: Plan) -> list[tuple[str, Any]]:
     filled_LG = (plan.slots >= 0).sum(axis=2)
-    made = plan.provenance
     facts: list[tuple[str, Any]] = [
         ("layers", f"{plan.num_layers} ({_layer_range(plan)})"),
         ("experts per layer", plan.num_experts),
@@ -153,23 +149,31 @@ def _facts(plan: Plan) -> list[tuple[str, Any]]:
         ("duplicates on one device", plan.duplicates),
         ("most copies of an expert", int(plan.replicas_LE.max())),
         ("dispatch", _dispatch_text(plan.dispatch)),
-        ("made by", f"{made.method}, seed {made.seed}, effort {made.effort}"),
-        ("trace", made.trace_digest or None),
-        ("model", plan.model_digest or None),
-        ("cluster", plan.cluster_digest or None),
+        ("made by", _origin_text(plan.provenance)),
+        ("trace", plan.provenance.trace_digest),
+        ("model", plan.model_digest),
+        ("cluster", plan.cluster_digest),
+        *([] if plan.evidence is None else _evidence_facts(plan.evidence)),
     ]
-    if plan.evidence is not None:
-        evidence = plan.evidence
-        facts += [
-            (f"objective: {evidence.objective_name}", f"{evidence.objective:,.4f}"),
-            ("bound" + (f" ({evidence.bound_kind})" if evidence.bound_kind else ""),
-             f"{evidence.bound:,.4f}"),
-            ("gap", f"{evidence.gap:.2%}"),
-            ("on held-back steps",
-             None if evidence.validation is None else f"{evidence.validation:,.4f}"),
-            ("judged on", evidence.steps or None),
-        ]
-    return facts
+    return [(name, value) for name, value in facts if value not in ("", None)]
+
+
+def _evidence_facts(evidence: Evidence) -> list[tuple[str, Any]]:
+    kind = f" ({evidence.bound_kind})" if evidence.bound_kind else ""
+    return [
+        (f"objective ({evidence.objective_name})", f"{evidence.objective:,.4f}"),
+        (f"bound{kind}", f"{evidence.bound:,.4f}"),
+        ("gap", f"{evidence.gap:.2%}"),
+        ("on held-back steps",
+         None if evidence.validation is None else f"{evidence.validation:,.4f}"),
+        ("judged on", evidence.steps),
+    ]
+
+
+def _objective_text(evidence: Evidence) -> str:
+    if evidence.objective_name == "time":
+        return f"step time {evidence.objective:,.1f} us"
+    return f"imbalance {evidence.objective:.4f}"
 
 
 def _layer_documents(plan: Plan) -> list[dict[str, Any]]:
@@ -190,6 +194,23 @@ def _layer_documents(plan: Plan) -> list[dict[str, Any]]:
             "bound": None if evidence is None else evidence.bound,
         })
     return documents
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[Row]]:
+    """Columns that say something, and rows with equal neighbours merged."""
+    columns = ["layer", "filled slots", "spare replicas", "most copies"]
+    keys = ["layer", "filled_slots", "spare_replicas", "most_copies"]
+    if any(entry["duplicates"] for entry in layers):
+        columns.append("duplicates")
+        keys.append("duplicates")
+    if any(entry["objective"] is not None for entry in layers):
+        columns += ["objective", "bound"]
+        keys += ["objective", "bound"]
+    rows = [
+        tuple(_copies_text(entry[key]) if key == "most_copies" else entry[key] for key in keys)
+        for entry in layers
+    ]
+    return tuple(columns), _merged(rows)
 
 
 def _most_copies(replicas_E: IntArray) -> list[dict[str, int]]:
@@ -230,32 +251,31 @@ def _notes(plan: Plan) -> tuple[str, ...]:
 def _changed_layers(
     new: Plan, arrived_LGE: npt.NDArray[np.bool_], change_LE: IntArray, bytes_E: IntArray | None
 ) -> list[Row]:
-    rows = []
-    names = _layer_names(new)
+    """Layers where experts arrive or replica counts change."""
     filled_L = (new.slots >= 0).sum(axis=(1, 2))
-    for layer, arrived_GE in enumerate(arrived_LGE):
+    rows: list[Row] = []
+    for layer, (name, arrived_GE) in enumerate(zip(_layer_names(new), arrived_LGE, strict=True)):
         to_G, change_E = arrived_GE.sum(axis=1), change_LE[layer]
-        if not to_G.any() and not change_E.any():
-            continue
         rows.append((
-            str(names[layer]), int(to_G.sum()), float(100 * to_G.sum() / filled_L[layer]),
-            int((to_G > 0).sum()), int(to_G.max()), int(np.maximum(change_E, 0).sum()),
+            name, int(to_G.sum()), f"{to_G.sum() / filled_L[layer]:.1%}", int((to_G > 0).sum()),
+            int(to_G.max()), int(np.maximum(change_E, 0).sum()),
             int(np.maximum(-change_E, 0).sum()), *_megabytes(arrived_GE, bytes_E),
         ))
-    return rows
+    return [row for row in _merged(rows) if row[1] or row[5] or row[6]]
 
 
 def _receiving_devices(
     new: Plan, arrived_LGE: npt.NDArray[np.bool_], bytes_E: IntArray | None
 ) -> list[Row]:
-    filled_G = (new.slots >= 0).sum(axis=(0, 2))
-    return [
+    filled_G = np.maximum((new.slots >= 0).sum(axis=(0, 2)), 1)
+    rows: list[Row] = [
         (
-            str(device), int(arrived_LE.sum()), float(100 * arrived_LE.sum() / filled_G[device]),
+            device, int(arrived_LE.sum()), f"{arrived_LE.sum() / filled_G[device]:.1%}",
             *_megabytes(arrived_LE, bytes_E),
         )
-        for device, arrived_LE in enumerate(arrived_LGE.transpose(1, 0, 2)) if arrived_LE.any()
+        for device, arrived_LE in enumerate(arrived_LGE.transpose(1, 0, 2))
     ]
+    return [row for row in _merged(rows) if row[1]]
 
 
 def _megabytes(arrived: npt.NDArray[np.bool_], bytes_E: IntArray | None) -> tuple[float, ...]:
@@ -274,23 +294,20 @@ def _difference_summary(
     share = moves / int((new.slots >= 0).sum())
     size = "" if total_bytes is None else f", {total_bytes / 1e9:,.2f} GB"
     return (
-        f"{moves:,} {'expert moves' if moves == 1 else 'experts move'} ({share:.1%} of "
+        f"{moves:,} expert{' moves' if moves == 1 else 's move'} ({share:.1%} of "
         f"slots{size}), in {layers} of {new.num_layers} layers, to {devices} of "
         f"{new.num_devices} devices"
     )
 
 
-def _difference_notes(
-    old: Plan, new: Plan, arrived_LGE: npt.NDArray[np.bool_]
-) -> tuple[str, ...]:
+def _difference_notes(old: Plan, new: Plan, changes: bool) -> tuple[str, ...]:
     notes = []
     if old.dispatch != new.dispatch:
         notes.append(
             f"dispatch changes: {_dispatch_text(old.dispatch)} -> {_dispatch_text(new.dispatch)}"
         )
-    if not arrived_LGE.any() and not old.same_slots(new):
-        notes.append("some experts change their slot within a device, or free one; that sends "
-                     "nothing")
+    if not changes and not old.same_slots(new):
+        notes.append("slots change within devices only, and that sends nothing")
     for name, before, after in (
         ("models", old.model_digest, new.model_digest),
         ("clusters", old.cluster_digest, new.cluster_digest),
@@ -325,14 +342,20 @@ def _layer_names(plan: Plan) -> tuple[int, ...]:
 
 
 def _layer_range(plan: Plan) -> str:
-    if not plan.layer_indices:
-        return "the model's own numbers are not known"
-    return f"the model's {_range(np.array(plan.layer_indices))}"
+    told = told_layers(plan)
+    return f"the model's {_range(np.array(told))}" if told else "counted from 0"
 
 
 def _range(values: IntArray) -> str:
     low, high = int(values.min()), int(values.max())
     return str(low) if low == high else f"{low} to {high}"
+
+
+def _origin_text(made: Provenance) -> str:
+    """Seed and effort mean something only where a trace was planned on."""
+    return f"{made.method}, seed {made.seed}, effort {made.effort}" if made.trace_digest else (
+        made.method
+    )
 
 
 def _dispatch_text(spec: DispatchSpec) -> str:

@@ -43,20 +43,15 @@ def nearest_plan(plan: Plan, *, duplicates: bool, uneven: bool) -> Plan:
 def even_steps(slots_LGC: IntArray, num_experts: int) -> tuple[int, list[Step], list[Step]]:
     """(C, drops, fills): the fewest copies to drop and slots to fill until every device holds C.
 
-    Ties: the lower C. A drop names an expert that keeps another copy. Filling every device like
-    the fullest needs no drop, so there always is an answer.
+    Ties: the lower C. A dropped copy is never an expert's last. Filling every device like the
+    fullest needs no drop, so there always is an answer.
     """
     filled_LG = (slots_LGC >= 0).sum(axis=2)
     by_cost = sorted(
         (int(np.abs(filled_LG - target).sum()), int(target)) for target in np.unique(filled_LG)
     )
-    for _, target in by_cost[:-1]:
-        drops = _drops(slots_LGC, num_experts, target)
-        if drops is not None:
-            break
-    else:
-        target = int(filled_LG.max())
-        drops = _drops(slots_LGC, num_experts, target) or []
+    tried = ((target, _drops(slots_LGC, num_experts, target)) for _, target in by_cost)
+    target, drops = next((target, drops) for target, drops in tried if drops is not None)
     fills = [
         (int(layer), int(device), target - int(filled_LG[layer, device]))
         for layer, device in np.argwhere(filled_LG < target)
@@ -71,27 +66,43 @@ def closed_up(slots_LGC: IntArray) -> IntArray:
 
 
 def _drops(slots_LGC: IntArray, num_experts: int, target: int) -> list[Step] | None:
-    """Copies to drop so that no device holds more than `target`; None where too few can go.
-
-    From each device the expert with most copies in its layer, ties to the lower id.
-    """
+    """Copies to drop so that no device holds more than `target`; None where too few can go."""
     drops = []
     filled_LG = (slots_LGC >= 0).sum(axis=2)
     for layer in np.flatnonzero((filled_LG > target).any(axis=1)):
-        held = slots_LGC[layer][slots_LGC[layer] >= 0]
-        copies_E = np.bincount(held, minlength=num_experts)
-        for device in np.flatnonzero(filled_LG[layer] > target):
-            held_E = np.bincount(
-                slots_LGC[layer, device][slots_LGC[layer, device] >= 0], minlength=num_experts
-            )
-            for _ in range(int(filled_LG[layer, device]) - target):
-                expert = int(np.where(held_E > 0, copies_E, 0).argmax())
-                if copies_E[expert] < 2:
-                    return None
-                held_E[expert] -= 1
-                copies_E[expert] -= 1
-                drops.append((int(layer), int(device), expert))
+        held_GE = np.zeros((slots_LGC.shape[1], num_experts), np.int64)
+        device, slot = np.nonzero(slots_LGC[layer] >= 0)
+        np.add.at(held_GE, (device, slots_LGC[layer, device, slot]), 1)
+        dropped_GE = _layer_drops(held_GE, np.maximum(filled_LG[layer] - target, 0))
+        if dropped_GE is None:
+            return None
+        drops += [
+            (int(layer), int(device), int(expert))
+            for device, expert in np.argwhere(dropped_GE)
+            for _ in range(dropped_GE[device, expert])
+        ]
     return drops
+
+
+def _layer_drops(held_GE: IntArray, excess_G: IntArray) -> IntArray | None:
+    """[G, E] copies to drop, `excess_G` from each device, no expert's last; None where impossible.
+
+    A flow: source -> device (its excess) -> expert (copies held) -> sink (all copies but one).
+    """
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import maximum_flow
+
+    devices, experts = held_GE.shape
+    sink = 1 + devices + experts
+    capacity = np.zeros((sink + 1, sink + 1), np.int32)
+    capacity[0, 1 : 1 + devices] = excess_G
+    capacity[1 : 1 + devices, 1 + devices : sink] = held_GE
+    capacity[1 + devices : sink, sink] = np.maximum(held_GE.sum(axis=0) - 1, 0)
+    found = maximum_flow(csr_matrix(capacity), 0, sink)
+    if found.flow_value < excess_G.sum():
+        return None
+    flow: IntArray = found.flow[1 : 1 + devices, 1 + devices : sink].toarray()
+    return flow
 
 
 def _fill_inplace(slots_GC: IntArray, device: int, count: int, num_experts: int) -> None:
@@ -108,7 +119,6 @@ def _fill_inplace(slots_GC: IntArray, device: int, count: int, num_experts: int)
 def _drop_duplicates_inplace(slots_LGC: IntArray) -> None:
     """Empty every second copy of an expert on a device; the first slot keeps it."""
     for row in slots_LGC.reshape(-1, slots_LGC.shape[2]):
-        held, first = np.unique(row, return_index=True)
         again = np.ones(len(row), bool)
-        again[first] = False
+        again[np.unique(row, return_index=True)[1]] = False
         row[again] = EMPTY

@@ -107,5 +107,5 @@ def _dense_notes(
         str(layer) for layer, row in enumerate(rows)
         if row == [slot % num_experts for slot in range(len(row))]
     ]
-    said = f" ({', '.join(default)} hold SGLang's default and may be dense)" if default else ""
+    said = f"; SGLang's default fills layer {', '.join(default)}, perhaps dense" if default else ""
     return (f"every row is taken for a MoE layer{said}: --model tells which are",)

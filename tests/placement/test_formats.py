@@ -1,18 +1,19 @@
-"""Engines' plan files: what goes out comes back, what is wrong is refused with a reason."""
-
-from __future__ import annotations
+"""Engines' plan files: what goes out comes back, what is wrong is refused with place and remedy."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadmaster.errors import InfeasibleError, InputError, UsageError
+from loadmaster.errors import InputError, UsageError
 from loadmaster.placement.formats import FORMATS, export_plan, import_plan, nearest_plan
 from loadmaster.placement.plan import Plan
 from loadmaster.traces.spec import ModelSpec
@@ -20,21 +21,17 @@ from loadmaster.traces.spec import ModelSpec
 PLANS = Path(__file__).resolve().parents[3] / "shared" / "data" / "plans"
 needs_plans = pytest.mark.skipif(not PLANS.is_dir(), reason=f"plan files not present: {PLANS}")
 
-# The toy of every engine's documentation: layer 0 is dense, 6 experts, 2 ranks of 4 slots.
-TOY_MODEL = ModelSpec(
+FILES = [("sglang", ".json"), ("sglang", ".pt"), ("trtllm", ".yaml"), ("vllm_ascend", ".json"),
+         ("eplb", ".npz"), ("eplb", ".pt"), ("omni", ".npy")]
+
+# Layer 0 is dense; 6 experts on 2 ranks of 4 slots.
+MODEL = ModelSpec(
     name="toy", num_layers=2, num_experts=6, top_k=2, layer_indices=(1, 2), total_layers=3
 )
-TOY = Plan(
-    slots=np.array([[[3, 5, 4, 0], [2, 5, 4, 1]], [[0, 1, 2, 3], [4, 5, 0, 3]]]),
-    num_experts=6, layer_indices=(1, 2),
-)
-SUFFIX = {"sglang": "json", "trtllm": "yaml", "vllm_ascend": "json", "eplb": "npz", "omni": "npy"}
-
-
-def exported(plan: Plan, format: str, folder: Path, suffix: str | None = None) -> Path:
-    path = folder / f"plan.{suffix or SUFFIX[format]}"
-    export_plan(plan, format, path, model=TOY_MODEL if plan is TOY else None)
-    return path
+SLOTS = np.array([[[3, 5, 4, 0], [2, 5, 4, 1]], [[0, 1, 2, 3], [4, 5, 0, 3]]])
+TOY = Plan(slots=SLOTS.astype(np.int16), num_experts=6, layer_indices=(1, 2))
+UNEVEN = Plan(slots=np.array([[[0, 1, -1], [2, 3, 0]]], np.int16), num_experts=4)
+TWICE = Plan(slots=np.array([[[0, 0], [1, 2]]], np.int16), num_experts=3)
 
 
 def held(plan: Plan) -> list[list[set[int]]]:
@@ -42,100 +39,152 @@ def held(plan: Plan) -> list[list[set[int]]]:
     return [[{int(e) for e in row if e >= 0} for row in layer] for layer in plan.slots]
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_plan_comes_back_as_it_went_out(format: str, tmp_path: Path) -> None:
-    path = exported(TOY, format, tmp_path)
-    back = import_plan(path, format, num_devices=2, model=TOY_MODEL).plan
-    assert back.layer_indices == (1, 2)
-    if format == "omni":        # knows no order of slots
-        assert held(back) == held(TOY)
-    else:
-        assert back.same_slots(TOY)
+def toy_document(format: str, folder: Path) -> Any:
+    """The toy plan as the engine's JSON or YAML holds it."""
+    path = folder / f"toy{dict(FILES[::-1])[format]}"
+    export_plan(TOY, format, path, model=MODEL)
+    return yaml.safe_load(path.read_text())
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_writing_twice_gives_the_same_bytes(format: str, tmp_path: Path) -> None:
-    first = exported(TOY, format, tmp_path).read_bytes()
-    assert exported(TOY, format, tmp_path).read_bytes() == first
+def write(format: str, document: Any, folder: Path) -> Path:
+    path = folder / f"file{dict(FILES[::-1])[format]}"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
 
 
-def test_torch_files_are_read_without_pickle(tmp_path: Path) -> None:
-    path = exported(TOY, "eplb", tmp_path, "pt")
-    assert import_plan(path, "eplb", num_devices=2, num_experts=6).plan.same_slots(TOY)
-    rows = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1]])
-    torch.save({"physical_to_logical_map": rows}, tmp_path / "sglang.pt")
-    plan = import_plan(tmp_path / "sglang.pt", "sglang", num_devices=2).plan
-    assert plan.slots.tolist() == [[[0, 1, 2, 3], [4, 5, 0, 1]]]
-    torch.save({"phy2log": print}, tmp_path / "evil.pt")      # a reference to code
-    with pytest.raises(InputError, match="not a torch file of plain tensors"):
-        import_plan(tmp_path / "evil.pt", "eplb", num_devices=2)
+# ---- round trips ------------------------------------------------------------------------------
 
 
-@given(st.data())
-@settings(max_examples=30, deadline=None)
-def test_any_even_plan_without_duplicates_survives_every_format(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+@pytest.mark.parametrize(("format", "suffix"), FILES)
+def test_a_plan_comes_back_as_it_went_out(format: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"plan{suffix}"
+    export_plan(TOY, format, path, model=MODEL)
+    back = import_plan(path, format, num_devices=2, model=MODEL).plan
+    assert back.layer_indices == (1, 2) and back.num_experts == 6
+    assert held(back) == held(TOY)
+    assert back.same_slots(TOY) or format == "omni"       # omni knows no order of slots
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@st.composite
+def even_plans(draw: st.DrawFn) -> Plan:
+    """Every expert somewhere, none twice on a device, all slots filled."""
+    devices, width, layers = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(
+        st.integers(1, 3))
+    experts = draw(st.integers(width, devices * width))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    slots = np.full((layers, devices, width), -1)
+    for layer in slots:
+        for place, expert in enumerate(rng.permutation(experts)):
+            layer[place % devices, place // devices] = expert
+        for device, slot in np.argwhere(layer < 0):
+            layer[device, slot] = rng.choice(np.setdiff1d(np.arange(experts), layer[device]))
+    return Plan(slots=slots.astype(np.int16), num_experts=experts)
+
+
+@given(plan=even_plans(), dense=st.integers(0, 2))
+@settings(max_examples=15, deadline=None)      # each writes and syncs 14 files
+def test_any_even_plan_survives_every_format(
+    tmp_path_factory: pytest.TempPathFactory, plan: Plan, dense: int
 ) -> None:
-    devices = data.draw(st.integers(1, 3))
-    width = data.draw(st.integers(1, 3))
-    layers = data.draw(st.integers(1, 2))
-    experts = data.draw(st.integers(width, devices * width))
-    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    slots = np.stack([_layer(rng, experts, devices, width) for _ in range(layers)])
-    plan = Plan(slots=slots, num_experts=experts)
     folder = tmp_path_factory.mktemp("plans")
-    for format in FORMATS:
-        back = import_plan(
-            exported(plan, format, folder), format, num_devices=devices, num_experts=experts
-        ).plan
+    model = ModelSpec(
+        num_layers=plan.num_layers, num_experts=plan.num_experts, top_k=1,
+        layer_indices=tuple(range(dense, dense + plan.num_layers)),
+        total_layers=dense + plan.num_layers,
+    )
+    for format, suffix in FILES:
+        path = folder / f"{format}{suffix}"
+        export_plan(plan, format, path, model=model)
+        back = import_plan(path, format, num_devices=plan.num_devices, model=model).plan
         assert held(back) == held(plan)
+        assert back.same_slots(plan) or format == "omni"
+        again = folder / f"{format}-again{suffix}"
+        export_plan(back, format, again, model=model)
+        assert suffix == ".pt" or again.read_bytes() == path.read_bytes()
 
 
-def _layer(rng: np.random.Generator, experts: int, devices: int, width: int) -> np.ndarray:
-    """Every expert somewhere, no device with an expert twice."""
-    slots = np.full((devices, width), -1)
-    for expert in range(experts):       # deal experts round the devices, then fill up
-        slots[expert % devices, expert // devices] = expert
-    for g, c in np.argwhere(slots < 0):
-        slots[g, c] = rng.choice(np.setdiff1d(np.arange(experts), slots[g]))
-    return slots
+def test_an_imported_plan_is_dispatched_as_its_engine_does(tmp_path: Path) -> None:
+    policies = {}
+    for format, suffix in FILES:
+        export_plan(TOY, format, tmp_path / f"plan{suffix}", model=MODEL)
+        back = import_plan(tmp_path / f"plan{suffix}", format, num_devices=2, model=MODEL).plan
+        policies[format] = back.dispatch.policy
+    assert policies == {
+        "sglang": "sglang_static", "trtllm": "trtllm_round_robin", "vllm_ascend": "ascend_fixed",
+        "eplb": "even", "omni": "even",
+    }
 
 
-# ---- the files that came with the project's data --------------------------------------------
+def test_files_hold_what_the_engines_document(tmp_path: Path) -> None:
+    sglang = toy_document("sglang", tmp_path)
+    assert sglang == {"physical_to_logical_map": [
+        [0, 1, 2, 3, 4, 5, 0, 1], *SLOTS.reshape(2, 8).tolist()      # layer 0: SGLang's default
+    ]}
+    assert toy_document("trtllm", tmp_path) == {
+        "initial_global_assignments": {1: SLOTS[0].reshape(-1).tolist(),
+                                       2: SLOTS[1].reshape(-1).tolist()},
+        "layer_updates_per_iter": 0, "num_slots": 8,
+    }
+    ascend = toy_document("vllm_ascend", tmp_path)
+    assert ascend["moe_layer_count"] == 2
+    assert [layer["layer_id"] for layer in ascend["layer_list"]] == [0, 1]
+    assert ascend["layer_list"][1]["device_list"][1] == {
+        "device_id": 1, "device_expert": [4, 5, 0, 3]
+    }
+    export_plan(TOY, "omni", tmp_path / "omni.npy")
+    omni = np.load(tmp_path / "omni.npy")
+    assert omni.shape == (2, 2, 6) and omni.dtype == np.int32
+    assert omni[1, 0].tolist() == [0, 1, 1, 0, 1, 1]
+
+
+def test_eplb_tensors_of_its_own_readme_are_read(tmp_path: Path) -> None:
+    """phy2log, logcnt and log2phy in the order of creation, as rebalance_experts returns them."""
+    phy2log = [[5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1]]
+    log2phy = [[[12, -1], [15, 13], [11, -1], [6, -1], [7, 5], [0, 2], [1, -1], [3, -1], [4, -1],
+                [9, -1], [8, 10], [14, -1]]]
+    logcnt = [[1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1]]
+    torch.save(tuple(torch.tensor(t) for t in (phy2log, log2phy, logcnt)), tmp_path / "plan.pt")
+    plan = import_plan(tmp_path / "plan.pt", "eplb", num_devices=8).plan
+    assert plan.slots.reshape(-1).tolist() == phy2log[0] and plan.num_experts == 12
+    np.savez(tmp_path / "plan.npz", phy2log=phy2log)
+    assert import_plan(tmp_path / "plan.npz", "eplb", num_devices=8).plan.same_slots(plan)
+
+
+# ---- the files that came with the project's data ----------------------------------------------
 
 
 @needs_plans
-@pytest.mark.parametrize(
-    ("file", "format"),
-    [("toy_sglang.json", "sglang"), ("toy_trtllm.yaml", "trtllm"),
-     ("toy_vllm_ascend.json", "vllm_ascend")],
-)
+@pytest.mark.parametrize(("file", "format"), [
+    ("toy_sglang.json", "sglang"), ("toy_trtllm.yaml", "trtllm"),
+    ("toy_vllm_ascend.json", "vllm_ascend"),
+])
 def test_toy_files_mean_what_they_should(file: str, format: str, tmp_path: Path) -> None:
     meaning = json.loads((PLANS / "toy_meaning.json").read_text())
-    plan = import_plan(PLANS / file, format, num_devices=2, model=TOY_MODEL).plan
-    for layer, name in enumerate(("1", "2")):
+    plan = import_plan(PLANS / file, format, num_devices=meaning["ranks"], model=MODEL).plan
+    assert list(map(str, plan.layer_indices)) == list(meaning["expert_of_slot"])
+    for layer, name in enumerate(meaning["expert_of_slot"]):
         assert plan.slots[layer].reshape(-1).tolist() == meaning["expert_of_slot"][name]
         assert plan.replicas_LE[layer].tolist() == meaning["replicas"][name]
-    again = import_plan(exported(plan, format, tmp_path), format, num_devices=2, model=TOY_MODEL)
-    assert again.plan.same_slots(plan)
+    export_plan(plan, format, tmp_path / file, model=MODEL)
+    load = yaml.safe_load
+    assert load((tmp_path / file).read_text()) == load((PLANS / file).read_text())
 
 
 @needs_plans
-@pytest.mark.parametrize(
-    ("file", "format", "message"),
-    [
-        ("bad_sglang_extra_key.json", "sglang", 'key "made_by"'),
-        ("bad_sglang_missing_expert.json", "sglang", "layer 1 has no slot for expert 5"),
-        ("bad_sglang_short_row.json", "sglang", "layer 1 has 6 slots, layer 0 has 8"),
-        ("bad_trtllm_short_list.yaml", "trtllm", "layer 2 lists 7 slots, num_slots says 8"),
-        ("bad_vllm_ascend_same_expert_twice_on_device.json", "vllm_ascend",
-         "layer 0, device 0 lists expert 3 twice"),
-    ],
-)
+@pytest.mark.parametrize(("file", "format", "message"), [
+    ("bad_sglang_extra_key.json", "sglang", "key 'made_by' must go"),
+    ("bad_sglang_missing_expert.json", "sglang", "layer 1: expert 5 has no slot"),
+    ("bad_sglang_short_row.json", "sglang", "layer 1 has 6 slots, the other layers have 8"),
+    ("bad_trtllm_short_list.yaml", "trtllm", "layer 2 lists 7 slots, num_slots says 8"),
+    ("bad_vllm_ascend_same_expert_twice_on_device.json", "vllm_ascend",
+     "layer 0, device 0 holds expert 3 twice"),
+])
 def test_bad_files_are_refused_with_the_place(file: str, format: str, message: str) -> None:
-    for known in ({"num_experts": 6}, {}):
-        with pytest.raises(InputError, match=message):
+    for known in ({"num_experts": 6}, {"model": MODEL}, {}):
+        with pytest.raises(InputError, match=message) as refused:
             import_plan(PLANS / file, format, num_devices=2, **known)  # type: ignore[arg-type]
+        assert "\n" not in str(refused.value)
 
 
 @needs_plans
@@ -145,132 +194,342 @@ def test_real_omni_plans_with_uneven_layers(tmp_path: Path) -> None:
     uneven = import_plan(PLANS / "omni_dsv3_32dies_decode_redundant.npy", "omni").plan
     stored = np.load(PLANS / "omni_dsv3_32dies_decode_redundant.npy")
     assert np.array_equal(uneven.copies_LGE(), stored.transpose(1, 0, 2))
-    assert uneven.slots_per_device == 9 and (uneven.slots < 0).any()
-    back = tmp_path / "omni.npy"
-    export_plan(uneven, "omni", back)
-    assert np.array_equal(np.load(back), stored)
-    with pytest.raises(InputError, match=r"9 filled slots on every device .* nearest plan"):
-        export_plan(uneven, "sglang", tmp_path / "plan.json")
-    assert not (tmp_path / "plan.json").exists()
+    export_plan(uneven, "omni", tmp_path / "omni.npy")
+    assert np.array_equal(np.load(tmp_path / "omni.npy"), stored)
+    with pytest.raises(InputError, match=r"device 0 of MoE layer 0 fills 9, most fill 8 .*Nearest"):
+        export_plan(uneven, "eplb", tmp_path / "plan.npz")
+    assert not (tmp_path / "plan.npz").exists()
+    export_plan(uneven, "eplb", tmp_path / "plan.npz", nearest=True)
+    back = import_plan(tmp_path / "plan.npz", "eplb", num_devices=32).plan
+    assert ((back.copies_LGE() > 0) >= (uneven.copies_LGE() > 0)).all() and not back.duplicates
 
 
-# ---- what an engine cannot hold -------------------------------------------------------------
+# ---- what an engine cannot hold ---------------------------------------------------------------
 
 
-def test_the_nearest_plan_fills_empty_slots_and_keeps_the_rest(tmp_path: Path) -> None:
-    plan = Plan(slots=np.array([[[0, 1, -1], [2, 3, 0]]]), num_experts=4)
-    notes = export_plan(plan, "trtllm", tmp_path / "plan.yaml", nearest=True)
-    assert any("1 slots differ" in n for n in notes)
-    back = import_plan(tmp_path / "plan.yaml", "trtllm", num_devices=2, num_experts=4).plan
-    assert back.slots.tolist() == [[[0, 1, 2], [2, 3, 0]]]     # 2: fewest copies, lowest id
+@pytest.mark.parametrize("format", ["sglang", "trtllm", "vllm_ascend", "eplb"])
+def test_uneven_slots_are_refused_and_the_nearest_plan_named(format: str, tmp_path: Path) -> None:
+    path = tmp_path / f"plan{dict(FILES)[format]}"
+    model = ModelSpec(num_layers=1, num_experts=4, top_k=1, layer_indices=(7,), total_layers=8)
+    remedy = r"Nearest plan \(2 each\): drop expert 0 from device 1 of MoE layer 0; .*--nearest"
+    with pytest.raises(InputError, match=remedy):
+        export_plan(UNEVEN, format, path, model=model)
+    assert not path.exists()
+    notes = export_plan(UNEVEN, format, path, model=model, nearest=True)
+    assert "1 copies dropped, 0 added" in notes[0]
+    back = import_plan(path, format, num_devices=2, model=model).plan
+    assert back.slots.tolist() == [[[0, 1], [2, 3]]]
+
+
+def test_where_nothing_can_go_the_nearest_plan_fills_up() -> None:
+    """Device 1's three experts have no other copy, so device 0 gets the rarest it lacks."""
+    plan = Plan(slots=np.array([[[0, 1, -1], [2, 3, 4]]], np.int16), num_experts=5)
+    assert nearest_plan(plan, duplicates=True, uneven=False).slots.tolist() == [
+        [[0, 1, 2], [2, 3, 4]]
+    ]
     assert nearest_plan(plan, duplicates=True, uneven=True) is plan
 
 
-@pytest.mark.parametrize("format", ["vllm_ascend", "omni"])
-def test_duplicates_are_refused_where_they_would_corrupt(format: str, tmp_path: Path) -> None:
-    plan = Plan(slots=np.array([[[0, 0], [1, 2]]]), num_experts=3)
-    with pytest.raises(InputError, match="device 0 holds expert 0 twice in layer 0"):
-        export_plan(plan, format, tmp_path / "plan")
-    export_plan(plan, format, tmp_path / "plan", nearest=True)
-    back = import_plan(tmp_path / "plan", format, num_experts=3).plan
-    assert held(back) == [[{0, 1}, {1, 2}]]
+def test_dropped_copies_are_matched_not_taken_greedily() -> None:
+    """Only one choice works: device 0 gives up 1 because device 1 can give up nothing but 0."""
+    slots = np.array([[[0, 1, 2], [0, 3, 4], [1, 5, -1], [6, 7, -1], [8, 9, -1]]], np.int16)
+    even = nearest_plan(Plan(slots=slots, num_experts=10), duplicates=False, uneven=False)
+    assert even.slots[:, :, :2].tolist() == [[[0, 2], [3, 4], [1, 5], [6, 7], [8, 9]]]
 
 
-def test_more_slots_than_experts_cannot_be_told_apart() -> None:
-    plan = Plan(slots=np.array([[[0, 1, -1]]]), num_experts=2)
-    with pytest.raises(InfeasibleError, match="more slots"):
-        nearest_plan(plan, duplicates=False, uneven=False)
-
-
-def test_sglang_rows_cover_dense_layers_and_trtllm_keys_name_the_model_layers(
-    tmp_path: Path,
+@given(plan=even_plans(), holes=st.integers(0, 6), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_the_nearest_plan_is_holdable_and_changes_least(
+    plan: Plan, holes: int, seed: int
 ) -> None:
-    rows = json.loads(exported(TOY, "sglang", tmp_path).read_text())
-    assert list(rows) == ["physical_to_logical_map"]
-    assert rows["physical_to_logical_map"][0] == [0, 1, 2, 3, 4, 5, 0, 1]
-    assert len(rows["physical_to_logical_map"]) == 3
-    document = yaml.safe_load(exported(TOY, "trtllm", tmp_path).read_text())
-    assert sorted(document) == [
-        "initial_global_assignments", "layer_updates_per_iter", "num_slots"
-    ]
-    assert list(document["initial_global_assignments"]) == [1, 2]
+    """Even, covering, without duplicates; no further off than filling all holes up."""
+    rng = np.random.default_rng(seed)
+    slots = plan.slots.copy()
+    for _ in range(holes):
+        layer, device, slot = (int(rng.integers(n)) for n in slots.shape)
+        copies = (slots[layer] == slots[layer, device, slot]).sum()
+        if slots[layer, device, slot] >= 0 and copies > 1:
+            slots[layer, device, slot] = -1
+    uneven = Plan(slots=slots, num_experts=plan.num_experts)
+    near = nearest_plan(uneven, duplicates=False, uneven=False)
+    filled = (near.slots >= 0).sum(axis=2)
+    assert filled.min() == filled.max() and near.duplicates == 0
+    changed = np.abs(near.copies_LGE() - uneven.copies_LGE()).sum()
+    assert changed <= (uneven.slots < 0).sum()
 
 
-# ---- files that are not what they say -------------------------------------------------------
+@pytest.mark.parametrize("format", ["vllm_ascend", "omni"])
+def test_an_expert_twice_on_a_device_is_refused_where_it_corrupts(
+    format: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"plan{dict(FILES)[format]}"
+    with pytest.raises(InputError, match=r"device 0 of MoE layer 0 holds expert 0 twice.*Nearest"):
+        export_plan(TWICE, format, path)
+    export_plan(TWICE, format, path, nearest=True)
+    back = import_plan(path, format, num_experts=3).plan
+    assert held(back) == ([[{0, 1}, {1, 2}]] if format == "vllm_ascend" else [[{0}, {1, 2}]])
 
 
-@pytest.mark.parametrize(
-    ("format", "content", "message"),
-    [
-        ("sglang", "{", "not JSON"),
-        ("sglang", "[]", "needs the key"),
-        ("sglang", '{"physical_to_logical_map": []}', "list of rows"),
-        ("sglang", '{"physical_to_logical_map": [[0, true]]}', "slot 1: True is not a whole"),
-        ("sglang", '{"physical_to_logical_map": [[0, 1, 9]]}', "3 slots do not divide over 2"),
-        ("sglang", '{"physical_to_logical_map": [[0, -1]]}', "slot 1 names expert -1"),
-        ("trtllm", "num_slots: 2", "holds no layer"),
-        ("trtllm", "initial_global_assignments: {3: [0, 1]}\nnum_slots: two", "num_slots must be"),
-        ("trtllm", "initial_global_assignments: {3: [0, 1]}\nnum_slots: 2\nep_size: 2", "ep_size"),
-        ("trtllm", "initial_global_assignments: {3: [0, 1], 3: [1, 0]}\nnum_slots: 2", "twice"),
-        ("trtllm", "initial_global_assignments: {a: [0, 1]}\nnum_slots: 2", "not a layer index"),
-        ("vllm_ascend", '{"layer_list": []}', "no layer_list"),
-        ("vllm_ascend", '{"moe_layer_count": 2, "layer_list": [{}]}', "moe_layer_count 2"),
-    ],
-)
-def test_malformed_text_is_one_clear_error(
+def test_an_expert_twice_on_a_device_is_told_where_it_is_merely_waste(tmp_path: Path) -> None:
+    notes = export_plan(TWICE, "eplb", tmp_path / "plan.npz")
+    assert any("already holds: wasted" in note for note in notes)
+    found = import_plan(tmp_path / "plan.npz", "eplb", num_devices=2)
+    assert found.plan.duplicates == 1
+    assert any("already holds: wasted" in note for note in found.notes)
+
+
+def test_holes_are_closed_up_where_all_devices_fill_as_many(tmp_path: Path) -> None:
+    plan = Plan(slots=np.array([[[-1, 0], [1, -1]]], np.int16), num_experts=2)
+    export_plan(plan, "eplb", tmp_path / "plan.npz")
+    assert np.load(tmp_path / "plan.npz")["phy2log"].tolist() == [[0, 1]]
+
+
+def test_a_plan_for_another_dispatch_says_how_to_judge_it(tmp_path: Path) -> None:
+    notes = export_plan(TOY, "trtllm", tmp_path / "plan.yaml")
+    assert any("--dispatch trtllm_round_robin" in note for note in notes)
+
+
+# ---- layers of the model ----------------------------------------------------------------------
+
+
+def test_sglang_needs_to_know_every_hidden_layer(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    for model in (None, MODEL.model_copy(update={"total_layers": None})):
+        with pytest.raises(UsageError, match="row for every hidden layer"):
+            export_plan(TOY, "sglang", path, model=model)
+    export_plan(TOY, "sglang", path, model=MODEL)
+    with pytest.raises(InputError, match="has 3 rows, the model toy has 5 hidden layers"):
+        import_plan(path, "sglang", num_devices=2,
+                    model=MODEL.model_copy(update={"total_layers": 5}))
+    found = import_plan(path, "sglang", num_devices=2)
+    assert found.plan.num_layers == 3
+    assert any("layer 0, perhaps dense" in note for note in found.notes)
+
+
+def test_trtllm_names_layers_as_the_model_does(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    counted = Plan(slots=TOY.slots, num_experts=6, layer_indices=(0, 1))
+    with pytest.raises(UsageError, match="name the model"):
+        export_plan(counted, "trtllm", path)
+    notes = export_plan(counted, "trtllm", path, model=MODEL)
+    assert any("the model's MoE layers, 1 to 2" in note for note in notes)
+    assert import_plan(path, "trtllm", num_devices=2).plan.layer_indices == (1, 2)
+    other = MODEL.model_copy(update={"layer_indices": (1, 3), "total_layers": 4})
+    with pytest.raises(InputError, match="layer 2 is no MoE layer of the model"):
+        import_plan(path, "trtllm", num_devices=2, model=other)
+    more = MODEL.model_copy(update={"num_layers": 3, "layer_indices": (1, 2, 3)})
+    with pytest.raises(InputError, match="layer 3 is missing"):
+        import_plan(path, "trtllm", num_devices=2, model=more)
+    with pytest.raises(InputError, match="another model"):
+        export_plan(TOY, "trtllm", path, model=other)
+
+
+@pytest.mark.parametrize(("format", "suffix"), FILES)
+def test_a_plan_of_another_model_is_refused(format: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"plan{suffix}"
+    export_plan(TOY, format, path, model=MODEL)
+    bigger = MODEL.model_copy(update={"num_experts": 8})
+    with pytest.raises(InputError, match="2 MoE layers of 8 experts"):
+        export_plan(TOY, format, path, model=bigger)
+    with pytest.raises(InputError, match=r"another model|expert 6 has no slot"):
+        import_plan(path, format, num_devices=2, model=bigger)
+
+
+# ---- what the caller must say -----------------------------------------------------------------
+
+
+def test_numbers_that_the_file_lacks_or_contradicts(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    export_plan(TOY, "trtllm", path)
+    with pytest.raises(UsageError, match="--devices"):
+        import_plan(path, "trtllm")
+    with pytest.raises(InputError, match="8 slots per layer do not divide over 3 devices"):
+        import_plan(path, "trtllm", num_devices=3)
+    with pytest.raises(UsageError, match="number of devices, 0, must lie"):
+        import_plan(path, "trtllm", num_devices=0)
+    with pytest.raises(UsageError, match="leave --num-experts out"):
+        import_plan(path, "trtllm", num_devices=2, num_experts=5, model=MODEL)
+    with pytest.raises(InputError, match="holds expert 5; a layer has experts 0 to 4"):
+        import_plan(path, "trtllm", num_devices=2, num_experts=5)
+    export_plan(TOY, "omni", tmp_path / "plan.npy")
+    with pytest.raises(UsageError, match="is for 2 devices, not 4"):
+        import_plan(tmp_path / "plan.npy", "omni", num_devices=4)
+
+
+def test_formats_and_endings_are_named(tmp_path: Path) -> None:
+    for call in (export_plan, import_plan):
+        arguments = (TOY, "vllm", tmp_path / "x") if call is export_plan else (tmp_path, "vllm")
+        with pytest.raises(UsageError, match=", ".join(FORMATS)):
+            call(*arguments)  # type: ignore[operator]
+    with pytest.raises(UsageError, match=r"ends in \.npz or \.pt"):
+        export_plan(TOY, "eplb", tmp_path / "plan.json")
+    with pytest.raises(InputError, match="cannot be written"):
+        export_plan(TOY, "eplb", tmp_path / "absent" / "plan.npz")
+    with pytest.raises(InputError, match="no such file"):
+        import_plan(tmp_path / "absent.json", "sglang", num_devices=2)
+    with pytest.raises(InputError, match="a folder"):
+        import_plan(tmp_path, "trtllm", num_devices=2)
+
+
+# ---- files that are not what they say ---------------------------------------------------------
+
+ROWS = '{"physical_to_logical_map": %s}'
+BALANCER = "initial_global_assignments: %s\nlayer_updates_per_iter: 0\nnum_slots: 2\n"
+
+
+@pytest.mark.parametrize(("format", "content", "message"), [
+    ("sglang", "{", "not JSON"),
+    ("sglang", "\udcff", "as text"),
+    ("sglang", "[" * 100_000, "not JSON"),
+    ("sglang", "[]", "must be a mapping"),
+    ("sglang", '{"logical_count": [[1, 2]]}', "holds loads"),
+    ("sglang", ROWS % "[]", "must be a list of layers"),
+    ("sglang", ROWS % "[[0, true]]", "layer 0, slot 1: True is no expert id"),
+    ("sglang", ROWS % '[[0, "1"]]', "layer 0, slot 1: '1' is no expert id"),
+    ("sglang", ROWS % "[[0, 1.0]]", "slot 1: 1.0 is no expert id"),
+    ("sglang", ROWS % "[[0, -1]]", "slot 1: -1 is no expert id"),
+    ("sglang", ROWS % "[[0, NaN]]", "NaN is no number"),
+    ("sglang", ROWS % "[[0, 1e999]]", "slot 1: inf is no expert id"),
+    ("sglang", ROWS % f"[[0, {10**30}]]", "slot 1: a number beyond 64 bits"),
+    ("sglang", ROWS % f"[[0, {'9' * 5000}]]", "not JSON"),
+    ("sglang", '{"physical_to_logical_map": [[0]], "physical_to_logical_map": [[1]]}', "twice"),
+    ("trtllm", "num_slots: [", "not YAML"),
+    ("trtllm", "!!python/object/apply:os.getcwd []", "not YAML"),
+    ("trtllm", "num_slots: 2\nlayer_updates_per_iter: 1", "no plan to import"),
+    ("trtllm", BALANCER % "{}", "must map layers to slots"),
+    ("trtllm", BALANCER % "{3: [0, 1], 3: [1, 0]}", "'3' stands twice"),
+    ("trtllm", BALANCER % "{a: [0, 1]}", "whole number from 0, not 'a'"),
+    ("trtllm", BALANCER % "{? [1] : [0, 1]}", "not YAML"),
+    ("trtllm", BALANCER % "{3: [0, .nan]}", "layer 3, slot 1: nan is no expert id"),
+    ("trtllm", BALANCER % f"{{3: [0, 0x{'f' * 5000}]}}", "a number beyond 64 bits"),
+    ("trtllm", (BALANCER % "{3: [0, 1]}") + "ep_size: 2", "'ep_size' must go"),
+    ("trtllm", "initial_global_assignments: {3: [0, 1]}\nnum_slots: 2", "lacks the key"),
+    ("trtllm", (BALANCER % "{3: [0, 1]}").replace("2", "two"), "num_slots: must be a whole"),
+    ("vllm_ascend", '{"moe_layer_count": 0, "layer_list": []}', "layer_list must be a list"),
+    ("vllm_ascend", '{"moe_layer_count": 2, "layer_list": [{}]}', "moe_layer_count is 2, but"),
+    ("vllm_ascend", '{"moe_layer_count": 1, "layer_list": [3]}', "MoE layer 0: must be a mapping"),
+])
+def test_malformed_text_is_one_clear_line(
     format: str, content: str, message: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "plan"
-    path.write_text(content)
+    path = write(format, "", tmp_path)
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError, match=message) as refused:
+        import_plan(path, format, num_devices=2)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+Edit = Callable[[Any], Any]
+
+
+@pytest.mark.parametrize(("edit", "message"), [
+    (lambda layers: layers[1]["device_list"].reverse(), "layer 1, device 0: device_id is 1 at"),
+    (lambda layers: layers[0].update(layer_id=5), "layer 0: layer_id is 5 at position 0"),
+    (lambda layers: layers[1]["device_list"].pop(), "device_count is 2, but device_list holds 1"),
+    (lambda layers: layers[0]["device_list"][1]["device_expert"].pop(),
+     "layer 0, device 1 holds 3 experts, device 0 holds 4"),
+    (lambda layers: layers[0]["device_list"][1].pop("device_expert"), "lacks the key"),
+    (lambda layers: (layers[1].update(device_count=1), layers[1]["device_list"].pop()),
+     "layer 1 has 1 devices, layer 0 has 2"),
+])
+def test_vllm_ascend_positions_and_counts_must_agree(
+    edit: Edit, message: str, tmp_path: Path
+) -> None:
+    document = toy_document("vllm_ascend", tmp_path)
+    edit(document["layer_list"])
     with pytest.raises(InputError, match=message):
+        import_plan(write("vllm_ascend", document, tmp_path), "vllm_ascend")
+
+
+def _swapped(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return array[:, ::-1].copy()
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("logcnt", _swapped, "MoE layer 0, expert 0: logcnt says 2 replicas, phy2log holds 1"),
+    ("logcnt", lambda a: a[:1], "logcnt has 1 layers of 6 experts"),
+    ("logcnt", lambda a: a.astype(float), "whole numbers"),
+    ("log2phy", _swapped, "MoE layer 0, expert 0: log2phy does not name the slots"),
+    ("log2phy", lambda a: a[:, :5], "log2phy has 2 layers of 5 experts"),
+    ("phy2log", lambda a: a - 1, "MoE layer 0, slot 3: -1 is no expert id"),
+    ("phy2log", lambda a: a[0], r"phy2log: must be whole numbers \[layer, slot\]"),
+    ("phy2log", lambda a: a.astype(np.uint64) + np.uint64(2**63), "beyond 63 bits"),
+])
+def test_eplb_tensors_must_agree(name: str, change: Edit, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.npz"
+    export_plan(TOY, "eplb", path)
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    np.savez(path, **(arrays | {name: change(arrays[name])}))
+    with pytest.raises(InputError, match=message):
+        import_plan(path, "eplb", num_devices=2)
+
+
+@pytest.mark.parametrize(("array", "message"), [
+    (np.zeros((2, 3), int), r"\[rank, layer, expert\]"),
+    (np.full((1, 1, 2), np.nan), "whole numbers"),
+    (np.array([[[1, 2]]]), "rank 0, MoE layer 0, expert 1 is 2"),
+    (np.array([[[1, 0]]]), "MoE layer 0: expert 1 has no slot"),
+    (np.ones((1, 1, 40_000), np.int8), "num_experts 40000"),
+    (np.array([[[{}]]]), "not numpy's"),
+])
+def test_omni_values_and_shapes(array: npt.NDArray[Any], message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "plan.npy", array, allow_pickle=True)
+    with pytest.raises(InputError, match=message):
+        import_plan(tmp_path / "plan.npy", "omni")
+
+
+@pytest.mark.parametrize(("format", "suffix"), FILES)
+@pytest.mark.parametrize("keep", [0, 3, 90])
+def test_a_file_cut_short_is_refused(format: str, suffix: str, keep: int, tmp_path: Path) -> None:
+    path = tmp_path / f"plan{suffix}"
+    export_plan(TOY, format, path, model=MODEL)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=str(path)) as refused:
+        import_plan(path, format, num_devices=2)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("format", "key"), [
+    ("sglang", "physical_to_logical_map"), ("eplb", "phy2log"),
+])
+def test_torch_files_never_run_code(format: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.pt"
+    torch.save({key: print}, path)
+    with pytest.raises(InputError, match=r"not a \.pt file of tensors alone"):
+        import_plan(path, format, num_devices=2)
+    torch.save({key: torch.tensor([[0.0, 1.0]])}, path)
+    with pytest.raises(InputError, match="must be whole numbers"):
         import_plan(path, format, num_devices=2)
 
 
-def test_vllm_ascend_ids_must_agree_with_positions(tmp_path: Path) -> None:
-    path = exported(TOY, "vllm_ascend", tmp_path)
-    document = json.loads(path.read_text())
-    document["layer_list"][1]["device_list"].reverse()
-    path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"layer 1, device 0 has device_id 1"):
-        import_plan(path, "vllm_ascend", num_experts=6)
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
+    st.lists(st.integers(-2, 9), max_size=9), st.dictionaries(st.text(max_size=3), st.integers()),
+)
 
 
-def test_eplb_maps_must_agree(tmp_path: Path) -> None:
-    path = exported(TOY, "eplb", tmp_path)
-    with np.load(path) as stored:
-        arrays = dict(stored)
-    arrays["logcnt"] = arrays["logcnt"][:, ::-1]
-    np.savez(path, **arrays)
-    with pytest.raises(InputError, match="logcnt does not count"):
-        import_plan(path, "eplb", num_devices=2, num_experts=6)
-
-
-def test_omni_values_and_shapes(tmp_path: Path) -> None:
-    path = tmp_path / "plan.npy"
-    for array, message in (
-        (np.zeros((2, 3)), "rank, layer, expert"),
-        (np.full((1, 1, 2), 2), "values other than 0 and 1"),
-        (np.array([[[1, 0]]]), "no rank holds expert 1"),
-    ):
-        np.save(path, array)
-        with pytest.raises(InputError, match=message):
-            import_plan(path, "omni")
-
-
-def test_what_the_file_does_not_say_must_be_said(tmp_path: Path) -> None:
-    path = exported(TOY, "trtllm", tmp_path)
-    with pytest.raises(UsageError, match="--devices"):
-        import_plan(path, "trtllm", num_experts=6)
-    with pytest.raises(UsageError, match="unknown plan format 'vllm'"):
-        import_plan(path, "vllm")
-    with pytest.raises(InputError, match="no such plan file"):
-        import_plan(tmp_path / "none", "sglang", num_devices=2)
-    imported = import_plan(path, "trtllm", num_devices=2)
-    assert any("took 6" in note for note in imported.notes)
-
-
-def test_trtllm_layers_must_be_the_models(tmp_path: Path) -> None:
-    path = exported(TOY, "trtllm", tmp_path)
-    other = TOY_MODEL.model_copy(update={"num_layers": 3, "layer_indices": (1, 2, 3)})
-    with pytest.raises(InputError, match="MoE layer 3 of toy is missing"):
-        import_plan(path, "trtllm", num_devices=2, model=other)
+@given(data=st.data(), format=st.sampled_from(["sglang", "trtllm", "vllm_ascend"]))
+@settings(max_examples=100, deadline=None)
+def test_junk_anywhere_is_a_plan_or_one_clear_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, format: str
+) -> None:
+    folder = tmp_path_factory.mktemp("junk")
+    document = toy_document(format, folder)
+    place = document
+    while True:     # walk down to somewhere, then put junk there
+        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict)
+                                        else range(len(place))))
+        below = place[key]
+        if not isinstance(below, (dict, list)) or data.draw(st.booleans()):
+            break
+        place = below
+    place[key] = data.draw(JUNK)
+    path = folder / f"file{dict(FILES[::-1])[format]}"
+    path.write_text(yaml.safe_dump(document) if format == "trtllm" else json.dumps(document))
+    try:
+        found = import_plan(path, format, num_devices=2)
+    except (InputError, UsageError) as error:
+        assert "\n" not in str(error)
+    else:
+        assert (found.plan.replicas_LE >= 1).all()
