@@ -6,16 +6,35 @@ of slots, routing or which backend multiplies.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
+from . import cpu_loops
+from .cpu_float import as_array
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "gptoss_clamped"]
+
+COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+_COMPILED_ROWS = {
+    "silu": cpu_loops.silu_rows,
+    "gelu": cpu_loops.gelu_rows,
+    "gelu_tanh": cpu_loops.gelu_tanh_rows,
+    "relu": cpu_loops.relu_rows,
+    "gptoss_clamped": cpu_loops.gptoss_rows,
+}
+_TORCH_GATES = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 @dataclass(frozen=True)
@@ -61,25 +80,23 @@ def stored_rows(gate_first: Tensor, activation: ExpertActivation) -> Tensor:
     return torch.stack((gate_first[:intermediate], gate_first[intermediate:]), dim=1).flatten(0, 1)
 
 
-def gated_inplace(gate_AI: Tensor, up_AI: Tensor, activation: ExpertActivation) -> Tensor:
-    """Turn gate and up products into the input of the down product; overwrites both.
+def gated_rows(gate_up_A2I: Tensor, activation: ExpertActivation, out_AI: Tensor) -> None:
+    """Gate and up products, gate columns first, into the input of the down product.
 
-    gate_AI, up_AI: [rows, I], inner axis contiguous. Returns gate_AI, overwritten.
-    Pass both as column views of one [rows, 2I] buffer: rows that do not lie back to back are
-    walked one by one, so an element's bits depend on its column and never on its neighbours'
-    number (a flat walk would send the last few elements of the buffer down another code path).
+    On the CPU, float32 and bfloat16 take compiled loops: torch's own would send the last few
+    elements of a tensor down another code path, so a row's bits would depend on its neighbours.
     """
+    compiled = gate_up_A2I.device.type == "cpu" and gate_up_A2I.dtype in COMPILED_DTYPES
+    if compiled:
+        limit, alpha = np.float32(activation.limit or 0.0), np.float32(activation.alpha or 0.0)
+        loop = _COMPILED_ROWS[activation.kind]
+        loop(as_array(gate_up_A2I), limit, alpha, as_array(out_AI))
+        return
+    gate, up = gate_up_A2I.tensor_split(2, dim=1)
     if activation.kind == "gptoss_clamped":
         assert activation.limit is not None and activation.alpha is not None
-        gate_AI.clamp_(max=activation.limit)
-        up_AI.clamp_(min=-activation.limit, max=activation.limit)
-        gate_AI.mul_(torch.sigmoid(gate_AI * activation.alpha))
-        return gate_AI.mul_(up_AI.add_(1.0))
-    if activation.kind == "silu":
-        F.silu(gate_AI, inplace=True)
-    elif activation.kind == "relu":
-        F.relu_(gate_AI)
+        gate = gate.clamp(max=activation.limit)
+        up = up.clamp(-activation.limit, activation.limit)
+        torch.mul(gate * torch.sigmoid(gate * activation.alpha), up + 1.0, out=out_AI)
     else:
-        approximate = "tanh" if activation.kind == "gelu_tanh" else "none"
-        gate_AI.copy_(F.gelu(gate_AI, approximate=approximate))
-    return gate_AI.mul_(up_AI)
+        torch.mul(_TORCH_GATES[activation.kind](gate), up, out=out_AI)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .cpu_float import compiled, exp, store, times_sigmoid, to_float
+from .cpu_float import compiled, erf, exp, store, times_sigmoid, to_float
 
 Array = Any  # numpy arrays inside compiled loops; numba infers their types
 _F32 = np.float32
@@ -161,6 +161,16 @@ def gelu_tanh_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
             gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
             twice = _F32(1.59576912) * (gate + _F32(0.044715) * gate * gate * gate)
             store(out, r, c, times_sigmoid(gate_up[r, c], gate, twice) * up)
+
+
+@compiled
+def gelu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """0.5 gate (1 + erf(gate / sqrt 2)) * up."""
+    rows, width = out.shape
+    for r in range(rows):
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            store(out, r, c, _F32(0.5) * gate * (_F32(1.0) + erf(gate * _F32(0.70710678))) * up)
 
 
 @compiled

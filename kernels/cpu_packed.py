@@ -16,17 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .activation import gate_rows_first, gated_inplace, stored_rows
+from .activation import gate_rows_first, gated_rows, stored_rows
 from .backend import SlotShape, SlotTensors
 from .cpu_float import as_array
-from .cpu_loops import (
-    combine_rows,
-    gelu_tanh_rows,
-    gptoss_rows,
-    relu_rows,
-    silu_rows,
-    sort_slots,
-)
+from .cpu_loops import combine_rows, sort_slots
 from .huge_pages import use_huge_pages
 
 # Rows of one pair of products: enough to read the weights rarely, few enough for the cache.
@@ -45,13 +38,6 @@ ROW_STEP = 4
 HUGE_PAGES_FROM_BYTES = 1 << 18
 # The packed layout serves any row count; the hint only has to be far from a single row.
 _LAYOUT_HINT_ROWS = 64
-
-_GATED_ROWS = {
-    "silu": silu_rows,
-    "relu": relu_rows,
-    "gelu_tanh": gelu_tanh_rows,
-    "gptoss_clamped": gptoss_rows,
-}
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -171,9 +157,6 @@ class PackedSlots:
             for name, size in shape.tensor_shapes().items()
         }
         self._experts: list[PackedExpert] = [self._packed(empty)] * shape.slots
-        self._gated_rows = _GATED_ROWS.get(shape.activation.kind)
-        self._limit = np.float32(shape.activation.limit or 0.0)
-        self._alpha = np.float32(shape.activation.alpha or 0.0)
 
     def set_slot(self, slot: int, tensors: SlotTensors) -> None:
         self._experts[slot] = self._packed(tensors)
@@ -247,11 +230,7 @@ class PackedSlots:
         gate_up = products[0] if len(products) == 1 else torch.cat(products)
         rows, intermediate = len(gate_up), self.shape.intermediate
         act = _BUFFERS.take("act", rows + padding, intermediate, self.shape.dtype)
-        if self._gated_rows is None:
-            gate, up = gate_up.tensor_split(2, dim=1)
-            act[:rows] = gated_inplace(gate, up, self.shape.activation)
-        else:
-            self._gated_rows(as_array(gate_up), self._limit, self._alpha, as_array(act[:rows]))
+        gated_rows(gate_up, self.shape.activation, act[:rows])
         return act
 
     def _packed(self, tensors: SlotTensors) -> PackedExpert:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import cpu_loops
+from .activation import COMPILED_DTYPES
 from .cpu_float import as_array
-
-_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def top_k(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -179,7 +178,7 @@ def combine_rows(
             f"out is {tuple(out.shape)} {out.dtype}; it must be "
             f"{(len(row_TK), hidden)} {y_AH.dtype}"
         )
-    if y_AH.device.type == "cpu" and y_AH.dtype in _COMPILED_DTYPES:
+    if y_AH.device.type == "cpu" and y_AH.dtype in COMPILED_DTYPES:
         if row_TK.numel() and int(row_TK.max()) >= len(y_AH):
             raise InputError(f"row {int(row_TK.max())} is past the {len(y_AH)} rows of y")
         cpu_loops.combine_rows(

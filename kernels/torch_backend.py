@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .activation import gate_rows_first, gated_inplace, stored_rows
+from .activation import gate_rows_first, gated_rows, stored_rows
 from .backend import SlotShape, SlotTensors
 from .routing import combine_rows, sort_rows
 from .slot_table import SlotTable
@@ -74,8 +74,8 @@ class TorchSlots:
         gate_up = torch.mm(x_AH, self._stacked["gate_up"][row].T)
         if self.shape.bias:
             gate_up += self._stacked["gate_up_bias"][row]
-        gate, up = gate_up.tensor_split(2, dim=1)
-        act = gated_inplace(gate, up, self.shape.activation)
+        act = gate_up.new_empty(len(gate_up), self.shape.intermediate)
+        gated_rows(gate_up, self.shape.activation, act)
         y_AH = torch.mm(act, self._stacked["down"][row].T)
         if self.shape.bias:
             y_AH += self._stacked["down_bias"][row]

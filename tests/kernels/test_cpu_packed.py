@@ -1,0 +1,193 @@
+"""The packed CPU backend: how rows are cut, when it is chosen, what it falls back to."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadmaster.kernels import cpu_packed, grouped
+from loadmaster.kernels.cpu_float import as_array
+from loadmaster.kernels.cpu_loops import (
+    gelu_rows,
+    gelu_tanh_rows,
+    gptoss_rows,
+    relu_rows,
+    silu_rows,
+)
+from loadmaster.kernels.cpu_packed import (
+    BLOCK_ROWS,
+    LEAST_ROWS,
+    SMALL_ROWS,
+    STRIP_ROWS,
+    packed_available,
+    row_strips,
+)
+from loadmaster.kernels.grouped import moe_layer
+from loadmaster.kernels.huge_pages import use_huge_pages
+
+LIMIT, ALPHA = np.float32(7.0), np.float32(1.702)
+
+
+@given(st.lists(st.integers(0, 2000), max_size=12))
+def test_strips_cover_every_row_once_in_order(counts: list[int]) -> None:
+    blocks = [block for strip in row_strips(counts) for block in strip]
+    covered = [(b.slot, b.start + i) for b in blocks for i in range(b.rows)]
+    expected = [slot for slot, count in enumerate(counts) for _ in range(count)]
+    assert covered == [(slot, row) for row, slot in enumerate(expected)]
+
+
+@given(st.lists(st.integers(0, 2000), max_size=12))
+def test_strips_stay_in_bounds(counts: list[int]) -> None:
+    for strip in row_strips(counts):
+        for block in strip:
+            assert max(block.rows, LEAST_ROWS) <= block.computed <= block.rows + 3
+            assert block.computed <= BLOCK_ROWS
+        if len(strip) > 1:
+            assert all(block.rows <= SMALL_ROWS for block in strip)
+            assert sum(block.rows for block in strip) <= STRIP_ROWS
+
+
+def test_few_row_counts_reach_the_products() -> None:
+    """Every new row count compiles a kernel, so counts are rounded to a bounded set."""
+    computed = {
+        block.computed
+        for count in range(3 * BLOCK_ROWS)
+        for strip in row_strips([count])
+        for block in strip
+    }
+    assert len(computed) <= 16 + BLOCK_ROWS // 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packing_is_found_on_this_build(dtype: torch.dtype) -> None:
+    assert packed_available(dtype)
+    assert not packed_available(torch.float16)
+
+
+@pytest.mark.parametrize("missing", ["_reorder_linear_weight", "_linear_pointwise"])
+def test_without_the_private_operators_auto_takes_plain_torch(
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    layer_of: Callable,
+    ids_of: Callable,
+    rows_of: Callable,
+    gates_of: Callable,
+) -> None:
+    layer = layer_of(3, 24, 16, torch.bfloat16)
+    x, ids, gate = rows_of(20, 24, torch.bfloat16), ids_of(20, 2, 3), gates_of(20, 2)
+    packed = layer.weights("auto")
+    assert packed.backend == "packed"
+    expected = moe_layer(x, ids, gate, packed)
+
+    class Without:
+        def __getattr__(self, name: str) -> object:
+            if name == missing:
+                raise AttributeError(name)
+            return getattr(torch.ops.mkldnn, name)
+
+    class Operators:
+        mkldnn = Without()
+
+    class Torch:
+        ops = Operators()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(torch, name)
+
+    monkeypatch.setattr(cpu_packed, "torch", Torch())
+    packed_available.cache_clear()
+    try:
+        assert not packed_available(torch.bfloat16)
+        plain = layer.weights("auto")
+        assert plain.backend == "torch"
+        out = moe_layer(x, ids, gate, plain)
+    finally:
+        monkeypatch.undo()
+        packed_available.cache_clear()
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_build_that_multiplies_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_packed, "packed_linear", lambda x, packed, bias: x[:, :24] * 0)
+    packed_available.cache_clear()
+    try:
+        assert not packed_available(torch.float32)
+    finally:
+        packed_available.cache_clear()
+
+
+def test_float64_and_float16_run_on_plain_torch(
+    layer_of: Callable, ids_of: Callable, gates_of: Callable, rows_of: Callable
+) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-7), (torch.float16, 2e-3)):
+        layer = layer_of(3, 24, 16, dtype)
+        weights = layer.weights()
+        assert weights.backend == "torch"
+        x, ids, gate = rows_of(9, 24, dtype), ids_of(9, 2, 3), gates_of(9, 2)
+        expected = layer.oracle(x, ids, gate)
+        error = (moe_layer(x, ids, gate, weights).double() - expected).norm() / expected.norm()
+        assert error <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (silu_rows, lambda gate, up: gate * torch.sigmoid(gate) * up),
+        (relu_rows, lambda gate, up: gate.clamp(min=0) * up),
+        (
+            gelu_tanh_rows,
+            lambda gate, up: torch.nn.functional.gelu(gate, approximate="tanh") * up,
+        ),
+        (gelu_rows, lambda gate, up: torch.nn.functional.gelu(gate) * up),
+        (
+            gptoss_rows,
+            lambda gate, up: (
+                (up.clamp(-7, 7) + 1)
+                * gate.clamp(max=7)
+                * torch.sigmoid(float(ALPHA) * gate.clamp(max=7))
+            ),
+        ),
+    ],
+    ids=["silu", "relu", "gelu_tanh", "gelu", "gptoss"],
+)
+def test_compiled_gates_follow_their_definition_from_tiny_to_huge(
+    rows: Callable, expected: Callable, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-6, 6, 61)
+    gate_up = torch.cat((sizes, -sizes, torch.randn(200, generator=generator)))
+    gate_up_row = torch.cat((gate_up, gate_up)).to(dtype)[None]
+    out = torch.empty(1, gate_up_row.shape[1] // 2, dtype=dtype)
+    rows(as_array(gate_up_row), LIMIT, ALPHA, as_array(out))
+    half = out.shape[1]
+    gate, up = gate_up_row[:, :half].double(), gate_up_row[:, half:].double()
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    # Relative to the factors: where f(gate) nearly cancels, so do its last digits.
+    allowed = tolerance * gate.abs() * (up.abs() + 1) + 1e-20
+    assert ((out.double() - expected(gate, up)).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_gates_keep_nan_and_infinity(dtype: torch.dtype) -> None:
+    nan, inf = float("nan"), float("inf")
+    gate_up = torch.tensor([[nan, 1.0, inf, -inf, 1.0, nan, 2.0, 2.0]], dtype=dtype)
+    out = torch.empty(1, 4, dtype=dtype)
+    silu_rows(as_array(gate_up), LIMIT, ALPHA, as_array(out))
+    assert out[0, :2].isnan().all()
+    assert out[0, 2] == inf
+    assert out[0, 3] <= 0 or out[0, 3].isnan()
+
+
+def test_huge_pages_leave_contents_alone() -> None:
+    block = torch.arange(1 << 20, dtype=torch.int32)
+    assert use_huge_pages(block.data_ptr(), block.numel() * 4) in (True, False)
+    assert torch.equal(block, torch.arange(1 << 20, dtype=torch.int32))
+    assert not use_huge_pages(block.data_ptr(), 0)
+
+
+def test_forcing_a_backend_is_only_a_matter_of_the_entry() -> None:
+    assert grouped.BACKENDS[:3] == ("auto", "torch", "packed")

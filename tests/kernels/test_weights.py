@@ -1,0 +1,109 @@
+"""Experts in slots: what goes in comes out, bit for bit, and moves cost no copies."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from loadmaster.errors import InputError
+from loadmaster.kernels.activation import ExpertActivation
+from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
+from loadmaster.kernels.slot_table import SlotTable
+
+BACKENDS = ["torch", "packed"]
+GPT_OSS = ExpertActivation("gptoss_clamped", limit=7.0, alpha=1.702, interleaved=True)
+
+
+def _same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return list(got) == list(expected) and all(torch.equal(got[n], expected[n]) for n in got)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(1, 1), (17, 33), (64, 32), (96, 100)])
+@pytest.mark.parametrize("activation", [ExpertActivation("silu"), GPT_OSS], ids=["silu", "gptoss"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_a_slot_gives_back_the_bits_it_got(
+    backend: str,
+    dtype: torch.dtype,
+    hidden: int,
+    intermediate: int,
+    activation: ExpertActivation,
+    bias: bool,
+    layer_of: Callable,
+) -> None:
+    layer = layer_of(3, hidden, intermediate, dtype, activation, bias)
+    weights = layer.weights(backend)
+    for slot, expert in enumerate(layer.experts):
+        assert _same(weights.get_slot(slot), expert)
+        total = sum(tensor.numel() * tensor.element_size() for tensor in expert.values())
+        assert weights.bytes_per_slot == total
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_keeps_nothing_of_the_callers_tensors(backend: str, layer_of: Callable) -> None:
+    layer = layer_of(1, 16, 8, torch.float32, GPT_OSS, True)
+    weights = layer.weights(backend)
+    before = weights.get_slot(0)
+    for tensor in (*layer.experts[0].values(), *weights.get_slot(0).values()):
+        tensor.fill_(7.0)
+    assert _same(weights.get_slot(0), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_not_filled_yet_are_zero(backend: str, layer_of: Callable) -> None:
+    weights = layer_of(2, 16, 8).weights(backend, [-1, 1])
+    assert all((tensor == 0).all() for tensor in weights.get_slot(0).values())
+    y = grouped_experts(torch.ones(3, 16), torch.tensor([3, 0]), weights)
+    assert (y == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rearranging_moves_experts_between_slots(backend: str, layer_of: Callable) -> None:
+    layer = layer_of(4, 16, 8)
+    weights = layer.weights(backend)
+    weights.rearrange([2, 0, 0, 3])
+    assert all(_same(weights.get_slot(s), layer.experts[e]) for s, e in enumerate([2, 0, 0, 3]))
+    weights.copy_slot(3, 1)
+    assert all(_same(weights.get_slot(s), layer.experts[e]) for s, e in enumerate([2, 3, 0, 3]))
+    # Filling a slot that shares its weights must not reach the other one.
+    weights.load_slot(3, layer.experts[1])
+    assert all(_same(weights.get_slot(s), layer.experts[e]) for s, e in enumerate([2, 3, 0, 1]))
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    y = grouped_experts(x, torch.tensor([2, 2, 2, 2]), weights)
+    in_order = grouped_experts(x, torch.tensor([2, 2, 2, 2]), layer.weights(backend, [2, 3, 0, 1]))
+    assert torch.equal(y, in_order)
+
+
+def test_the_slot_table_never_runs_out_of_rows() -> None:
+    table = SlotTable(3)
+    table.rearrange([1, 1, 1])
+    assert [table.row_to_write(slot) for slot in (2, 0, 1)] == [0, 2, 1]
+    assert table.rows == [2, 1, 0]
+
+
+def test_refuses_experts_that_do_not_fit(layer_of: Callable) -> None:
+    layer = layer_of(2, 16, 8, torch.float32, GPT_OSS, True)
+    weights, expert = layer.weights(), layer.experts[0]
+    with pytest.raises(InputError, match="slot 2 is past the table of 2 slots"):
+        weights.load_slot(2, expert)
+    with pytest.raises(InputError, match="slot -1 is past the table"):
+        weights.get_slot(-1)
+    with pytest.raises(InputError, match="needs exactly gate_up, down, gate_up_bias, down_bias"):
+        weights.set_slot(0, expert["gate_up"], expert["down"])
+    with pytest.raises(InputError, match=r"down for slot 0 is \(8, 16\)"):
+        weights.load_slot(0, {**expert, "down": expert["down"].T})
+    with pytest.raises(InputError, match=r"must be .* torch\.float32"):
+        weights.load_slot(0, {**expert, "down": expert["down"].bfloat16()})
+    with pytest.raises(InputError, match="needs 2 sources; got 1"):
+        weights.rearrange([0])
+    with pytest.raises(InputError, match="slot 5 is past the table"):
+        weights.rearrange([0, 5])
+
+
+def test_no_slot_is_left_half_changed_by_a_refused_expert(layer_of: Callable) -> None:
+    layer = layer_of(1, 16, 8)
+    weights: ExpertWeights = layer.weights()
+    with pytest.raises(InputError, match="needs exactly"):
+        weights.load_slot(0, {"gate_up": torch.zeros(16, 16)})
+    assert _same(weights.get_slot(0), layer.experts[0])
