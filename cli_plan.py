@@ -352,7 +352,7 @@ def plan_diff(
     json: Json = False,
 ) -> None:
     """What changes from one plan to another: experts to move, by layer and device, and bytes."""
-    from .placement.describe import diff_plans
+    from .placement.difference import diff_plans
 
     before, after = _load_plan(old), _load_plan(new)
     told = diff_plans(before, after, read_model(model))

@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stored trace of 2 layers x 16 experts, skewed."""
     folder = tmp_path_factory.mktemp("cli") / "trace"
-    made = synth_trace(layers=2, experts=16, top_k=2, tokens=6000, zipf=1.0, request_tokens=50)
+    made = synth_trace(layers=2, experts=16, top_k=2, tokens=30_000, zipf=1.0, request_tokens=50)
     save_trace(made, folder)
     return folder
 
@@ -175,3 +175,18 @@ def test_the_version_is_printed() -> None:
     done = subprocess.run([sys.executable, "-m", "loadmaster.cli", "--version"],
                           capture_output=True, text=True, check=True)
     assert done.stdout.startswith("loadmaster ")
+
+
+def test_plans_go_to_an_engine_and_back(run: Run, tmp_path: Path) -> None:
+    """Refused with the nearest plan named; written with --nearest; read back with its shape."""
+    plan, engine, back = (tmp_path / name for name in ("plan.json", "map.json", "back.json"))
+    Plan(slots=np.array([[[0, 1, -1], [2, 3, 0]]], np.int16), num_experts=4).save(plan)
+    code, _, err = run("plan-export", plan, "--format", "vllm_ascend", "--out", engine)
+    assert code == 1 and "Nearest plan" in err and len(err.strip().splitlines()) == 1
+    code, out, _ = run("plan-export", plan, "--format", "vllm_ascend", "--out", engine,
+                       "--nearest", "--json")
+    assert code == 0 and json.loads(out)["file"] == str(engine)
+    code, out, _ = run("plan-import", engine, "--format", "vllm_ascend", "--out", back)
+    assert code == 0 and "1 layers x 4 experts on 2 devices" in out
+    code, out, _ = run("plan-diff", plan, back)
+    assert code == 0 and out.startswith("nothing moves")

@@ -183,7 +183,7 @@ def test_toy_files_mean_what_they_should(file: str, format: str, tmp_path: Path)
 def test_bad_files_are_refused_with_the_place(file: str, format: str, message: str) -> None:
     for known in ({"num_experts": 6}, {"model": MODEL}, {}):
         with pytest.raises(InputError, match=message) as refused:
-            import_plan(PLANS / file, format, num_devices=2, **known)  # type: ignore[arg-type]
+            import_plan(PLANS / file, format, num_devices=2, **known)
         assert "\n" not in str(refused.value)
 
 
@@ -360,7 +360,7 @@ def test_formats_and_endings_are_named(tmp_path: Path) -> None:
     for call in (export_plan, import_plan):
         arguments = (TOY, "vllm", tmp_path / "x") if call is export_plan else (tmp_path, "vllm")
         with pytest.raises(UsageError, match=", ".join(FORMATS)):
-            call(*arguments)  # type: ignore[operator]
+            call(*arguments)
     with pytest.raises(UsageError, match=r"ends in \.npz or \.pt"):
         export_plan(TOY, "eplb", tmp_path / "plan.json")
     with pytest.raises(InputError, match="cannot be written"):
