@@ -17,11 +17,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 
 # mypy needs to see the checkout under the package's own name.
+FLOORS := traces kernels placement simulator workers
+MODULES := $(FLOORS:%=-p loadmaster.%) -m loadmaster $(patsubst %.py,-m loadmaster.%,$(wildcard cli*.py))
+
 types: .venv/installed
 	rm -rf build
 	link=$$(mktemp -d) && ln -s "$(CURDIR)" $$link/loadmaster && cd $$link \
 	  && "$(CURDIR)/$(BIN)/mypy" --config-file loadmaster/pyproject.toml \
-	     --cache-dir "$(CURDIR)/.mypy_cache" -p loadmaster; \
+	     --cache-dir "$(CURDIR)/.mypy_cache" $(MODULES); \
 	status=$$?; rm -rf $$link; exit $$status
 
 # torch comes first: its CPU build then satisfies the floor, and nothing larger is fetched.

@@ -51,6 +51,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False}
     if address is None:
         options |= {
+            "address": "local",     # else Ray joins whichever cluster this machine last started
             "num_cpus": num_cpus,
             "include_dashboard": False,
             "_node_ip_address": LOOPBACK,
