@@ -3,12 +3,7 @@
 Knows evaluations, not how plans were found. Every plan sees the same steps, so differences are
 paired.
 
-Bands: a dependent wild bootstrap over requests. Each resample draws one normal number per request;
-a step's weight is the sum of its requests' numbers, each times the square root of the request's
-share of the step, so steps that share requests move together and the weights have variance one.
-The statistic moves by the mean of weight times (step's value - mean). Widened by sqrt(n / (n - 1))
-and Student's t, n = W^2 / sum of squared overlaps being what W overlapping steps are worth. All
-plans get the same draws.
+Bands (`bands.py`): a parametric bootstrap over requests, because neighbouring steps share theirs.
 """
 
 from __future__ import annotations
@@ -24,6 +19,7 @@ from ..errors import UsageError
 from ..traces.spec import ModelSpec
 from ..traces.steps import Steps, StepSampler
 from ..traces.trace import RoutingTrace
+from .bands import CONFIDENCE, band, mean_noise, step_mix
 from .cluster import Cluster
 from .evaluate import Evaluation, evaluate
 from .overlap import Overlap
@@ -32,7 +28,6 @@ from .traffic import Executor
 
 FloatArray = npt.NDArray[np.float64]
 
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,7 @@ class ComparisonRow:
     """One plan. `metric` is the step time in us with a model, else the mean imbalance.
 
     change_percent: metric against the reference plan's, negative = better, with its paired band.
+    Bands are infinite where the steps cannot tell: too few, or the same requests throughout.
     """
 
     name: str
@@ -87,7 +83,8 @@ class Comparison:
             "verdict": self.verdict,
             "metric": self.metric_name,
             "reference": self.reference,
-            "rows": [vars(row) | self.evaluations[row.name].to_dict() for row in self.rows],
+            "rows": [_finite(vars(row)) | self.evaluations[row.name].to_dict()
+                     for row in self.rows],
             "steps": self.steps,
             "independent_steps": self.independent_steps,
             "resamples": self.resamples,
@@ -148,31 +145,30 @@ def rank(
     names = list(evaluations)
     value_PW = np.stack([_per_step(evaluations[n], timed) for n in names])
     kept = ~np.isnan(value_PW).any(axis=0)
-    weight_BW, independent = request_weights(trace, steps, np.flatnonzero(kept), resamples, seed)
+    mix = step_mix(trace, steps, np.flatnonzero(kept))
     value_PW = value_PW[:, kept]
     mean_P = value_PW.mean(axis=1)
-    noise_PB = (value_PW - mean_P[:, None]) @ weight_BW.T / value_PW.shape[1]
-    noise_PB *= _widening(independent)
     against = names.index(reference)
     order = sorted(range(len(names)), key=lambda p: (mean_P[p], p != against, p))
     best = order[0]
     rows = []
     for p in order:
-        low, high = _band(mean_P[p], noise_PB[p])
-        change = 100 * (mean_P[p] - mean_P[against]) / mean_P[against]
-        change_noise = 100 * (noise_PB[p] - noise_PB[against]) / mean_P[against]
-        change_low, change_high = _band(change, change_noise)
-        to_best = _band(mean_P[p] - mean_P[best], noise_PB[p] - noise_PB[best])
+        scale = 100 / mean_P[against]
+        low, high = band(mean_P[p], mean_noise(value_PW[p], mix, resamples, seed))
+        to_reference = (value_PW[p] - value_PW[against]) * scale
+        change = band(to_reference.mean(), mean_noise(to_reference, mix, resamples, seed))
+        to_best = value_PW[p] - value_PW[best]
+        least = band(to_best.mean(), mean_noise(to_best, mix, resamples, seed))[0]
         rows.append(ComparisonRow(
-            names[p], float(mean_P[p]), low, high, float(change), change_low, change_high,
-            p == best, bool(to_best[0] <= 0),
+            names[p], float(mean_P[p]), low, high, float(to_reference.mean()), *change,
+            p == best, least <= 0,
         ))
     metric = "step_time_us" if timed else "imbalance_mean"
     notes = tuple(dict.fromkeys(n for e in evaluations.values() for n in e.notes))
     return Comparison(
         metric, reference, tuple(rows), _verdict(rows, reference, metric), evaluations,
-        int(value_PW.shape[1]), independent, resamples,
-        "dependent wild bootstrap over requests, paired, 95 %", notes,
+        int(value_PW.shape[1]), mix.distinct_mixes, resamples,
+        "paired, 95 % bands by a parametric bootstrap over requests", notes,
     )
 
 
@@ -187,45 +183,9 @@ def _per_step(evaluation: Evaluation, timed: bool) -> FloatArray:
     return np.where(count_W > 0, sum_W / np.maximum(count_W, 1), np.nan)
 
 
-def request_weights(
-    trace: RoutingTrace, steps: Steps, kept: npt.NDArray[np.int64], resamples: int, seed: int
-) -> tuple[FloatArray, float]:
-    """(weight [B, W] of each kept step in each resample, how many independent steps W is worth).
-
-    Weights have mean 0 and variance 1; two steps' weights correlate by how far they share requests
-    (sum over requests of the root of the product of shares).
-    """
-    from scipy import sparse  # slow to import, and only comparisons need it
-
-    request = np.unique(trace.request_T()[steps.token], return_inverse=True)[1]
-    step_of_token = steps.step_of_token()
-    shape = (len(steps), int(request.max()) + 1)
-    tokens_WR = sparse.coo_matrix(
-        (np.ones(len(request)), (step_of_token, request)), shape=shape
-    ).tocsr()[kept]
-    sizes_W = np.asarray(tokens_WR.sum(axis=1)).ravel()
-    root_WR = sparse.diags(1.0 / np.sqrt(sizes_W)) @ tokens_WR.sqrt()
-    overlap_WW = root_WR @ root_WR.T
-    independent = len(kept) ** 2 / float(overlap_WW.multiply(overlap_WW).sum())
-    rng = np.random.default_rng(seed)
-    weight_WB = root_WR @ rng.standard_normal((shape[1], resamples))
-    return np.ascontiguousarray(weight_WB.T), independent
-
-
-def _widening(independent: float) -> float:
-    """Small-sample factor: the mean was estimated from the same few steps."""
-    from scipy import stats
-
-    freedom = max(independent - 1.0, 1.0)
-    quantile = 0.5 + CONFIDENCE / 2
-    student = float(stats.t.ppf(quantile, freedom) / stats.norm.ppf(quantile))
-    return student * math.sqrt((freedom + 1.0) / freedom)
-
-
-def _band(centre: float, noise_B: FloatArray) -> tuple[float, float]:
-    """Central band of `centre + noise`, symmetric by the noise's spread around zero."""
-    reach = float(np.quantile(np.abs(noise_B), CONFIDENCE))
-    return float(centre) - reach, float(centre) + reach
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity: None where a band has no end."""
+    return {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in row.items()}
 
 
 def _verdict(rows: list[ComparisonRow], reference: str, metric: str) -> str:
@@ -237,6 +197,12 @@ def _verdict(rows: list[ComparisonRow], reference: str, metric: str) -> str:
         return f"{reference}: {what} {_figure(best.metric, metric)}"
     reach = (best.change_high_percent - best.change_low_percent) / 2
     gain = -best.change_percent
+    if math.isinf(own.metric_high):
+        return (
+            f"not enough data: {best.name} came out best ({what} {_figure(best.metric, metric)}), "
+            "but too few steps, or the same requests in all of them: no telling how far that may "
+            "be off; record more requests"
+        )
     if best.name == reference:
         second = rows[1]
         if second.indistinguishable:
