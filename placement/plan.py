@@ -236,7 +236,7 @@ class Plan:
         except ValueError as error:
             raise PlanError(f"{where}: slots: rows differ in length") from error
         return cls(
-            slots=slots.astype(np.int64),  # type: ignore[arg-type]
+            slots=slots.astype(np.int64),
             num_experts=file.num_experts,
             dispatch=file.dispatch,
             layer_indices=tuple(file.layer_indices),
