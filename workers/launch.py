@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,8 +87,16 @@ def cluster_address() -> str:
 
 
 def _on_this_machine(address: str) -> bool:
+    """Whether the address names this machine: only such a one can be bound here."""
     host = address.rsplit("://", 1)[-1].rsplit(":", 1)[0]
-    return host in ("auto", "local", "localhost", LOOPBACK, "[::1]")
+    if host in ("auto", "local", "localhost", LOOPBACK, "[::1]"):
+        return True
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
 
 
 class RankProcess:
