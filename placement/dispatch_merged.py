@@ -46,7 +46,7 @@ def count_classes(
     A live rank passes its own tokens and uses its own row.
     """
     class_TK = np.empty(ids_TK.shape, np.int64)
-    classify(ids_TK, home_T, *table.arrays(), class_TK)
+    classify(ids_TK, home_T, *table.places(), class_TK)
     counts_GX = np.zeros((len(table.node_G), table.num_classes), np.int64)
     _count(class_TK, home_T, counts_GX)
     return class_TK, counts_GX
@@ -59,7 +59,7 @@ def split_classes(
     slack: float,
 ) -> ClassQuotas:
     """Quotas by home rank and (class, slot), from the counts of all ranks; for `assign_classes`."""
-    quotas: ClassQuotas = _split(counts_GX, *table.arrays(), speed_G, slack)
+    quotas: ClassQuotas = _split(counts_GX, *table.slots(), speed_G, slack)
     return quotas
 
 
@@ -80,18 +80,18 @@ def assign_classes(
 @compiled
 def route_merged(
     ids_TK: Any, home_T: Any, start_E: Any, slot_R: Any, slots_per_device: int, place_G: Any,
-    node_G: Any, place_R: Any, count_E: Any, first_E: Any, groups: int, speed_G: Any,
-    slack: float, slot_TK: Any,
+    node_G: Any, node_P: Any, spot_R: Any, place_R: Any, count_E: Any, first_E: Any, groups: int,
+    speed_G: Any, slack: float, slot_TK: Any,
 ) -> None:
     """The three functions above for one step and all ranks, in one compiled call."""
     class_TK = np.empty(ids_TK.shape, np.int64)
-    classify(ids_TK, home_T, start_E, slot_R, slots_per_device, place_G, node_G, place_R, count_E,
-             first_E, groups, class_TK)
+    classify(ids_TK, home_T, start_E, place_G, node_G, node_P, spot_R, place_R, count_E, first_E,
+             groups, class_TK)
     counts_GX = np.zeros((len(node_G), first_E[len(first_E) - 1]), np.int64)
     _count(class_TK, home_T, counts_GX)
     block_X, start_B, slot_O, quota_GO = _split(
-        counts_GX, start_E, slot_R, slots_per_device, place_G, node_G, place_R, count_E, first_E,
-        groups, speed_G, slack,
+        counts_GX, start_E, slot_R, slots_per_device, node_G, place_R, count_E, first_E, groups,
+        speed_G, slack,
     )
     _assign(ids_TK, home_T, class_TK, start_E, slot_R, slots_per_device, len(node_G), block_X,
             start_B, slot_O, quota_GO, slot_TK)
@@ -107,8 +107,8 @@ def _count(class_TK: Any, home_T: Any, counts_GX: Any) -> None:
 
 @compiled
 def _split(
-    counts_GX: Any, start_E: Any, slot_R: Any, slots_per_device: int, place_G: Any, node_G: Any,
-    place_R: Any, count_E: Any, first_E: Any, groups: int, speed_G: Any, slack: float,
+    counts_GX: Any, start_E: Any, slot_R: Any, slots_per_device: int, node_G: Any, place_R: Any,
+    count_E: Any, first_E: Any, groups: int, speed_G: Any, slack: float,
 ) -> Any:
     """(block_X, start_B, slot_O, quota_GO): a block per class with tokens, its slots and quotas."""
     counts_X = total_over(counts_GX)

@@ -57,8 +57,12 @@ def route_steps(
     slot_AK = np.empty(ids_AK.shape, np.int32)
     if policy.code == BALANCED and sends_once(cluster):
         classes = ClassTable.of(table, cluster)
-        _route_merged(ids_AK, home_A, offset_W, *classes.arrays(), cluster.speed_G,
-                      parameters[SLACK], slot_AK)
+        _route_merged(
+            ids_AK, home_A, offset_W, classes.start_E, classes.slot_R, classes.slots_per_device,
+            classes.place_G, classes.node_G, classes.node_P, classes.spot_R, classes.place_R,
+            classes.count_E, classes.first_E, classes.groups, cluster.speed_G, parameters[SLACK],
+            slot_AK,
+        )
     elif policy.by_position:
         _route_by_position(ids_AK, home_A, offset_W, cluster.num_devices, table.start_E,
                            table.slot_R, policy.code == TRTLLM, parameters[OFFSET_BY_RANK] != 0,
@@ -102,11 +106,11 @@ def _route_by_position(
 @compiled
 def _route_merged(
     ids_AK: Any, home_A: Any, offset_W: Any, start_E: Any, slot_R: Any, slots_per_device: int,
-    place_G: Any, node_G: Any, place_R: Any, count_E: Any, first_E: Any, groups: int,
-    speed_G: Any, slack: float, slot_AK: Any,
+    place_G: Any, node_G: Any, node_P: Any, spot_R: Any, place_R: Any, count_E: Any, first_E: Any,
+    groups: int, speed_G: Any, slack: float, slot_AK: Any,
 ) -> None:
     for w in range(len(offset_W) - 1):
         first, last = offset_W[w], offset_W[w + 1]
         route_merged(ids_AK[first:last], home_A[first:last], start_E, slot_R, slots_per_device,
-                     place_G, node_G, place_R, count_E, first_E, groups, speed_G, slack,
-                     slot_AK[first:last])
+                     place_G, node_G, node_P, spot_R, place_R, count_E, first_E, groups, speed_G,
+                     slack, slot_AK[first:last])

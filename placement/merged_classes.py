@@ -32,7 +32,9 @@ class ClassTable:
     slot_R: npt.NDArray[np.int32]
     place_G: npt.NDArray[np.int64]       # place of each device
     node_G: npt.NDArray[np.int64]
-    place_R: npt.NDArray[np.int32]       # which of its expert's places a copy is in: 0, 1, ...
+    node_P: npt.NDArray[np.int64]        # node of each place
+    spot_R: npt.NDArray[np.int32]        # place of each copy
+    place_R: npt.NDArray[np.int32]       # which of its expert's places that is: 0, 1, ...
     count_E: npt.NDArray[np.int32]       # places of each expert
     first_E: npt.NDArray[np.int64]       # [E + 1]
     groups: int                          # home nodes told apart
@@ -44,35 +46,42 @@ class ClassTable:
         place_G = cluster.node_G if per_node else np.arange(cluster.num_devices)
         groups = 1 if per_node else cluster.num_nodes
         start_E, slot_R = table.start_unique_E, table.slot_unique_R
-        place_R, count_E = _index_places(start_E, slot_R, table.slots_per_device, place_G)
+        spot_R, place_R, count_E = _index_places(start_E, slot_R, table.slots_per_device, place_G)
         first_E = _class_offsets(start_E, count_E, groups)
-        return cls(table.slots_per_device, start_E, slot_R, place_G, cluster.node_G, place_R,
-                   count_E, first_E, groups)
+        node_P = cluster.node_G[np.unique(place_G, return_index=True)[1]]
+        return cls(table.slots_per_device, start_E, slot_R, place_G, cluster.node_G, node_P,
+                   spot_R, place_R, count_E, first_E, groups)
 
     @property
     def num_classes(self) -> int:
         return int(self.first_E[-1])
 
-    def arrays(self) -> tuple[Any, Any, int, Any, Any, Any, Any, Any, int]:
-        """What the compiled functions take, in their order."""
-        return (self.start_E, self.slot_R, self.slots_per_device, self.place_G, self.node_G,
-                self.place_R, self.count_E, self.first_E, self.groups)
+    def places(self) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any, int]:
+        """What `classify` takes, in its order."""
+        return (self.start_E, self.place_G, self.node_G, self.node_P, self.spot_R, self.place_R,
+                self.count_E, self.first_E, self.groups)
+
+    def slots(self) -> tuple[Any, Any, int, Any, Any, Any, Any, int]:
+        """What the split by classes takes, in its order."""
+        return (self.start_E, self.slot_R, self.slots_per_device, self.node_G, self.place_R,
+                self.count_E, self.first_E, self.groups)
 
 
 @compiled
 def _index_places(start_E: Any, slot_R: Any, slots_per_device: int, place_G: Any) -> Any:
-    """(place_R, count_E). Slots ascend, so the copies in one place are neighbours."""
+    """(spot_R, place_R, count_E). Slots ascend, so the copies in one place are neighbours."""
+    spot_R = np.empty(len(slot_R), np.int32)
     place_R = np.empty(len(slot_R), np.int32)
     count_E = np.zeros(len(start_E) - 1, np.int32)
     for e in range(len(count_E)):
         last = -1
         for r in range(start_E[e], start_E[e + 1]):
-            place = place_G[slot_R[r] // slots_per_device]
-            if place != last:
+            spot_R[r] = place_G[slot_R[r] // slots_per_device]
+            if spot_R[r] != last:
                 count_E[e] += 1
-                last = place
+                last = spot_R[r]
             place_R[r] = count_E[e] - 1
-    return place_R, count_E
+    return spot_R, place_R, count_E
 
 
 @compiled
@@ -97,15 +106,17 @@ def class_places(x: int, expert: int, count_E: Any, first_E: Any, groups: int) -
 
 @compiled
 def classify(
-    ids_TK: Any, home_T: Any, start_E: Any, slot_R: Any, slots_per_device: int, place_G: Any,
-    node_G: Any, place_R: Any, count_E: Any, first_E: Any, groups: int, class_TK: Any,
+    ids_TK: Any, home_T: Any, start_E: Any, place_G: Any, node_G: Any, node_P: Any, spot_R: Any,
+    place_R: Any, count_E: Any, first_E: Any, groups: int, class_TK: Any,
 ) -> None:
     """class_TK: the class of every assignment, -1 for negative ids."""
-    seen_P = np.zeros(place_G[len(place_G) - 1] + 1, np.int64)   # last token to visit, from 1
+    seen_P = np.zeros(len(node_P), np.int64)     # last token to visit, counted from 1
+    serves_P = np.zeros(len(node_P), np.int64)
+    waiting_K = np.empty(ids_TK.shape[1], np.int64)
     for t in range(ids_TK.shape[0]):
         home = home_T[t]
-        _visit(ids_TK[t], home, start_E, slot_R, slots_per_device, place_G, node_G, count_E,
-               t + 1, seen_P)
+        _visit(ids_TK[t], home, place_G[home], start_E, node_G, node_P, spot_R, count_E, t + 1,
+               seen_P, serves_P, waiting_K)
         group = node_G[home] if groups > 1 else 0
         for k in range(ids_TK.shape[1]):
             e = ids_TK[t, k]
@@ -116,73 +127,88 @@ def classify(
             if copies == 1:
                 class_TK[t, k] = first_E[e] + group
                 continue
-            free = 0
-            one = -1
-            for i in range(copies):
-                r = start_E[e] + (i + home + k) % copies
-                if seen_P[place_G[slot_R[r] // slots_per_device]] == t + 1:
-                    free |= 1 << place_R[r]
-                    if one < 0:
-                        one = place_R[r]
-            kind = free if count_E[e] <= MOST_SET_PLACES else one
+            kind = 0
+            if count_E[e] <= MOST_SET_PLACES:
+                for r in range(start_E[e], start_E[e + 1]):
+                    if seen_P[spot_R[r]] == t + 1:
+                        kind |= 1 << place_R[r]
+            else:
+                r = start_E[e] + (home + k) % copies
+                while seen_P[spot_R[r]] != t + 1:
+                    r = r + 1 if r + 1 < start_E[e + 1] else start_E[e]
+                kind = place_R[r]
             class_TK[t, k] = first_E[e] + kind * groups + group
 
 
 @compiled
 def _visit(
-    ids_K: Any, home: int, start_E: Any, slot_R: Any, slots_per_device: int, place_G: Any,
-    node_G: Any, count_E: Any, stamp: int, seen_P: Any,
+    ids_K: Any, home: int, own_place: int, start_E: Any, node_G: Any, node_P: Any, spot_R: Any,
+    count_E: Any, stamp: int, seen_P: Any, serves_P: Any, waiting_K: Any,
 ) -> None:
-    """Mark (seen_P = stamp) the places that one token visits."""
-    seen_P[place_G[home]] = stamp
+    """Mark (seen_P = stamp) the places that one token visits.
+
+    waiting_K and serves_P are scratch: the choices not yet served in choice order, and how many of
+    them each place would serve; serves_P is zero before and after.
+    """
+    seen_P[own_place] = stamp
     for e in ids_K:
         if e >= 0 and count_E[e] == 1:
-            seen_P[place_G[slot_R[start_E[e]] // slots_per_device]] = stamp
-    for k in range(len(ids_K)):
-        e = ids_K[k]
-        if e >= 0 and not _served(e, start_E, slot_R, slots_per_device, place_G, stamp, seen_P):
-            seen_P[_place_to_open(
-                ids_K, k, home, start_E, slot_R, slots_per_device, place_G, node_G, stamp, seen_P
-            )] = stamp
+            seen_P[spot_R[start_E[e]]] = stamp
+    waiting = 0
+    for e in ids_K:
+        if e >= 0 and not _served(e, start_E, spot_R, stamp, seen_P):
+            waiting_K[waiting] = e
+            waiting += 1
+            _count_places(e, 1, start_E, spot_R, serves_P)
+    while waiting > 0:
+        opened = _place_to_open(waiting_K[0], home, start_E, node_G, node_P, spot_R, serves_P)
+        seen_P[opened] = stamp
+        left = 0
+        for i in range(waiting):
+            e = waiting_K[i]
+            if _served(e, start_E, spot_R, stamp, seen_P):
+                _count_places(e, -1, start_E, spot_R, serves_P)
+            else:
+                waiting_K[left] = e
+                left += 1
+        waiting = left
 
 
 @compiled
 def _place_to_open(
-    ids_K: Any, k: int, home: int, start_E: Any, slot_R: Any, slots_per_device: int, place_G: Any,
-    node_G: Any, stamp: int, seen_P: Any,
+    expert: int, home: int, start_E: Any, node_G: Any, node_P: Any, spot_R: Any, serves_P: Any
 ) -> int:
-    """The place of choice k's expert that serves most of the choices not yet served.
+    """The expert's place that serves most of the choices not yet served.
 
     Ties: a place in the home node, then the first in an order that turns with home and expert.
     """
-    expert = ids_K[k]
     copies = start_E[expert + 1] - start_E[expert]
+    r = start_E[expert] + (home + expert) % copies
     best = -1
     best_score = -1
-    for i in range(copies):
-        device = slot_R[start_E[expert] + (i + home + expert) % copies] // slots_per_device
-        score = 1 if node_G[device] == node_G[home] else 0
-        for j in range(k, len(ids_K)):
-            other = ids_K[j]
-            if other < 0 or _served(other, start_E, slot_R, slots_per_device, place_G, stamp,
-                                    seen_P):
-                continue
-            for r in range(start_E[other], start_E[other + 1]):
-                if place_G[slot_R[r] // slots_per_device] == place_G[device]:
-                    score += 2
-                    break
+    for _ in range(copies):
+        place = spot_R[r]
+        score = 2 * serves_P[place] + (1 if node_P[place] == node_G[home] else 0)
         if score > best_score:
-            best, best_score = place_G[device], score
+            best, best_score = place, score
+        r = r + 1 if r + 1 < start_E[expert + 1] else start_E[expert]
     return best
 
 
 @compiled
-def _served(
-    expert: int, start_E: Any, slot_R: Any, slots_per_device: int, place_G: Any, stamp: int,
-    seen_P: Any,
-) -> bool:
+def _served(expert: int, start_E: Any, spot_R: Any, stamp: int, seen_P: Any) -> bool:
     """Whether some copy of the expert is in a place the token visits."""
-    found = False
+    r = start_E[expert]
+    while r < start_E[expert + 1] and seen_P[spot_R[r]] != stamp:
+        r += 1
+    return r < start_E[expert + 1]
+
+
+@compiled
+def _count_places(expert: int, change: int, start_E: Any, spot_R: Any, serves_P: Any) -> None:
+    """Add `change` to every place that holds the expert, once each."""
+    last = -1
     for r in range(start_E[expert], start_E[expert + 1]):
-        found = found or seen_P[place_G[slot_R[r] // slots_per_device]] == stamp
-    return found
+        if spot_R[r] != last:
+            last = spot_R[r]
+            serves_P[last] += change

@@ -95,21 +95,22 @@ def step_loads(
     check_fit(trace, plan, cluster)
     spec = dispatch or plan.dispatch
     chosen = list(range(plan.num_layers)) if layers is None else [int(i) for i in layers]
-    count = functools.partial(
-        layer_loads, cluster=cluster, spec=spec, expert_bytes_E=expert_bytes_E
-    )
     home_A = trace.home_rank_T(cluster.num_devices)[steps.token].astype(np.int32)
     if cluster.traffic.mode == "coherent":
         if layers is not None and chosen != list(range(plan.num_layers)):
             raise InputError("coherent traffic links layers: count all of them, not some")
-        counted = _coherent(trace, steps, plan, home_A, count)
+        counted = _coherent(trace, steps, plan, home_A, cluster, spec, expert_bytes_E)
     else:
-        jobs = [
+        # Made one by one where nothing runs ahead: all layers' ids at once may not fit in memory.
+        jobs = (
             LayerJob(_layer_ids(trace, steps, i), home_A, steps.offset, plan.slots[i],
                      plan.num_experts)
             for i in chosen
-        ]
-        counted = list(map(count, jobs)) if executor is None else list(executor.map(count, jobs))
+        )
+        count = functools.partial(
+            layer_loads, cluster=cluster, spec=spec, expert_bytes_E=expert_bytes_E
+        )
+        counted = list(map(count, jobs) if executor is None else executor.map(count, list(jobs)))
     return _stack(
         counted, np.diff(steps.offset), expert_bytes_E is not None,
         bool(cluster.hardware.compute.expert_table_tokens),
@@ -138,7 +139,6 @@ class LayerJob:
     offset_W: Int64Array               # [W + 1]
     slots_GC: npt.NDArray[np.int16]
     num_experts: int
-    from_AK: npt.NDArray[np.int32] | None = None   # coherent: ranks the token comes from
 
 
 def layer_loads(
@@ -146,15 +146,14 @@ def layer_loads(
     *,
     cluster: Cluster,
     spec: DispatchSpec,
-    expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
+    expert_bytes_E: npt.NDArray[np.integer[Any]] | None = None,
 ) -> LayerCounts:
     """Route and count one layer: the inner loop of `step_loads`, for searches."""
     slot_AK = route_steps(
         job.ids_AK, job.home_A, job.offset_W, job.slots_GC, job.num_experts, cluster, spec
     )
     return count_layer(
-        slot_AK, job.ids_AK, job.home_A, job.from_AK, job.offset_W, job.slots_GC, cluster,
-        expert_bytes_E,
+        slot_AK, job.home_A[:, None], job.offset_W, job.slots_GC, cluster, expert_bytes_E
     )
 
 
@@ -169,18 +168,31 @@ def _layer_ids(trace: RoutingTrace, steps: Steps, layer: int) -> npt.NDArray[np.
 
 
 def _coherent(
-    trace: RoutingTrace, steps: Steps, plan: Plan, home_A: npt.NDArray[np.int32], count: Any
+    trace: RoutingTrace,
+    steps: Steps,
+    plan: Plan,
+    home_A: npt.NDArray[np.int32],
+    cluster: Cluster,
+    spec: DispatchSpec,
+    expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
 ) -> list[LayerCounts]:
     """Layer after layer: each starts where the tokens ended up."""
     counted: list[LayerCounts] = []
-    from_AK = home_A[:, None]
-    for layer in range(plan.num_layers):
+    from_AX = home_A[:, None]
+    for layer, slots_GC in enumerate(plan.slots):
         ids_AK = _layer_ids(trace, steps, layer)
-        job = LayerJob(ids_AK, home_A, steps.offset, plan.slots[layer], plan.num_experts, from_AK)
-        counted.append(count(job))
-        device_AK = counted[-1].slot_AK // plan.slots_per_device
-        from_AK = np.where(counted[-1].slot_AK >= 0, device_AK, -1).astype(np.int32)
-        home_A = np.where(from_AK[:, 0] >= 0, from_AK[:, 0], home_A).astype(np.int32)
+        slot_AK = route_steps(
+            ids_AK, home_A, steps.offset, slots_GC, plan.num_experts, cluster, spec
+        )
+        counted.append(
+            count_layer(slot_AK, from_AX, steps.offset, slots_GC, cluster, expert_bytes_E)
+        )
+        rank_AK = np.where(slot_AK >= 0, slot_AK // plan.slots_per_device, -1).astype(np.int32)
+        # A token that chose nobody here stays where it was.
+        idle_A = (rank_AK < 0).all(axis=1)
+        from_AX = rank_AK
+        from_AX[idle_A, 0] = home_A[idle_A]
+        home_A = np.where(rank_AK[:, 0] >= 0, rank_AK[:, 0], home_A).astype(np.int32)
     return counted
 
 

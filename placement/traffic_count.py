@@ -23,7 +23,6 @@ NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN = 0, 1, 2, 3
 class LayerCounts:
     """One layer after dispatch."""
 
-    slot_AK: npt.NDArray[np.int32]
     tokens_WG: npt.NDArray[np.int64]
     active_WG: npt.NDArray[np.int64]
     bytes_WG: npt.NDArray[np.float64]
@@ -34,15 +33,17 @@ class LayerCounts:
 
 def count_layer(
     slot_AK: npt.NDArray[np.int32],
-    ids_AK: npt.NDArray[np.int32],
-    home_A: npt.NDArray[np.int32],
-    from_AK: npt.NDArray[np.int32] | None,
+    from_AX: npt.NDArray[np.int32],
     offset_W: npt.NDArray[np.int64],
     slots_GC: npt.NDArray[np.int16],
     cluster: Cluster,
     expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
 ) -> LayerCounts:
-    """Work per device and copies per port of one layer in every step."""
+    """Work per device and copies per port of one layer in every step.
+
+    slot_AK: the slot of every assignment, -1 = none. from_AX: the ranks a token comes from, -1 =
+    none; one column, its home, except under `coherent`.
+    """
     devices, width = slots_GC.shape
     steps = len(offset_W) - 1
     slot_bytes_S = np.zeros(slots_GC.size)
@@ -61,17 +62,14 @@ def count_layer(
     ports_PWG = np.zeros((4, steps, devices))
     node_G, traffic = cluster.node_G, cluster.traffic
     if traffic.mode == "allgather":
-        _count_allgather(home_A, offset_W, node_G, ports_PWG)
-    elif traffic.mode == "coherent":
-        assert from_AK is not None
-        _count_pairs(slot_AK, from_AK, offset_W, width, node_G, ports_PWG)
-    elif traffic.payload == "per_expert":
-        _count_pairs(slot_AK, home_A.reshape(-1, 1), offset_W, width, node_G, ports_PWG)
+        _count_allgather(from_AX, offset_W, node_G, ports_PWG)
+    elif traffic.mode == "coherent" or traffic.payload == "per_expert":
+        _count_pairs(slot_AK, from_AX, offset_W, width, node_G, ports_PWG)
     else:
-        _count_merged(slot_AK, home_A, offset_W, width, node_G, traffic.payload == "per_node",
+        _count_merged(slot_AK, from_AX, offset_W, width, node_G, traffic.payload == "per_node",
                       ports_PWG)
     return LayerCounts(
-        slot_AK, tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated), ports_PWG
+        tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated), ports_PWG
     )
 
 
@@ -136,7 +134,7 @@ def _count_pairs(
 
 @compiled
 def _count_merged(
-    slot_AK: Any, home_A: Any, offset_W: Any, slots_per_device: int, node_G: Any, per_node: bool,
+    slot_AK: Any, from_AX: Any, offset_W: Any, slots_per_device: int, node_G: Any, per_node: bool,
     ports_PWG: Any,
 ) -> None:
     """One copy per (token, rank), and with `per_node` one per (token, other node) on the NICs."""
@@ -146,7 +144,7 @@ def _count_merged(
     node_seen_N = np.zeros(len(first_N), np.int64)
     for w in range(len(offset_W) - 1):
         for t in range(offset_W[w], offset_W[w + 1]):
-            home = home_A[t]
+            home = from_AX[t, 0]
             own = node_G[home]
             for k in range(slot_AK.shape[1]):
                 if slot_AK[t, k] < 0:
@@ -174,7 +172,7 @@ def _count_merged(
 
 
 @compiled
-def _count_allgather(home_A: Any, offset_W: Any, node_G: Any, ports_PWG: Any) -> None:
+def _count_allgather(from_AX: Any, offset_W: Any, node_G: Any, ports_PWG: Any) -> None:
     """Every token to every rank; what enters a node is shared evenly by its NICs."""
     devices = len(node_G)
     first_N, size_N = node_spans(node_G)
@@ -185,8 +183,8 @@ def _count_allgather(home_A: Any, offset_W: Any, node_G: Any, ports_PWG: Any) ->
         own_G[:] = 0
         own_N[:] = 0
         for t in range(offset_W[w], offset_W[w + 1]):
-            own_G[home_A[t]] += 1
-            own_N[node_G[home_A[t]]] += 1
+            own_G[from_AX[t, 0]] += 1
+            own_N[node_G[from_AX[t, 0]]] += 1
         total = float(offset_W[w + 1] - offset_W[w])
         for d in range(devices):
             n = node_G[d]
