@@ -1,4 +1,4 @@
-"""What the simulator must show, measured: `python benchmarks/simulator.py [--json] [--only KEY ...]`.
+"""What the simulator must show: `python benchmarks/simulator.py [--json] [--only KEY ...]`.
 
 One JSON object on stdout, one key per requirement, each with `holds`. Real tables, arrivals and
 traces are read from ../shared/data beside the checkout; a section that needs them says so when they

@@ -1,4 +1,4 @@
-"""`speed`: a thousand large steps on 256 devices, port sums included, and how it grows with them."""
+"""`speed`: a thousand large steps on 256 devices, port sums included, and how that grows."""
 
 from __future__ import annotations
 

@@ -59,6 +59,7 @@ class BankSpec:
 class _Cell:
     routed: RoutedSteps
     step_us: list[float]
+    exchange_us: list[float]
     used: FloatArray       # [samples] how often each was drawn
 
 
@@ -84,6 +85,7 @@ class StepBank:
 
     def step_ns(self, batch: Batch, group: ServingGroup) -> int:
         """Nanoseconds of the batch, at least 1."""
+        self.in_force.require_cover(group.index)
         number = self.in_force.number_of_group[group.index]
         window = max(0, bisect_right(self.window_ns, group.loop.env.now) - 1)
         sample = self._sample()
@@ -100,8 +102,8 @@ class StepBank:
                     step_us += part * cell.step_us[sample]
                     if part > heaviest:
                         heaviest, nearest = part, cell
-        if self.in_force.jitter_G is not None:
-            step_us += self.in_force.jitter_us(nearest.routed.compute_us[sample])
+        self.in_force.exchange_us_of_group[group.index] += nearest.exchange_us[sample]
+        step_us += self.in_force.jitter_us(nearest.routed.compute_us[sample])
         step_us += self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
         return max(1, round(step_us * 1e3))
 
@@ -126,28 +128,33 @@ class StepBank:
         cell = self.cells.get(key)
         if cell is None:
             routed = self.router.cost(self._compositions(key), self.in_force.conditions[key[0]])
-            cell = _Cell(routed, routed.step_us.tolist(), np.zeros(self.spec.samples))
+            exchange_us = (routed.dispatch_us + routed.combine_us).sum(axis=1)
+            cell = _Cell(routed, routed.step_us.tolist(), exchange_us.tolist(),
+                         np.zeros(self.spec.samples))
             self.cells[key] = cell
         return cell
 
     def _compositions(self, key: Key) -> list[Composition]:
         """The cell's steps; they depend on window, sizes and seed, not on plan or order of use."""
-        _, window, answers, prompts, share = key
+        number, window, answers, prompts, share = key
+        lost = self.in_force.conditions[number].lost
+        alive = np.array([g for g in range(self.router.cluster.num_devices) if g not in lost])
         rng = stream(self.seed, f"bank {answers} {prompts} {share}", window)
         first = self.window_start[window]
         later = self.window_start[window + 1 : window + 2]
         pool = np.arange(first, later[0] if later else len(self.workload))
         return [
-            self._compose(rng, pool, answers, prompts, SHARES[share])
+            self._compose(rng, pool, alive, answers, prompts, SHARES[share])
             for _ in range(self.spec.samples)
         ]
 
     def _compose(
-        self, rng: np.random.Generator, pool: IntArray, answers: int, prompts: int, share: float
+        self, rng: np.random.Generator, pool: IntArray, alive: IntArray, answers: int,
+        prompts: int, share: float,
     ) -> Composition:
         """Answers of requests met in proportion to their length; whole prompts, one per home."""
-        devices = self.router.cluster.num_devices
-        homes_G = rng.permutation(devices)
+        devices = len(alive)
+        homes_G = rng.permutation(alive)
         tokens, homes = [], []
         if answers:
             length = self.workload.output_tokens[pool]

@@ -57,6 +57,7 @@ class ServingGroup:
         self.loop, self.index = loop, index
         self.lanes = Lanes(loop.workload, loop.limits, num_devices, loop.requests)
         self.boundary: deque[BoundaryAction] = deque()
+        self.next_boundary: deque[BoundaryAction] = deque()
         self.paused_ns = 0
         self.lost_steps = 0
         self.epoch = 0    # of the plan in force; whoever switches plans counts it up
@@ -65,11 +66,13 @@ class ServingGroup:
         self.process = loop.env.process(self._run())
 
     def at_boundary(self, action: BoundaryAction) -> None:
-        """Run `action(now_ns)` between two steps; it returns how long the group then stands still.
-
-        An action that appends itself again runs at the next boundary.
-        """
+        """Run `action(now_ns)` before the next step; it returns how long the group stands still."""
         self.boundary.append(action)
+        self.rouse()
+
+    def after_step(self, action: BoundaryAction) -> None:
+        """The same, but not before another step has run (or the group has fallen idle)."""
+        self.next_boundary.append(action)
         self.rouse()
 
     def rouse(self) -> bool:
@@ -94,6 +97,8 @@ class ServingGroup:
             yield from self._boundary_actions()
             batch = lanes.next_batch(loop.queue, loop.now_ns)
             if batch is None:
+                if self._turn_boundary():
+                    continue
                 if loop.finished:
                     return
                 self.wake = env.event()
@@ -111,9 +116,17 @@ class ServingGroup:
                 self.stepping = False
             loop.steps.append(start_ns, duration_ns, batch, self.index, epoch)
             loop.note_ended(lanes.complete(batch, loop.now_ns))
+            self._turn_boundary()
+
+    def _turn_boundary(self) -> bool:
+        """Bring forward what waited for a step; whether there was any."""
+        waiting = bool(self.next_boundary)
+        self.boundary.extend(self.next_boundary)
+        self.next_boundary.clear()
+        return waiting
 
     def _boundary_actions(self) -> Process:
-        for _ in range(len(self.boundary)):
+        while self.boundary:
             pause_ns = self.boundary.popleft()(self.loop.now_ns)
             if pause_ns > 0:
                 self.paused_ns += pause_ns

@@ -32,8 +32,11 @@ class EveryStep:
         composition = self.compose(batch, group)
         if len(self.kept) < KEPT_STEPS:
             self.kept.append(composition)
+        self.in_force.require_cover(group.index)
         routed = self.router.cost([composition], self.in_force.of(group.index))
         self.usage.add(routed, np.ones(1))
+        exchange_us = routed.dispatch_us[0].sum() + routed.combine_us[0].sum()
+        self.in_force.exchange_us_of_group[group.index] += float(exchange_us)
         own_us = self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
         step_us = float(routed.step_us[0]) + self.in_force.jitter_us(routed.compute_us[0])
         return max(1, round((step_us + own_us) * 1e3))

@@ -1,15 +1,18 @@
-"""What is in force in each serving group: plan, slowness, links.
+"""What is in force in each serving group: plan, slowness, links, lost devices.
 
-Plan switches and faults change it, step timers read it. Knows nothing of when or why.
+Plan switches and faults change it, step timers read it. Checks at every change that a plan covers
+every expert on the devices that are there. Knows nothing of when or why.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InfeasibleError, LoadmasterError
 from ..placement.plan import Plan
 from .routed import Condition, StepRouter
 from .streams import stream
@@ -25,32 +28,66 @@ class InForce:
         self.router = router
         self.conditions = [Condition(plan)]
         self.number_of_group = [0] * groups
-        self.jitter_G: FloatArray | None = None
+        self.exchange_us_of_group = [0.0] * groups     # of all steps so far
+        self.jitter_G = np.zeros(router.cluster.num_devices)
+        self._slow: list[dict[object, FloatArray]] = [{} for _ in range(groups)]
+        self._nic: list[dict[object, FloatArray]] = [{} for _ in range(groups)]
+        self._uncovered = [0] * groups
         self._jitter_stream = stream(seed, "jitter")
 
     def of(self, group: int) -> Condition:
         """The condition of a group."""
         return self.conditions[self.number_of_group[group]]
 
+    def require_cover(self, group: int) -> None:
+        """Raises LoadmasterError when a step would run while an expert has no live copy."""
+        if self._uncovered[group]:
+            raise LoadmasterError(
+                f"{self._uncovered[group]} experts have no copy on a live device: no step can run"
+            )
+
     def switch_plan(self, group: int, plan: Plan) -> None:
-        """Put a plan in force. Raises InputError if it is for another model or cluster."""
+        """Put a plan in force.
+
+        Raises InputError if it is for another model or cluster, InfeasibleError if it leaves an
+        expert without a copy on the devices that are there.
+        """
         self.router.check(plan)
-        self._set(group, dataclasses.replace(self.of(group), plan=plan))
+        condition = dataclasses.replace(self.of(group), plan=plan)
+        if missing := condition.uncovered():
+            raise InfeasibleError(
+                f"the new plan leaves {missing} experts without a copy on a live device: keep "
+                "copies on other nodes, or bring devices back"
+            )
+        self._set(group, condition)
 
-    def set_slowdown(self, group: int, slowdown_G: FloatArray | None) -> None:
-        """How many times as long each device computes; None = all at full speed."""
-        self._set(group, dataclasses.replace(self.of(group), slowdown_G=slowdown_G))
+    def lose(self, group: int, devices: Collection[int]) -> int:
+        """Devices are gone; returns how many experts now lack a live copy."""
+        lost = self.of(group).lost | frozenset(devices)
+        self._set(group, dataclasses.replace(self.of(group), lost=lost))
+        return self._uncovered[group]
 
-    def set_nic_share(self, group: int, nic_share_G: FloatArray | None) -> None:
-        """What is left of each device's network port; None = all whole."""
-        self._set(group, dataclasses.replace(self.of(group), nic_share_G=nic_share_G))
+    def regain(self, group: int, devices: Collection[int]) -> None:
+        """Devices are back, empty."""
+        lost = self.of(group).lost - frozenset(devices)
+        self._set(group, dataclasses.replace(self.of(group), lost=lost))
+
+    def slow(self, group: int, cause: object, slowdown_G: FloatArray | None) -> None:
+        """A cause slows devices (None = no longer); causes multiply."""
+        slowdown = _combined(self._slow[group], cause, slowdown_G)
+        self._set(group, dataclasses.replace(self.of(group), slowdown_G=slowdown))
+
+    def throttle(self, group: int, cause: object, nic_share_G: FloatArray | None) -> None:
+        """A cause takes part of devices' network ports (None = no longer); causes multiply."""
+        share = _combined(self._nic[group], cause, nic_share_G)
+        self._set(group, dataclasses.replace(self.of(group), nic_share_G=share))
 
     def jitter_us(self, compute_LG: npt.NDArray[np.float32]) -> float:
         """What this step's random slowness adds; the draws depend on the step's number alone.
 
         Each device takes exp(jitter x |normal|) times as long, the same over the step's layers.
         """
-        if self.jitter_G is None:
+        if not self.jitter_G.any():
             return 0.0
         normal_G = np.abs(self._jitter_stream.standard_normal(len(self.jitter_G)))
         slow_LG = compute_LG * np.exp(self.jitter_G * normal_G)
@@ -59,3 +96,18 @@ class InForce:
     def _set(self, group: int, condition: Condition) -> None:
         self.conditions.append(condition)
         self.number_of_group[group] = len(self.conditions) - 1
+        self._uncovered[group] = condition.uncovered()
+
+
+def _combined(
+    causes: dict[object, FloatArray], cause: object, value_G: FloatArray | None
+) -> FloatArray | None:
+    """Set or drop one cause; the product of those that are left, None when there are none."""
+    if value_G is None:
+        causes.pop(cause, None)
+    else:
+        causes[cause] = value_G
+    if not causes:
+        return None
+    product: FloatArray = np.prod(list(causes.values()), axis=0)
+    return product

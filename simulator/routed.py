@@ -38,12 +38,19 @@ class Condition:
     """What is in force while a step runs: the plan, and what is wrong with the devices.
 
     slowdown_G: >= 1, how many times as long a device computes. nic_share_G: in (0, 1], what is
-    left of a device's network port. None = all well.
+    left of a device's network port. None = all well. lost: devices that neither compute nor serve.
     """
 
     plan: Plan
     slowdown_G: FloatArray | None = None
     nic_share_G: FloatArray | None = None
+    lost: frozenset[int] = frozenset()
+
+    def uncovered(self) -> int:
+        """How many (layer, expert) have no copy on a device that is there."""
+        copies_LGE = self.plan.copies_LGE()
+        there_G = ~np.isin(np.arange(self.plan.num_devices), sorted(self.lost))
+        return int((copies_LGE[:, there_G].sum(axis=1) == 0).sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,6 +117,28 @@ class Workload:
         arrival_ns = np.rint(self.arrival_ns / rate).astype(np.int64)
         return dataclasses.replace(self, arrival_ns=arrival_ns)
 
+    def with_burst(
+        self, from_us: float, until_us: float, times: int, *, seed: int = 0
+    ) -> Self:
+        """Requests of a window come `times` as often: copies at random moments inside it.
+
+        Times from the stream "burst" of `seed`. Raises InputError when the window holds none.
+        """
+        first, last = np.searchsorted(self.arrival_ns, [from_us * NS_PER_US, until_us * NS_PER_US])
+        if times < 2 or last <= first:
+            raise InputError(
+                f"burst: times {times} must be at least 2 and {from_us}..{until_us} us must hold "
+                "a request"
+            )
+        copied = np.repeat(np.arange(first, last), times - 1)
+        at_us = stream(seed, "burst").uniform(from_us, until_us, len(copied))
+        arrival_ns = np.concatenate([self.arrival_ns, np.rint(at_us * NS_PER_US).astype(np.int64)])
+        source = np.concatenate([np.arange(len(self)), copied])
+        order = np.argsort(arrival_ns, kind="stable")
+        return dataclasses.replace(
+            self._take(source[order]), arrival_ns=arrival_ns[order]
+        )
+
     def with_domains(
         self,
         names: Sequence[str],
@@ -145,7 +167,7 @@ class Workload:
         domain_R = np.minimum(domain_R, len(names) - 1).astype(np.int64)
         return dataclasses.replace(self, domain=domain_R, domain_names=tuple(names))
 
-    def _take(self, part: slice) -> Self:
+    def _take(self, part: slice | IntArray) -> Self:
         return dataclasses.replace(
             self,
             arrival_ns=self.arrival_ns[part],
