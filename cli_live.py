@@ -78,13 +78,15 @@ def run(
         decode_plan=None if decode_plan is None else Plan.load(decode_plan),
         traffic=traffic, record_to=record_to, address=address, gpus_per_rank=gpus_per_rank,
     )
+    for ended_by in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ended_by, signal.default_int_handler)
     try:
         if record_to is not None:
             group.record(True)
         spec = group.model_spec
         show.print_verdict(
             f"group {name!r} serves {spec.name}: {spec.num_layers} MoE layers x "
-            f"{spec.num_experts} experts on {ranks} ranks; Ctrl-C ends it"
+            f"{spec.num_experts} experts on {ranks} ranks; Ctrl-C or SIGTERM ends it"
         )
         show.err().print(
             f"from another shell: loadmaster apply PLAN --name {name}; "
