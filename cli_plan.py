@@ -226,19 +226,18 @@ def _print_advice(
             ("* " if row.name == advice.chosen else "  ") + row.name, row.metric,
             _band(row.change_percent, row.change_low_percent, row.change_high_percent),
             judged.imbalance_p99, judged.remote_node_copies_per_token,
-            None if result is None else result.evidence.bound,
             None if result is None else f"{result.evidence.gap:.2%}",
             None if result is None else result.seconds,
             advice.plans[row.name].spare_slots,
         ))
     show.print_table(
-        "", ("plan (* = use this)", advice.comparison.metric_name, "change, %", "p99 imbalance",
-             "node copies/token", "bound", "gap", "seconds", "replicas"), rows,
+        "* = use this", ("plan", _metric(advice.comparison), "change, %", "p99 imbalance",
+                         "node copies", "gap", "seconds", "replicas"), rows,
     )
     fired = [n for n, r in advice.results.items() if r.truncated]
     show.print_notes((
         f"judged on {advice.judged_on}",
-        "bound and gap are for the planning steps: no plan can be below the bound there",
+        "gap: how far above the least any plan can reach on the planning steps",
         *([f"time limit fired: {', '.join(fired)} may improve with more time"] if fired else []),
         *notes, *advice.comparison.notes,
     ))
@@ -247,7 +246,11 @@ def _print_advice(
 
 
 def _band(centre: float, low: float, high: float) -> str:
-    return f"{centre:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{centre:+.1f} ± {(high - low) / 2:.1f}"
+
+
+def _metric(table: Comparison) -> str:
+    return table.metric_name.replace("_us", ", us").replace("_", " ")
 
 
 def evaluate(
@@ -312,15 +315,15 @@ def _print_comparison(table: Comparison, notes: tuple[str, ...]) -> None:
     for row in table.rows:
         judged = table.evaluations[row.name]
         rows.append((
-            row.name, row.metric, f"[{row.metric_low:,.3f}, {row.metric_high:,.3f}]",
+            row.name, row.metric, f"± {show.figure((row.metric_high - row.metric_low) / 2)}",
             _band(row.change_percent, row.change_low_percent, row.change_high_percent),
             judged.imbalance_mean, judged.imbalance_p99, judged.imbalance_worst,
             judged.remote_device_copies_per_token, judged.remote_node_copies_per_token,
             judged.active_experts_per_device,
         ))
     show.print_table(
-        "", ("plan", table.metric_name, "95 % band", f"% against {table.reference}", "imbalance",
-             "p99", "worst", "device copies", "node copies", "active experts"), rows,
+        "", ("plan", _metric(table), "95 %", f"% vs {table.reference}", "imbalance", "p99",
+             "worst", "device copies", "node copies", "active"), rows,
     )
     show.print_notes((
         f"{table.steps} steps, worth {table.independent_steps:.0f} independent ones; "

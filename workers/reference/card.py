@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...traces.atomic_file import write_atomically
+from ...traces.atomic_file import replacing
 
 CARD_NAME = "card.json"
 
@@ -26,4 +26,5 @@ def read_card(directory: Path) -> dict[str, Any]:
 def write_card(directory: Path, card: dict[str, Any]) -> None:
     """Writes or replaces the card in one step."""
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(directory / CARD_NAME, text.encode())
+    with replacing(directory / CARD_NAME) as file:
+        file.write(text.encode())
