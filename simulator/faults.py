@@ -143,8 +143,8 @@ class LostDevices:
         node_G = run.router.cluster.node_G
         if self.node is not None and not 0 <= self.node <= int(node_G[-1]):
             raise InputError(f"LostDevices.node {self.node}: the cluster has {node_G[-1] + 1}")
-        whole = np.flatnonzero(node_G == self.node) if self.node is not None else []
-        return frozenset(self.devices) | frozenset(int(g) for g in whole)
+        whole = () if self.node is None else np.flatnonzero(node_G == self.node).tolist()
+        return frozenset(self.devices) | frozenset(whole)
 
     def _play(self, run: Run) -> Process:
         yield from _wait_until(run, self.at_us)
