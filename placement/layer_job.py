@@ -84,6 +84,15 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """Slots, and their score on the steps that decide: held back where possible."""
+
+    name: str
+    slots_GC: SlotArray
+    decisive: Score
+
+
+@dataclass(frozen=True)
 class LayerAnswer:
     """The slots found and what they are worth."""
 
@@ -95,19 +104,25 @@ class LayerAnswer:
     validation: Score | None
     truncated: bool = False
 
-    @property
-    def decisive(self) -> Score:
-        """The score that candidates are chosen by."""
-        return self.planning if self.validation is None else self.validation
+
+def judged(task: LayerTask, name: str, slots_GC: SlotArray) -> Candidate:
+    """Score slots on the steps that decide."""
+    traffic = task.traffic
+    steps = traffic.planning if traffic.validation is None else traffic.validation
+    return Candidate(name, slots_GC, score(task, slots_GC, steps))
 
 
-def judge_slots(task: LayerTask, name: str, slots_GC: SlotArray, bound: float) -> LayerAnswer:
-    """Scores of given slots on the planning and the validation steps."""
-    validation = None
-    if task.traffic.validation is not None:
-        validation = score(task, slots_GC, task.traffic.validation)
-    planning = score(task, slots_GC, task.traffic.planning)
-    return LayerAnswer(task.layer, slots_GC, name, planning, bound, validation)
+def answer_with(task: LayerTask, candidate: Candidate) -> LayerAnswer:
+    """The layer's answer: the candidate, its planning score and the bound beside it."""
+    bound = layer_bound(task)
+    if task.traffic.validation is None:
+        return LayerAnswer(
+            task.layer, candidate.slots_GC, candidate.name, candidate.decisive, bound, None
+        )
+    planning = score(task, candidate.slots_GC, task.traffic.planning)
+    return LayerAnswer(
+        task.layer, candidate.slots_GC, candidate.name, planning, bound, candidate.decisive
+    )
 
 
 def score(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> Score:

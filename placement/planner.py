@@ -22,8 +22,9 @@ from ..traces.steps import StepSampler
 from ..traces.trace import RoutingTrace
 from .bounds import checked_gap
 from .cluster import Cluster
+from .dispatch import default_slack
 from .dispatch_policies import policy_of
-from .layer_job import LayerAnswer, LayerTask, judge_slots, layer_bound
+from .layer_job import LayerAnswer, LayerTask, answer_with, judged
 from .layer_threads import LayerThreads
 from .methods import LAYER_METHODS, require_room
 from .plan import DispatchSpec, Evidence, LayerEvidence, Plan, Provenance
@@ -31,7 +32,6 @@ from .planning_steps import PlanningSteps, planning_steps
 from .search import EFFORTS, search_layer
 
 METHODS = (*LAYER_METHODS, "auto")
-BALANCE_SLACK = 0.02
 
 Progress = Callable[[int, int, float], None]     # layers done, layers, gap so far
 SlotArray = npt.NDArray[np.int16]
@@ -87,14 +87,15 @@ def plan(
     effort: str = "normal",
     executor: Executor | None = None,
     time_limit_s: float | None = None,
-    balance_slack: float = BALANCE_SLACK,
+    balance_slack: float | None = None,
     progress: Progress | None = None,
 ) -> PlanResult:
     """Decide which device holds which expert and replica, for the dispatch that will run.
 
     method: see METHODS. objective: "time" (default with a model of known sizes) or "balance":
     smallest per-step imbalance and, where the traffic mode makes copies cost bytes, the fewest
-    copies among plans within balance_slack of it. current: a standing plan, taken as one more
+    copies among plans within balance_slack of it (by default what the dispatch may spend on it:
+    0.02 where copies to one place are sent once, 0.002 where each is sent). current: a standing plan, taken as one more
     candidate. effort: "fast", "normal" or "thorough", a budget in units of work, so the same input
     and seed give the same plan byte for byte on any executor. time_limit_s: a guard; when it fires
     the best so far is returned, `truncated`. Evidence holds a bound over all plans and the gap.
@@ -127,7 +128,7 @@ class Baseline:
 
     def __call__(self, task: LayerTask) -> LayerAnswer:
         slots_GC = LAYER_METHODS[self.method](task.loads())
-        return judge_slots(task, self.method, slots_GC, layer_bound(task))
+        return answer_with(task, judged(task, self.method, slots_GC))
 
 
 def layer_tasks(
@@ -260,7 +261,7 @@ def _settings(
     objective: str | None,
     dispatch: str | DispatchSpec,
     model: ModelSpec | None,
-    slack: float,
+    slack: float | None,
     seed: int,
     effort: str,
     time_limit_s: float | None,
@@ -281,6 +282,7 @@ def _settings(
             "objective time needs the model's hidden and intermediate sizes: give model=ModelSpec, "
             "or use objective balance"
         )
+    slack = default_slack(cluster) if slack is None else slack
     if not 0.0 <= slack < 1.0:
         raise UsageError(f"balance_slack {slack} must lie in [0, 1)")
     if time_limit_s is not None and not time_limit_s > 0:

@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 Int32Array = npt.NDArray[np.int32]
 
 VALIDATION_SHARE = 0.25     # of requests
-STEP_ASSIGNMENTS = 1 << 21  # choices of one layer to search on: more steps teach little more
+STEP_ASSIGNMENTS = 1 << 20  # choices of one layer to search on: more steps teach little more
 MOST_STEPS, FEWEST_STEPS = 64, 16
 FEWEST_VALIDATION_STEPS = 2
 FEW_IN_FLIGHT = 16          # a second set of steps has this many times fewer requests in flight

@@ -3,9 +3,10 @@
 Three kinds of rows, each an [E] load scaled so that perfect balance is 1:
   home      sampled steps of the trace, moved away from their mean, so that once all are perfect the
             search still walks towards plans with room to spare;
-  requests  a few of the trace's requests make up the whole step (weights uniform on the simplex),
-            moved away from the mean, times lognormal noise: the mix changes towards what some
-            requests do today;
+  requests  one kind of request makes up the whole step: requests are clustered by what they use,
+            a cluster is drawn, then a few of its members (weights uniform on the simplex), moved
+            away from the mean, times lognormal noise. Rare kinds count as much as common ones:
+            what is rare today may be all there is tomorrow;
   unknown   shares to a power below one, times lognormal noise: a domain nobody has seen.
 The constants are the prior, the same for every trace; they were not fitted to any one.
 
@@ -29,9 +30,11 @@ class Prior:
     home: float = 0.5
     requests: float = 0.3
     unknown: float = 0.2
-    hardening: float = 1.5        # home and request rows move this much further from their mean
+    hardening: float = 1.5        # home rows move this much further from their mean
+    kinds: int = 8                # clusters of requests
     requests_mixed: int = 2
-    request_noise: float = 0.5    # sigma of the log of each expert's load
+    request_hardening: float = 1.25
+    request_noise: float = 0.3    # sigma of the log of each expert's load
     persistence: float = 0.3      # power on today's shares in an unseen domain
     spread: float = 1.0           # sigma of the log there
 
@@ -56,18 +59,61 @@ def home_rows(load_WE: FloatArray, speed: float, prior: Prior = PRIOR) -> FloatA
 
 
 def request_rows(
-    load_RE: FloatArray, count: int, speed: float, rng: np.random.Generator, prior: Prior = PRIOR
+    kinds: list[FloatArray], count: int, speed: float, rng: np.random.Generator,
+    prior: Prior = PRIOR,
 ) -> FloatArray:
-    """`count` steps made of a few requests each; empty where there are fewer than two requests."""
-    share = _shares(load_RE)
-    if len(share) < 2:
-        return np.empty((0, load_RE.shape[1]))
-    chosen = rng.integers(0, len(share), (count, prior.requests_mixed))
+    """`count` steps made of one kind of request each; empty where there are no kinds.
+
+    kinds: shares [r, E] of each cluster's requests (`request_kinds`).
+    """
+    if not kinds:
+        return np.empty((0, 0))
+    share_RE = np.concatenate(kinds)
+    size_K = np.array([len(kind) for kind in kinds])
+    first_K = np.cumsum(size_K) - size_K
+    kind = rng.integers(0, len(kinds), count)
+    draw = rng.random((count, prior.requests_mixed))
+    chosen = first_K[kind][:, None] + (draw * size_K[kind][:, None]).astype(np.int64)
     weight = rng.dirichlet(np.ones(prior.requests_mixed), count)
-    mixed = (share[chosen] * weight[:, :, None]).sum(axis=1)
-    hard = _hardened(mixed, share.mean(axis=0), prior.hardening)
-    hard += FLOOR / share.shape[1]
+    mixed = (share_RE[chosen] * weight[:, :, None]).sum(axis=1)
+    hard = _hardened(mixed, share_RE.mean(axis=0), prior.request_hardening)
+    hard += FLOOR / share_RE.shape[1]
     return _scaled(hard * np.exp(prior.request_noise * rng.standard_normal(hard.shape)), speed)
+
+
+def request_kinds(load_RE: FloatArray, prior: Prior = PRIOR) -> list[FloatArray]:
+    """Requests clustered by their shares: a list of [r, E], empty for fewer than two requests.
+
+    Requests much shorter than most are left out: their shares are noise. k-means from centres that
+    lie far apart (farthest first), a fixed number of rounds; ties go to the lower index.
+    """
+    total_R = load_RE.sum(axis=1)
+    share = _shares(load_RE[total_R >= max(1.0, 0.25 * float(np.median(total_R)))])
+    if len(share) < 2:
+        return []
+    centre_KE = share[_far_apart(share, prior.kinds)]
+    for _ in range(KMEANS_ROUNDS):
+        square_RK = (
+            (share**2).sum(axis=1)[:, None] - 2.0 * share @ centre_KE.T + (centre_KE**2).sum(axis=1)
+        )
+        nearest_R = np.argmin(square_RK, axis=1)
+        members = [share[nearest_R == k] for k in range(len(centre_KE))]
+        members = [m for m in members if len(m)]
+        centre_KE = np.stack([m.mean(axis=0) for m in members])
+    return members
+
+
+KMEANS_ROUNDS = 8
+
+
+def _far_apart(share: FloatArray, count: int) -> list[int]:
+    """Rows that lie far from each other: the most ordinary one, then always the farthest."""
+    first = int(np.argmin(np.abs(share - share.mean(axis=0)).sum(axis=1)))
+    chosen, distance = [first], np.abs(share - share[first]).sum(axis=1)
+    while len(chosen) < min(count, len(share)):
+        chosen.append(int(np.argmax(distance)))
+        distance = np.minimum(distance, np.abs(share - share[chosen[-1]]).sum(axis=1))
+    return chosen
 
 
 def unknown_rows(
@@ -84,7 +130,7 @@ FLOOR = 1e-2     # of the mean share: no expert is thought impossible
 
 def search_rows(
     home: FloatArray,
-    load_RE: FloatArray,
+    kinds: list[FloatArray],
     count: int,
     speed: float,
     rng: np.random.Generator,
@@ -93,7 +139,7 @@ def search_rows(
     """Home rows (as they are) with `count` fresh scenario rows of each kind, weighted."""
     parts = [
         (home, prior.home),
-        (request_rows(load_RE, count, speed, rng, prior), prior.requests),
+        (request_rows(kinds, count, speed, rng, prior), prior.requests),
         (unknown_rows(home.mean(axis=0), count, speed, rng, prior), prior.unknown),
     ]
     parts = [(rows, weight) for rows, weight in parts if len(rows) and weight > 0]

@@ -13,11 +13,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from .annealing import Annealing, Found, SearchSpace, search_space
-from .compiled import RandomState, random_state
-from .layer_job import LayerAnswer, LayerTask, judge_slots, layer_bound
+from .annealing import Annealing, Found, search_space
+from .compiled import random_state
+from .layer_job import Candidate, LayerAnswer, LayerTask, answer_with, judged
 from .methods import LayerLoads, contiguous, greedy, lpt_swap
-from .scenarios import Rows, home_rows, search_rows
+from .scenarios import home_rows, request_kinds, search_rows
 from .search_average import anneal_average
 from .search_copies import CopyModel, copy_model, no_copies
 from .search_few_devices import MOST_DEVICES, improve_few_devices
@@ -31,8 +31,8 @@ Improve = Callable[..., Found]
 EFFORTS = {"fast": 0.3, "normal": 1.0, "thorough": 4.0}   # units of work
 ROUNDS = 6                   # each with fresh scenarios; the last one with more of them, cold
 MOVES_PER_SLOT_FEW = 200     # over all rounds
-MOVES_PER_SLOT_MANY = 16
-FEWEST_MOVES = 6_000
+MOVES_PER_SLOT_MANY = 10
+FEWEST_MOVES_FEW, FEWEST_MOVES_MANY = 6_000, 2_500
 SCENARIOS_FEW, SCENARIOS_MANY = 48, 8     # fresh rows of each kind, each round
 HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
 BEND = 1.0                   # weight of squared overload: the tail counts more
@@ -42,35 +42,36 @@ COPY_WEIGHTS = (0.3, 1.0)    # price of one copy per token against overload, one
 
 
 def search_layer(task: LayerTask) -> LayerAnswer:
-    """Search one layer and choose among its candidates by their validation."""
-    bound = layer_bound(task)
-    answers: list[LayerAnswer] = []
+    """Search one layer and choose among its candidates by the steps held back."""
+    candidates: list[Candidate] = []
     truncated = False
     for name, slots in _candidates(task):
-        answers.append(judge_slots(task, name, slots, bound))
+        candidates.append(judged(task, name, slots))
         if task.expired():
             truncated = True
             break
-    return replace(choose(task, answers), truncated=truncated)
+    return replace(answer_with(task, choose(task, candidates)), truncated=truncated)
 
 
-def choose(task: LayerTask, answers: list[LayerAnswer]) -> LayerAnswer:
-    """The best answer; see the objective in `plan`. Searched candidates come last and win ties.
+def choose(task: LayerTask, candidates: list[Candidate]) -> Candidate:
+    """The best candidate; see the objective in `plan`.
 
     time: the least. balance: the least imbalance, where a searched placement may cost
     ROBUSTNESS_PRICE at home; where copies cost bytes, the fewest copies among those within slack.
     """
     if task.objective == "time":
-        return min(answers, key=lambda a: a.decisive.objective("time"))
-    least = min(a.decisive.imbalance for a in answers)
+        return min(candidates, key=lambda c: c.decisive.objective("time"))
+    least = min(c.decisive.imbalance for c in candidates)
     if task.counts_copies:
-        near = [a for a in answers if a.decisive.imbalance <= least + task.slack]
-        return min(near, key=lambda a: (a.decisive.copies, a.decisive.imbalance))
-    robust = [a for a in answers if a.name.startswith("search")]
-    for answer in reversed(robust):
-        if answer.decisive.imbalance <= least + ROBUSTNESS_PRICE:
-            return answer
-    return min(answers, key=lambda a: a.decisive.imbalance)
+        near = [c for c in candidates if c.decisive.imbalance <= least + task.slack]
+        return min(near, key=lambda c: (c.decisive.copies, c.decisive.imbalance))
+    for candidate in candidates:
+        if candidate.name == SEARCHED and candidate.decisive.imbalance <= least + ROBUSTNESS_PRICE:
+            return candidate
+    return min(candidates, key=lambda c: c.decisive.imbalance)
+
+
+SEARCHED = "search"
 
 
 def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
@@ -80,18 +81,20 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
     if task.start_GC is not None:
         yield "current", task.start_GC
     yield "lpt_swap", start
-    yield "greedy", greedy(loads)
+    if task.dispatch.policy in NEAREST_RULES:
+        yield "greedy", greedy(loads)
     if not loads.load_WE.any():
         return                       # a layer nobody used: any placement is as good
     if task.objective == "time":
         yield "contiguous", contiguous(loads)
     if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
-        yield "search", _average(task, loads, start)
+        yield SEARCHED, _average(task, loads, start)
         return
-    yield "search", _by_rows(task, loads, start, 0.0)
+    found = _by_rows(task, loads, start, 0.0)
+    yield SEARCHED, found
     if task.counts_copies:
-        for weight in COPY_WEIGHTS:
-            yield f"search, copies {weight}", _by_rows(task, loads, start, weight)
+        for weight in COPY_WEIGHTS[: 2 if loads.devices <= MOST_DEVICES else 1]:
+            yield f"search, copies {weight}", _by_rows(task, loads, found, weight)
     if task.objective == "time":
         yield from _with_fewer_copies(task, loads)
 
@@ -147,18 +150,19 @@ def _by_rows(
     rng = np.random.default_rng([task.seed, task.layer])
     state = random_state(task.seed, task.layer)
     home = home_rows(task.traffic.search_WE(), float(loads.speed_G.sum()))
-    request_RE = task.traffic.request_RE()
+    kinds = request_kinds(task.traffic.request_RE())
     scenarios = SCENARIOS_FEW if few else SCENARIOS_MANY
     per_slot = MOVES_PER_SLOT_FEW if few else MOVES_PER_SLOT_MANY
     slots = int(np.asarray(space.slots_G).sum())
-    moves = round(max(FEWEST_MOVES, per_slot * slots) * EFFORTS[task.effort] / ROUNDS)
+    least = FEWEST_MOVES_FEW if few else FEWEST_MOVES_MANY
+    moves = round(max(least, per_slot * slots) * EFFORTS[task.effort] / ROUNDS)
     heat = HOT * (COLD / HOT) ** (np.arange(ROUNDS) / (ROUNDS - 1))
     free = 1.0 if copy_weight == 0.0 else 1.0 + task.slack / 2
     found_GC = start_GC
     for turn in range(ROUNDS):
         last = turn == ROUNDS - 1
         rows = search_rows(
-            home, request_RE, scenarios * (3 if last else 1), float(loads.speed_G.sum()), rng
+            home, kinds, scenarios * (3 if last else 1), float(loads.speed_G.sum()), rng
         )
         annealing = Annealing(
             moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1]), BEND, free
@@ -192,23 +196,3 @@ def _copies(task: LayerTask, weight: float) -> CopyModel:
     home_T = trace.home_rank_T(task.cluster.num_devices)[token]
     model = copy_model(ids_TK, home_T, task.traffic.num_experts, task.cluster, weight)
     return no_copies(task.cluster.num_devices) if model is None else model
-
-
-def rows_of(task: LayerTask, count: int, rng: np.random.Generator) -> Rows:
-    """Rows as the search sees them, for others that judge by the same prior."""
-    speed = float(task.cluster.speed_G.sum())
-    home = home_rows(task.traffic.search_WE(), speed)
-    return search_rows(home, task.traffic.request_RE(), count, speed, rng)
-
-
-def space_of(task: LayerTask) -> SearchSpace:
-    """The devices of a task as the searches see them."""
-    loads = task.loads()
-    return search_space(
-        loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.room_G
-    )
-
-
-def state_of(task: LayerTask) -> RandomState:
-    """The task's stream of random numbers."""
-    return random_state(task.seed, task.layer)
