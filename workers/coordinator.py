@@ -34,7 +34,7 @@ from .work import Chunk, ReplayedRouting, StepResult, StepWork
 
 Answer = TypeVar("Answer")
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 0.8
 _FAILURES_IN_A_ROW = 3
 _NUMBERS_PER_LIFE = 10**9
 
@@ -420,7 +420,7 @@ class Coordinator:
         reason = str(error) if isinstance(error, LoadmasterError) else repr(error)
         self._failures += 1
         known = error.ranks if isinstance(error, RankLostError) else ()
-        began = time.perf_counter()
+        noticed_at = time.time()
         try:
             plans, epoch = self._plans_after_failure()
             recovered = self._crew.recover(known, reason, plans, epoch)
@@ -428,8 +428,8 @@ class Coordinator:
         except Exception as second:
             self._break(f"{reason}; and the group could not be rebuilt: {second}")
             return False
-        self._recoveries.append(recovered.after(time.perf_counter() - began))
-        self._metrics.recovered(time.perf_counter() - began)
+        self._recoveries.append(recovered.timed(noticed_at))
+        self._metrics.recovered(self._recoveries[-1].seconds)
         if self._failures >= _FAILURES_IN_A_ROW:
             self._fail_requests(f"{self._failures} steps in a row failed, the last with: {reason}")
         return True

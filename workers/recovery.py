@@ -34,11 +34,14 @@ class Recovered:
     left: tuple[int, ...]           # ranks lost for good, in the old numbering
     plans: PhasePlans
     epoch: int
-    seconds: float = 0.0
+    noticed_at: float = 0.0         # time.time() when the failure was seen
+    seconds: float = 0.0            # from then until the group stood again
 
-    def after(self, seconds: float) -> Recovered:
-        """The same, and how long it took."""
-        return dataclasses.replace(self, seconds=seconds)
+    def timed(self, noticed_at: float) -> Recovered:
+        """The same, with its times, now that the group stands."""
+        return dataclasses.replace(
+            self, noticed_at=noticed_at, seconds=time.time() - noticed_at
+        )
 
 
 class Crew:
