@@ -6,6 +6,8 @@ Knows one layer at a time. Every step is dispatched by itself.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,6 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from .cluster import Cluster
-from .compiled import compiled
 from .dispatch_engines import slots_by_position
 from .dispatch_mechanism import assign_in_order, count_into
 from .dispatch_merged import route_merged
@@ -53,64 +54,39 @@ def route_steps(
     unused_E = np.flatnonzero(np.diff(table.start_E) == 0)
     if len(unused_E) and (missing := unused_E[np.isin(unused_E, ids_AK)]).size:
         raise InputError(f"expert {missing[0]} has tokens but no slot: complete the plan")
-    policy, parameters = policy_of(spec), parameter_vector(spec, cluster)
     slot_AK = np.empty(ids_AK.shape, np.int32)
-    if policy.code == BALANCED and sends_once(cluster):
-        classes = ClassTable.of(table, cluster)
-        _route_merged(
-            ids_AK, home_A, offset_W, classes.start_E, classes.slot_R, classes.slots_per_device,
-            classes.place_G, classes.node_G, classes.node_P, classes.spot_R, classes.place_R,
-            classes.count_E, classes.first_E, classes.groups, cluster.speed_G, parameters[SLACK],
-            slot_AK,
-        )
-    elif policy.by_position:
-        _route_by_position(ids_AK, home_A, offset_W, cluster.num_devices, table.start_E,
-                           table.slot_R, policy.code == TRTLLM, parameters[OFFSET_BY_RANK] != 0,
-                           slot_AK)
-    else:
-        _route_by_quotas(policy.code, ids_AK, home_A, offset_W, *table.arrays(), slots_GC.size,
-                         cluster.node_G, cluster.num_nodes, cluster.speed_G, parameters, slot_AK)
+    route_step = _router(table, slots_GC.size, num_experts, cluster, spec)
+    for first, last in itertools.pairwise(offset_W.tolist()):
+        route_step(ids_AK[first:last], home_A[first:last], slot_AK[first:last])
     return slot_AK
 
 
-@compiled
-def _route_by_quotas(
-    code: int, ids_AK: Any, home_A: Any, offset_W: Any, start_E: Any, slot_R: Any,
-    start_unique_E: Any, slot_unique_R: Any, slots_per_device: int, slots: int, node_G: Any,
-    nodes: int, speed_G: Any, parameters: Any, slot_AK: Any,
-) -> None:
-    counts_GE = np.empty((len(node_G), len(start_E) - 1), np.int32)
-    quotas_GS = np.empty((len(node_G), slots), np.int32)
-    for w in range(len(offset_W) - 1):
-        first, last = offset_W[w], offset_W[w + 1]
+def _router(
+    table: SlotTable, slots: int, num_experts: int, cluster: Cluster, spec: DispatchSpec
+) -> Callable[[Int32Array, Int32Array, Int32Array], None]:
+    """The function that fills one step's slot_TK from its ids_TK and home_T."""
+    policy, parameters = policy_of(spec), parameter_vector(spec, cluster)
+    if policy.code == BALANCED and sends_once(cluster):
+        c = ClassTable.of(table, cluster)
+        return lambda ids_TK, home_T, slot_TK: route_merged(
+            ids_TK, home_T, c.start_E, c.slot_R, c.slots_per_device, c.place_G, c.node_G, c.node_P,
+            c.spot_R, c.place_R, c.count_E, c.first_E, c.groups, cluster.speed_G,
+            parameters[SLACK], slot_TK,
+        )
+    if policy.by_position:
+        return lambda ids_TK, home_T, slot_TK: slots_by_position(
+            ids_TK, home_T, cluster.num_devices, table.start_E, table.slot_R,
+            policy.code == TRTLLM, parameters[OFFSET_BY_RANK] != 0, slot_TK,
+        )
+    counts_GE = np.empty((cluster.num_devices, num_experts), np.int32)
+    quotas_GS = np.empty((cluster.num_devices, slots), np.int32)
+
+    def by_quotas(ids_TK: Int32Array, home_T: Int32Array, slot_TK: Int32Array) -> None:
         counts_GE[:] = 0
         quotas_GS[:] = 0
-        count_into(ids_AK[first:last], home_A[first:last], counts_GE)
-        split_cell(code, counts_GE, start_E, slot_R, start_unique_E, slot_unique_R,
-                   slots_per_device, node_G, nodes, speed_G, parameters, quotas_GS)
-        assign_in_order(ids_AK[first:last], home_A[first:last], quotas_GS, start_E, slot_R,
-                        slot_AK[first:last])
+        count_into(ids_TK, home_T, counts_GE)
+        split_cell(policy.code, counts_GE, *table.arrays(), cluster.node_G, cluster.num_nodes,
+                   cluster.speed_G, parameters, quotas_GS)
+        assign_in_order(ids_TK, home_T, quotas_GS, table.start_E, table.slot_R, slot_TK)
 
-
-@compiled
-def _route_by_position(
-    ids_AK: Any, home_A: Any, offset_W: Any, homes: int, start_E: Any, slot_R: Any,
-    round_robin: bool, offset_by_rank: bool, slot_AK: Any,
-) -> None:
-    for w in range(len(offset_W) - 1):
-        first, last = offset_W[w], offset_W[w + 1]
-        slots_by_position(ids_AK[first:last], home_A[first:last], homes, start_E, slot_R,
-                          round_robin, offset_by_rank, slot_AK[first:last])
-
-
-@compiled
-def _route_merged(
-    ids_AK: Any, home_A: Any, offset_W: Any, start_E: Any, slot_R: Any, slots_per_device: int,
-    place_G: Any, node_G: Any, node_P: Any, spot_R: Any, place_R: Any, count_E: Any, first_E: Any,
-    groups: int, speed_G: Any, slack: float, slot_AK: Any,
-) -> None:
-    for w in range(len(offset_W) - 1):
-        first, last = offset_W[w], offset_W[w + 1]
-        route_merged(ids_AK[first:last], home_A[first:last], start_E, slot_R, slots_per_device,
-                     place_G, node_G, node_P, spot_R, place_R, count_E, first_E, groups, speed_G,
-                     slack, slot_AK[first:last])
+    return by_quotas

@@ -201,7 +201,7 @@ def _served(expert: int, start_E: Any, spot_R: Any, stamp: int, seen_P: Any) -> 
     r = start_E[expert]
     while r < start_E[expert + 1] and seen_P[spot_R[r]] != stamp:
         r += 1
-    return r < start_E[expert + 1]
+    return bool(r < start_E[expert + 1])
 
 
 @compiled

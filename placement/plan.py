@@ -157,7 +157,8 @@ class Plan:
     @property
     def replicas_LE(self) -> npt.NDArray[np.int64]:
         """[L, E] copies of each expert."""
-        return self.copies_LGE().sum(axis=1)
+        copies: npt.NDArray[np.int64] = self.copies_LGE().sum(axis=1)
+        return copies
 
     def copies_LGE(self) -> npt.NDArray[np.int64]:
         """[L, G, E] copies of each expert on each device."""
