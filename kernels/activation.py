@@ -7,6 +7,7 @@ of slots, routing or which backend multiplies.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -29,7 +30,7 @@ _COMPILED_ROWS = {
     "relu": cpu_loops.relu_rows,
     "gptoss_clamped": cpu_loops.gptoss_rows,
 }
-_TORCH_GATES = {
+_TORCH_GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),

@@ -127,6 +127,41 @@ def sort_slots(slot_A: Array, order_A: Array, offset_S: Array, row_A: Array) -> 
             next_row_S[s] += 1
 
 
+@compiled
+def route_step(
+    id_A: Array,
+    quota_S: Array,
+    slot_expert_S: Array,
+    count_E: Array,
+    slot_A: Array,
+    order_A: Array,
+    row_A: Array,
+    offset_S: Array,
+) -> int:
+    """Counts, slots, and the order by slot of one step. See `fill_slots` and `sort_slots`.
+
+    quota_S: [S], or [0] to send every expert's tokens to its first slot. Returns what
+    `fill_slots` returns.
+    """
+    experts, slots = len(count_E), len(slot_expert_S)
+    count_E[:] = 0
+    for a in range(len(id_A)):
+        if 0 <= id_A[a] < experts:
+            count_E[id_A[a]] += 1
+    quota = quota_S
+    if len(quota_S) == 0:
+        quota = np.zeros(slots, np.int64)
+        left_E = count_E.copy()
+        for s in range(slots):
+            e = slot_expert_S[s]
+            if 0 <= e < experts:
+                quota[s] = left_E[e]
+                left_E[e] = 0
+    wrong = fill_slots(id_A, quota, slot_expert_S, experts, slot_A)
+    sort_slots(slot_A, order_A, offset_S, row_A)
+    return wrong
+
+
 # The gated activations: gate and up products [rows, 2I] into the input of the down product
 # [rows, I]. limit and alpha are gpt-oss's; the others take and ignore them.
 

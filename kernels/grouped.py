@@ -17,11 +17,22 @@ from ..errors import InputError
 from .activation import ExpertActivation
 from .backend import SlotBackend, SlotShape
 from .cpu_packed import PackedSlots, packed_available
+from .dispatch_table import DispatchTable
+from .load_record import LoadRecord
+from .routing import route, top_k
 from .torch_backend import TorchSlots
 
-__all__ = ["ExpertActivation", "ExpertWeights", "grouped_experts", "moe_layer"]
+__all__ = [
+    "DispatchTable",
+    "ExpertActivation",
+    "ExpertWeights",
+    "LoadRecord",
+    "grouped_experts",
+    "moe_layer",
+    "moe_layer_from_logits",
+]
 
-BACKENDS = ("auto", "torch", "packed")
+BACKENDS = ("auto", "torch", "packed", "triton")
 
 
 class ExpertWeights:
@@ -175,6 +186,24 @@ class ExpertWeights:
         """Compute a checked layer; callers use `moe_layer`."""
         self._backend.layer(x_TH, slot_TK, gate_TK, out_TH)
 
+    def run_from_logits(
+        self,
+        x_TH: Tensor,
+        logits_TE: Tensor,
+        k: int,
+        normalize: bool,
+        table: DispatchTable | None,
+        quota_S: Tensor | None,
+        record: LoadRecord | None,
+        out_TH: Tensor,
+    ) -> bool:
+        """Compute a checked layer from logits, if the backend routes by itself; else False."""
+        fused = getattr(self._backend, "layer_from_logits", None)
+        if fused is None:
+            return False
+        fused(x_TH, logits_TE, k, normalize, table, quota_S, record, out_TH)
+        return True
+
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.slots:
             raise InputError(f"slot {slot} is past the table of {self.slots} slots")
@@ -244,19 +273,77 @@ def moe_layer(
     return out
 
 
-def _choose_backend(shape: SlotShape, name: str) -> SlotBackend:
-    on_cpu = shape.device.type == "cpu"
-    packed = on_cpu and packed_available(shape.dtype)
-    if name == "packed" and not packed:
+def moe_layer_from_logits(
+    x_TH: Tensor,
+    logits_TE: Tensor,
+    weights: ExpertWeights,
+    *,
+    k: int,
+    normalize: bool,
+    table: DispatchTable | None = None,
+    quota_S: Tensor | None = None,
+    record: LoadRecord | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`moe_layer` from router logits: top-k, replicas, counts and the layer. Returns [T, H].
+
+    table: the expert of every slot; without it expert e stands in slot e. quota_S: [slots] tokens
+    of this step for every slot, needed where an expert has several. record: adds this step's
+    tokens per expert and per slot where its flag is set. On a GPU nothing waits for the device;
+    quotas that do not add up are settled by an expert's last slot there, refused on the CPU.
+    """
+    _check_rows(x_TH, weights)
+    if logits_TE.dim() != 2 or len(logits_TE) != len(x_TH) or not 1 <= k <= logits_TE.shape[1]:
         raise InputError(
-            f"backend 'packed' cannot run {shape.dtype} on {shape.device} with this torch build; "
-            "use 'auto'"
+            f"x is {tuple(x_TH.shape)} and logits {tuple(logits_TE.shape)}; logits must be [T, E] "
+            f"and k from 1 to E, not {k}"
         )
+    experts = weights.slots if table is None else table.experts
+    listed = weights.slots if table is None else len(table.slot_expert_S)
+    if experts != logits_TE.shape[1] or listed != weights.slots:
+        raise InputError(
+            f"the slot table holds {experts} experts in {listed} slots; the logits name "
+            f"{logits_TE.shape[1]} experts and the weights {weights.slots} slots"
+        )
+    if quota_S is None and table is not None and table.has_replicas:
+        raise InputError("an expert stands in several slots: give quota_S, the tokens of each")
+    if quota_S is not None and tuple(quota_S.shape) != (weights.slots,):
+        raise InputError(f"quota_S is {tuple(quota_S.shape)}; it must be [{weights.slots}]")
+    out = _output_like(x_TH, out)
+    x_TH, logits_TE = x_TH.detach(), logits_TE.detach()
+    if weights.run_from_logits(x_TH, logits_TE, k, normalize, table, quota_S, record, out):
+        return out
+    gate_TK, ids_TK = top_k(logits_TE, k, normalize=normalize)
+    slot_expert = list(range(weights.slots)) if table is None else table.slot_expert_S
+    routing = route(ids_TK, torch.tensor(slot_expert), quota_S=quota_S, record=record)
+    weights.run_layer(x_TH, routing.slot_TK, gate_TK, out)
+    return out
+
+
+def _choose_backend(shape: SlotShape, name: str) -> SlotBackend:
     if name not in BACKENDS:
         raise InputError(f"backend {name!r} is not known; use one of {', '.join(BACKENDS)}")
-    if packed and name != "torch":
-        return PackedSlots(shape)
-    return TorchSlots(shape)
+    if name == "triton" or (name == "auto" and shape.device.type == "cuda"):
+        backend = _triton_backend(shape)
+        if backend is not None:
+            return backend
+    packed = shape.device.type == "cpu" and packed_available(shape.dtype)
+    if name == "triton" or (name == "packed" and not packed):
+        raise InputError(
+            f"backend {name!r} cannot run {shape.dtype} on {shape.device} here; use 'auto'"
+        )
+    return PackedSlots(shape) if packed and name != "torch" else TorchSlots(shape)
+
+
+def _triton_backend(shape: SlotShape) -> SlotBackend | None:
+    """The Triton backend, where Triton is installed and runs on this device."""
+    try:
+        from .triton_backend import TritonSlots, triton_available
+    except ImportError:
+        return None
+    if shape.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    return TritonSlots(shape) if triton_available(shape.device) else None
 
 
 def _output_like(x: Tensor, out: Tensor | None) -> Tensor:

@@ -11,6 +11,8 @@ out everywhere: not counted, not sorted, not computed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from ..errors import InputError
 from . import cpu_loops
 from .activation import COMPILED_DTYPES
 from .cpu_float import as_array
+from .load_record import LoadRecord
 
 
 def top_k(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -86,30 +89,106 @@ def assign_slots(
     Runs on the CPU, where quotas are made. Raises InputError unless the quotas of every expert
     sum to its assignments.
     """
-    if quota_S.shape != slot_expert_S.shape or quota_S.dim() != 1:
-        raise InputError(
-            f"quotas {tuple(quota_S.shape)} and slot table {tuple(slot_expert_S.shape)} "
-            "must both be [slots]"
-        )
-    ids = ids_TK.detach().cpu().long().contiguous()
-    quota, table = quota_S.cpu().long().contiguous(), slot_expert_S.cpu().long().contiguous()
-    if num_experts is None:
-        highest = torch.cat((ids.flatten(), table, torch.tensor([-1]))).max()
-        num_experts = int(highest) + 1
+    ids, table, quota, experts = _checked_ids(ids_TK, slot_expert_S, quota_S, num_experts)
     slot_TK = torch.empty_like(ids)
     wrong = cpu_loops.fill_slots(
         as_array(ids.view(-1)),
         as_array(quota),
         as_array(table),
-        num_experts,
+        experts,
         as_array(slot_TK.view(-1)),
     )
     if wrong >= 0:
-        raise InputError(
-            f"expert {wrong} has {int((ids == wrong).sum())} assignments but quotas for "
-            f"{int(quota[table == wrong].sum())}; compute the quotas from these ids"
-        )
+        raise _quota_error(wrong, ids, quota, table)
     return slot_TK.to(ids_TK.device)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the assignments of one step go, in every order anyone asks for.
+
+    slot_TK: slot of each, -1 = left out. order_A: flat assignment of each row, slot by slot,
+    token order inside. row_TK: row of each assignment in that order, -1 = left out. offset_S:
+    [S + 1] first row of each slot. logical_E, physical_S: tokens per expert and per slot.
+    All int64.
+    """
+
+    slot_TK: Tensor
+    order_A: Tensor
+    row_TK: Tensor
+    offset_S: Tensor
+    logical_E: Tensor
+    physical_S: Tensor
+
+
+def route(
+    ids_TK: Tensor,
+    slot_expert_S: Tensor,
+    *,
+    quota_S: Tensor | None = None,
+    num_experts: int | None = None,
+    record: LoadRecord | None = None,
+) -> Routing:
+    """Everything between chosen experts and sorted rows, in one pass on the host.
+
+    Without quota_S every expert's tokens go to its first slot. record: adds the step's counts
+    where its flag is set. See `assign_slots` for the order, the ids left out and the errors.
+    """
+    device = ids_TK.device
+    ids, table, quota, experts = _checked_ids(ids_TK, slot_expert_S, quota_S, num_experts)
+    slot, order, row = (torch.empty_like(ids) for _ in range(3))
+    offset_S = torch.empty(len(table) + 1, dtype=torch.int64)
+    logical_E = torch.empty(experts, dtype=torch.int64)
+    wrong = cpu_loops.route_step(
+        as_array(ids.view(-1)),
+        as_array(quota),
+        as_array(table),
+        as_array(logical_E),
+        as_array(slot.view(-1)),
+        as_array(order.view(-1)),
+        as_array(row.view(-1)),
+        as_array(offset_S),
+    )
+    if wrong >= 0:
+        raise _quota_error(wrong, ids, quota, table)
+    routing = Routing(
+        slot_TK=slot.to(device),
+        order_A=order.view(-1)[: int(offset_S[-1])].to(device),
+        row_TK=row.to(device),
+        offset_S=offset_S.to(device),
+        logical_E=logical_E.to(device),
+        physical_S=offset_S.diff().to(device),
+    )
+    if record is not None and int(record.enabled):
+        record.logical_E += routing.logical_E
+        record.physical_S += routing.physical_S
+    return routing
+
+
+def _checked_ids(
+    ids_TK: Tensor, slot_expert_S: Tensor, quota_S: Tensor | None, num_experts: int | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Ids, slot table and quotas (none: empty) as int64 on the host, and the expert count."""
+    if slot_expert_S.dim() != 1 or (quota_S is not None and quota_S.shape != slot_expert_S.shape):
+        quotas = None if quota_S is None else tuple(quota_S.shape)
+        raise InputError(
+            f"quotas {quotas} and slot table {tuple(slot_expert_S.shape)} must both be [slots]"
+        )
+    ids = ids_TK.detach().cpu().long().contiguous()
+    table = slot_expert_S.cpu().long().contiguous()
+    empty = torch.empty(0, dtype=torch.int64)
+    quota = empty if quota_S is None else quota_S.cpu().long().contiguous()
+    if num_experts is None:
+        num_experts = int(torch.cat((ids.flatten(), table, torch.tensor([-1]))).max()) + 1
+    return ids, table, quota, num_experts
+
+
+def _quota_error(expert: int, ids: Tensor, quota: Tensor, table: Tensor) -> InputError:
+    placed = int(quota[table == expert].sum()) if len(quota) else 0
+    return InputError(
+        f"expert {expert} has {int((ids == expert).sum())} assignments but quotas for {placed}; "
+        "compute the quotas from these ids"
+    )
 
 
 def sort_by_slot(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
@@ -189,6 +268,8 @@ def combine_rows(
             as_array(out),
         )
         return out
+    if y_AH.device.type == "cuda" and _reduced_on_device(y_AH, row_TK, gate_TK, out):
+        return out
     wide = torch.promote_types(torch.float32, y_AH.dtype)
     total = torch.zeros(len(row_TK), hidden, dtype=wide, device=y_AH.device)
     for k in range(row_TK.shape[1]):
@@ -196,3 +277,15 @@ def combine_rows(
         term = y_AH[row_TK[:, k].clamp(min=0)].to(wide) * gate_TK[:, k, None].to(wide)
         total += torch.where(row >= 0, term, 0.0)
     return out.copy_(total)
+
+
+def _reduced_on_device(y_AH: Tensor, row_TK: Tensor, gate_TK: Tensor, out: Tensor) -> bool:
+    """The kernel that ends a fused layer, so that rows from other ranks round alike."""
+    try:
+        from .triton_backend import reduce_rows, triton_available
+    except ImportError:
+        return False
+    if not triton_available(y_AH.device) or y_AH.dtype == torch.float64:
+        return False
+    reduce_rows(y_AH, row_TK, gate_TK.detach().float(), out)
+    return True

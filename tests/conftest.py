@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports Triton: its kernels then run on the CPU, interpreted.
+os.environ["TRITON_INTERPRET"] = "1"
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -1,6 +1,7 @@
 """The packed CPU backend: how rows are cut, when it is chosen, what it falls back to."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadmaster.kernels import cpu_packed, grouped
+from loadmaster.kernels import cpu_packed
 from loadmaster.kernels.cpu_float import as_array
 from loadmaster.kernels.cpu_loops import (
     gelu_rows,
@@ -27,6 +28,8 @@ from loadmaster.kernels.cpu_packed import (
 )
 from loadmaster.kernels.grouped import moe_layer
 from loadmaster.kernels.huge_pages import use_huge_pages
+
+Maker = Callable[..., Any]
 
 LIMIT, ALPHA = np.float32(7.0), np.float32(1.702)
 
@@ -71,10 +74,10 @@ def test_packing_is_found_on_this_build(dtype: torch.dtype) -> None:
 def test_without_the_private_operators_auto_takes_plain_torch(
     missing: str,
     monkeypatch: pytest.MonkeyPatch,
-    layer_of: Callable,
-    ids_of: Callable,
-    rows_of: Callable,
-    gates_of: Callable,
+    layer_of: Maker,
+    ids_of: Maker,
+    rows_of: Maker,
+    gates_of: Maker,
 ) -> None:
     layer = layer_of(3, 24, 16, torch.bfloat16)
     x, ids, gate = rows_of(20, 24, torch.bfloat16), ids_of(20, 2, 3), gates_of(20, 2)
@@ -120,7 +123,7 @@ def test_a_build_that_multiplies_wrongly_is_not_used(monkeypatch: pytest.MonkeyP
 
 
 def test_float64_and_float16_run_on_plain_torch(
-    layer_of: Callable, ids_of: Callable, gates_of: Callable, rows_of: Callable
+    layer_of: Maker, ids_of: Maker, gates_of: Maker, rows_of: Maker
 ) -> None:
     for dtype, tolerance in ((torch.float64, 1e-7), (torch.float16, 2e-3)):
         layer = layer_of(3, 24, 16, dtype)
@@ -155,7 +158,7 @@ def test_float64_and_float16_run_on_plain_torch(
     ids=["silu", "relu", "gelu_tanh", "gelu", "gptoss"],
 )
 def test_compiled_gates_follow_their_definition_from_tiny_to_huge(
-    rows: Callable, expected: Callable, dtype: torch.dtype
+    rows: Maker, expected: Maker, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.logspace(-6, 6, 61)
@@ -187,7 +190,3 @@ def test_huge_pages_leave_contents_alone() -> None:
     assert use_huge_pages(block.data_ptr(), block.numel() * 4) in (True, False)
     assert torch.equal(block, torch.arange(1 << 20, dtype=torch.int32))
     assert not use_huge_pages(block.data_ptr(), 0)
-
-
-def test_forcing_a_backend_is_only_a_matter_of_the_entry() -> None:
-    assert grouped.BACKENDS[:3] == ("auto", "torch", "packed")

@@ -6,6 +6,7 @@ other code.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 from loadmaster.kernels import cpu_packed, torch_backend
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.grouped import grouped_experts, moe_layer
+from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
 from loadmaster.kernels.routing import assign_slots, combine_rows, histogram, sort_rows
+
+Maker = Callable[..., Any]
 
 BACKENDS = ["torch", "packed"]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -25,7 +28,7 @@ def layer_over_ranks(
     x: torch.Tensor,
     ids: torch.Tensor,
     gate: torch.Tensor,
-    weights_of_rank: list,
+    weights_of_rank: list[ExpertWeights],
     slot_expert: list[int],
     home: torch.Tensor,
     seed: int,
@@ -76,7 +79,7 @@ def random_plan(experts: int, ranks: int, spare: int, seed: int) -> list[int]:
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_plan_over_any_ranks_gives_the_bits_of_one_process(
-    backend: str, dtype: torch.dtype, layer_of: Callable, data: st.DataObject
+    backend: str, dtype: torch.dtype, layer_of: Maker, data: st.DataObject
 ) -> None:
     seed = data.draw(st.integers(0, 10**6))
     experts, ranks = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 4))
@@ -110,7 +113,7 @@ def test_any_plan_over_any_ranks_gives_the_bits_of_one_process(
     ids=lambda activation: activation.kind,
 )
 def test_a_batch_cut_at_any_size_gives_the_same_rows(
-    backend: str, dtype: torch.dtype, activation: ExpertActivation, layer_of: Callable
+    backend: str, dtype: torch.dtype, activation: ExpertActivation, layer_of: Maker
 ) -> None:
     weights = layer_of(1, 200, 72, dtype, activation).weights(backend)
     x = torch.randn(400, 200, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -127,7 +130,7 @@ def test_a_batch_cut_at_any_size_gives_the_same_rows(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(2048, 768), (2880, 2880), (1024, 2048)])
 def test_wide_experts_give_the_same_rows_in_small_batches(
-    backend: str, dtype: torch.dtype, hidden: int, intermediate: int, layer_of: Callable
+    backend: str, dtype: torch.dtype, hidden: int, intermediate: int, layer_of: Maker
 ) -> None:
     """Widths at which a single row, or three, would take other code on this build."""
     weights = layer_of(1, hidden, intermediate, dtype).weights(backend)
@@ -158,7 +161,7 @@ def test_single_rows_do_differ_without_the_padding(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_five_runs_and_two_threads_give_the_same_bits(
-    backend: str, layer_of: Callable, ids_of: Callable, rows_of: Callable, gates_of: Callable
+    backend: str, layer_of: Maker, ids_of: Maker, rows_of: Maker, gates_of: Maker
 ) -> None:
     layer = layer_of(6, 64, 48, torch.bfloat16)
     weights = layer.weights(backend)
@@ -174,7 +177,7 @@ def test_five_runs_and_two_threads_give_the_same_bits(
 
 
 def test_a_switch_between_steps_changes_no_bit(
-    layer_of: Callable, ids_of: Callable, rows_of: Callable, gates_of: Callable
+    layer_of: Maker, ids_of: Maker, rows_of: Maker, gates_of: Maker
 ) -> None:
     """Fill spare slots, swap the table, route by the new one: the output is the old one."""
     layer = layer_of(4, 32, 16, torch.bfloat16)

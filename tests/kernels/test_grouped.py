@@ -1,6 +1,7 @@
 """The one entry: right against float64, strict about its input, the same for every backend."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from loadmaster.errors import InputError
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
 from loadmaster.kernels.oracle import relative_error
+
+Maker = Callable[..., Any]
 
 FLOATS = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
 BACKENDS = ["torch", "packed"]
@@ -40,10 +43,10 @@ def test_layer_matches_float64(
     choices: int,
     hidden: int,
     intermediate: int,
-    layer_of: Callable,
-    ids_of: Callable,
-    rows_of: Callable,
-    gates_of: Callable,
+    layer_of: Maker,
+    ids_of: Maker,
+    rows_of: Maker,
+    gates_of: Maker,
 ) -> None:
     layer = layer_of(experts, hidden, intermediate, dtype)
     x, ids = rows_of(tokens, hidden, dtype), ids_of(tokens, choices, experts)
@@ -74,10 +77,10 @@ def test_every_activation_with_and_without_biases(
     tolerance: float,
     activation: ExpertActivation,
     bias: bool,
-    layer_of: Callable,
-    ids_of: Callable,
-    rows_of: Callable,
-    gates_of: Callable,
+    layer_of: Maker,
+    ids_of: Maker,
+    rows_of: Maker,
+    gates_of: Maker,
 ) -> None:
     layer = layer_of(5, 40, 24, dtype, activation, bias)
     x, ids, gate = rows_of(21, 40, dtype), ids_of(21, 2, 5), gates_of(21, 2)
@@ -99,7 +102,7 @@ def test_every_activation_with_and_without_biases(
     ],
 )
 def test_rows_of_each_slot_pass_through_its_expert(
-    backend: str, counts: list[int], layer_of: Callable, rows_of: Callable
+    backend: str, counts: list[int], layer_of: Maker, rows_of: Maker
 ) -> None:
     layer = layer_of(4, 24, 16)
     x = rows_of(sum(counts), 24, torch.float32)
@@ -112,7 +115,7 @@ def test_rows_of_each_slot_pass_through_its_expert(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_and_weights_may_lie_anyhow(
-    backend: str, layer_of: Callable, rows_of: Callable
+    backend: str, layer_of: Maker, rows_of: Maker
 ) -> None:
     """Strided, transposed and oddly aligned tensors give the bits of plain ones."""
     layer = layer_of(2, 24, 16)
@@ -134,7 +137,7 @@ def test_rows_and_weights_may_lie_anyhow(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_left_out_assignments_add_nothing(
-    backend: str, layer_of: Callable, rows_of: Callable
+    backend: str, layer_of: Maker, rows_of: Maker
 ) -> None:
     """Negative slots, and transformers' mark: an id equal to the number of experts here."""
     layer = layer_of(3, 16, 8)
@@ -148,7 +151,7 @@ def test_left_out_assignments_add_nothing(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shards_of_the_experts_add_up_to_the_whole(
-    backend: str, layer_of: Callable, ids_of: Callable, rows_of: Callable, gates_of: Callable
+    backend: str, layer_of: Maker, ids_of: Maker, rows_of: Maker, gates_of: Maker
 ) -> None:
     layer = layer_of(6, 16, 8)
     x, ids, gate = rows_of(20, 16, torch.float32), ids_of(20, 3, 6), gates_of(20, 3)
@@ -168,10 +171,10 @@ def test_shards_of_the_experts_add_up_to_the_whole(
 def test_nan_in_a_token_stays_in_that_token(
     backend: str,
     dtype: torch.dtype,
-    layer_of: Callable,
-    ids_of: Callable,
-    rows_of: Callable,
-    gates_of: Callable,
+    layer_of: Maker,
+    ids_of: Maker,
+    rows_of: Maker,
+    gates_of: Maker,
 ) -> None:
     weights = layer_of(3, 24, 16, dtype).weights(backend)
     x, ids, gate = rows_of(40, 24, dtype), ids_of(40, 2, 3), gates_of(40, 2)
@@ -232,12 +235,13 @@ def test_refuses_a_layer_whose_parts_do_not_fit() -> None:
 
 
 def test_refuses_unknown_backends_and_empty_sizes() -> None:
-    sizes = {"dtype": torch.float32, "device": "cpu", "activation": ExpertActivation("silu")}
+    sizes: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    sizes["activation"] = ExpertActivation("silu")
     with pytest.raises(InputError, match="'cuda' is not known; use one of auto, torch, packed"):
-        ExpertWeights.allocate(1, 8, 8, backend="cuda", **sizes)  # type: ignore[arg-type]
+        ExpertWeights.allocate(1, 8, 8, backend="cuda", **sizes)
     with pytest.raises(InputError, match="must be >= 1; got 1, 0, 8"):
-        ExpertWeights.allocate(1, 0, 8, **sizes)  # type: ignore[arg-type]
+        ExpertWeights.allocate(1, 0, 8, **sizes)
     with pytest.raises(InputError, match=r"'packed' cannot run torch\.float64"):
         ExpertWeights.allocate(
-            1, 8, 8, backend="packed", **{**sizes, "dtype": torch.float64}  # type: ignore[arg-type]
+            1, 8, 8, backend="packed", **{**sizes, "dtype": torch.float64}
         )

@@ -1,6 +1,7 @@
 """Experts in slots: what goes in comes out, bit for bit, and moves cost no copies."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from loadmaster.errors import InputError
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
 from loadmaster.kernels.slot_table import SlotTable
+
+Maker = Callable[..., Any]
 
 BACKENDS = ["torch", "packed"]
 GPT_OSS = ExpertActivation("gptoss_clamped", limit=7.0, alpha=1.702, interleaved=True)
@@ -30,7 +33,7 @@ def test_a_slot_gives_back_the_bits_it_got(
     intermediate: int,
     activation: ExpertActivation,
     bias: bool,
-    layer_of: Callable,
+    layer_of: Maker,
 ) -> None:
     layer = layer_of(3, hidden, intermediate, dtype, activation, bias)
     weights = layer.weights(backend)
@@ -41,7 +44,7 @@ def test_a_slot_gives_back_the_bits_it_got(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_slot_keeps_nothing_of_the_callers_tensors(backend: str, layer_of: Callable) -> None:
+def test_a_slot_keeps_nothing_of_the_callers_tensors(backend: str, layer_of: Maker) -> None:
     layer = layer_of(1, 16, 8, torch.float32, GPT_OSS, True)
     weights = layer.weights(backend)
     before = weights.get_slot(0)
@@ -51,7 +54,7 @@ def test_a_slot_keeps_nothing_of_the_callers_tensors(backend: str, layer_of: Cal
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_slots_not_filled_yet_are_zero(backend: str, layer_of: Callable) -> None:
+def test_slots_not_filled_yet_are_zero(backend: str, layer_of: Maker) -> None:
     weights = layer_of(2, 16, 8).weights(backend, [-1, 1])
     assert all((tensor == 0).all() for tensor in weights.get_slot(0).values())
     y = grouped_experts(torch.ones(3, 16), torch.tensor([3, 0]), weights)
@@ -59,7 +62,7 @@ def test_slots_not_filled_yet_are_zero(backend: str, layer_of: Callable) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rearranging_moves_experts_between_slots(backend: str, layer_of: Callable) -> None:
+def test_rearranging_moves_experts_between_slots(backend: str, layer_of: Maker) -> None:
     layer = layer_of(4, 16, 8)
     weights = layer.weights(backend)
     weights.rearrange([2, 0, 0, 3])
@@ -82,7 +85,7 @@ def test_the_slot_table_never_runs_out_of_rows() -> None:
     assert table.rows == [2, 1, 0]
 
 
-def test_refuses_experts_that_do_not_fit(layer_of: Callable) -> None:
+def test_refuses_experts_that_do_not_fit(layer_of: Maker) -> None:
     layer = layer_of(2, 16, 8, torch.float32, GPT_OSS, True)
     weights, expert = layer.weights(), layer.experts[0]
     with pytest.raises(InputError, match="slot 2 is past the table of 2 slots"):
@@ -101,7 +104,7 @@ def test_refuses_experts_that_do_not_fit(layer_of: Callable) -> None:
         weights.rearrange([0, 5])
 
 
-def test_no_slot_is_left_half_changed_by_a_refused_expert(layer_of: Callable) -> None:
+def test_no_slot_is_left_half_changed_by_a_refused_expert(layer_of: Maker) -> None:
     layer = layer_of(1, 16, 8)
     weights: ExpertWeights = layer.weights()
     with pytest.raises(InputError, match="needs exactly"):

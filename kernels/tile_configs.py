@@ -1,0 +1,144 @@
+"""Which block sizes the Triton products use, from how tokens fall on experts.
+
+Tuned entries come from `tile_configs.json`, written by `benchmarks/kernels_gpu.py --tune` on a
+real device and keyed on device, Triton version, dtype, sizes, active experts and the 90th
+percentile of rows per active expert; the nearest one is used. Where no entry fits the device,
+`default_tiles` answers by rows alone. Nothing is timed at run time. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+TUNED_FILE = Path(__file__).with_name("tile_configs.json")
+# Hopper lets one block of threads hold this much shared memory.
+SHARED_BYTES = 227 * 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One product's blocks: rows (tokens) x columns (weights) x depth, warps and stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def shared_bytes(self, weight_tiles: int, element_bytes: int) -> int:
+        """Shared memory of all stages; `up_swiglu` holds two weight tiles, `down_scatter` one."""
+        per_stage = self.depth * (weight_tiles * self.columns + self.rows) * element_bytes
+        return per_stage * self.stages
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The blocks of both products; they share a tile map, so `rows` agree."""
+
+    up: Tile
+    down: Tile
+
+
+@dataclass(frozen=True)
+class TileKey:
+    """What a tuned entry was tuned for."""
+
+    device: str
+    triton: str
+    dtype: str
+    hidden: int
+    intermediate: int
+    active_experts: int
+    rows_p90: int
+
+    def distance(self, other: TileKey) -> float:
+        """How far apart two keys of one device, version and dtype are, in doublings."""
+        mine = (self.hidden, self.intermediate, self.active_experts, self.rows_p90)
+        theirs = (other.hidden, other.intermediate, other.active_experts, other.rows_p90)
+        return sum(
+            abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(mine, theirs, strict=True)
+        )
+
+
+def rows_percentile(counts: Iterable[int]) -> tuple[int, int]:
+    """(active experts, 90th percentile of the rows of active experts, nearest rank)."""
+    active = sorted(count for count in counts if count > 0)
+    if not active:
+        return 0, 0
+    return len(active), active[math.ceil(0.9 * len(active)) - 1]
+
+
+def default_tiles(rows_p90: int) -> Tiles:
+    """Blocks by rows per expert alone, for devices without tuned entries.
+
+    The smallest block of rows that covers the 90th percentile, up to 128: below it weights are
+    read once per expert either way, and a larger block only computes padding.
+    """
+    if rows_p90 <= 16:
+        return Tiles(Tile(16, 128, 64, 4, 4), Tile(16, 128, 64, 4, 4))
+    if rows_p90 <= 32:
+        return Tiles(Tile(32, 128, 64, 4, 4), Tile(32, 128, 64, 4, 4))
+    if rows_p90 <= 96:
+        return Tiles(Tile(64, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4))
+    return Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4))
+
+
+def fit_tiles(tiles: Tiles, element_bytes: int) -> Tiles:
+    """The same blocks with depth scaled to the element size and stages that fit a Hopper SM.
+
+    Depth depends on the element size alone, so a row is summed alike in every batch.
+    """
+    fitted = []
+    for tile, weight_tiles in ((tiles.up, 2), (tiles.down, 1)):
+        tile = replace(tile, depth=max(tile.depth * 2 // element_bytes, 16))
+        while tile.stages > 1 and tile.shared_bytes(weight_tiles, element_bytes) > SHARED_BYTES:
+            tile = replace(tile, stages=tile.stages - 1)
+        fitted.append(tile)
+    return Tiles(*fitted)
+
+
+def choose_tiles(key: TileKey) -> Tiles:
+    """The nearest tuned entry of this device, Triton version and dtype; else the default."""
+    entries = [
+        (entry_key, tiles)
+        for entry_key, tiles in tuned_tiles()
+        if (entry_key.device, entry_key.triton, entry_key.dtype)
+        == (key.device, key.triton, key.dtype)
+    ]
+    if not entries:
+        return default_tiles(key.rows_p90)
+    return min(entries, key=lambda entry: entry[0].distance(key))[1]
+
+
+@functools.cache
+def tuned_tiles() -> tuple[tuple[TileKey, Tiles], ...]:
+    """The entries of the tuned file, in its order."""
+    if not TUNED_FILE.exists():
+        return ()
+    return parse_tiles(TUNED_FILE.read_text())
+
+
+def parse_tiles(text: str) -> tuple[tuple[TileKey, Tiles], ...]:
+    """Read what `format_tiles` wrote."""
+    return tuple(
+        (TileKey(**entry["key"]), Tiles(Tile(*entry["up"]), Tile(*entry["down"])))
+        for entry in json.loads(text)["entries"]
+    )
+
+
+def format_tiles(entries: Sequence[tuple[TileKey, Tiles]], measured_on: str) -> str:
+    """The tuned file's text; `measured_on` says on what machine and when."""
+    listed = [
+        {
+            "key": asdict(key),
+            "up": list(asdict(tiles.up).values()),
+            "down": list(asdict(tiles.down).values()),
+        }
+        for key, tiles in entries
+    ]
+    return json.dumps({"measured_on": measured_on, "entries": listed}, indent=1) + "\n"

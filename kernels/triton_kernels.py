@@ -1,0 +1,466 @@
+"""The Triton kernels of one expert layer, written for Hopper.
+
+    route         top-k and gates, or given ids; counts per token block and running load
+    scan_blocks   where each block's rows of an expert begin among that expert's rows
+    scan          rows of each segment, offsets, and the map of tiles
+    place         the row of every assignment: experts in order, tokens in order inside
+    up_swiglu     gathers rows, gate and up products in two accumulators, activation
+    down_scatter  second product; every row is written once, to its own place
+    reduce        a token's rows, weighted and summed in float32 in its own top-k order
+
+Knows pointers, strides and block sizes only; `triton_backend.py` allocates, launches and picks
+the blocks.
+
+Segments: a segment is the part of an expert's rows that one slot computes. Segments are ordered
+by (expert, slot) and rows by (expert, token), so cutting an expert's rows in that order is
+exactly "assignments in token order fill the slots in ascending order". No slot is ever stored
+per assignment.
+
+Exactness: in both products weights stand on the M side and tokens on the N side, at every
+batch size, so the same matrix instruction walks K in the same order whatever the tile; only
+integers are added atomically; gates are applied in `reduce`, where rows from other ranks are
+applied too. Left-out assignments (ids outside [0, E)) are never read or counted.
+"""
+
+# mypy: disallow-untyped-decorators=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "gptoss_clamped")
+
+
+@triton.jit
+def _sigmoid(x: tl.tensor) -> tl.tensor:
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _gated(
+    gate: tl.tensor, up: tl.tensor, limit: tl.tensor, alpha: tl.tensor, KIND: tl.constexpr
+) -> tl.tensor:
+    """The gated activation in float32."""
+    if KIND == "silu":
+        return gate * _sigmoid(gate) * up
+    elif KIND == "relu":
+        return tl.where(gate < 0.0, 0.0, gate) * up
+    elif KIND == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    elif KIND == "gelu_tanh":
+        # 0.5 (1 + tanh z) is sigmoid(2 z)
+        return gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    else:
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, up)
+        up = tl.where(up < -limit, -limit, up)
+        return (up + 1.0) * gate * _sigmoid(alpha * gate)
+
+
+@triton.jit
+def _sort_key(x: tl.tensor) -> tl.tensor:
+    """An int32 that orders as the float does; -0 equals +0 and every number exceeds the least."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def route(
+    logits: tl.tensor,
+    ids: tl.tensor,
+    gates: tl.tensor,
+    block_counts: tl.tensor,
+    load: tl.tensor,
+    recording: tl.tensor,
+    tokens: tl.tensor,
+    experts: tl.tensor,
+    stride_logits: tl.tensor,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    EP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    FROM_LOGITS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    RECORD: tl.constexpr,
+) -> None:
+    """One block of tokens: choose experts (or read the ids given), count them.
+
+    Writes ids [T, K] and gates [T, K] when FROM_LOGITS, block_counts [blocks, EP] always. With
+    RECORD and a set flag, adds the counts to load [E] int64: integers, so order cannot matter.
+    """
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, EP)
+    k = tl.arange(0, KP)
+    live = t < tokens
+    counts = tl.zeros([EP], tl.int32)
+    if FROM_LOGITS:
+        inside = live[:, None] & (e < experts)[None, :]
+        at = t.to(tl.int64)[:, None] * stride_logits + e[None, :]
+        row = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
+        left = tl.where(inside, _sort_key(row), -2147483648)
+        poisoned = tl.max((row != row).to(tl.int32), 1) > 0
+        chosen = tl.zeros([BLOCK_T, KP], tl.float32)
+        highest = tl.zeros([BLOCK_T], tl.float32)
+    for choice in tl.static_range(K):
+        slot = t.to(tl.int64) * K + choice
+        if FROM_LOGITS:
+            best = tl.argmax(left, 1, tie_break_left=True)
+            picked = e[None, :] == best[:, None]
+            value = tl.sum(tl.where(picked, row, 0.0), 1)
+            left = tl.where(picked, -2147483648, left)
+            if choice == 0:
+                highest = value
+            chosen = tl.where((k == choice)[None, :], tl.exp(value - highest)[:, None], chosen)
+            tl.store(ids + slot, best.to(ids.dtype.element_ty), mask=live)
+        else:
+            best = tl.load(ids + slot, mask=live, other=-1).to(tl.int32)
+            picked = e[None, :] == best[:, None]
+        real = picked & live[:, None] & (e < experts)[None, :]
+        counts += tl.sum(real.to(tl.int32), 0)
+    if FROM_LOGITS:
+        if NORMALIZE:
+            total = tl.sum(chosen, 1)
+        else:
+            total = tl.sum(tl.where(inside, tl.exp(row - highest[:, None]), 0.0), 1)
+        gate = chosen / tl.where(live, total, 1.0)[:, None]
+        gate = tl.where(poisoned[:, None], float("nan"), gate)
+        at = t.to(tl.int64)[:, None] * K + k[None, :]
+        tl.store(gates + at, gate, mask=live[:, None] & (k < K)[None, :])
+    tl.store(block_counts + block * EP + e, counts)
+    if RECORD:  # noqa: SIM102 - one is known when compiling, the other only on the device
+        if tl.load(recording) != 0:
+            tl.atomic_add(load + e, counts.to(tl.int64), mask=(e < experts) & (counts > 0))
+
+
+@triton.jit
+def scan_blocks(
+    block_counts: tl.tensor,
+    totals: tl.tensor,
+    blocks: tl.tensor,
+    EP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+) -> None:
+    """Turn the counts of every block, in place, into the counts of the blocks before it."""
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    carry = tl.zeros([BLOCK_E], tl.int32)
+    for first in range(0, blocks, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        at = b[:, None] * EP + e[None, :]
+        inside = (b < blocks)[:, None] & (e < EP)[None, :]
+        count = tl.load(block_counts + at, mask=inside, other=0)
+        before = tl.cumsum(count, 0) - count + carry[None, :]
+        tl.store(block_counts + at, before, mask=inside)
+        carry += tl.sum(count, 0)
+    tl.store(totals + e, carry, mask=e < EP)
+
+
+@triton.jit
+def scan(
+    totals: tl.tensor,
+    quotas: tl.tensor,
+    segment_expert: tl.tensor,
+    segment_first: tl.tensor,
+    segment_slot: tl.tensor,
+    expert_start: tl.tensor,
+    row_end: tl.tensor,
+    tile_segment: tl.tensor,
+    tile_row: tl.tensor,
+    tile_count: tl.tensor,
+    load: tl.tensor,
+    recording: tl.tensor,
+    segments: tl.tensor,
+    row_limit: tl.tensor,
+    EP: tl.constexpr,
+    SP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    HAS_QUOTAS: tl.constexpr,
+    RECORD: tl.constexpr,
+) -> None:
+    """Rows of every segment and the tiles that cover them; each program maps its own tiles.
+
+    Without quotas segment i is expert i, all of it. With quotas a segment takes its quota, never
+    more than is left, and an expert's last segment takes the rest: no row is lost or computed by
+    another expert even where quotas do not add up. Rows end at row_limit whatever the totals say.
+    Writes expert_start [EP], row_end [segments], and with RECORD adds the rows each slot computed
+    to load [slots] int64.
+    """
+    e = tl.arange(0, EP)
+    p = tl.arange(0, SP)
+    total = tl.maximum(tl.load(totals + e), 0)
+    start_e = tl.cumsum(total, 0) - total
+    real = p < segments
+    if HAS_QUOTAS:
+        expert = tl.load(segment_expert + p, mask=real, other=0)
+        first = tl.load(segment_first + p, mask=real, other=0)
+        quota = tl.load(quotas + p, mask=real, other=0)
+        quota = tl.where(quota < 0, 0, quota)
+        before_all = tl.cumsum(quota, 0) - quota
+        before = before_all - tl.gather(before_all, first, 0)
+        held = tl.gather(total, expert, 0)
+        # The first segment of the next expert is not one of this expert's.
+        following = tl.load(segment_first + p + 1, mask=p + 1 < segments, other=-1)
+        is_last = following != first
+        rows = tl.where(is_last, held - before, tl.minimum(quota, held - before))
+        rows = tl.where(real & (rows > 0), rows, 0)
+        start = tl.gather(start_e, expert, 0) + tl.minimum(before, held)
+    else:
+        expert = p
+        rows = tl.where(real, tl.gather(total, tl.minimum(p, EP - 1), 0), 0)
+        start = tl.gather(start_e, tl.minimum(p, EP - 1), 0)
+    rows = tl.maximum(tl.minimum(rows, row_limit - start), 0)
+    tiles = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    tile_end = tl.cumsum(tiles, 0)
+    i = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
+    segment = tl.sum((i[:, None] >= tile_end[None, :]).to(tl.int32), 1)
+    mine = p[None, :] == segment[:, None]
+    row = tl.sum(tl.where(mine, (start - (tile_end - tiles) * BLOCK_ROWS)[None, :], 0), 1)
+    mapped = i < tl.sum(tiles, 0)
+    tl.store(tile_segment + i, segment, mask=mapped)
+    tl.store(tile_row + i, row + i * BLOCK_ROWS, mask=mapped)
+    if tl.program_id(0) == 0:
+        tl.store(expert_start + e, start_e)
+        tl.store(row_end + p, start + rows, mask=real)
+        tl.store(tile_count, tl.sum(tiles, 0))
+        if RECORD:  # noqa: SIM102 - as above
+            if tl.load(recording) != 0:
+                slot = tl.load(segment_slot + p, mask=real, other=0)
+                tl.atomic_add(load + slot, rows.to(tl.int64), mask=real & (rows > 0))
+
+
+@triton.jit
+def place(
+    ids: tl.tensor,
+    block_counts: tl.tensor,
+    expert_start: tl.tensor,
+    source: tl.tensor,
+    where: tl.tensor,
+    tokens: tl.tensor,
+    experts: tl.tensor,
+    K: tl.constexpr,
+    EP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+) -> None:
+    """Give every assignment its row: equals a stable sort by expert, with no sorting.
+
+    source [A]: assignment t * K + k of each row. where [T, K]: that same index, or -1 where the
+    assignment is left out (so `reduce` reads it alone).
+    """
+    block = tl.program_id(0)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, EP)
+    live = (t < tokens)[:, None] & (e < experts)[None, :]
+    mine = tl.zeros([BLOCK_T, EP], tl.int32)
+    for choice in tl.static_range(K):
+        at = t.to(tl.int64) * K + choice
+        expert = tl.load(ids + at, mask=t < tokens, other=-1).to(tl.int32)
+        mine += ((e[None, :] == expert[:, None]) & live).to(tl.int32)
+    begin = tl.load(expert_start + e)
+    if not ONE_BLOCK:
+        begin += tl.load(block_counts + block * EP + e)
+    # The next free row of every expert, as token t finds it.
+    free = tl.cumsum(mine, 0) - mine + begin[None, :]
+    for choice in tl.static_range(K):
+        at = t.to(tl.int64) * K + choice
+        expert = tl.load(ids + at, mask=t < tokens, other=-1).to(tl.int32)
+        picked = (e[None, :] == expert[:, None]) & live
+        row = tl.sum(tl.where(picked, free, 0), 1)
+        kept = tl.sum(picked.to(tl.int32), 1) > 0
+        tl.store(source + row, at.to(tl.int32), mask=kept)
+        tl.store(where + at, tl.where(kept, at, -1).to(tl.int32), mask=t < tokens)
+        free += picked.to(tl.int32)
+
+
+@triton.jit
+def up_swiglu(
+    x: tl.tensor,
+    weights: tl.tensor,
+    biases: tl.tensor,
+    act: tl.tensor,
+    source: tl.tensor,
+    segment_slot: tl.tensor,
+    slot_row: tl.tensor,
+    row_end: tl.tensor,
+    tile_segment: tl.tensor,
+    tile_row: tl.tensor,
+    tile_count: tl.tensor,
+    hidden: tl.tensor,
+    intermediate: tl.tensor,
+    stride_x: tl.tensor,
+    limit: tl.tensor,
+    alpha: tl.tensor,
+    K: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """act [A, I] = f(gate(x), up(x)) for every row, persistent over tiles x column blocks.
+
+    weights [rows, 2I, H], gate rows first; GATHER: row r reads token source[r] // K, else row r.
+    EVEN: H is a multiple of BLOCK_K, so the loop needs no mask; rows and columns past their end
+    read the first one instead and are not stored.
+    """
+    tiles = tl.load(tile_count)
+    columns = (intermediate + BLOCK_N - 1) // BLOCK_N
+    m = tl.arange(0, BLOCK_ROWS)
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    for work in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
+        # Tiles fastest: neighbours in time share a block of weights.
+        tile = work % tiles
+        column = (work // tiles) * BLOCK_N + n
+        segment = tl.load(tile_segment + tile)
+        end = tl.load(row_end + segment)
+        row = tl.load(tile_row + tile) + m
+        kept = row < end
+        weight_row = tl.load(slot_row + tl.load(segment_slot + segment)).to(tl.int64)
+        token = tl.where(kept, row, 0)
+        if GATHER:
+            token = tl.load(source + token) // K
+        x_at = x + token.to(tl.int64)[None, :] * stride_x + k[:, None]
+        within = column < intermediate
+        base = weights + weight_row * (2 * intermediate) * hidden
+        offset = tl.where(within, column, 0).to(tl.int64)[:, None] * hidden + k[None, :]
+        gate_at = base + offset
+        up_at = base + intermediate.to(tl.int64) * hidden + offset
+        gate = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
+        for start in range(0, hidden, BLOCK_K):
+            if EVEN:
+                x_tile = tl.load(x_at)
+                gate_tile = tl.load(gate_at)
+                up_tile = tl.load(up_at)
+            else:
+                inside = k < hidden - start
+                x_tile = tl.load(x_at, mask=inside[:, None], other=0.0)
+                gate_tile = tl.load(gate_at, mask=inside[None, :], other=0.0)
+                up_tile = tl.load(up_at, mask=inside[None, :], other=0.0)
+            if UPCAST:
+                x_tile = x_tile.to(tl.float32)
+                gate_tile = gate_tile.to(tl.float32)
+                up_tile = up_tile.to(tl.float32)
+            gate = tl.dot(gate_tile, x_tile, gate, input_precision=PRECISION)
+            up = tl.dot(up_tile, x_tile, up, input_precision=PRECISION)
+            x_at += BLOCK_K
+            gate_at += BLOCK_K
+            up_at += BLOCK_K
+        if HAS_BIAS:
+            bias_at = biases + weight_row * (2 * intermediate) + column
+            gate += tl.load(bias_at, mask=within, other=0.0).to(tl.float32)[:, None]
+            up += tl.load(bias_at + intermediate, mask=within, other=0.0).to(tl.float32)[:, None]
+        value = _gated(gate, up, limit, alpha, KIND)
+        act_at = act + row.to(tl.int64)[None, :] * intermediate + column[:, None]
+        value = value.to(act.dtype.element_ty)
+        tl.store(act_at, value, mask=within[:, None] & kept[None, :])
+
+
+@triton.jit
+def down_scatter(
+    act: tl.tensor,
+    weights: tl.tensor,
+    biases: tl.tensor,
+    y: tl.tensor,
+    source: tl.tensor,
+    segment_slot: tl.tensor,
+    slot_row: tl.tensor,
+    row_end: tl.tensor,
+    tile_segment: tl.tensor,
+    tile_row: tl.tensor,
+    tile_count: tl.tensor,
+    hidden: tl.tensor,
+    intermediate: tl.tensor,
+    stride_y: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    SCATTER: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """y = down(act), unweighted; row r goes to row source[r] with SCATTER, else to row r.
+
+    weights [rows, H, I]. Every row of y is written by one tile, once per column block. Gates
+    are left to `reduce`, so that rows computed here and on another rank round alike.
+    """
+    tiles = tl.load(tile_count)
+    columns = (hidden + BLOCK_N - 1) // BLOCK_N
+    m = tl.arange(0, BLOCK_ROWS)
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    for work in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
+        tile = work % tiles
+        column = (work // tiles) * BLOCK_N + n
+        segment = tl.load(tile_segment + tile)
+        end = tl.load(row_end + segment)
+        row = tl.load(tile_row + tile) + m
+        kept = row < end
+        weight_row = tl.load(slot_row + tl.load(segment_slot + segment)).to(tl.int64)
+        within = column < hidden
+        act_row = tl.where(kept, row, 0).to(tl.int64)
+        act_at = act + act_row[None, :] * intermediate + k[:, None]
+        offset = tl.where(within, column, 0).to(tl.int64)[:, None] * intermediate + k[None, :]
+        weight_at = weights + weight_row * hidden * intermediate + offset
+        total = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
+        for start in range(0, intermediate, BLOCK_K):
+            if EVEN:
+                act_tile = tl.load(act_at)
+                weight_tile = tl.load(weight_at)
+            else:
+                inside = k < intermediate - start
+                act_tile = tl.load(act_at, mask=inside[:, None], other=0.0)
+                weight_tile = tl.load(weight_at, mask=inside[None, :], other=0.0)
+            if UPCAST:
+                act_tile = act_tile.to(tl.float32)
+                weight_tile = weight_tile.to(tl.float32)
+            total = tl.dot(weight_tile, act_tile, total, input_precision=PRECISION)
+            act_at += BLOCK_K
+            weight_at += BLOCK_K
+        if HAS_BIAS:
+            bias_at = biases + weight_row * hidden + column
+            total += tl.load(bias_at, mask=within, other=0.0).to(tl.float32)[:, None]
+        if SCATTER:
+            target = tl.load(source + row, mask=kept, other=0).to(tl.int64)
+        else:
+            target = row.to(tl.int64)
+        y_at = y + target[None, :] * stride_y + column[:, None]
+        tl.store(y_at, total.to(y.dtype.element_ty), mask=within[:, None] & kept[None, :])
+
+
+@triton.jit
+def reduce(
+    y: tl.tensor,
+    where: tl.tensor,
+    gates: tl.tensor,
+    out: tl.tensor,
+    hidden: tl.tensor,
+    stride_y: tl.tensor,
+    stride_out: tl.tensor,
+    K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+) -> None:
+    """out[t] = sum over k of gates[t, k] * y[where[t, k]], float32, choice 0 first.
+
+    A negative `where` adds nothing and is not read; each token is one program per column block.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = h < hidden
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for choice in tl.static_range(K):
+        row = tl.load(where + t * K + choice).to(tl.int64)
+        gate = tl.load(gates + t * K + choice)
+        kept = inside & (tl.broadcast_to(row, BLOCK_H) >= 0)
+        value = tl.load(y + row * stride_y + h, mask=kept, other=0.0).to(tl.float32)
+        total += tl.where(kept, gate * value, 0.0)
+    tl.store(out + t * stride_out + h, total.to(out.dtype.element_ty), mask=inside)

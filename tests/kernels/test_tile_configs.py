@@ -1,0 +1,80 @@
+"""Blocks come from the histogram and from what was tuned, never from a run-time search."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadmaster.kernels import tile_configs
+from loadmaster.kernels.tile_configs import (
+    SHARED_BYTES,
+    Tile,
+    TileKey,
+    Tiles,
+    choose_tiles,
+    default_tiles,
+    fit_tiles,
+    format_tiles,
+    parse_tiles,
+    rows_percentile,
+)
+
+H100 = TileKey("H100", "3.9.0", "bfloat16", 2048, 768, 128, 256)
+SMALL = Tiles(Tile(16, 64, 64, 4, 4), Tile(16, 64, 64, 4, 4))
+LARGE = Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([], (0, 0)),
+        ([0, 0], (0, 0)),
+        ([5], (1, 5)),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 1000], (10, 9)),
+        ([4096, 1, 1, 1], (4, 4096)),
+    ],
+)
+def test_percentile_looks_at_active_experts(counts: list[int], expected: tuple[int, int]) -> None:
+    assert rows_percentile(counts) == expected
+
+
+def test_default_blocks_grow_with_rows() -> None:
+    assert [default_tiles(rows).up.rows for rows in (1, 16, 17, 40, 96, 97, 5000)] == [
+        16,
+        16,
+        32,
+        64,
+        64,
+        128,
+        128,
+    ]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([2, 4]))
+def test_fitted_blocks_fit_and_keep_one_depth(rows: int, element_bytes: int) -> None:
+    tiles = fit_tiles(default_tiles(rows), element_bytes)
+    assert tiles.up.rows == tiles.down.rows
+    assert tiles.up.depth == tiles.down.depth == 128 // element_bytes
+    assert tiles.up.shared_bytes(2, element_bytes) <= SHARED_BYTES
+    assert tiles.down.shared_bytes(1, element_bytes) <= SHARED_BYTES
+
+
+def test_the_nearest_tuned_entry_of_the_same_device_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = TileKey("H100", "3.9.0", "bfloat16", 2048, 768, 128, 4)
+    entries = [(H100, LARGE), (few, SMALL)]
+    text = format_tiles(entries, "one H100, by hand")
+    assert list(parse_tiles(text)) == entries
+    monkeypatch.setattr(tile_configs, "tuned_tiles", lambda: parse_tiles(text))
+    near = TileKey("H100", "3.9.0", "bfloat16", 2048, 768, 120, 6)
+    assert choose_tiles(near) == SMALL
+    assert choose_tiles(TileKey("H100", "3.9.0", "bfloat16", 1024, 768, 128, 700)) == LARGE
+    for other in ("H200", "3.6.0", "float16"):
+        key = TileKey(
+            other if other == "H200" else "H100",
+            other if other == "3.6.0" else "3.9.0",
+            other if other == "float16" else "bfloat16",
+            2048,
+            768,
+            120,
+            6,
+        )
+        assert choose_tiles(key) == default_tiles(6)
