@@ -4,9 +4,9 @@ Policy: counts by home rank -> whole tokens per (home rank, slot), the quotas. M
 quotas -> slots, in token order. Knows one layer's slots and the cluster's nodes and speeds. Knows
 nothing of traces, time or payload rules. Deterministic; every policy places every token.
 
-Policies (`POLICIES`): even, nearest (dispatch_local.py), balanced, fewest_active
-(dispatch_balanced.py; balanced where copies are sent once: dispatch_merged.py) and the engines'
-own (dispatch_engines.py).
+Policies (`POLICIES`): even, nearest (dispatch_local.py), balanced (dispatch_balanced.py, and where
+copies are sent once dispatch_merged.py), fewest_active (dispatch_active.py) and the engines' own
+(dispatch_engines.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ import numpy.typing as npt
 from ..errors import InputError, UsageError
 from .cluster import Cluster
 from .compiled import compiled
-from .dispatch_balanced import (
-    choose_fewest_active,
-    counts_by_node,
-    split_by_node,
-    total_over,
-)
+from .dispatch_active import choose_fewest_active
+from .dispatch_balanced import counts_by_node, split_by_node, total_over
 from .dispatch_mechanism import assign_in_order, count_into
 from .dispatch_policies import (
     BALANCED,

@@ -28,8 +28,9 @@ import numpy.typing as npt
 
 from .compiled import compiled
 from .dispatch_balanced import split_flat, total_over
-from .flow import fill_flat, push_excess
+from .flow import push_excess
 from .merged_classes import ClassTable, class_places, classify
+from .water_filling import fill_flat
 
 OPEN_NEAR, OPEN_FAR = 1, 3
 

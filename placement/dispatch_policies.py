@@ -15,7 +15,8 @@ import numpy.typing as npt
 from ..errors import UsageError
 from .cluster import Cluster
 from .compiled import compiled
-from .dispatch_balanced import split_balanced, split_fewest_active
+from .dispatch_active import split_fewest_active
+from .dispatch_balanced import split_balanced
 from .dispatch_engines import (
     fixed_slots_ascend,
     fixed_slots_sglang,
