@@ -77,6 +77,7 @@ class StepBank:
         self.cells: dict[Key, _Cell] = {}
         self._draws = stream(seed, "steps")
         self._drawn: list[int] = []
+        self._first: list[tuple[Key, int]] = []
         requests = len(workload)
         self.window_start = [requests * i // spec.windows for i in range(spec.windows)]
         self.window_ns = [int(workload.arrival_ns[r]) for r in self.window_start]
@@ -86,26 +87,33 @@ class StepBank:
     def step_ns(self, batch: Batch, group: ServingGroup) -> int:
         """Nanoseconds of the batch, at least 1."""
         self.in_force.require_cover(group.index)
-        number = self.in_force.number_of_group[group.index]
-        window = max(0, bisect_right(self.window_ns, group.loop.env.now) - 1)
         sample = self._sample()
-        step_us, heaviest = 0.0, -1.0
-        shares = _around_share(_busiest_share(batch, group))
-        for answers, part_a in self._around(batch.decode_tokens):
-            for prompts, part_p in self._around(batch.prefill_tokens):
-                for share, part_s in shares:
-                    part = part_a * part_p * part_s
-                    if part <= 0:
-                        continue
-                    cell = self._cell((number, window, answers, prompts, share if prompts else 0))
-                    cell.used[sample] += part
-                    step_us += part * cell.step_us[sample]
-                    if part > heaviest:
-                        heaviest, nearest = part, cell
+        step_us, heaviest, nearest_key = 0.0, -1.0, (0, 0, 0, 0, 0)
+        for key, part in self._corners(batch, group):
+            cell = self._cell(key)
+            cell.used[sample] += part
+            step_us += part * cell.step_us[sample]
+            if part > heaviest:
+                heaviest, nearest_key = part, key
+        nearest = self.cells[nearest_key]
+        if len(self._first) < KEPT_STEPS:
+            self._first.append((nearest_key, sample))
         self.in_force.exchange_us_of_group[group.index] += nearest.exchange_us[sample]
         step_us += self.in_force.jitter_us(nearest.routed.compute_us[sample])
         step_us += self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
         return max(1, round(step_us * 1e3))
+
+    def _corners(self, batch: Batch, group: ServingGroup) -> list[tuple[Key, float]]:
+        """The prepared sizes around a batch, with parts that sum to 1."""
+        number = self.in_force.number_of_group[group.index]
+        window = max(0, bisect_right(self.window_ns, group.loop.env.now) - 1)
+        shares = _around_share(_busiest_share(batch, group)) if batch.chunks else [(0, 1.0)]
+        return [
+            ((number, window, answers, prompts, share), part_a * part_p * part_s)
+            for answers, part_a in self._around(batch.decode_tokens)
+            for prompts, part_p in self._around(batch.prefill_tokens)
+            for share, part_s in shares
+        ]
 
     def _around(self, tokens: int) -> list[tuple[int, float]]:
         """The prepared sizes on both sides and their parts; 0 stands alone."""
@@ -175,6 +183,10 @@ class StepBank:
             left -= count
             home += 1
         return Composition(np.concatenate(tokens), np.concatenate(homes))
+
+    def first_steps(self) -> list[Composition]:
+        """Steps like the first ones, for a timeline."""
+        return [self._compositions(key)[sample] for key, sample in self._first]
 
     # ---- the account ------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Which experts the next layer will want, guessed before it is reached.
 
-Conditional frequency (EdgeMoE): how often each expert of layer l + 1 followed each one of layer l in
-a profile. Look-ahead (Fate): the next gate evaluated early; needs ids that a recorder predicted, or
-stands in for them with a stated accuracy. Knows routing. Knows nothing of caches or time.
+Conditional frequency (EdgeMoE): how often each expert of layer l + 1 followed each one of layer l
+in a profile. Look-ahead (Fate): the next gate evaluated early; needs ids that a recorder predicted,
+or stands in for them with a stated accuracy. Knows routing. Knows nothing of caches or time.
 """
 
 from __future__ import annotations

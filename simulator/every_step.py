@@ -55,6 +55,10 @@ class EveryStep:
             homes.append(np.array([home[r] for r in decoding[:, 0].tolist()]))
         return Composition(np.concatenate(tokens), np.concatenate(homes))
 
+    def first_steps(self) -> list[Composition]:
+        """What the first steps held, for a timeline."""
+        return self.kept
+
     def account(self) -> tuple[Usage, list[Composition], Condition]:
         """Everything that ran; steps to judge the waits on; the condition they ran in."""
         return self.usage, self.kept, self.in_force.conditions[0]

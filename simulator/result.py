@@ -7,7 +7,7 @@ inputs give equal bytes.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from .blame import Blame
+from .composition import Composition
 from .workload import Workload
 
 IntArray = npt.NDArray[np.int64]
@@ -143,7 +144,7 @@ class SimulationResult:
     lost_steps: int = 0
     seed: int = 0
     notes: tuple[str, ...] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
+    first_steps: tuple[Composition, ...] = ()     # what the first steps held (of the bank: alike)
 
     @property
     def requests_per_s(self) -> float:

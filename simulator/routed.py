@@ -31,6 +31,7 @@ FloatArray = npt.NDArray[np.float64]
 
 PORTS = COST_PORTS[:4]    # of a device; spines are a node's
 PORT_KINDS = len(COST_PORTS)
+MIRROR = [1, 0, 3, 2]      # the combine goes back through the other end
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,19 +156,26 @@ class StepRouter:
 
 def port_times(loads: StepLoads, model: ModelSpec, cluster: Cluster) -> FloatArray:
     """[N, P, G] microseconds each device's port is busy over all layers, dispatch and combine."""
+    to_P, back_P = copy_us(model, cluster)
+    copies = port_copies(loads).sum(axis=2)
+    us = copies * to_P[:, None, None] + copies[MIRROR] * back_P[:, None, None]
+    return us.transpose(1, 0, 2)
+
+
+def port_copies(loads: StepLoads) -> FloatArray:
+    """[P, N, L, G] token copies through each port in the dispatch direction."""
+    return np.stack(
+        [loads.nvlink_out_WLG, loads.nvlink_in_WLG, loads.nic_out_WLG, loads.nic_in_WLG]
+    )
+
+
+def copy_us(model: ModelSpec, cluster: Cluster) -> tuple[FloatArray, FloatArray]:
+    """([P], [P]) microseconds of one copy on each port: dispatched, and combined on its mirror."""
     hardware, hidden = cluster.hardware, model.hidden or 0
-    copies = [loads.nvlink_out_WLG, loads.nvlink_in_WLG, loads.nic_out_WLG, loads.nic_in_WLG]
-    copies = [c.sum(axis=1) for c in copies]
     to, back = hardware.dispatch, hardware.combine
-    rates = [(to.nvlink_bytes_per_s, back.nvlink_bytes_per_s)] * 2
-    rates += [(to.nic_bytes_per_s, back.nic_bytes_per_s)] * 2
-    combines = cluster.traffic.mode != "coherent"
-    busy = []
-    for port, mirrored in enumerate((1, 0, 3, 2)):
-        rate_to, rate_back = rates[port]
-        us = copies[port] * (hidden * hardware.dispatch_bytes_per_value / rate_to * 1e6)
-        if combines:
-            back_us = hidden * hardware.combine_bytes_per_value / rate_back * 1e6
-            us = us + copies[mirrored] * back_us
-        busy.append(us)
-    return np.stack(busy, axis=1)
+    to_P = np.repeat([to.nvlink_bytes_per_s, to.nic_bytes_per_s], 2)
+    back_P = np.repeat([back.nvlink_bytes_per_s, back.nic_bytes_per_s], 2)
+    combined = 0.0 if cluster.traffic.mode == "coherent" else hardware.combine_bytes_per_value
+    return (
+        hidden * hardware.dispatch_bytes_per_value * 1e6 / to_P, hidden * combined * 1e6 / back_P
+    )

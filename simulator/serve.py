@@ -170,7 +170,7 @@ def _result(run: Run, timer: StepBank | EveryStep, slo: Slo | None) -> Simulatio
         slo=slo, events=tuple(run.events),
         paused_us=sum(g.paused_ns for g in loop.groups) / 1e3,
         lost_steps=sum(g.lost_steps for g in loop.groups),
-        seed=run.seed, notes=(*run.notes, *usage.notes),
+        seed=run.seed, notes=(*run.notes, *usage.notes), first_steps=tuple(timer.first_steps()),
     )
 
 

@@ -1,104 +1,150 @@
-"""The report page: verdict, tables, and what the plans do to loads and traffic.
+"""One self-contained HTML file: verdict, tables, load heat maps, traffic matrices, blame.
 
-Knows plans, a trace and their pictures. Fetches nothing and needs no server: the page is one file.
+Knows finished results and views. Knows nothing of how they were computed. Nothing is fetched: style
+and pictures are inside the file.
 """
 
 from __future__ import annotations
 
-import html
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from ..result import SimulationResult
+from .svg import distribution_curves, heat_map, rows_of, stacked_bars
+from .views import PlanView
 
-from ...placement.cluster import Cluster
-from ...placement.evaluate import imbalance_of
-from ...placement.plan import Plan
-from ...placement.traffic import step_loads
-from ...traces.atomic_file import replacing
-from ...traces.steps import Steps
-from ...traces.trace import RoutingTrace
-from ..traffic_matrix import mean_copies_GG
-from .figures import heat_maps, step_lines
-
-FloatArray = npt.NDArray[np.float64]
+HOTTEST = 2.0    # of the load colours: twice the mean and above are red
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page; cells are text already."""
+    """A titled table of texts."""
 
     title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
-def write_report(
-    path: Path,
+def render_report(
     *,
     title: str,
     verdict: str,
-    plans: Mapping[str, Plan],
-    trace: RoutingTrace,
-    steps: Steps,
-    cluster: Cluster,
+    views: Sequence[PlanView] = (),
+    results: Mapping[str, SimulationResult] | None = None,
     tables: Sequence[Table] = (),
     notes: Sequence[str] = (),
-) -> None:
-    """Write the page atomically. The plans are shown side by side on the trace's steps."""
-    template = Template(
-        resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    )
-    text = template.substitute(
-        title=html.escape(title),
-        verdict=html.escape(verdict),
-        tables="\n".join(_table(t) for t in tables),
-        figures=_figures(plans, trace, steps, cluster),
-        notes="\n".join(f"<li>{html.escape(n)}</li>" for n in notes),
-    )
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def relative_loads(
-    plans: Mapping[str, Plan], trace: RoutingTrace, steps: Steps, cluster: Cluster
-) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
-    """(name -> [L, G] load over the layer's mean device, name -> [W] mean imbalance)."""
-    loads, imbalance = {}, {}
-    for name, plan in plans.items():
-        tokens_WLG = step_loads(trace, steps, plan, cluster).tokens_WLG
-        mean_LG = tokens_WLG.mean(axis=0) / cluster.speed_G
-        level_L = np.maximum(mean_LG.mean(axis=1, keepdims=True), 1e-12)
-        loads[name] = mean_LG / level_L
-        imbalance[name] = np.nanmean(imbalance_of(tokens_WLG, cluster), axis=1)
-    return loads, imbalance
-
-
-def _figures(
-    plans: Mapping[str, Plan], trace: RoutingTrace, steps: Steps, cluster: Cluster
 ) -> str:
-    loads, imbalance = relative_loads(plans, trace, steps, cluster)
-    traffic = {n: mean_copies_GG(trace, steps, p, cluster) for n, p in plans.items()}
-    parts = (
-        ("Imbalance of every step: busiest device over mean device, mean of layers",
-         step_lines(imbalance, quantity="imbalance")),
-        ("Load of each device in each layer, over the layer's mean",
-         heat_maps(loads, rows="MoE layer", columns="device", scale="load / mean")),
-        ("Token copies per step from home device to computing device, all layers",
-         heat_maps(traffic, rows="home device", columns="computing device", scale="copies")),
-    )
-    return "\n".join(f"<h2>{html.escape(said)}</h2>\n{svg}" for said, svg in parts)
+    """The page as text. Sections without content are left out."""
+    parts = [_table(t) for t in tables]
+    if results:
+        parts += [_served(results), _where_time_goes(results), _layers(results)]
+    if views:
+        parts += [_loads(views), _traffic(views)]
+    texts = [*notes, *(n for r in (results or {}).values() for n in r.notes)]
+    if texts:
+        items = "".join(f"<li>{escape(t)}</li>" for t in dict.fromkeys(texts))
+        parts.append(f'<h2>Notes</h2><ul class="notes">{items}</ul>')
+    page = Template(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
+    return page.substitute(title=escape(title), verdict=escape(verdict), body="\n".join(parts))
+
+
+def write_report(path: str | Path, text: str) -> None:
+    """Write the page whole or not at all."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _table(table: Table) -> str:
-    def cells(tag: str, values: Sequence[Any]) -> str:
-        return "".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in values)
+    return f"<h2>{escape(table.title)}</h2>{rows_of(table.header, table.rows)}"
 
-    head = f"<tr>{cells('th', table.columns)}</tr>"
-    body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in table.rows)
-    return f"<h2>{html.escape(table.title)}</h2>\n<table>\n{head}\n{body}\n</table>"
+
+def _served(results: Mapping[str, SimulationResult]) -> str:
+    header = ("plan", "latency p50, ms", "p99", "first token p50, ms", "p99",
+              "per further token p50, ms", "output tokens/s", "mean step, ms")
+    rows = [
+        (name, _ms(r.latency.p50), _ms(r.latency.p99), _ms(r.ttft.p50), _ms(r.ttft.p99),
+         "-" if r.tpot is None else _ms(r.tpot.p50), f"{r.output_tokens_per_s:,.0f}",
+         _ms(r.step_time.mean))
+        for name, r in results.items()
+    ]
+    curves = distribution_curves(
+        {name: r.requests.latency_us / 1e3 for name, r in results.items()},
+        title="Share of requests answered within", unit="ms",
+    )
+    events = [
+        (name, f"{e.at_us / 1e6:.3f}", e.kind, e.detail, _ms(e.pause_us))
+        for name, r in results.items() for e in r.events
+    ]
+    told = rows_of(("plan", "at, s", "what", "detail", "pause, ms"), events) if events else ""
+    return f"<h2>What users saw</h2>{rows_of(header, rows)}{curves}{told}"
+
+
+def _where_time_goes(results: Mapping[str, SimulationResult]) -> str:
+    shares = {
+        name: {part: 100 * share for part, share in r.blame.shares.items()}
+        for name, r in results.items()
+    }
+    header = ("plan", "mean step, ms", "expert critical path, ms", "imbalance mean", "p99",
+              *next(iter(shares.values())))
+    rows = [
+        (name, _ms(r.blame.step_us), _ms(r.blame.critical_path_us),
+         f"{r.blame.imbalance_mean:.3f}", f"{r.blame.imbalance_p99:.3f}",
+         *(f"{value:.1f} %" for value in shares[name].values()))
+        for name, r in results.items()
+    ]
+    bars = stacked_bars(shares, title="Per cent of a mean step: experts at perfect balance, "
+                                      "waits blamed on placement and dispatch, network, other")
+    return f"<h2>Where a step's time goes</h2>{bars}{rows_of(header, rows)}"
+
+
+def _layers(results: Mapping[str, SimulationResult]) -> str:
+    header = ("layer", "time, us", "slowest device", "in % of steps", "experts mean, us",
+              "slowest, us", "dispatch, us", "combine, us", "port that sets the dispatch")
+    parts = []
+    for name, r in results.items():
+        rows = [
+            (str(b.layer), f"{b.layer_us:.1f}", str(b.slowest_device),
+             f"{100 * b.slowest_device_share:.0f}", f"{b.mean_compute_us:.1f}",
+             f"{b.slowest_compute_us:.1f}", f"{b.dispatch_us:.1f}", f"{b.combine_us:.1f}", b.port)
+            for b in r.blame.layers
+        ]
+        parts.append(f"<details><summary>{escape(name)}, layer by layer</summary>"
+                     f"{rows_of(header, rows)}</details>")
+    return "".join(parts)
+
+
+def _loads(views: Sequence[PlanView]) -> str:
+    maps = "".join(
+        heat_map(v.load_LG, rows="layer", columns="device", middle=1.0, highest=HOTTEST,
+                 title=f"{v.name}: load over the layer's mean")
+        for v in views
+    )
+    return f'<h2>Load of devices, layer by layer</h2><div class="pair">{maps}</div>'
+
+
+def _traffic(views: Sequence[PlanView]) -> str:
+    mean = max(float(v.traffic_GG.mean()) for v in views)
+    most = max(float(v.traffic_GG.max()) for v in views)
+    maps = "".join(
+        heat_map(v.traffic_GG, rows="from rank", columns="to device", middle=mean,
+                 highest=max(most, mean), title=f"{v.name}: token copies per step")
+        for v in views
+    )
+    return f'<h2>Traffic between devices</h2><div class="pair">{maps}</div>'
+
+
+def _ms(us: float) -> str:
+    return f"{us / 1e3:,.3f}"
