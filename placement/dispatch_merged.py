@@ -78,6 +78,22 @@ def assign_classes(
     return slot_TK
 
 
+def slot_quotas(
+    counts_GX: npt.NDArray[np.int64], table: ClassTable, quotas: ClassQuotas
+) -> IntArray:
+    """[G, S] int32 what each home rank sends to each slot: the sizes of the exchange.
+
+    quotas: fresh from `split_classes`, not yet used up.
+    """
+    _, _, slot_O, quota_GO = quotas
+    quotas_GS = np.zeros((len(table.node_G), len(table.node_G) * table.slots_per_device), np.int32)
+    np.add.at(quotas_GS.T, slot_O, quota_GO.T)
+    for expert in np.flatnonzero(np.diff(table.start_E) == 1):
+        classes = slice(*table.first_E[expert : expert + 2])
+        quotas_GS[:, table.slot_R[table.start_E[expert]]] += counts_GX[:, classes].sum(axis=1)
+    return quotas_GS
+
+
 @compiled
 def route_merged(
     ids_TK: Any, home_T: Any, start_E: Any, slot_R: Any, slots_per_device: int, place_G: Any,

@@ -6,12 +6,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.dispatch import default_slack, route
 from loadmaster.placement.dispatch_merged import assign_classes, count_classes, split_classes
+from loadmaster.placement.dispatch_torch import ClassDispatch
 from loadmaster.placement.merged_classes import ClassTable
 from loadmaster.placement.plan import DispatchSpec
 from loadmaster.placement.slot_table import SlotTable
@@ -82,6 +84,25 @@ def test_live_ranks_reach_the_same_slots_from_their_own_tokens(
         quotas = split_classes(gathered, table, place.speed_G, default_slack(place))
         alone = assign_classes(ids32[mine], home32[mine], class_TK, table, quotas)
         assert np.array_equal(alone, together[mine])
+
+
+@given(steps())
+@settings(max_examples=30, deadline=None)
+def test_tensors_on_live_ranks_give_slots_and_the_exchanges_sizes(
+    step: tuple[Cluster, np.ndarray, np.ndarray, np.ndarray, int],
+) -> None:
+    place, slots, ids, home, experts = step
+    layer = ClassDispatch.of(slots, experts, place, DispatchSpec())
+    together = route(ids, home, slots, place, DispatchSpec(), experts)
+    own = [torch.from_numpy(ids[home == g]) for g in range(place.num_devices)]
+    counted = [layer.count(mine, g) for g, mine in enumerate(own)]
+    gathered = torch.stack([counts for _, counts in counted])
+    for g, mine in enumerate(own):
+        quotas, sizes = layer.split(gathered)
+        slot_TK = layer.assign(mine, g, counted[g][0], quotas).numpy()
+        assert np.array_equal(slot_TK, together[home == g])
+        sent = np.bincount(slot_TK[slot_TK >= 0], minlength=slots.size)
+        assert np.array_equal(sizes[g].numpy(), sent)
 
 
 @given(steps())
