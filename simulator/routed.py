@@ -158,7 +158,7 @@ def port_times(loads: StepLoads, model: ModelSpec, cluster: Cluster) -> FloatArr
     """[N, P, G] microseconds each device's port is busy over all layers, dispatch and combine."""
     to_P, back_P = copy_us(model, cluster)
     copies = port_copies(loads).sum(axis=2)
-    us = copies * to_P[:, None, None] + copies[MIRROR] * back_P[:, None, None]
+    us: FloatArray = copies * to_P[:, None, None] + copies[MIRROR] * back_P[:, None, None]
     return us.transpose(1, 0, 2)
 
 

@@ -1,0 +1,264 @@
+"""What-if: run every cell of a grid, rank them, find the Pareto front.
+
+A cell makes a plan on one half of the trace's requests, serves the workload with routing of the
+other half, and reports time, devices and memory. Cells are independent jobs for any executor with
+an ordered `map`; a cell that fails says why and the others go on. Results are kept in a file as
+they come, so an interrupted study resumes. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import InputError, LoadmasterError
+from ..placement.cluster import Cluster
+from ..placement.overlap import Overlap
+from ..placement.planner import plan as make_plan
+from ..traces.spec import ModelSpec
+from ..traces.trace import RoutingTrace
+from .bank import BankSpec
+from .batching import BatchLimits
+from .memory import MemorySpec, expert_bytes_G
+from .result import Slo
+from .serve import Serving, simulate
+from .whatif_grid import Grid, Scenario, cell_text
+from .workload import Workload
+
+BANK = BankSpec(samples=4)
+Progress = Callable[[int, int], None]
+
+
+class Executor(Protocol):
+    """Runs one function over many items and keeps their order."""
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What all cells share; picklable."""
+
+    grid: Grid
+    trace: RoutingTrace
+    model: ModelSpec
+    workload: Workload
+    memory: MemorySpec | None = None
+
+    def digest(self) -> str:
+        """Fingerprint of everything a cell's result depends on, its own fields apart."""
+        state = hashlib.sha256(self.trace.digest().encode())
+        for array in (self.workload.arrival_ns, self.workload.prompt_tokens,
+                      self.workload.output_tokens, self.workload.domain):
+            state.update(b"-" if array is None else array.tobytes())
+        shared = (self.model.digest(), self.memory, self.grid.failures, self.grid.slo,
+                  self.grid.seed)
+        state.update(repr(shared).encode())
+        return state.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One scenario's outcome; `error` instead of figures where it failed."""
+
+    fields: dict[str, Any]
+    figures: dict[str, float | None]
+    error: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class WhatIf:
+    """All cells in the grid's order."""
+
+    cells: tuple[Cell, ...]
+
+    @property
+    def failed(self) -> tuple[Cell, ...]:
+        """Cells without figures."""
+        return tuple(c for c in self.cells if c.error is not None)
+
+    def ranked(self, figure: str = "latency_mean_us") -> list[Cell]:
+        """Cells with figures, best first: highest goodput or throughput, lowest anything else.
+
+        Ties keep the grid's order. Raises InputError on an unknown figure.
+        """
+        done = [c for c in self.cells if c.error is None]
+        if done and figure not in done[0].figures:
+            raise InputError(f"no figure {figure!r}; there are: {', '.join(done[0].figures)}")
+        sign = -1.0 if figure.endswith("_per_s") else 1.0
+
+        def key(cell: Cell) -> float:
+            value = cell.figures[figure]
+            return float("inf") if value is None else sign * value
+
+        return sorted(done, key=key)
+
+    def pareto(
+        self, figures: tuple[str, ...] = ("latency_mean_us", "devices", "expert_bytes_per_device")
+    ) -> list[Cell]:
+        """Cells that no other beats or equals in every figure while beating it in one."""
+        done = self.ranked(figures[0])
+        points = [tuple(float(c.figures[f] or 0.0) for f in figures) for c in done]
+        return [
+            cell for cell, point in zip(done, points, strict=True)
+            if not any(
+                all(a <= b for a, b in zip(other, point, strict=True)) and other != point
+                for other in points
+            )
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ranked cells, the front and the failures."""
+        front = {id(c) for c in self.pareto()}
+        return {
+            "cells": [
+                {"rank": rank, "fields": c.fields, "figures": c.figures, "pareto": id(c) in front}
+                for rank, c in enumerate(self.ranked(), start=1)
+            ],
+            "failed": [{"fields": c.fields, "error": c.error} for c in self.failed],
+        }
+
+    def to_csv(self) -> str:
+        """One row per cell in the grid's order."""
+        fields = sorted({name for c in self.cells for name in c.fields})
+        figures = list(dict.fromkeys(name for c in self.cells for name in c.figures))
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow([*fields, *figures, "error"])
+        for c in self.cells:
+            writer.writerow([*(c.fields.get(f, "") for f in fields),
+                             *(c.figures.get(f, "") for f in figures), c.error or ""])
+        return out.getvalue()
+
+
+def run_whatif(
+    study: Study,
+    *,
+    executor: Executor | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> WhatIf:
+    """Run every cell that `resume` does not hold yet.
+
+    resume: a file of finished cells, one JSON line each, made if absent; cells of other studies in
+    it are left alone, failed cells are tried again. progress(done, all) after each cell.
+    """
+    cells = study.grid.cells()
+    digest = study.digest()
+    finished = {} if resume is None else _finished(Path(resume), digest)
+    open_cells = [fields for fields in cells if cell_text(fields) not in finished]
+    job = functools.partial(run_cell, study)
+    answers = map(job, open_cells) if executor is None else executor.map(job, open_cells)
+    done = len(cells) - len(open_cells)
+    for cell in _told(answers, progress, done, len(cells)):
+        finished[cell_text(cell.fields)] = cell
+        if resume is not None and cell.error is None:
+            _append(Path(resume), digest, cell)
+    return WhatIf(tuple(finished[cell_text(fields)] for fields in cells))
+
+
+def run_cell(study: Study, fields: dict[str, Any]) -> Cell:
+    """Plan and serve one scenario; a user's error becomes the cell's `error`."""
+    try:
+        scenario = study.grid.scenario(fields)
+        return Cell(fields, _figures(study, scenario))
+    except LoadmasterError as error:
+        return Cell(fields, {}, str(error))
+
+
+def _figures(study: Study, scenario: Scenario) -> dict[str, float | None]:
+    known, unseen = study.trace.split(0.5, seed=study.grid.seed)
+    cluster = _cluster(scenario, study.trace)
+    plan = make_plan(known, cluster, method=scenario.method, dispatch=scenario.dispatch,
+                     seed=study.grid.seed).plan
+    overlap = None if scenario.overlap == "none" else Overlap(scenario.overlap)
+    serving = Serving(
+        BatchLimits(scenario.step_tokens, min(scenario.max_requests, scenario.step_tokens)),
+        study.memory, scenario.groups, overlap,
+    )
+    slo = study.grid.slo
+    result = simulate(
+        plan, study.workload.scaled(scenario.load), cluster, trace=unseen, model=study.model,
+        dispatch=scenario.dispatch, serving=serving, bank=BANK, seed=study.grid.seed,
+        slo=None if slo is None else Slo(slo.ttft_us, slo.tpot_us),
+        happenings=study.grid.happenings(scenario),
+    )
+    return {
+        "latency_mean_us": result.latency.mean, "latency_p99_us": result.latency.p99,
+        "ttft_p50_us": result.ttft.p50, "ttft_p99_us": result.ttft.p99,
+        "tpot_p50_us": None if result.tpot is None else result.tpot.p50,
+        "step_mean_us": result.step_time.mean,
+        "output_tokens_per_s": result.output_tokens_per_s,
+        "goodput_requests_per_s": result.goodput_requests_per_s,
+        "imbalance_mean": result.blame.imbalance_mean,
+        "devices": scenario.devices,
+        "expert_bytes_per_device": int(expert_bytes_G(plan, study.model).max()),
+    }
+
+
+def _cluster(scenario: Scenario, trace: RoutingTrace) -> Cluster:
+    """The scenario's devices and links."""
+    devices = scenario.nodes * scenario.devices_per_node
+    slots = scenario.slots_per_device or -(-trace.num_experts // devices)
+    cluster = Cluster.preset(
+        scenario.preset, nodes=scenario.nodes, devices_per_node=scenario.devices_per_node,
+        slots_per_device=slots, traffic=scenario.traffic,
+    )
+    links = {}
+    for side in ("dispatch", "combine"):
+        link = getattr(cluster.hardware, side)
+        nic = link.nic_bytes_per_s * scenario.nic
+        spine = scenario.oversubscription
+        links[side] = link.model_copy(update={
+            "nvlink_bytes_per_s": link.nvlink_bytes_per_s * scenario.nvlink,
+            "nic_bytes_per_s": nic,
+            "spine_bytes_per_s": None if spine is None else scenario.devices_per_node * nic / spine,
+        })
+    return cluster.model_copy(update={"hardware": cluster.hardware.model_copy(update=links)})
+
+
+def _told(
+    answers: Iterable[Cell], progress: Progress | None, done: int, total: int
+) -> Iterator[Cell]:
+    for count, cell in enumerate(answers, start=done + 1):
+        yield cell
+        if progress is not None:
+            progress(count, total)
+
+
+def _finished(path: Path, digest: str) -> dict[str, Cell]:
+    """Cells of this study in the file; a last line cut short by a crash is passed over."""
+    if not path.exists():
+        return {}
+    cells = {}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if row["study"] == digest:
+                cells[cell_text(row["fields"])] = Cell(row["fields"], row["figures"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise InputError(
+                    f"{path}: line {number} is not a finished cell: remove the file to start over"
+                ) from error
+    return cells
+
+
+def _append(path: Path, digest: str, cell: Cell) -> None:
+    row = {"study": digest, "fields": cell.fields, "figures": cell.figures}
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text if text.endswith("\n") or not text else text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")      # drop a line a crash cut short
+    with path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(row, separators=(",", ":")) + "\n")
