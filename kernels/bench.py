@@ -1,0 +1,174 @@
+"""How long experts take here: tokens per expert x active experts, small steps and large.
+
+Times `grouped_experts` on random weights that are cold, as a layer finds them: more slots are
+filled than a cache holds and every run takes the next ones. CPU time of this process on a CPU,
+event time on a GPU; settings are interleaved and medians reported. Knows nothing of plans,
+traces or fits: `simulator/calibrate.py` turns the rows into a profile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .activation import ExpertActivation
+from .grouped import ExpertWeights, grouped_experts
+
+TOKENS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ACTIVE_EXPERTS = (1, 4, 16)
+# A step is decode-like while reading an expert's weights outweighs multiplying with them.
+DECODE_TOKENS = 16
+# Enough weights that none is still in cache when its turn comes again.
+COLD_BYTES = 128 << 20
+SILU = ExpertActivation("silu")
+
+
+@dataclass(frozen=True)
+class ExpertTiming:
+    """One measured point: `active_experts` experts with `tokens_per_expert` tokens each."""
+
+    tokens_per_expert: int
+    active_experts: int
+    phase: str  # "decode" or "prefill"
+    dtype: str
+    hidden: int
+    intermediate: int
+    backend: str
+    device: str
+    cpu_us: float  # CPU time on a CPU, event time on a GPU
+    repeats: int
+
+    def to_row(self) -> dict[str, Any]:
+        """The column names that `simulator/measured.py` reads."""
+        element_bytes = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
+        assignments = self.tokens_per_expert * self.active_experts
+        return {
+            "tokens": assignments,
+            "assignments": assignments,
+            "active_experts": self.active_experts,
+            "tokens_per_expert": self.tokens_per_expert,
+            "hidden": self.hidden,
+            "intermediate": self.intermediate,
+            "expert_weight_bytes": 3 * self.hidden * self.intermediate * element_bytes,
+            "latency_us": self.cpu_us,
+            "phase": self.phase,
+            "weight_dtype": self.dtype,
+            "shape": f"h{self.hidden}_i{self.intermediate}_{self.backend}",
+            "distribution": self.phase,
+        }
+
+
+def time_experts(
+    hidden: int,
+    intermediate: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    activation: ExpertActivation = SILU,
+    tokens_per_expert: Sequence[int] = TOKENS_PER_EXPERT,
+    active_experts: Sequence[int] = ACTIVE_EXPERTS,
+    repeats: int = 7,
+    seed: int = 0,
+) -> list[ExpertTiming]:
+    """Measure every combination; one row each, in the order given.
+
+    Sets nothing: call `torch.set_num_threads(1)` first, as the workers do. Takes about
+    repeats x (sum of the measured times) and COLD_BYTES of memory.
+    """
+    if min(*tokens_per_expert, *active_experts, repeats) < 1:
+        raise InputError("tokens per expert, active experts and repeats must all be >= 1")
+    weights = cold_weights(
+        hidden, intermediate, dtype, torch.device(device), backend, activation,
+        least_slots=2 * max(active_experts), seed=seed,
+    )
+    most = max(tokens_per_expert) * max(active_experts)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(most, hidden, generator=generator).to(dtype).to(weights.device)
+    points = list(itertools.product(tokens_per_expert, active_experts))
+    samples: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    next_slot = 0
+    for repeat in range(repeats + 1):
+        for tokens, active in points:
+            slots = [(next_slot + i) % weights.slots for i in range(active)]
+            next_slot = (next_slot + active) % weights.slots
+            us = _time_once(x[: tokens * active], tokens, slots, weights)
+            if repeat:  # the first round warms up
+                samples[tokens, active].append(us)
+    return [
+        ExpertTiming(
+            tokens_per_expert=tokens,
+            active_experts=active,
+            phase="decode" if tokens <= DECODE_TOKENS else "prefill",
+            dtype=str(dtype).removeprefix("torch."),
+            hidden=hidden,
+            intermediate=intermediate,
+            backend=weights.backend,
+            device=str(weights.device),
+            cpu_us=median(samples[tokens, active]),
+            repeats=repeats,
+        )
+        for tokens, active in points
+    ]
+
+
+def cold_weights(
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    activation: ExpertActivation,
+    *,
+    least_slots: int,
+    seed: int,
+) -> ExpertWeights:
+    """Random experts, at least `least_slots` and COLD_BYTES of them."""
+    expert_bytes = 3 * hidden * intermediate * dtype.itemsize
+    weights = ExpertWeights.allocate(
+        max(least_slots, -(-COLD_BYTES // expert_bytes)),
+        hidden,
+        intermediate,
+        dtype=dtype,
+        device=device,
+        activation=activation,
+        backend=backend,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for slot in range(weights.slots):
+        gate_up = torch.randn(2 * intermediate, hidden, generator=generator) * hidden**-0.5
+        down = torch.randn(hidden, intermediate, generator=generator) * intermediate**-0.5
+        weights.set_slot(slot, gate_up.to(dtype), down.to(dtype))
+    return weights
+
+
+def microseconds(device: torch.device, run: Callable[[], object]) -> float:
+    """One run: CPU time of this process, or event time on a GPU (which this waits for)."""
+    if device.type != "cuda":
+        start_ns = time.process_time_ns()
+        run()
+        return (time.process_time_ns() - start_ns) / 1e3
+    event: Any = torch.cuda.Event
+    before, after = event(enable_timing=True), event(enable_timing=True)
+    before.record()
+    run()
+    after.record()
+    torch.cuda.synchronize(device)
+    return float(before.elapsed_time(after)) * 1e3
+
+
+def _time_once(x_AH: Tensor, tokens: int, slots: Sequence[int], weights: ExpertWeights) -> float:
+    count_S = torch.zeros(weights.slots, dtype=torch.int64)
+    count_S[list(slots)] = tokens
+    out = torch.empty_like(x_AH)
+    return microseconds(
+        weights.device, lambda: grouped_experts(x_AH, count_S, weights, out=out)
+    )
