@@ -31,8 +31,8 @@ def print_demo(result: DemoResult) -> None:
     )
     applied, overhead, evidence = result.applied, result.overhead, result.planned.evidence
     show.print_table("", ("", "value"), [
-        ("outputs identical before and after, bit for bit", result.outputs_identical),
-        ("experts moved, of slots in all layers", f"{len(applied.moved)} of "
+        ("outputs identical under both plans, bit for bit", result.outputs_identical),
+        ("experts moved by a switch, of slots in all layers", f"{len(applied.moved)} of "
          f"{result.planned.plan.slots.size}"),
         ("bytes moved", show.size(applied.moved_bytes)),
         ("steps that carried them; the commit step, ms",
@@ -40,10 +40,11 @@ def print_demo(result: DemoResult) -> None:
         ("recording costs, share of CPU time (95 % bound)",
          f"{overhead.share:+.1%} (<= {overhead.upper_95:+.1%})"),
         ("plan: bound and gap on its planning steps",
-         f"{evidence.bound:.4f}, {evidence.gap:.2%}"),
+         f"{show.figure(evidence.bound)} ({evidence.objective_name}), {evidence.gap:.2%}"),
         ("planned in, s", result.planned.seconds),
-        ("fitted expert times, median error on steps not fitted",
-         f"{result.fit.median_error:.1%}"),
+        ("expert times: median error of the kernel's fit; of live steps",
+         f"{result.fit.kernel_error:.1%}; {result.fit.live_error:.1%}"),
+        ("spare replicas in all layers", result.planned.plan.spare_slots),
         ("the whole demo, s", result.seconds),
     ])
     show.print_notes(_notes(result))
@@ -65,6 +66,8 @@ def _rows(*columns: Any) -> list[tuple[Any, ...]]:
 
 def _notes(result: DemoResult) -> list[str]:
     notes = [
+        f"measured in turns: {result.gain.pairs} steps of the same prompts under each plan, the "
+        "plans switched live between stretches",
         "predicted: the steps recorded before the switch, replayed under the new plan; the plan "
         "was made from other prompts",
     ]

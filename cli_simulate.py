@@ -124,13 +124,12 @@ def _print(results: dict[str, Any], notes: tuple[str, ...]) -> None:
 def _write_report(
     path: Path, results: dict[str, Any], plans: dict[str, Any], routing: Any, cluster: Any
 ) -> None:
-    from .simulator.report.page import Table, write_report
-    from .traces.steps import StepSampler
+    from .simulator.report.page import render_report, write_report
+    from .simulator.report.views import plan_views
 
-    cells = [[show.figure(v) for v in row] for row in _rows(results)]
-    write_report(
-        path, title="Loadmaster simulation", verdict=_verdict(results), plans=plans,
-        trace=routing, steps=StepSampler().sample(routing, 200), cluster=cluster,
-        tables=[Table("Served requests, milliseconds", COLUMNS, cells)],
-        notes=("pictures: steps of 512 tokens, 64 requests in flight, from the trace",),
+    page = render_report(
+        title="Loadmaster simulation", verdict=_verdict(results), results=results,
+        views=plan_views(plans, routing, cluster),
+        notes=("loads and traffic: steps of 512 tokens, 64 requests in flight, from the trace",),
     )
+    write_report(path, page)

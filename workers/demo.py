@@ -20,7 +20,8 @@ from ..placement.cluster import Cluster
 from ..placement.comparison import Comparison, compare
 from ..placement.plan import Plan
 from ..placement.planner import PlanResult, plan
-from ..simulator.report.page import Table, write_report
+from ..simulator.report.page import Table, render_report, write_report
+from ..simulator.report.views import plan_views
 from ..simulator.result import SimulationResult
 from ..simulator.serve import Serving, simulate
 from ..simulator.workload import Workload
@@ -33,14 +34,17 @@ from .demo_measure import (
     RECORDED,
     ExpertFit,
     Figures,
+    Gain,
     Overhead,
-    fit_experts,
+    fit_kernel,
     machine,
     measured,
+    measured_gain,
     predicted,
     recording_overhead,
+    scale_to_live,
 )
-from .group import Group, PrefillResult
+from .group import Group
 from .reference import reference_model_dir
 from .step_log import Measurements
 from .switch import ApplyReport
@@ -55,10 +59,11 @@ Progress = Callable[[str, int, int], None]
 class DemoSize:
     """How much the demo serves; the default stays well under three minutes on two cores."""
 
-    plan_steps: int = 36
-    judge_steps: int = 48
+    plan_steps: int = 24
+    judge_steps: int = 36
+    rounds: int = 4             # stretches of the judged traffic, each served under both plans
     decode_prompts: int = 32
-    decode_tokens: int = 12
+    decode_tokens: int = 8
     overhead_pairs: int = 6
 
 
@@ -66,8 +71,7 @@ class DemoSize:
 class Served:
     """One plan's turn: what came out, what it took, what was recorded."""
 
-    prefill: PrefillResult
-    generated: list[list[int]]
+    outputs: tuple[object, ...]      # a digest per prompt, then the tokens generated
     steps: Measurements
     decode_steps: Measurements
     trace: RoutingTrace | None = None
@@ -86,6 +90,7 @@ class DemoResult:
     decode_before: Figures
     decode_predicted: Figures
     decode_measured: Figures
+    gain: Gain
     outputs_identical: bool
     applied: ApplyReport
     overhead: Overhead
@@ -109,6 +114,7 @@ class DemoResult:
                 **{n: getattr(self, f"decode_{n}").to_dict()
                    for n in ("before", "predicted", "measured")},
             },
+            "measured_gain": vars(self.gain),
             "outputs_identical": self.outputs_identical,
             "moved_experts": len(moved.moved), "moved_bytes": moved.moved_bytes,
             "commit_us": moved.commit_us, "stage_steps": moved.stage_steps,
@@ -130,7 +136,8 @@ def run_demo(
     size: DemoSize = DemoSize(),
     progress: Progress | None = None,
 ) -> DemoResult:
-    """Serve the reference model under contiguous, plan, simulate, apply, serve the same again.
+    """Serve the reference model under contiguous, plan, simulate, apply, serve on under both plans
+    in turn, so that what else this machine does biases neither.
 
     Raises UsageError when the run folder exists or the ranks cannot share the experts.
     """
@@ -142,45 +149,42 @@ def run_demo(
     planning = traffic.mixed(size.plan_steps * STEP_TOKENS, seed)
     judging = traffic.mixed_then_shifting(size.judge_steps * STEP_TOKENS, seed + 1000)
     decoding = traffic.mixed(size.decode_prompts * traffic.PROMPT_TOKENS, seed + 2000)
-    say("starting Ray and the ranks", 0, 8)
+    say("starting Ray and the ranks", 0, 7)
     with Group.start(reference_model_dir(), ranks=ranks, name=f"demo-{os.getpid()}") as group:
-        say("warming up", 1, 8)
+        say("warming up", 1, 7)
         group.prefill(planning.head(8 * ranks).prompts)
-        say("serving and recording the traffic to plan from", 2, 8)
+        say("serving and recording the traffic to plan from", 2, 7)
         recorded = _record(group, planning)
-        say("serving unseen traffic under contiguous", 3, 8)
+        say("serving unseen traffic under contiguous", 3, 7)
         before = _serve(group, judging, decoding, size.decode_tokens, record=True)
         assert before.trace is not None and before.decode_trace is not None
-        say("planning, and proving the plan in simulation", 4, 8)
+        say("planning, and proving the plan in simulation", 4, 7)
         model, standing = group.model_spec, group.plan
-        made = _plan(recorded, model, standing, ranks, seed)
-        fit = fit_experts(before.steps, before.trace, standing, made.cluster)
-        cluster = made.cluster.model_copy(
-            update={"hardware": machine(fit, model, made.cluster.hardware)}
-        )
-        plans = {"contiguous": standing, "auto": made.result.plan}
+        cluster = _cluster(model, ranks)
+        fit = scale_to_live(fit_kernel(model), before.steps, before.trace, standing, cluster)
+        cluster = cluster.model_copy(update={"hardware": machine(fit, model, cluster.hardware)})
+        made = _plan(recorded, model, cluster, seed)
+        plans = {"contiguous": standing, "auto": made.plan}
         comparison = compare(plans, before.trace, cluster, steps=RECORDED, model=model)
         decode = _decode_view(plans, before, cluster, model)
         simulated = _simulate(plans, before.trace, cluster, model, seed)
-        say("moving experts and switching plans", 5, 8)
-        report = group.apply(made.result.plan)
-        say("serving the same traffic under the new plan", 6, 8)
-        after = _serve(group, judging, decoding, size.decode_tokens, record=False)
-        say("measuring what recording costs", 7, 8)
+        say("switching plans and serving the same traffic under both", 5, 7)
+        turns, report = _in_turns(group, plans, judging, decoding, size)
+        say("measuring what recording costs", 6, 7)
         overhead = _overhead(group, judging, size.overhead_pairs)
-    figures = measured(before.steps), measured(after.steps)
+    old, new = turns["contiguous"], turns["auto"]
+    gain = measured_gain(old.steps, new.steps)
     result = DemoResult(
-        verdict=_verdict(figures[0], figures[1], comparison),
-        before=figures[0],
-        predicted=predicted(made.result.plan, before.trace, cluster, model, None),
-        measured=figures[1],
+        verdict=_verdict(measured(old.steps), measured(new.steps), gain, comparison),
+        before=measured(old.steps),
+        predicted=predicted(made.plan, before.trace, cluster, model, None),
+        measured=measured(new.steps),
+        gain=gain,
         decode_verdict=decode.verdict,
-        decode_before=measured(before.decode_steps), decode_predicted=decode.figures,
-        decode_measured=measured(after.decode_steps),
-        outputs_identical=(
-            before.prefill.digest == after.prefill.digest and before.generated == after.generated
-        ),
-        applied=report, overhead=overhead, fit=fit, planned=made.result, comparison=comparison,
+        decode_before=measured(old.decode_steps), decode_predicted=decode.figures,
+        decode_measured=measured(new.decode_steps),
+        outputs_identical=before.outputs == old.outputs == new.outputs,
+        applied=report, overhead=overhead, fit=fit, planned=made, comparison=comparison,
         simulated=simulated, ranks=ranks, cores=os.cpu_count() or 1,
         seconds=time.perf_counter() - started, folder=folder,
     )
@@ -214,7 +218,39 @@ def _serve(
         recorded = group.trace(take=True)
         assert recorded.step is not None
         decode_trace = recorded.select(np.isin(recorded.step, decode_steps.step))
-    return Served(prefill, generated, steps, decode_steps, trace, decode_trace)
+    return Served((prefill.digests, generated), steps, decode_steps, trace, decode_trace)
+
+
+def _in_turns(
+    group: Group, plans: dict[str, Plan], judging: traffic.Traffic, decoding: traffic.Traffic,
+    size: DemoSize,
+) -> tuple[dict[str, Served], ApplyReport]:
+    """Every stretch of the traffic under both plans, the first turn alternating; auto stays.
+
+    The report is the first switch's."""
+    served: dict[str, list[Served]] = {"contiguous": [], "auto": []}
+    in_force, reports = "contiguous", []
+    for number, stretch in enumerate(judging.parts(size.rounds)):
+        for name in ("contiguous", "auto") if number % 2 else ("auto", "contiguous"):
+            if name != in_force:
+                reports.append(group.apply(plans[name]))
+                in_force = name
+            served[name].append(_serve(group, stretch, decoding, size.decode_tokens, record=False))
+    if in_force != "auto":
+        group.apply(plans["auto"])
+    return {name: _joined(turns) for name, turns in served.items()}, reports[0]
+
+
+def _joined(turns: list[Served]) -> Served:
+    """All turns as one. What is generated is the same every time, or the demo says so."""
+    digests = tuple(d for turn in turns for d in turn.outputs[0])  # type: ignore[attr-defined]
+    generated = [turn.outputs[1] for turn in turns]
+    same = all(g == generated[0] for g in generated)
+    return Served(
+        (digests, generated[0] if same else None),
+        Measurements.joined([t.steps for t in turns]),
+        Measurements.joined([t.decode_steps for t in turns]),
+    )
 
 
 def _only_decode(steps: Measurements, prompts: int) -> Measurements:
@@ -222,25 +258,20 @@ def _only_decode(steps: Measurements, prompts: int) -> Measurements:
     return steps.take(np.flatnonzero(steps.rows.sum(axis=1) == prompts))
 
 
-@dataclass(frozen=True)
-class _Made:
-    result: PlanResult
-    cluster: Cluster
-
-
-def _plan(
-    recorded: RoutingTrace, model: ModelSpec, standing: Plan, ranks: int, seed: int
-) -> _Made:
-    """auto with a quarter more slots than experts, for steps as they were served."""
+def _cluster(model: ModelSpec, ranks: int) -> Cluster:
+    """A quarter more slots than experts; the planner may leave them empty."""
     share = -(-model.num_experts // ranks)
-    cluster = Cluster.preset(
-        "cpu", devices_per_node=ranks, slots_per_device=share + max(1, round(share / 4))
-    )
-    result = plan(
-        recorded, cluster, method="auto", objective="balance", dispatch="balanced", seed=seed,
+    slots = share + max(1, round(share / 4))
+    return Cluster.preset("cpu", devices_per_node=ranks, slots_per_device=slots)
+
+
+def _plan(recorded: RoutingTrace, model: ModelSpec, cluster: Cluster, seed: int) -> PlanResult:
+    """auto for the least time of steps as they were served."""
+    return plan(
+        recorded, cluster, method="auto", objective="time", dispatch="balanced", model=model,
+        effort="fast", seed=seed,
         steps=StepSampler(tokens=STEP_TOKENS, concurrency=STEP_TOKENS // traffic.PROMPT_TOKENS),
     )
-    return _Made(result, cluster)
 
 
 @dataclass(frozen=True)
@@ -294,12 +325,11 @@ def _overhead(group: Group, sent: traffic.Traffic, pairs: int) -> Overhead:
     return recording_overhead(on, off)
 
 
-def _verdict(before: Figures, after: Figures, comparison: Comparison) -> str:
-    gain = 1.0 - after.critical_path_us / before.critical_path_us
+def _verdict(before: Figures, after: Figures, gain: Gain, comparison: Comparison) -> str:
     row = comparison.row("auto")
     said = (
         f"imbalance {before.imbalance_mean:.3f} -> {after.imbalance_mean:.3f}; the slowest ranks' "
-        f"expert time changed by {-gain:+.1%} as measured, step time by "
+        f"expert time changed by {-gain.share:+.1%} ± {gain.band:.1%} as measured, step time by "
         f"{row.change_percent:+.1f} % as predicted"
     )
     return f"apply auto: {said}" if row.change_high_percent < 0 else f"leave it: {said}"
@@ -331,9 +361,9 @@ def _leave(
         made.save(folder / f"{name}.plan.json")
     (folder / "cluster.yaml").write_text(cluster.to_yaml(), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
-    write_report(
-        folder / "report.html", title="Loadmaster demo", verdict=result.verdict, plans=plans,
-        trace=judged, steps=RECORDED.sample(judged), cluster=cluster,
+    page = render_report(
+        title="Loadmaster demo", verdict=result.verdict, results=result.simulated,
+        views=plan_views(plans, judged, cluster, steps=RECORDED),
         tables=[
             _table("Prefill", result.before, result.predicted, result.measured),
             _table("Decode", result.decode_before, result.decode_predicted,
@@ -342,11 +372,12 @@ def _leave(
         notes=(result.decode_verdict,
                "loads and traffic: the recorded steps replayed under each plan"),
     )
+    write_report(folder / "report.html", page)
 
 
 def _table(title: str, *columns: Figures) -> Table:
-    rows = [
-        [name.replace("_", " "), *("-" if v is None else f"{v:,.3f}" for v in values)]
+    rows = tuple(
+        (name.replace("_", " "), *("-" if v is None else f"{v:,.3f}" for v in values))
         for name, *values in ((n, *(getattr(c, n) for c in columns)) for n in vars(columns[0]))
-    ]
+    )
     return Table(title, ("", "before", "predicted", "measured"), rows)

@@ -24,6 +24,8 @@ from .step_log import Measurements
 
 FloatArray = npt.NDArray[np.float64]
 RECORDED = StepSampler(order="recorded")
+TIMED_TOKENS = (8, 64, 256, 768)     # tokens per expert
+TIMED_ACTIVE = (4, 8, 12)            # active experts
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,30 @@ def measured(steps: Measurements) -> Figures:
     copies = steps.remote_copies[busy_W].sum() / steps.tokens.shape[1] / rows
     return Figures(
         float(imbalance_WL.mean()), float(np.quantile(imbalance_WL, 0.99)), float(copies),
-        float(critical_path_us(steps)[busy_W].mean()), float(steps.step_wall_us[busy_W].mean()),
+        float(steps.critical_us[busy_W].mean()), float(steps.step_wall_us[busy_W].mean()),
         int(busy_W.sum()),
     )
 
 
-def critical_path_us(steps: Measurements) -> FloatArray:
-    """[W] sum over layers of the slowest rank's expert CPU time."""
-    path: FloatArray = steps.expert_cpu_us.max(axis=2).sum(axis=1)
-    return path
+@dataclass(frozen=True)
+class Gain:
+    """How much shorter the slowest ranks' expert time got, as measured on paired steps."""
+
+    share: float          # 0.1 = 10 % shorter
+    band: float           # 95 %, either side
+    pairs: int
+
+
+def measured_gain(before: Measurements, after: Measurements) -> Gain:
+    """Steps are paired by their order: the same prompts served under both plans, soon after one
+    another. The band is Student's t on the logarithms of the ratios."""
+    from scipy import stats
+
+    pairs = min(len(before.step), len(after.step))
+    ratio_W = np.log(after.critical_us[:pairs] / before.critical_us[:pairs])
+    spread = float(ratio_W.std(ddof=1)) / np.sqrt(pairs)
+    reach = float(stats.t.ppf(0.975, pairs - 1)) * spread
+    return Gain(-float(np.expm1(ratio_W.mean())), reach, pairs)
 
 
 def predicted(
@@ -79,36 +96,70 @@ def predicted(
 
 @dataclass(frozen=True)
 class ExpertFit:
-    """CPU time of a rank's experts in one layer: start + active experts + tokens."""
+    """CPU time of a rank's experts in one layer: start + active experts + tokens.
+
+    Fitted to the kernel timed alone in this process, then scaled by what live ranks took for the
+    same work (they share caches and cores): `live_factor`.
+    """
 
     start_us: float
     active_us: float
     token_us: float
-    median_error: float          # relative, of a step's critical path, on steps not fitted
-    steps: int
+    kernel_error: float         # relative, median, of the fit on the timed points
+    live_factor: float
+    live_error: float           # relative, median, of steps' critical paths, factor applied
 
 
-def fit_experts(
-    steps: Measurements, trace: RoutingTrace, plan: Plan, cluster: Cluster
+def fit_kernel(model: ModelSpec) -> ExpertFit:
+    """Time the grouped kernel on this machine at the model's shape; takes seconds."""
+    import torch
+
+    from ..kernels.bench import time_experts
+
+    assert model.hidden and model.intermediate
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = time_experts(
+            model.hidden, model.intermediate, tokens_per_expert=TIMED_TOKENS,
+            active_experts=TIMED_ACTIVE, repeats=5,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    us = np.array([r.cpu_us for r in rows])
+    active = np.array([r.active_experts for r in rows], np.float64)
+    tokens = active * np.array([r.tokens_per_expert for r in rows])
+    terms = np.stack([np.ones_like(us), active, tokens], axis=1)
+    found = _relative_least_squares(terms, us)
+    error = float(np.median(np.abs(terms @ found / us - 1.0)))
+    return ExpertFit(float(found[0]), float(found[1]), float(found[2]), error, 1.0, float("nan"))
+
+
+def scale_to_live(
+    fit: ExpertFit, steps: Measurements, trace: RoutingTrace, plan: Plan, cluster: Cluster
 ) -> ExpertFit:
-    """Least squares of the relative error on every other step; judged on the steps between.
+    """The fit with the live factor; the trace holds exactly the measured steps, in order."""
+    loads = step_loads(trace, RECORDED.sample(trace), plan, cluster)
+    guess_WLG = (
+        fit.start_us + fit.active_us * loads.active_WLG + fit.token_us * loads.tokens_WLG
+    )
+    ratio_W = steps.critical_us / guess_WLG.max(axis=2).sum(axis=1)
+    factor = float(np.median(ratio_W))
+    error = float(np.median(np.abs(ratio_W / factor - 1.0)))
+    return ExpertFit(
+        fit.start_us * factor, fit.active_us * factor, fit.token_us * factor, fit.kernel_error,
+        factor, error,
+    )
 
-    The trace holds exactly the measured steps, in order.
-    """
+
+def _relative_least_squares(terms: FloatArray, us: FloatArray) -> FloatArray:
+    """Non-negative coefficients that minimise the squared relative error."""
     from scipy.optimize import nnls
 
-    loads = step_loads(trace, RECORDED.sample(trace), plan, cluster)
-    us = np.maximum(steps.expert_cpu_us, 1.0)
-    terms = np.stack([np.ones_like(us), loads.active_WLG, loads.tokens_WLG], axis=-1)
-    even = np.arange(len(us)) % 2 == 0
-    scaled = terms[even].reshape(-1, 3) / us[even].reshape(-1, 1)
-    size = np.maximum(np.abs(scaled).max(axis=0), 1e-12)
-    coefficients = nnls(scaled / size, np.ones(len(scaled)))[0] / size
-    guess_WLG = terms[~even] @ coefficients
-    truth = steps.expert_cpu_us[~even].max(axis=2).sum(axis=1)
-    error = np.abs(guess_WLG.max(axis=2).sum(axis=1) / truth - 1.0)
-    start, active, token = map(float, coefficients)
-    return ExpertFit(start, active, token, float(np.median(error)), len(us))
+    scaled = terms / us[:, None]
+    size = np.abs(scaled).max(axis=0)
+    found: FloatArray = nnls(scaled / size, np.ones(len(us)))[0] / size
+    return found
 
 
 def machine(fit: ExpertFit, model: ModelSpec, exchange: HardwareProfile) -> HardwareProfile:
@@ -122,8 +173,8 @@ def machine(fit: ExpertFit, model: ModelSpec, exchange: HardwareProfile) -> Hard
     )
     return exchange.model_copy(update={
         "name": "this-machine", "compute": compute,
-        "source": f"experts fitted to {fit.steps} live steps; links: {exchange.source}",
-        "error": f"critical path of unseen steps: median {fit.median_error:.1%}",
+        "source": f"experts timed on this machine; links: {exchange.source}",
+        "error": f"kernel: median {fit.kernel_error:.1%}; live steps: median {fit.live_error:.1%}",
     })
 
 

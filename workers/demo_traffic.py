@@ -5,6 +5,7 @@ Knows domains and prompt lengths. Knows nothing of plans, ranks or measurements.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from .reference.prompts import DOMAINS, demo_prompts
@@ -29,6 +30,13 @@ class Traffic:
     def head(self, count: int) -> Traffic:
         """The first prompts only."""
         return Traffic(self.prompts[:count], self.domains[:count])
+
+    def parts(self, count: int) -> list[Traffic]:
+        """As many stretches of about equal length, in order."""
+        cuts = [len(self.prompts) * i // count for i in range(count + 1)]
+        return [
+            Traffic(self.prompts[a:b], self.domains[a:b]) for a, b in itertools.pairwise(cuts)
+        ]
 
 
 def mixed(tokens: int, seed: int) -> Traffic:

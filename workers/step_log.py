@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,12 @@ class Measurements:
     def take(self, steps: npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_]) -> Measurements:
         """Only these steps, by position."""
         return Measurements(**{name: column[steps] for name, column in vars(self).items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence[Measurements]) -> Measurements:
+        """All steps of the parts, one after another."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return cls(*map(np.concatenate, columns))
 
 
 @dataclass(frozen=True)

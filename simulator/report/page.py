@@ -6,8 +6,6 @@ and pictures are inside the file.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+from ...traces.atomic_file import replacing
 from ..result import SimulationResult
 from .svg import distribution_curves, heat_map, rows_of, stacked_bars
 from .views import PlanView
@@ -56,15 +55,8 @@ def render_report(
 
 def write_report(path: str | Path, text: str) -> None:
     """Write the page whole or not at all."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(Path(path)) as file:
+        file.write(text.encode())
 
 
 def _table(table: Table) -> str:

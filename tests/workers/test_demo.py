@@ -39,7 +39,7 @@ def test_a_run_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_loop_runs_and_keeps_its_promises(tmp_path: Path, ray_cluster: object) -> None:
-    size = DemoSize(plan_steps=6, judge_steps=6, decode_prompts=8, decode_tokens=4,
+    size = DemoSize(plan_steps=6, judge_steps=8, rounds=2, decode_prompts=8, decode_tokens=4,
                     overhead_pairs=2)
     result = run_demo(ranks=2, out=tmp_path / "run", size=size)
     assert result.outputs_identical
