@@ -159,9 +159,8 @@ def _judge(group: Group, standing: object, target: object, trace: Path | None) -
     cluster = Cluster.preset(
         "cpu", devices_per_node=standing.num_devices, slots_per_device=standing.slots_per_device
     )
-    order = "interleaved" if routing.step is None else "recorded"
-    return compare({"now": standing, "new": target}, routing, cluster,
-                   steps=StepSampler(order=order), current="now")
+    steps = StepSampler() if routing.step is None else StepSampler(order="recorded")
+    return compare({"now": standing, "new": target}, routing, cluster, steps=steps, current="now")
 
 
 def submit(

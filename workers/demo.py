@@ -32,18 +32,15 @@ from ..traces.trace import RoutingTrace
 from . import demo_traffic as traffic
 from .demo_measure import (
     RECORDED,
-    ExpertFit,
     Figures,
     Gain,
     Overhead,
-    fit_kernel,
-    machine,
     measured,
     measured_gain,
     predicted,
     recording_overhead,
-    scale_to_live,
 )
+from .expert_fit import ExpertFit, fit_kernel, machine, scale_to_live
 from .group import Group
 from .reference import reference_model_dir
 from .step_log import Measurements
