@@ -32,6 +32,9 @@ ray: Any = importlib.import_module("ray")
 NAMESPACE = "loadmaster"
 LOOPBACK = "127.0.0.1"
 
+# Ports are drawn before they are bound; on a busy machine someone else may be quicker.
+_START_ATTEMPTS = 3
+
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     """Be connected to a Ray cluster: the one already joined, the one at `address`, or a new one
@@ -49,31 +52,43 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
                 f"{address}: RAY_AUTH_MODE is {mode!r}: another machine's cluster is used with "
                 "token authentication only; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             )
-    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False}
     if address is None:
-        options |= {
-            "address": "local",     # else Ray joins whichever cluster this machine last started
-            "num_cpus": num_cpus,
-            "include_dashboard": False,
-            "_node_ip_address": LOOPBACK,
-        }
-    try:
-        if address is None:
-            ray.init(**options)
-        else:
-            _join(address, options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "on this machine" if address is None else f"at {address}"
-        raise LoadmasterError(f"no Ray cluster {where}: {str(error).splitlines()[0]}") from error
+        _start_here(num_cpus)
+    else:
+        _join(address)
 
 
-def _join(address: str, options: dict[str, Any]) -> None:
+def _start_here(num_cpus: int | None) -> None:
+    for attempt in range(_START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",     # else Ray joins whichever cluster this machine last started
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                _node_ip_address=LOOPBACK,
+            )
+            return
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.shutdown()      # what came up of it
+            if attempt == _START_ATTEMPTS - 1:
+                raise LoadmasterError(
+                    f"Ray does not start on this machine: {str(error).splitlines()[0]}"
+                ) from error
+
+
+def _join(address: str) -> None:
     """Join a cluster. Ray uses the token it finds only where it looks for the address itself."""
     before = os.environ.get("RAY_ADDRESS")
     if address != "auto":
         os.environ["RAY_ADDRESS"] = address
     try:
-        ray.init(address="auto", **options)
+        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise LoadmasterError(
+            f"no Ray cluster at {address}: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         if before is None:
             os.environ.pop("RAY_ADDRESS", None)
