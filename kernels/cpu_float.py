@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 import torch
@@ -56,8 +57,38 @@ def _float_to_bits(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), _emit_bitcast(ir.IntType(32))
 
 
+class _BFloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+def _round_to_bfloat16(typing_context: Any, value: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], _BFloat16()), ir.IntType(16))
+
+    return types.uint16(types.float32), emit
+
+
 bits_to_float: Any = intrinsic(_bits_to_float)
 float_to_bits: Any = intrinsic(_float_to_bits)
+# One instruction where the machine has it; elsewhere LLVM would call a function that is not there.
+_HAS_ROUNDING = bool(llvm.get_host_cpu_features().get("avx512bf16", False))
+_rounded_by_machine: Any = intrinsic(_round_to_bfloat16)
+
+
+def _rounded_by_hand(value: Any) -> Any:
+    """bfloat16 bits of a float32, to nearest even; NaN stays NaN."""
+    bits = float_to_bits(value)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    # Rounding up would carry some NaNs over into infinity.
+    return np.uint16(nearest if value == value else np.uint32(0x7FC0))
+
+
+rounded_by_hand: Any = compiled(_rounded_by_hand)
+to_bfloat16: Any = _rounded_by_machine if _HAS_ROUNDING else rounded_by_hand
 
 
 def to_float(element: Any) -> Any:
@@ -93,12 +124,7 @@ def _store_overload(array: Any, row: Any, column: Any, value: Any) -> Any:
     if array.dtype == types.uint16:
 
         def rounded(array: Any, row: Any, column: Any, value: Any) -> None:
-            bits = float_to_bits(value)
-            odd = (bits >> np.uint32(16)) & np.uint32(1)
-            nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-            # Rounding up would carry some NaNs over into infinity.
-            nan = np.uint32(0x7FC0)
-            array[row, column] = np.uint16(nearest if value == value else nan)
+            array[row, column] = to_bfloat16(value)
 
         return rounded
 

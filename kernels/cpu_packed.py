@@ -33,7 +33,7 @@ STRIP_ROWS = 256
 LEAST_ROWS = 3
 # Each new row count compiles a oneDNN kernel (0.5 ms or more); above this, counts are rounded up.
 EXACT_ROWS = 16
-ROW_STEP = 4
+ROW_STEP = 2
 # Smaller matrices than this stay in cache between steps.
 HUGE_PAGES_FROM_BYTES = 1 << 18
 # The packed layout serves any row count; the hint only has to be far from a single row.
@@ -121,16 +121,16 @@ class _Buffers(threading.local):
     """Scratch that every layer of a thread shares; grows to the largest seen."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._held: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """[rows, columns] of scratch; holds whatever was last written there."""
-        held = self._held.get((name, dtype))
-        if held is None or held.numel() < rows * columns:
-            held = torch.zeros(rows * columns, dtype=dtype)
+        held = self._held.get((name, columns, dtype))
+        if held is None or len(held) < rows:
+            held = torch.zeros(rows, columns, dtype=dtype)
             use_huge_pages(held.data_ptr(), held.numel() * held.element_size())
-            self._held[name, dtype] = held
-        return held[: rows * columns].view(rows, columns)
+            self._held[name, columns, dtype] = held
+        return held[:rows]
 
 
 _BUFFERS = _Buffers()
@@ -208,30 +208,26 @@ class PackedSlots:
 
         The padding rows of a block are the next block's rows: their results are dropped.
         """
-        first, last, reach = strip_span(strip)
-        products = []
+        shape, (first, last, reach) = self.shape, strip_span(strip)
+        act = _BUFFERS.take("act", reach - first, shape.intermediate, shape.dtype)
+        if len(strip) == 1:
+            expert, rows = self._experts[strip[0].slot], strip[0].rows
+            gate_up = packed_linear(x, expert.gate_up, expert.gate_up_bias)
+            gated_rows(gate_up, shape.activation, act)
+            y = packed_linear(act, expert.down, expert.down_bias)
+            out_AH[first:last] = y if rows == len(y) else y[:rows]
+            return
+        gate_ups, ys = [], []
         for slot, start, rows, computed in strip:
             expert, row = self._experts[slot], start - first
             y = packed_linear(x[row : row + computed], expert.gate_up, expert.gate_up_bias)
-            products.append(y if rows == computed else y[:rows])
-        act = self._gated(products, reach - last)
-        products.clear()
+            gate_ups.append(y if rows == computed else y[:rows])
+        gated_rows(torch.cat(gate_ups), shape.activation, act[: last - first])
         for slot, start, rows, computed in strip:
             expert, row = self._experts[slot], start - first
             y = packed_linear(act[row : row + computed], expert.down, expert.down_bias)
-            products.append(y if rows == computed else y[:rows])
-        if len(products) == 1:
-            out_AH[first:last] = products[0]
-        else:
-            torch.cat(products, out=out_AH[first:last])
-
-    def _gated(self, products: list[Tensor], padding: int) -> Tensor:
-        """The activation of a strip's gate and up products, and `padding` rows of anything."""
-        gate_up = products[0] if len(products) == 1 else torch.cat(products)
-        rows, intermediate = len(gate_up), self.shape.intermediate
-        act = _BUFFERS.take("act", rows + padding, intermediate, self.shape.dtype)
-        gated_rows(gate_up, self.shape.activation, act[:rows])
-        return act
+            ys.append(y if rows == computed else y[:rows])
+        torch.cat(ys, out=out_AH[first:last])
 
     def _packed(self, tensors: SlotTensors) -> PackedExpert:
         activation = self.shape.activation
