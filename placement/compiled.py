@@ -34,6 +34,12 @@ def compiled_finite(function: Function) -> Function:
     return cast(Function, jit(function))
 
 
+def compiled_inline(function: Function) -> Function:
+    """As `compiled`, inlined into its callers: for small steps of a hot loop that pass tuples."""
+    jit = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+    return cast(Function, jit(function))
+
+
 def random_state(seed: int, *stream: int) -> RandomState:
     """State for `next_random`; one independent stream per (seed, stream...)."""
     state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)

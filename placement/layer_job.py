@@ -34,6 +34,7 @@ class LayerTask:
     """One layer to place."""
 
     layer: int
+    layers: int                          # of the whole plan
     traffic: LayerTraffic
     slots_G: npt.NDArray[np.int64]       # slots in this layer, at most the cluster's
     room_G: FloatArray | None            # bytes for this layer; None = slots are the limit
@@ -46,6 +47,8 @@ class LayerTask:
     effort: str
     deadline: float | None = None        # time.time() after which only cheap work is begun
     start_GC: SlotArray | None = None    # a standing plan's slots, also a candidate
+    move_budget: float | None = None     # most that moves away from it may cost; None = free
+    move_price_E: FloatArray | None = None   # cost of sending each expert; None = 1
 
     def loads(self) -> LayerLoads:
         """What the load-only methods see."""
@@ -127,33 +130,46 @@ def answer_with(task: LayerTask, candidate: Candidate) -> LayerAnswer:
 
 def score(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> Score:
     """What slots are worth on these steps (the average loads where there is no trace)."""
+    imbalance_W, copies, time_us_W = _measured(task, slots_GC, steps)
+    return Score(
+        mean_imbalance(imbalance_W), copies, None if time_us_W is None else float(time_us_W.mean())
+    )
+
+
+def objective_W(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> FloatArray:
+    """[W] the objective in every step; NaN where a step without tokens has no imbalance."""
+    imbalance_W, _, time_us_W = _measured(task, slots_GC, steps)
+    return imbalance_W if time_us_W is None else time_us_W
+
+
+def _measured(
+    task: LayerTask, slots_GC: SlotArray, steps: Steps | None
+) -> tuple[FloatArray, float, FloatArray | None]:
+    """(imbalance [W], remote copies per token, microseconds [W] for objective time)."""
     traffic, cluster = task.traffic, task.cluster
     if traffic.load_WE is not None:
-        fluid = fluid_imbalance_W(traffic.load_WE, slots_GC, cluster, task.dispatch)
-        return Score(mean_imbalance(fluid))
+        return fluid_imbalance_W(traffic.load_WE, slots_GC, cluster, task.dispatch), 0.0, None
     assert traffic.trace is not None and steps is not None
     plain = task.objective == "balance" and not task.counts_copies
     if plain and task.dispatch.policy in HOME_BLIND:
         counts = traffic.counts(steps)[:, None]
-        return Score(mean_imbalance(imbalance_W(counts, slots_GC, cluster, task.dispatch)))
+        return imbalance_W(counts, slots_GC, cluster, task.dispatch), 0.0, None
     plan = Plan(slots=slots_GC[None], num_experts=traffic.num_experts, dispatch=task.dispatch)
     sizes = None
     if task.model is not None and task.model.expert_bytes is not None:
         sizes = task.model.bytes_per_expert_E()
-    loads = step_loads(
-        traffic.trace, steps, plan, cluster, task.dispatch, expert_bytes_E=sizes
-    )
-    time_us = None
+    loads = step_loads(traffic.trace, steps, plan, cluster, task.dispatch, expert_bytes_E=sizes)
+    time_us_W = None
     if task.objective == "time":
         assert task.model is not None
-        cost = step_cost(loads, task.model, cluster, dispatch=task.dispatch)
-        time_us = float(cost.layer_us_WL.mean())
-    copies = loads.nic_out_WLG.sum()
-    if cluster.num_nodes == 1:
-        copies = loads.nvlink_out_WLG.sum()
-    return Score(
-        mean_imbalance(imbalance_of(loads.tokens_WLG, cluster)[:, 0]),
-        float(copies / max(loads.tokens_W.sum(), 1)), time_us,
+        time_us_W = step_cost(
+            loads, task.model, cluster, dispatch=task.dispatch
+        ).layer_us_WL[:, 0]
+    crossing = loads.nvlink_out_WLG if cluster.num_nodes == 1 else loads.nic_out_WLG
+    return (
+        imbalance_of(loads.tokens_WLG, cluster)[:, 0],
+        float(crossing.sum() / max(loads.tokens_W.sum(), 1)),
+        time_us_W,
     )
 
 

@@ -103,14 +103,14 @@ def plan(
     cluster cannot hold every expert.
     """
     started = time.perf_counter()
-    settings = _settings(
+    settings = resolve_settings(
         cluster, method, objective, dispatch, model, balance_slack, seed, effort, time_limit_s
     )
     require_room(trace.num_experts, cluster.slots_G)
     data = planning_steps(trace, steps)
     _check_model(settings, data)
     if current is not None:
-        _check_current(current, data, cluster)
+        check_current(current, data, cluster)
     tasks = layer_tasks(data, settings, current)
     work = search_layer if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
@@ -137,7 +137,7 @@ def layer_tasks(
     """One job per layer, made as they are asked for."""
     for layer in range(data.num_layers):
         yield LayerTask(
-            layer=layer, traffic=data.layer(layer), slots_G=settings.cluster.slots_G, room_G=None,
+            layer=layer, layers=data.num_layers, traffic=data.layer(layer), slots_G=settings.cluster.slots_G, room_G=None,
             cluster=settings.cluster, dispatch=settings.dispatch, objective=settings.objective,
             model=settings.model, slack=settings.slack, seed=settings.seed,
             effort=settings.effort, deadline=settings.deadline,
@@ -255,7 +255,7 @@ def _remarks(
     return tuple(remarks)
 
 
-def _settings(
+def resolve_settings(
     cluster: Cluster,
     method: str,
     objective: str | None,
@@ -266,6 +266,7 @@ def _settings(
     effort: str,
     time_limit_s: float | None,
 ) -> Settings:
+    """Check every option once. Raises UsageError on one that means nothing."""
     spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
     policy_of(spec)
     sized = model is not None and model.knows_sizes
@@ -307,7 +308,8 @@ def _check_model(settings: Settings, data: PlanningSteps) -> None:
         )
 
 
-def _check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:
+def check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:
+    """Whether a standing plan fits trace and cluster. Raises InputError."""
     shape = (current.num_layers, current.num_experts, current.num_devices)
     if shape != (data.num_layers, data.num_experts, cluster.num_devices):
         raise InputError(

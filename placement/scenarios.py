@@ -27,13 +27,12 @@ FloatArray = npt.NDArray[np.float64]
 class Prior:
     """How much each kind of row weighs, and how far traffic may move."""
 
-    home: float = 0.5
-    requests: float = 0.3
-    unknown: float = 0.2
-    hardening: float = 1.5        # home rows move this much further from their mean
-    kinds: int = 8                # clusters of requests
-    requests_mixed: int = 2
-    request_hardening: float = 1.25
+    home: float = 0.8
+    requests: float = 0.15
+    unknown: float = 0.05
+    hardening: float = 1.5        # home and request rows move this much further from their mean
+    kinds: int = 24               # clusters of requests
+    requests_mixed: int = 3
     request_noise: float = 0.3    # sigma of the log of each expert's load
     persistence: float = 0.3      # power on today's shares in an unseen domain
     spread: float = 1.0           # sigma of the log there
@@ -76,7 +75,7 @@ def request_rows(
     chosen = first_K[kind][:, None] + (draw * size_K[kind][:, None]).astype(np.int64)
     weight = rng.dirichlet(np.ones(prior.requests_mixed), count)
     mixed = (share_RE[chosen] * weight[:, :, None]).sum(axis=1)
-    hard = _hardened(mixed, share_RE.mean(axis=0), prior.request_hardening)
+    hard = _hardened(mixed, share_RE.mean(axis=0), prior.hardening)
     hard += FLOOR / share_RE.shape[1]
     return _scaled(hard * np.exp(prior.request_noise * rng.standard_normal(hard.shape)), speed)
 

@@ -13,12 +13,12 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from .annealing import Annealing, Found, search_space
+from .annealing import Annealing, Found, SearchSpace, search_space
 from .compiled import random_state
 from .layer_job import Candidate, LayerAnswer, LayerTask, answer_with, judged
 from .methods import LayerLoads, contiguous, greedy, lpt_swap
 from .scenarios import home_rows, request_kinds, search_rows
-from .search_average import anneal_average
+from .search_average import improve_average
 from .search_copies import CopyModel, copy_model, no_copies
 from .search_few_devices import MOST_DEVICES, improve_few_devices
 from .search_fixed_shares import NEAREST_RULES, improve_fixed_shares
@@ -51,6 +51,28 @@ def search_layer(task: LayerTask) -> LayerAnswer:
             truncated = True
             break
     return replace(answer_with(task, choose(task, candidates)), truncated=truncated)
+
+
+def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
+    """One search from given slots, within the task's budget of moves."""
+    loads = task.loads()
+    start_GC = without_duplicates(start_GC)
+    if not loads.load_WE.any():
+        return start_GC
+    if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
+        return _average(task, loads, start_GC)
+    return _by_rows(task, loads, start_GC, COPY_WEIGHTS[0] if task.counts_copies else 0.0)
+
+
+def without_duplicates(slots_GC: SlotArray) -> SlotArray:
+    """Second and further copies of an expert on one device become empty slots."""
+    slots_GC = slots_GC.copy()
+    for row in slots_GC:
+        _, first = np.unique(row, return_index=True)
+        again = np.ones(len(row), bool)
+        again[first] = False
+        row[again] = -1
+    return slots_GC
 
 
 def choose(task: LayerTask, candidates: list[Candidate]) -> Candidate:
@@ -128,9 +150,8 @@ def _widened(slots_GC: SlotArray, width: int) -> SlotArray:
 
 def _average(task: LayerTask, loads: LayerLoads, start_GC: SlotArray) -> SlotArray:
     moves = round(MOVES_PER_SLOT_AVERAGE * int(loads.slots_G.sum()) * EFFORTS[task.effort])
-    return anneal_average(
-        start_GC, loads.load_E, loads.slots_G, loads.speed_G, moves,
-        random_state(task.seed, task.layer),
+    return improve_average(
+        _space(task, loads), start_GC, loads.load_E, moves, random_state(task.seed, task.layer)
     )
 
 
@@ -143,9 +164,7 @@ def _by_rows(
     """Anneal in rounds, each on home steps and fresh scenarios; the last is cold and has more."""
     few = loads.devices <= MOST_DEVICES
     improve = _improver(task, few)
-    space = search_space(
-        loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.room_G
-    )
+    space = _space(task, loads)
     copies = _copies(task, copy_weight)
     rng = np.random.default_rng([task.seed, task.layer])
     state = random_state(task.seed, task.layer)
@@ -172,6 +191,16 @@ def _by_rows(
         if task.expired():
             return found.best_GC
     return found_GC
+
+
+def _space(task: LayerTask, loads: LayerLoads) -> SearchSpace:
+    """Devices as the searches see them; a budget of moves counts from the standing plan."""
+    budget = task.move_budget
+    return search_space(
+        loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.room_G,
+        standing_GC=None if budget is None else task.start_GC,
+        move_price_E=task.move_price_E, move_budget=0.0 if budget is None else budget,
+    )
 
 
 def _improver(task: LayerTask, few: bool) -> Improve:

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .annealing import Annealing, Found, SearchSpace, penalty
+from .annealing import (
+    Annealing,
+    Found,
+    SearchSpace,
+    moves_price,
+    moves_price_change,
+    penalty,
+)
 from .compiled import RandomState, compiled, compiled_finite, next_below, next_random
 from .search_copies import CopyModel, all_prices, price_change
 
@@ -251,11 +258,15 @@ def _anneal(
     best_cost, best_GC = cost, slots_GC.copy()
     cooling = (annealing.cold / annealing.hot) ** (1.0 / max(annealing.moves - 1, 1))
     temperature, accepted = annealing.hot, 0
+    moved = moves_price(space, slots_GC)
     for _ in range(annealing.moves):
         temperature *= cooling
         move = _propose(space, slots_GC, masks_E, copies_E, room_G, state)
         g1, _c1, g2, _c2, e1, e2 = move
         if g1 < 0:
+            continue
+        more_moved = moves_price_change(space, g1, g2, e1, e2)
+        if more_moved > 0.0 and moved + more_moved > space.move_budget:
             continue
         after1, after2 = _masks_after(masks_E, g1, g2, e1, e2)
         allowed = cost - temperature * np.log(1.0 - next_random(state))
@@ -284,6 +295,7 @@ def _anneal(
             second = load_WE[w, e2] if e2 >= 0 else nothing
             for q in range(subsets):
                 table_WQ[w, q] += first * first_Q[q] + second * second_Q[q]
+        moved += more_moved
         _apply(space, slots_GC, masks_E, copies_E, room_G, move, after1, after2)
         cost_W[:] = tried_W
         cost = total

@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .annealing import Annealing, Found, SearchSpace, penalty
+from .annealing import (
+    Annealing,
+    Found,
+    SearchSpace,
+    moves_price,
+    moves_price_change,
+    penalty,
+)
 from .compiled import RandomState, compiled, next_below, next_random
 from .search_copies import CopyModel, all_prices, places_of, price_change
 
@@ -182,6 +189,7 @@ def _anneal(
     best_cost, best_GC = cost, slots_GC.copy()
     cooling = (annealing.cold / annealing.hot) ** (1.0 / max(annealing.moves - 1, 1))
     temperature, accepted = annealing.hot, 0
+    moved = moves_price(space, slots_GC)
     for _ in range(annealing.moves):
         temperature *= cooling
         worst = order_W[next_below(state, min(steps, 8))]
@@ -189,6 +197,9 @@ def _anneal(
         move = _propose(space, slots_GC, holder_EG, copies_E, room_G, hottest, state)
         g1, c1, g2, c2, e1, e2 = move
         if g1 < 0:
+            continue
+        more_moved = moves_price_change(space, g1, g2, e1, e2)
+        if more_moved > 0.0 and moved + more_moved > space.move_budget:
             continue
         allowed = cost - temperature * np.log(1.0 - next_random(state))
         total = cost - cost_W.sum()
@@ -216,6 +227,7 @@ def _anneal(
         if total > allowed:
             _hold(holder_EG, copies_E, move, -1)
             continue
+        moved += more_moved
         growth = 0.0
         if e1 >= 0:
             share_EG[e1] = new1_G

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .annealing import Annealing, Found, SearchSpace, penalty
+from .annealing import (
+    Annealing,
+    Found,
+    SearchSpace,
+    moves_price,
+    moves_price_change,
+    penalty,
+)
 from .compiled import RandomState, compiled, next_below, next_random
 from .search_copies import CopyModel, all_prices, price_change
 
@@ -46,7 +53,8 @@ def improve_many_devices(
     held = np.arange(slots_GC.shape[1]) < slots_G[:, None]
     cost, best_S, last_S = _anneal(
         space, np.ascontiguousarray(load_WE, np.float64), np.asarray(weight_W, np.float64),
-        slots_GC[held].astype(np.int64), device_S, start_G, annealing, copies, state,
+        slots_GC[held].astype(np.int64), device_S, start_G, moves_price(space, slots_GC),
+        annealing, copies, state,
     )
     found = []
     for expert_S in (best_S, last_S):
@@ -289,7 +297,7 @@ def _try_step(
 @compiled
 def _anneal(
     space: SearchSpace, load_WE: Any, weight_W: Any, expert_S: Any, device_S: Any, start_G: Any,
-    annealing: Annealing, copies: CopyModel, state: RandomState,
+    moved: float, annealing: Annealing, copies: CopyModel, state: RandomState,
 ) -> Any:
     """(best cost, best slots, last slots). A candidate is dropped once its cost is too high."""
     steps, experts = load_WE.shape
@@ -324,6 +332,11 @@ def _anneal(
                                   load_WG, order_W, state)
         if s1 < 0:
             continue
+        more_moved = moves_price_change(
+            space, device_S[s1], device_S[s2] if s2 >= 0 else -1, e1, e2
+        )
+        if more_moved > 0.0 and moved + more_moved > space.move_budget:
+            continue
         allowed = cost - temperature * np.log(1.0 - next_random(state))
         # Both experts' slots are the same set before and after, so lifting may follow the change.
         _change(expert_S, slot_ER, copies_E, s1, e1, s2, e2)
@@ -350,6 +363,7 @@ def _anneal(
             continue
         if priced:
             price_change(copies, places_E, price_T, e1, after1, e2, after2, True)
+        moved += more_moved
         growth = (space.size_E[e2] if e2 >= 0 else 0.0) - (space.size_E[e1] if e1 >= 0 else 0.0)
         room_G[device_S[s1]] -= growth
         if s2 >= 0:
