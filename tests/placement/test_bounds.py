@@ -1,0 +1,176 @@
+"""Lower bounds: never above the best of all placements, on cases small enough to try them all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loadmaster.placement.bounds import (
+    BoundError,
+    balance_bound_W,
+    checked_gap,
+    time_bound_us,
+)
+from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.evaluate import evaluate
+from loadmaster.placement.plan import DispatchSpec, Plan
+from loadmaster.traces.spec import ModelSpec
+from loadmaster.traces.steps import StepSampler
+from loadmaster.traces.trace import RoutingTrace
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def hosts_of_experts(experts: int, devices: int, slots: int) -> Iterator[tuple[int, ...]]:
+    """Every way to give each expert a set of devices (a bit mask) with at most `slots` copies.
+
+    Slots may lie anywhere, which only makes the best placement better.
+    """
+    for hosts in itertools.product(range(1, 2**devices), repeat=experts):
+        if sum(mask.bit_count() for mask in hosts) <= slots:
+            yield hosts
+
+
+def best_imbalance(load_E: FloatArray, devices: int, slots: int) -> float:
+    """Least imbalance over all placements, each with the best split of every expert's tokens.
+
+    The best split's maximum is the largest, over sets of devices, of the load that has nowhere
+    else to go, shared among them (max flow = min cut).
+    """
+    ideal = load_E.sum() / devices
+    return float(min(
+        max(
+            sum(load for load, mask in zip(load_E, hosts, strict=True) if mask & ~group == 0)
+            / group.bit_count()
+            for group in range(1, 2**devices)
+        )
+        for hosts in hosts_of_experts(len(load_E), devices, slots)
+    ) / ideal)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    load=st.lists(st.integers(0, 50), min_size=3, max_size=3).filter(any),
+    devices=st.integers(1, 3),
+    spare=st.integers(0, 3),
+)
+def test_the_balance_bound_is_never_above_the_best_placement(
+    load: list[int], devices: int, spare: int
+) -> None:
+    load_WE = np.array([load], np.float64)
+    bound = balance_bound_W(load_WE, 3 + spare, np.ones(devices))[0]
+    best = best_imbalance(load_WE[0], devices, 3 + spare)
+    assert 1.0 <= bound <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("load", "devices", "slots", "bound"), [
+    ([10, 10, 10, 10], 2, 4, 1.0),          # flat: the mean
+    ([30, 5, 5], 2, 3, 1.5),                # one expert with one copy: three quarters of all
+    ([30, 5, 5], 2, 4, 1.0),                # a second copy frees it
+    ([100, 0, 0, 0], 4, 4, 4.0),            # all load on one expert, no spare slot
+    ([100, 0, 0, 0], 4, 6, 4 / 3),          # three copies
+    ([100, 0, 0, 0], 4, 100, 1.0),          # never more than one on each device is of use
+    ([0, 0, 0, 0], 4, 4, 1.0),              # a step without tokens
+])
+def test_balance_bounds_by_hand(
+    load: list[int], devices: int, slots: int, bound: float
+) -> None:
+    found = balance_bound_W(np.array([load], np.float64), slots, np.ones(devices))
+    assert found[0] == pytest.approx(bound)
+
+
+def test_every_step_has_a_bound_of_its_own() -> None:
+    load_WE = np.array([[30, 5, 5], [10, 10, 20], [0, 0, 0]], np.float64)
+    whole = balance_bound_W(load_WE, 3, np.ones(2))
+    for row, bound in zip(load_WE, whole, strict=True):
+        assert balance_bound_W(row[None], 3, np.ones(2))[0] == bound
+
+
+def test_more_slots_never_raise_the_bound() -> None:
+    load_WE = np.random.default_rng(1).integers(1, 200, (6, 8)).astype(np.float64)
+    bounds = np.array([balance_bound_W(load_WE, s, np.ones(4)) for s in range(8, 20)])
+    assert (np.diff(bounds, axis=0) <= 1e-12).all()
+
+
+def test_unequal_speeds_are_bounded_by_the_mean_alone() -> None:
+    load_WE = np.array([[100.0, 0, 0, 0]])
+    assert balance_bound_W(load_WE, 4, np.array([1.0, 2.0])).tolist() == [1.0]
+
+
+# ---- time --------------------------------------------------------------------------------------
+
+
+MODEL = ModelSpec(name="tiny", num_layers=1, num_experts=3, top_k=1, hidden=512, intermediate=512)
+POLICIES = ("even", "balanced", "fewest_active")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_time_bound_is_never_above_the_best_placement(policy: str, nodes: int) -> None:
+    cluster = Cluster.preset(
+        "h100", nodes=nodes, devices_per_node=2 // nodes, slots_per_device=2
+    )
+    ids = np.random.default_rng(0).choice(3, size=(60, 1, 1), p=[0.7, 0.2, 0.1])
+    trace = RoutingTrace.from_arrays(ids, num_experts=3)
+    spec = DispatchSpec(policy=policy)
+    steps = StepSampler(tokens=20, order="stored").sample(trace)
+    best_W = np.full(len(steps), np.inf)
+    for slots in itertools.product(range(-1, 3), repeat=4):
+        if {0, 1, 2} <= set(slots):
+            plan = Plan(np.array(slots).reshape(1, 2, 2), num_experts=3, dispatch=spec)
+            found = evaluate(plan, trace, cluster, steps=steps, model=MODEL)
+            assert found.step_time_us_W is not None
+            best_W = np.minimum(best_W, found.step_time_us_W)
+    load_WE = np.array([
+        np.bincount(ids[steps.tokens_of(w), 0, 0], minlength=3) for w in range(len(steps))
+    ], np.float64)
+    bound_W = time_bound_us(load_WE, MODEL, cluster, spec)
+    assert (bound_W > 0).all()
+    assert (bound_W <= best_W * (1 + 1e-9)).all()
+
+
+def test_one_device_without_exchange_takes_just_the_bound() -> None:
+    """Nothing to decide: every token and every used expert are on the one device."""
+    cluster = Cluster.preset("h100", devices_per_node=1, slots_per_device=3)
+    ids = np.repeat([0, 0, 1], 10).reshape(30, 1, 1)
+    trace = RoutingTrace.from_arrays(ids, num_experts=3)
+    plan = Plan(np.array([[[0, 1, 2]]]), num_experts=3)
+    found = evaluate(
+        plan, trace, cluster, steps=StepSampler(tokens=30, order="stored"), model=MODEL
+    )
+    bound_W = time_bound_us(np.array([[20.0, 10.0, 0.0]]), MODEL, cluster, plan.dispatch)
+    assert found.step_time_us_W is not None
+    assert bound_W[0] == pytest.approx(found.step_time_us_W[0])
+
+
+# ---- the gap -----------------------------------------------------------------------------------
+
+
+def test_a_bound_above_the_objective_is_a_defect_and_says_so() -> None:
+    with pytest.raises(BoundError, match=r"layer 3: bound 1\.2 is above the objective 1\.1"):
+        checked_gap(1.1, 1.2, "layer 3")
+
+
+@pytest.mark.parametrize(("objective", "bound"), [
+    (np.nan, 1.0), (1.0, np.nan), (np.inf, 1.0), (1.0, -np.inf),
+])
+def test_a_figure_that_is_no_number_is_a_defect(objective: float, bound: float) -> None:
+    with pytest.raises(BoundError, match="finite"):
+        checked_gap(objective, bound, "plan")
+
+
+@pytest.mark.parametrize(("objective", "bound", "gap"), [
+    (1.5, 1.0, 0.5), (1.0, 1.0, 0.0), (0.0, 0.0, 0.0),
+])
+def test_the_gap_is_relative_to_the_bound(objective: float, bound: float, gap: float) -> None:
+    assert checked_gap(objective, bound, "plan") == (bound, gap)
+
+
+def test_a_bound_above_by_rounding_is_lowered_to_the_objective() -> None:
+    assert checked_gap(1.0, 1.0 + 1e-12, "plan") == (1.0, 0.0)
