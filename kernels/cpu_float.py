@@ -57,7 +57,7 @@ def _float_to_bits(typing_context: Any, value: Any) -> Any:
     return types.uint32(types.float32), _emit_bitcast(ir.IntType(32))
 
 
-class _BFloat16(ir.Type):
+class _BFloat16(ir.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite does not name."""
 
     def _to_string(self) -> str:

@@ -383,7 +383,9 @@ class HistogramWatch:
         return active, -(-rows_p90 * rows // sum(self._seen))
 
     def _collect(self) -> None:
-        if self._arriving is not None and self._arrived is not None and self._arrived.query():
+        if self._arrived is None or torch.cuda.is_current_stream_capturing():
+            return  # an event may not be asked while a graph is being captured
+        if self._arriving is not None and self._arrived.query():
             self._seen, self._arriving, self._arrived = self._arriving.tolist(), None, None
 
 

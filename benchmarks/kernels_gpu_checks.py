@@ -1,0 +1,244 @@
+"""Whether the Triton kernels are right on this device, before anything is timed.
+
+Against float64 on small shapes, bit for bit between plans, splits and batch sizes, exact counts,
+NaN, recording, graphs. Knows no times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loadmaster.kernels.activation import ExpertActivation
+from loadmaster.kernels.dispatch_table import DispatchTable
+from loadmaster.kernels.grouped import (
+    ExpertWeights,
+    grouped_experts,
+    moe_layer,
+    moe_layer_from_logits,
+)
+from loadmaster.kernels.load_record import LoadRecord
+from loadmaster.kernels.oracle import expert_layer, relative_error
+from loadmaster.kernels.routing import combine_rows, histogram, route, top_k
+
+SILU = ExpertActivation("silu")
+GPT_OSS = ExpertActivation("gptoss_clamped", limit=0.8, alpha=1.702, interleaved=True)
+
+
+class Case:
+    """Random experts on the device, and the same ones for the oracle."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        dtype: torch.dtype = torch.bfloat16,
+        activation: ExpertActivation = SILU,
+        bias: bool = False,
+    ) -> None:
+        self.device, self.dtype, self.activation = device, dtype, activation
+        self.generator = torch.Generator().manual_seed(experts + hidden)
+        self.experts = []
+        for _ in range(experts):
+            expert = {
+                "gate_up": self.draw(2 * intermediate, hidden) * hidden**-0.5,
+                "down": self.draw(hidden, intermediate) * intermediate**-0.5,
+            }
+            if bias:
+                expert["gate_up_bias"] = self.draw(2 * intermediate)
+                expert["down_bias"] = self.draw(hidden)
+            self.experts.append({name: tensor.to(dtype) for name, tensor in expert.items()})
+
+    def draw(self, *size: int) -> Tensor:
+        return torch.randn(*size, generator=self.generator)
+
+    def rows(self, tokens: int) -> Tensor:
+        hidden = self.experts[0]["down"].shape[0]
+        return self.draw(tokens, hidden).to(self.dtype).to(self.device)
+
+    def logits(self, tokens: int) -> Tensor:
+        return self.draw(tokens, len(self.experts)).to(self.device)
+
+    def weights(self, placed: list[int] | None = None) -> ExpertWeights:
+        placed = list(range(len(self.experts))) if placed is None else placed
+        hidden, intermediate = self.experts[0]["down"].shape
+        weights = ExpertWeights.allocate(
+            len(placed), hidden, intermediate,
+            dtype=self.dtype, device=self.device, activation=self.activation,
+            bias="down_bias" in self.experts[0], backend="triton",
+        )
+        for slot, expert in enumerate(placed):
+            weights.load_slot(slot, self.experts[expert])
+        return weights
+
+    def oracle(self, x: Tensor, ids: Tensor, gate: Tensor) -> Tensor:
+        return expert_layer(x.cpu(), ids.cpu(), gate.cpu(), self.experts, self.activation)
+
+
+def check_all(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Every check by name, with its figures and whether it holds."""
+    checks: dict[str, Callable[[torch.device], dict[str, Any]]] = {
+        "oracle": check_oracle,
+        "routing": check_routing,
+        "plans": check_plans,
+        "batches": check_batches,
+        "parts": check_parts,
+        "nan": check_nan,
+    }
+    if device.type == "cuda":
+        checks["graph"] = check_graph
+    return {name: check(device) for name, check in checks.items()}
+
+
+def check_oracle(device: torch.device) -> dict[str, Any]:
+    """Odd and even sizes, every activation, both dtypes, poisoned outputs."""
+    real = device.type == "cuda"
+    errors: dict[str, float] = {}
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        sizes = [(3, 17, 33), (16, 64, 32)] + ([(12, 2048, 768), (257, 33, 17)] if real else [])
+        for experts, hidden, intermediate in sizes:
+            case = Case(device, experts, hidden, intermediate, dtype)
+            for tokens in (1, 15, 17) + ((65,) if real else ()):
+                x, logits = case.rows(tokens), case.logits(tokens)
+                gate, ids = top_k(logits, min(3, experts), normalize=True)
+                out = torch.full_like(x, float("nan"))
+                moe_layer(x, ids, gate, case.weights(), out=out)
+                at = f"{name} E{experts} H{hidden} I{intermediate} T{tokens}"
+                errors[at] = relative_error(out.cpu(), case.oracle(x, ids, gate))
+    for kind in ("gelu", "gelu_tanh", "relu", "gptoss_clamped"):
+        activation = GPT_OSS if kind == "gptoss_clamped" else ExpertActivation(kind)
+        case = Case(device, 4, 40, 24, torch.float32, activation, bias=True)
+        x, logits = case.rows(9), case.logits(9)
+        gate, ids = top_k(logits, 2, normalize=True)
+        out = moe_layer(x, ids, gate, case.weights())
+        errors[f"fp32 {kind} bias"] = relative_error(out.cpu(), case.oracle(x, ids, gate))
+    # The interpreter cuts bits off where it should round them.
+    limits = {"fp32": 1e-6, "bf16": 1e-2 if real else 2e-2}
+    worst = {
+        name: max(e for at, e in errors.items() if at.startswith(name)) for name in limits
+    }
+    finite = all(error == error for error in errors.values())
+    holds = finite and all(worst[name] <= limits[name] for name in limits)
+    return {"worst": worst, "limits": limits, "cases": len(errors), "holds": holds}
+
+
+def check_routing(device: torch.device) -> dict[str, Any]:
+    """Counts from logits against the host's, recorded on and off."""
+    case = Case(device, 64 if device.type == "cuda" else 9, 32, 16)
+    tokens = 4096 if device.type == "cuda" else 40
+    logits, x = case.logits(tokens), case.rows(tokens)
+    record = LoadRecord(len(case.experts), len(case.experts), device)
+    weights = case.weights()
+    moe_layer_from_logits(x, logits, weights, k=4, normalize=True, record=record)
+    record.switch(False)
+    moe_layer_from_logits(x, logits, weights, k=4, normalize=True, record=record)
+    _, ids = top_k(logits.cpu(), 4, normalize=True)
+    logical, physical = record.take()
+    expected = histogram(ids, len(case.experts))
+    holds = torch.equal(logical, expected) and torch.equal(physical, expected)
+    return {"tokens": tokens, "holds": holds}
+
+
+def check_plans(device: torch.device) -> dict[str, Any]:
+    """Any plan and any quotas give the bits of every expert standing once."""
+    experts, tokens = (16, 500) if device.type == "cuda" else (5, 30)
+    case = Case(device, experts, 256 if device.type == "cuda" else 32, 64)
+    x, logits = case.rows(tokens), case.logits(tokens)
+    whole = moe_layer_from_logits(x, logits, case.weights(), k=2, normalize=True)
+    count = histogram(top_k(logits.cpu(), 2, normalize=True)[1], experts)
+    equal = []
+    for seed in range(20 if device.type == "cuda" else 2):
+        g = torch.Generator().manual_seed(seed)
+        extra = torch.randint(experts, (6,), generator=g)
+        plan = torch.cat((torch.arange(experts), extra))[torch.randperm(experts + 6, generator=g)]
+        quota = torch.zeros(len(plan), dtype=torch.int64)
+        for expert in range(experts):
+            slots = (plan == expert).nonzero().flatten()
+            picks = slots[torch.randint(len(slots), (int(count[expert]),), generator=g)]
+            quota += torch.bincount(picks, minlength=len(plan))
+        out = moe_layer_from_logits(
+            x, logits, case.weights(plan.tolist()), k=2, normalize=True,
+            table=DispatchTable(plan.tolist(), device), quota_S=quota.to(device),
+        )
+        equal.append(torch.equal(out, whole))
+    return {"plans": len(equal), "equal": sum(equal), "holds": all(equal)}
+
+
+def check_batches(device: torch.device) -> dict[str, Any]:
+    """A row's bits, whatever the batch and so whatever the block sizes."""
+    hidden, intermediate = (2048, 768) if device.type == "cuda" else (32, 16)
+    case, rows = Case(device, 1, hidden, intermediate), 1000 if device.type == "cuda" else 150
+    weights, x = case.weights(), case.rows(rows)
+    whole = grouped_experts(x, torch.tensor([rows]), weights)
+    sizes = [size for size in (1, 2, 7, 16, 17, 33, 64, 65, 100, 129, 500) if size < rows]
+    broken = [
+        size
+        for size in sizes
+        if not torch.equal(
+            grouped_experts(x[3 : 3 + size], torch.tensor([size]), weights), whole[3 : 3 + size]
+        )
+    ]
+    repeats = all(
+        torch.equal(grouped_experts(x, torch.tensor([rows]), weights), whole) for _ in range(5)
+    )
+    return {"sizes": sizes, "broken": broken, "repeats": repeats, "holds": not broken and repeats}
+
+
+def check_parts(device: torch.device) -> dict[str, Any]:
+    """The fused layer and its parts, as ranks exchange them, give the same bits."""
+    case = Case(device, 6, 64, 48, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    x, logits = case.rows(40), case.logits(40)
+    gate, ids = top_k(logits, 3, normalize=True)
+    weights = case.weights()
+    whole = moe_layer(x, ids, gate, weights)
+    routing = route(ids, torch.arange(6))
+    y = grouped_experts(x[routing.order_A // 3], routing.physical_S, weights)
+    parts = combine_rows(y, routing.row_TK, gate)
+    close = relative_error(parts.cpu(), whole.cpu())
+    # On the CPU the parts are combined by another loop, which may round differently.
+    holds = torch.equal(parts, whole) if device.type == "cuda" else close <= 1e-6
+    return {"difference": close, "holds": holds}
+
+
+def check_nan(device: torch.device) -> dict[str, Any]:
+    """NaN in a token stays in that token."""
+    case = Case(device, 4, 64, 32)
+    x, logits = case.rows(30), case.logits(30)
+    weights = case.weights()
+    clean = moe_layer_from_logits(x, logits, weights, k=2, normalize=True)
+    x[7, 3] = float("nan")
+    out = moe_layer_from_logits(x, logits, weights, k=2, normalize=True)
+    others = torch.arange(30, device=device) != 7
+    holds = bool(out[7].isnan().all()) and torch.equal(out[others], clean[others])
+    return {"holds": holds}
+
+
+def check_graph(device: torch.device) -> dict[str, Any]:
+    """Captured once, replayed on new inputs: the bits of running it directly."""
+    case = Case(device, 16, 256, 128)
+    weights, x, logits = case.weights(), case.rows(64), case.logits(64)
+    out = torch.empty_like(x)
+
+    def run() -> None:
+        moe_layer_from_logits(x, logits, weights, k=4, normalize=True, out=out)
+
+    run()
+    torch.cuda.synchronize(device)
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    equal = []
+    for _ in range(3):
+        x.copy_(case.rows(64))
+        logits.copy_(case.logits(64))
+        run()
+        expected = out.clone()
+        out.fill_(float("nan"))
+        graph.replay()
+        equal.append(torch.equal(out, expected))
+    return {"replays": len(equal), "holds": all(equal)}
