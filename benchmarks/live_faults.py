@@ -108,8 +108,10 @@ def hang(group: Group, *, times: int = 3) -> dict[str, Any]:
             _await(lambda before=before: len(group.status()["recoveries"]) > before, 120.0)
             last = group.status()["recoveries"][-1]
             noticed_s = last.noticed_at - stopped_at
-            events.append({"noticed_seconds": round(noticed_s, 2), "limit_seconds": round(limit_s, 2),
-                           "holds": noticed_s <= limit_s})
+            events.append({
+                "noticed_seconds": round(noticed_s, 2), "limit_seconds": round(limit_s, 2),
+                "holds": noticed_s <= limit_s,
+            })
     tally = load.tally
     return {**tally.to_dict(), "events": events,
             "holds": all(e["holds"] for e in events) and tally.wrong == tally.failed == 0}
