@@ -1,7 +1,8 @@
 """Lower bounds: how good any plan could be on given steps, whatever it places where.
 
-Knows loads, slots, speeds and prices; never looks at a plan, so a bound holds for all of them. Every bound
-here is proved in its docstring; `checked_gap` refuses a bound above the objective, always.
+Knows loads, slots, speeds and prices; never looks at a plan, so a bound holds for all of them.
+Every bound here is proved in its docstring; `checked_gap` refuses a bound above the objective,
+always.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def balance_bound_W(load_WE: FloatArray, slots: int, speed_G: FloatArray) -> Flo
 
 @compiled
 def _balance_bound(relative_WE: FloatArray, slots: int, level_R: FloatArray) -> FloatArray:
-    steps, experts = relative_WE.shape
+    steps = len(relative_WE)
     bound_W = np.ones(steps)
     for w in range(steps):
         low, high = 1.0, max(1.0, relative_WE[w].max() / level_R[0])

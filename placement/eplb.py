@@ -83,7 +83,8 @@ def _layer(
         members = expert_at[node * per_node : (node + 1) * per_node]
         # 2. Copies inside the node; 3. copies to its devices.
         copy_of, rank_of, count = _replicate(load_E[members], slots_per_node)
-        weight = (load_E[members] / count.astype(np.float32))[copy_of]
+        share = np.divide(load_E[members], count, dtype=np.float32)
+        weight: Float32Array = share[copy_of]
         device_of, place_of = _pack_equal_counts(weight, devices // nodes)
         slot = node * slots_per_node + device_of * (slots // devices) + place_of
         expert_S[slot], rank_S[slot] = members[copy_of], rank_of

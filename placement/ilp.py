@@ -1,4 +1,4 @@
-"""Integer programs through PuLP and HiGHS: one thread, warm start, live gap, and no trust in status.
+"""Integer programs through PuLP and HiGHS: one thread, warm start, live gap, no trust in status.
 
 The solver's word is never taken: gap and bound are read from HiGHS itself, and every answer is
 validated by the caller's own arithmetic. Work is limited by nodes, not by the clock, so the same

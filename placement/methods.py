@@ -173,7 +173,8 @@ def _eplb(layer: LayerLoads, *, groups: int, nodes: int) -> SlotArray:
         )
     slots = int(layer.slots_G.sum())
     maps = eplb(layer.load_E[None], slots, groups, nodes, layer.devices)
-    return maps.physical_to_logical_LS[0].reshape(layer.devices, -1).astype(np.int16)
+    slots_GC: SlotArray = maps.physical_to_logical_LS[0].reshape(layer.devices, -1).astype(np.int16)
+    return slots_GC
 
 
 def _empty(layer: LayerLoads) -> SlotArray:

@@ -95,10 +95,11 @@ def plan(
     method: see METHODS. objective: "time" (default with a model of known sizes) or "balance":
     smallest per-step imbalance and, where the traffic mode makes copies cost bytes, the fewest
     copies among plans within balance_slack of it (by default what the dispatch may spend on it:
-    0.02 where copies to one place are sent once, 0.002 where each is sent). current: a standing plan, taken as one more
-    candidate. effort: "fast", "normal" or "thorough", a budget in units of work, so the same input
-    and seed give the same plan byte for byte on any executor. time_limit_s: a guard; when it fires
-    the best so far is returned, `truncated`. Evidence holds a bound over all plans and the gap.
+    0.02 where copies to one place are sent once, 0.002 where each is sent). current: a
+    standing plan, taken as one more candidate. effort: "fast", "normal" or "thorough", a budget in
+    units of work, so the same input and seed give the same plan byte for byte on any executor.
+    time_limit_s: a guard; when it fires the best so far is returned, `truncated`. Evidence holds a
+    bound over all plans and the gap.
     Raises UsageError on an unknown option, InputError on a bad trace, InfeasibleError when the
     cluster cannot hold every expert.
     """
@@ -137,7 +138,8 @@ def layer_tasks(
     """One job per layer, made as they are asked for."""
     for layer in range(data.num_layers):
         yield LayerTask(
-            layer=layer, layers=data.num_layers, traffic=data.layer(layer), slots_G=settings.cluster.slots_G, room_G=None,
+            layer=layer, layers=data.num_layers, traffic=data.layer(layer),
+            slots_G=settings.cluster.slots_G, room_G=None,
             cluster=settings.cluster, dispatch=settings.dispatch, objective=settings.objective,
             model=settings.model, slack=settings.slack, seed=settings.seed,
             effort=settings.effort, deadline=settings.deadline,

@@ -130,8 +130,9 @@ def one_layer(trace: RoutingTrace, layer: int) -> RoutingTrace:
     """The trace of one MoE layer; gates are left out, planning does not read them."""
     k_TL = trace.k_of_token
     indices = trace.layer_indices[layer : layer + 1]
+    ids: Any = np.ascontiguousarray(trace.ids[:, layer : layer + 1])
     return dataclasses.replace(
-        trace, ids=np.ascontiguousarray(trace.ids[:, layer : layer + 1]), gates=None,
+        trace, ids=ids, gates=None,
         k_of_token=None if k_TL is None else np.ascontiguousarray(k_TL[:, layer : layer + 1]),
         layer_indices=indices,
     )
@@ -144,9 +145,12 @@ def _steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
     when a part would not fill enough steps; the notes say so.
     Raises InputError when the whole trace does not fill one step.
     """
-    most = int(np.clip(STEP_ASSIGNMENTS // (sampler.tokens * trace.top_k), FEWEST_STEPS, MOST_STEPS))
+    wanted = STEP_ASSIGNMENTS // (sampler.tokens * trace.top_k)
+    most = int(np.clip(wanted, FEWEST_STEPS, MOST_STEPS))
     notes: list[str] = []
     bursty: Steps | None = None
+    planning: Steps | None
+    validation: Steps | None
     if sampler.order == "recorded":
         planning, validation = _cut_in_time(sampler.sample(trace), most)
     else:

@@ -1,8 +1,8 @@
 """When to re-plan and when to switch: pure decisions, the same in simulation and in live control.
 
 A policy reads an `Observation` and answers with a `Decision`; it keeps nothing between calls, so a
-run can be replayed. Knows counts, drift and predicted gains. Knows nothing of clocks, plans' contents
-or who acts on the answer.
+run can be replayed. Knows counts, drift and predicted gains. Knows nothing of clocks, plans'
+contents or who acts on the answer.
 
 never         keep the plan.
 every_n       look for a better plan every n steps.

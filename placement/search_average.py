@@ -76,7 +76,9 @@ def _swap_with_hottest(
                     if f < 0 or share_E[f] >= share_E[e]:
                         continue
                     gain = share_E[e] - share_E[f]
-                    after = max((load_G[hot] - gain) / speed_G[hot], (load_G[g] + gain) / speed_G[g])
+                    after = max(
+                        (load_G[hot] - gain) / speed_G[hot], (load_G[g] + gain) / speed_G[g]
+                    )
                     if after < best and not _held(slots_GC, hot, f):
                         best, best_c, best_g, best_d = after, c, g, d
         if best_c < 0:
@@ -118,9 +120,11 @@ def improve_average(
     scaled_E = np.asarray(load_E, np.float64) * (float(np.sum(space.speed_G)) / total)
     start_GC = np.ascontiguousarray(slots_GC, np.int16)
     if len(space.standing_EG) == 0:
-        return _anneal(space, start_GC, scaled_E, moves, HOT, COLD, state)
+        found: SlotArray = _anneal(space, start_GC, scaled_E, moves, HOT, COLD, state)
+        return found
     start_GC = _descend(space, start_GC, scaled_E)
-    return _anneal(space, start_GC, scaled_E, BUDGET_MOVES * moves, BUDGET_HOT, COLD, state)
+    found = _anneal(space, start_GC, scaled_E, BUDGET_MOVES * moves, BUDGET_HOT, COLD, state)
+    return found
 
 
 ENOUGH = 2e-4               # above perfect balance: nothing left to win
@@ -320,9 +324,9 @@ def _anneal(
         if e1 >= 0 and (copies_E[e1] == 1 or next_random(state) < 0.7):
             g2 = next_below(state, devices)
             c2 = next_below(state, slots_G[g2])
-            e2 = np.int64(slots_GC[g2, c2])
+            e2 = int(slots_GC[g2, c2])
         else:
-            e2 = np.int64(next_below(state, experts))
+            e2 = int(next_below(state, experts))
         if not _legal(held_EG, room_G, size_E, g1, e1, g2, e2):
             continue
         if limited:
@@ -378,12 +382,12 @@ def _best_move(space: SearchSpace, placed: _Placed, load_E: Any, moved: float) -
     h = _hottest(placed.load_G, space.speed_G)
     best = (0.0, -1, -1, -1, -1, -1)
     for c in range(space.slots_G[h]):
-        e = np.int64(placed.slots_GC[h, c])
+        e = int(placed.slots_GC[h, c])
         if e < 0:
             continue
         for g in range(devices):
             for d in range(space.slots_G[g]):
-                f = np.int64(placed.slots_GC[g, d])
+                f = int(placed.slots_GC[g, d])
                 rate = _rate(space, placed, load_E, moved, h, e, g, f)
                 if rate > best[0]:
                     best = (rate, h, c, g, d, f)

@@ -139,10 +139,10 @@ def _hand_on(
                 _fill(load_E[e], slot_ER[e], copies_E[e], device_S, load_G, speed_G, flow_S)
         before = peak
         hottest = _hottest(load_G, speed_G)
-        peak = load_G[hottest] / speed_G[hottest]
+        peak = float(load_G[hottest] / speed_G[hottest])
         if peak > before - 1e-5:
             break
-    return peak
+    return float(peak)
 
 
 @compiled
