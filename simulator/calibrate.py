@@ -95,7 +95,7 @@ def fit_expert_layer(rows: ExpertRows) -> ExpertLayerFit:
     """
     if len(rows) < 4:
         raise InputError(f"{len(rows)} rows of {rows.label[:1]}: a fit needs at least 4")
-    coefficients = _relative_nnls(_expert_terms(rows), rows.us)
+    coefficients = relative_nnls(_expert_terms(rows), rows.us)
     ratio = rows.us / (_expert_terms(rows) @ coefficients)
     tokens, at = np.unique(rows.tokens, return_inverse=True)
     correction = np.bincount(at, weights=ratio) / np.bincount(at)
@@ -145,7 +145,7 @@ def fit_compute_profile(rows: ExpertRows) -> tuple[ComputeProfile, FitError]:
     Raises InputError when the rows cannot tell the rates apart (all of one size).
     """
     terms = _expert_terms(rows)[:, [0, 1, 3]]
-    start_us, byte_us, flop_us = _relative_nnls(terms, rows.us)
+    start_us, byte_us, flop_us = relative_nnls(terms, rows.us)
     if byte_us <= 0 or flop_us <= 0:
         raise InputError(
             "the rows do not tell weight reads from arithmetic: time few tokens on many experts "
@@ -209,7 +209,7 @@ def fit_exchange(rows: ExchangeRows) -> ExchangeFit:
     """
     log_nodes = np.log2(np.maximum(rows.nodes, 1.0))
     terms = np.stack([np.ones(len(rows)), log_nodes, rows.port_bytes * 1e6], axis=1)
-    alpha_us, per_node_us, byte_s = _relative_nnls(terms, rows.us)
+    alpha_us, per_node_us, byte_s = relative_nnls(terms, rows.us)
     if byte_s <= 0:
         raise InputError("the rows do not show a rate: time at least two sizes, one of them large")
     return ExchangeFit(
@@ -287,7 +287,7 @@ def _expert_terms(rows: ExpertRows) -> FloatArray:
     )
 
 
-def _relative_nnls(terms_MP: FloatArray, us_M: FloatArray) -> FloatArray:
+def relative_nnls(terms_MP: FloatArray, us_M: FloatArray) -> FloatArray:
     """[P] non-negative coefficients that minimise the squared relative error."""
     from scipy.optimize import nnls
 
