@@ -29,7 +29,7 @@ _LINE_BYTES = 60_000
 _FLOORS = ("traces", "kernels", "placement", "simulator", "workers")
 _KEPT = {".py", ".yaml", ".json", ".html", ".safetensors", ".md", ".typed", ".txt"}
 _POLL_S = 1.0
-_READY_S = 60.0
+_READY_S = 180.0
 
 
 @dataclass(frozen=True)
