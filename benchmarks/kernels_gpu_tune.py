@@ -18,7 +18,7 @@ import triton
 from kernels_gpu import median_us
 from kernels_gpu_layers import Layers, draw_logits
 
-from loadmaster.kernels import triton_backend
+from loadmaster.kernels import triton_routing
 from loadmaster.kernels.grouped import moe_layer_from_logits
 from loadmaster.kernels.routing import histogram, top_k
 from loadmaster.kernels.tile_configs import (
@@ -100,7 +100,7 @@ def _candidates(rows: int) -> Iterator[Tiles]:
 def _run(
     layers: Layers, x: torch.Tensor, logits: torch.Tensor, tiles: Tiles, weight_set: int
 ) -> torch.Tensor:
-    with mock.patch.object(triton_backend, "choose_tiles", lambda key: tiles):
+    with mock.patch.object(triton_routing, "choose_tiles", lambda key: tiles):
         return moe_layer_from_logits(
             x, logits, layers.ours[weight_set], k=layers.shape.choices, normalize=True
         )

@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_kernels as kernels
+from . import triton_product_kernels, triton_routing_kernels
 from .tile_configs import Tile, Tiles, default_tiles, fit_tiles, tuned_tiles
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -62,7 +62,8 @@ def compile_kernel(
     name: str, constants: dict[str, Any], warps: int, stages: int, float_type: str = "bf16"
 ) -> Build:
     """Compile one kernel for sm_90 and read its machine code."""
-    function = getattr(kernels, name)
+    routing = hasattr(triton_routing_kernels, name)
+    function = getattr(triton_routing_kernels if routing else triton_product_kernels, name)
     signature = {
         argument: "constexpr"
         if argument in constants
@@ -124,7 +125,7 @@ def all_builds() -> Iterator[Build]:
     in_use += [tiles for _, tiles in tuned_tiles()]
     for tiles in dict.fromkeys(fit_tiles(tiles, 2) for tiles in in_use):
         yield from product_builds(tiles)
-    for kind in kernels.ACTIVATIONS[1:]:
+    for kind in triton_product_kernels.ACTIVATIONS[1:]:
         yield from product_builds(default_tiles(64), kind, bias=kind == "gptoss_clamped")
     yield from routing_builds(128, 32, 32)
     yield from routing_builds(512, 8, 8)

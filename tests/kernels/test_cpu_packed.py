@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadmaster.kernels import cpu_packed
@@ -35,6 +35,7 @@ Maker = Callable[..., Any]
 LIMIT, ALPHA = np.float32(7.0), np.float32(1.702)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2000), max_size=12))
 def test_strips_cover_every_row_once_in_order(counts: list[int]) -> None:
     blocks = [block for strip in row_strips(counts) for block in strip]
@@ -43,6 +44,7 @@ def test_strips_cover_every_row_once_in_order(counts: list[int]) -> None:
     assert covered == [(slot, row) for row, slot in enumerate(expected)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2000), max_size=12))
 def test_strips_stay_in_bounds(counts: list[int]) -> None:
     for strip in row_strips(counts):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadmaster.errors import InputError
@@ -62,6 +62,7 @@ class TestTopK:
 
 
 class TestHistogram:
+    @settings(deadline=None)
     @given(
         st.lists(st.lists(st.integers(-3, 12), min_size=3, max_size=3), min_size=1, max_size=40),
         st.sampled_from([torch.int32, torch.int64]),
@@ -93,6 +94,7 @@ class TestAssignSlots:
         quota = torch.tensor([2, 1, 0, 2, 1])
         assert assign_slots(ids, quota, slot_expert).tolist() == [[1, 0], [0, 3], [3, 4]]
 
+    @settings(deadline=None)
     @given(st.data())
     def test_every_quota_is_met_and_every_expert_kept(self, data: st.DataObject) -> None:
         experts, slots = data.draw(st.integers(1, 6)), data.draw(st.integers(6, 14))
@@ -135,6 +137,7 @@ class TestAssignSlots:
 
 
 class TestSortBySlot:
+    @settings(deadline=None)
     @given(st.lists(st.integers(-2, 6), max_size=60), st.sampled_from([torch.int32, torch.int64]))
     def test_is_the_stable_order_of_what_is_kept(
         self, slots: list[int], dtype: torch.dtype

@@ -1,7 +1,7 @@
 """Blocks come from the histogram and from what was tuned, never from a run-time search."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadmaster.kernels import tile_configs
@@ -49,6 +49,7 @@ def test_default_blocks_grow_with_rows() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 4]))
 def test_fitted_blocks_fit_and_keep_one_depth(rows: int, element_bytes: int) -> None:
     tiles = fit_tiles(default_tiles(rows), element_bytes)

@@ -36,7 +36,7 @@ def _routed(weights: ExpertWeights, slot_TK: torch.Tensor) -> tuple[torch.Tensor
     backend = weights._backend
     assert isinstance(backend, TritonSlots)
     gate = torch.zeros(slot_TK.shape)
-    routed = backend._route(None, slot_TK, gate, False, backend._identity, None, None)
+    routed = backend._router.route(None, slot_TK, gate, False, backend._identity, None, None)
     tiles = routed.tiles
     return (
         routed.source_A,

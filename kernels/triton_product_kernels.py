@@ -1,0 +1,238 @@
+"""Triton kernels that multiply, written for Hopper.
+
+    up_swiglu     gathers rows, gate and up products in two accumulators, activation
+    down_scatter  second product; every row is written once, to its own place
+    reduce        a token's rows, weighted and summed in float32 in its own top-k order
+
+Knows pointers, strides and block sizes only; `triton_backend.py` allocates and launches.
+
+Exactness: in both products weights stand on the M side and tokens on the N side, at every
+batch size, so the same matrix instruction walks K in the same order whatever the tile. Nothing is
+added atomically; gates are applied in `reduce`, where rows from other ranks are applied too.
+"""
+
+# mypy: disallow-untyped-decorators=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "gptoss_clamped")
+
+
+@triton.jit
+def _sigmoid(x: tl.tensor) -> tl.tensor:
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _gated(
+    gate: tl.tensor, up: tl.tensor, limit: tl.tensor, alpha: tl.tensor, KIND: tl.constexpr
+) -> tl.tensor:
+    """The gated activation in float32."""
+    if KIND == "silu":
+        return gate * _sigmoid(gate) * up
+    elif KIND == "relu":
+        return tl.where(gate < 0.0, 0.0, gate) * up
+    elif KIND == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    elif KIND == "gelu_tanh":
+        # 0.5 (1 + tanh z) is sigmoid(2 z)
+        return gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    else:
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, up)
+        up = tl.where(up < -limit, -limit, up)
+        return (up + 1.0) * gate * _sigmoid(alpha * gate)
+
+
+@triton.jit
+def up_swiglu(
+    x: tl.tensor,
+    weights: tl.tensor,
+    biases: tl.tensor,
+    act: tl.tensor,
+    source: tl.tensor,
+    segment_slot: tl.tensor,
+    slot_row: tl.tensor,
+    row_end: tl.tensor,
+    tile_segment: tl.tensor,
+    tile_row: tl.tensor,
+    tile_count: tl.tensor,
+    hidden: tl.tensor,
+    intermediate: tl.tensor,
+    stride_x: tl.tensor,
+    limit: tl.tensor,
+    alpha: tl.tensor,
+    K: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """act [A, I] = f(gate(x), up(x)) for every row, persistent over tiles x column blocks.
+
+    weights [rows, 2I, H], gate rows first; GATHER: row r reads token source[r] // K, else row r.
+    EVEN: H is a multiple of BLOCK_K, so the loop needs no mask; rows and columns past their end
+    read the first one instead and are not stored.
+    """
+    tiles = tl.load(tile_count)
+    columns = (intermediate + BLOCK_N - 1) // BLOCK_N
+    m = tl.arange(0, BLOCK_ROWS)
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    for work in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
+        # Tiles fastest: neighbours in time share a block of weights.
+        tile = work % tiles
+        column = (work // tiles) * BLOCK_N + n
+        segment = tl.load(tile_segment + tile)
+        end = tl.load(row_end + segment)
+        row = tl.load(tile_row + tile) + m
+        kept = row < end
+        weight_row = tl.load(slot_row + tl.load(segment_slot + segment)).to(tl.int64)
+        token = tl.where(kept, row, 0)
+        if GATHER:
+            token = tl.load(source + token) // K
+        x_at = x + token.to(tl.int64)[None, :] * stride_x + k[:, None]
+        within = column < intermediate
+        base = weights + weight_row * (2 * intermediate) * hidden
+        offset = tl.where(within, column, 0).to(tl.int64)[:, None] * hidden + k[None, :]
+        gate_at = base + offset
+        up_at = base + intermediate.to(tl.int64) * hidden + offset
+        gate = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
+        for start in range(0, hidden, BLOCK_K):
+            if EVEN:
+                x_tile = tl.load(x_at)
+                gate_tile = tl.load(gate_at)
+                up_tile = tl.load(up_at)
+            else:
+                inside = k < hidden - start
+                x_tile = tl.load(x_at, mask=inside[:, None], other=0.0)
+                gate_tile = tl.load(gate_at, mask=inside[None, :], other=0.0)
+                up_tile = tl.load(up_at, mask=inside[None, :], other=0.0)
+            if UPCAST:
+                x_tile = x_tile.to(tl.float32)
+                gate_tile = gate_tile.to(tl.float32)
+                up_tile = up_tile.to(tl.float32)
+            gate = tl.dot(gate_tile, x_tile, gate, input_precision=PRECISION)
+            up = tl.dot(up_tile, x_tile, up, input_precision=PRECISION)
+            x_at += BLOCK_K
+            gate_at += BLOCK_K
+            up_at += BLOCK_K
+        if HAS_BIAS:
+            bias_at = biases + weight_row * (2 * intermediate) + column
+            gate += tl.load(bias_at, mask=within, other=0.0).to(tl.float32)[:, None]
+            up += tl.load(bias_at + intermediate, mask=within, other=0.0).to(tl.float32)[:, None]
+        value = _gated(gate, up, limit, alpha, KIND)
+        act_at = act + row.to(tl.int64)[None, :] * intermediate + column[:, None]
+        value = value.to(act.dtype.element_ty)
+        tl.store(act_at, value, mask=within[:, None] & kept[None, :])
+
+
+@triton.jit
+def down_scatter(
+    act: tl.tensor,
+    weights: tl.tensor,
+    biases: tl.tensor,
+    y: tl.tensor,
+    source: tl.tensor,
+    segment_slot: tl.tensor,
+    slot_row: tl.tensor,
+    row_end: tl.tensor,
+    tile_segment: tl.tensor,
+    tile_row: tl.tensor,
+    tile_count: tl.tensor,
+    hidden: tl.tensor,
+    intermediate: tl.tensor,
+    stride_y: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    SCATTER: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """y = down(act), unweighted; row r goes to row source[r] with SCATTER, else to row r.
+
+    weights [rows, H, I]. Every row of y is written by one tile, once per column block. Gates
+    are left to `reduce`, so that rows computed here and on another rank round alike.
+    """
+    tiles = tl.load(tile_count)
+    columns = (hidden + BLOCK_N - 1) // BLOCK_N
+    m = tl.arange(0, BLOCK_ROWS)
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    for work in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
+        tile = work % tiles
+        column = (work // tiles) * BLOCK_N + n
+        segment = tl.load(tile_segment + tile)
+        end = tl.load(row_end + segment)
+        row = tl.load(tile_row + tile) + m
+        kept = row < end
+        weight_row = tl.load(slot_row + tl.load(segment_slot + segment)).to(tl.int64)
+        within = column < hidden
+        act_row = tl.where(kept, row, 0).to(tl.int64)
+        act_at = act + act_row[None, :] * intermediate + k[:, None]
+        offset = tl.where(within, column, 0).to(tl.int64)[:, None] * intermediate + k[None, :]
+        weight_at = weights + weight_row * hidden * intermediate + offset
+        total = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
+        for start in range(0, intermediate, BLOCK_K):
+            if EVEN:
+                act_tile = tl.load(act_at)
+                weight_tile = tl.load(weight_at)
+            else:
+                inside = k < intermediate - start
+                act_tile = tl.load(act_at, mask=inside[:, None], other=0.0)
+                weight_tile = tl.load(weight_at, mask=inside[None, :], other=0.0)
+            if UPCAST:
+                act_tile = act_tile.to(tl.float32)
+                weight_tile = weight_tile.to(tl.float32)
+            total = tl.dot(weight_tile, act_tile, total, input_precision=PRECISION)
+            act_at += BLOCK_K
+            weight_at += BLOCK_K
+        if HAS_BIAS:
+            bias_at = biases + weight_row * hidden + column
+            total += tl.load(bias_at, mask=within, other=0.0).to(tl.float32)[:, None]
+        if SCATTER:
+            target = tl.load(source + row, mask=kept, other=0).to(tl.int64)
+        else:
+            target = row.to(tl.int64)
+        y_at = y + target[None, :] * stride_y + column[:, None]
+        tl.store(y_at, total.to(y.dtype.element_ty), mask=within[:, None] & kept[None, :])
+
+
+@triton.jit
+def reduce(
+    y: tl.tensor,
+    where: tl.tensor,
+    gates: tl.tensor,
+    out: tl.tensor,
+    hidden: tl.tensor,
+    stride_y: tl.tensor,
+    stride_out: tl.tensor,
+    K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+) -> None:
+    """out[t] = sum over k of gates[t, k] * y[where[t, k]], float32, choice 0 first.
+
+    A negative `where` adds nothing and is not read; each token is one program per column block.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = h < hidden
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for choice in tl.static_range(K):
+        row = tl.load(where + t * K + choice).to(tl.int64)
+        gate = tl.load(gates + t * K + choice)
+        kept = inside & (tl.broadcast_to(row, BLOCK_H) >= 0)
+        value = tl.load(y + row * stride_y + h, mask=kept, other=0.0).to(tl.float32)
+        total += tl.where(kept, gate * value, 0.0)
+    tl.store(out + t * stride_out + h, total.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,222 @@
+"""The expert weights of one layer's slots on one rank, in the form its backend computes on.
+
+Chooses the backend; knows how experts go in, come out and change slots. Knows nothing of rows,
+routing, plans or ranks: `grouped.py` checks inputs and calls `run*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .activation import ExpertActivation
+from .backend import SlotBackend, SlotShape
+from .cpu_packed import PackedSlots, packed_available
+from .dispatch_table import DispatchTable
+from .load_record import LoadRecord
+from .torch_backend import TorchSlots
+
+BACKENDS = ("auto", "torch", "packed", "triton")
+
+
+class ExpertWeights:
+    """The expert weights of one layer's slots on one rank, in the form its backend computes on."""
+
+    def __init__(self, backend: SlotBackend) -> None:
+        self._backend = backend
+
+    @classmethod
+    def allocate(
+        cls,
+        slots: int,
+        hidden: int,
+        intermediate: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        activation: ExpertActivation,
+        bias: bool = False,
+        backend: str = "auto",
+    ) -> ExpertWeights:
+        """Room for `slots` experts, all zero until `set_slot` fills them.
+
+        backend: `auto` takes the fastest that fits dtype, device and this machine; the other
+        names force one, for tests and benchmarks.
+        """
+        if min(slots, hidden, intermediate) < 1:
+            raise InputError(
+                "slots, hidden and intermediate must be >= 1; "
+                f"got {slots}, {hidden}, {intermediate}"
+            )
+        shape = SlotShape(
+            slots=slots,
+            hidden=hidden,
+            intermediate=intermediate,
+            dtype=dtype,
+            device=torch.device(device),
+            activation=activation,
+            bias=bias,
+        )
+        return cls(_choose_backend(shape, backend))
+
+    @property
+    def slots(self) -> int:
+        return self._backend.shape.slots
+
+    @property
+    def hidden(self) -> int:
+        return self._backend.shape.hidden
+
+    @property
+    def intermediate(self) -> int:
+        return self._backend.shape.intermediate
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._backend.shape.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._backend.shape.device
+
+    @property
+    def activation(self) -> ExpertActivation:
+        return self._backend.shape.activation
+
+    @property
+    def bias(self) -> bool:
+        return self._backend.shape.bias
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend in use."""
+        return self._backend.name
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of one expert's logical tensors: what a move between ranks sends."""
+        numbers = sum(
+            torch.Size(size).numel() for size in self._backend.shape.tensor_shapes().values()
+        )
+        return numbers * self.dtype.itemsize
+
+    def set_slot(
+        self,
+        slot: int,
+        gate_up: Tensor,
+        down: Tensor,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        """Fill one slot with an expert; packs this slot only.
+
+        gate_up [2I, H] in the row order the activation names, down [H, I], biases [2I] and [H]
+        exactly when the weights were allocated with `bias`. The tensors may be reused afterwards.
+        """
+        given = {
+            "gate_up": gate_up,
+            "down": down,
+            "gate_up_bias": gate_up_bias,
+            "down_bias": down_bias,
+        }
+        self.load_slot(slot, {name: tensor for name, tensor in given.items() if tensor is not None})
+
+    def load_slot(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
+        """`set_slot` from what `get_slot` returned, here or on another rank."""
+        self._check_slot(slot)
+        shapes = self._backend.shape.tensor_shapes()
+        if set(tensors) != set(shapes):
+            raise InputError(
+                f"slot {slot} needs exactly {', '.join(shapes)}; got {', '.join(sorted(tensors))}"
+            )
+        for name, size in shapes.items():
+            tensor = tensors[name]
+            if tuple(tensor.shape) != size or tensor.dtype != self.dtype:
+                raise InputError(
+                    f"{name} for slot {slot} is {tuple(tensor.shape)} {tensor.dtype}; "
+                    f"it must be {size} {self.dtype}"
+                )
+        own = {name: tensors[name].detach().to(self.device) for name in shapes}
+        self._backend.set_slot(slot, own)
+
+    def get_slot(self, slot: int) -> dict[str, Tensor]:
+        """One slot's logical tensors, bit for bit as `set_slot` got them (new tensors)."""
+        self._check_slot(slot)
+        return self._backend.get_slot(slot)
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Give slot `target` the expert of slot `source`; copies no weights."""
+        self._check_slot(target)
+        order = list(range(self.slots))
+        order[target] = source
+        self.rearrange(order)
+
+    def rearrange(self, source_S: Sequence[int]) -> None:
+        """Slot s takes the expert that slot source_S[s] holds; swaps a table, copies no weights.
+
+        So a plan is applied by filling spare slots and then one `rearrange` between two steps.
+        """
+        if len(source_S) != self.slots:
+            raise InputError(f"rearrange needs {self.slots} sources; got {len(source_S)}")
+        for source in source_S:
+            self._check_slot(source)
+        self._backend.rearrange(source_S)
+
+    def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
+        """Compute checked rows; callers use `grouped_experts`."""
+        self._backend.run(x_AH, count_S, out_AH)
+
+    def run_layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
+        """Compute a checked layer; callers use `moe_layer`."""
+        self._backend.layer(x_TH, slot_TK, gate_TK, out_TH)
+
+    def run_from_logits(
+        self,
+        x_TH: Tensor,
+        logits_TE: Tensor,
+        k: int,
+        normalize: bool,
+        table: DispatchTable | None,
+        quota_S: Tensor | None,
+        record: LoadRecord | None,
+        out_TH: Tensor,
+    ) -> bool:
+        """Compute a checked layer from logits, if the backend routes by itself; else False."""
+        fused = getattr(self._backend, "layer_from_logits", None)
+        if fused is None:
+            return False
+        fused(x_TH, logits_TE, k, normalize, table, quota_S, record, out_TH)
+        return True
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.slots:
+            raise InputError(f"slot {slot} is past the table of {self.slots} slots")
+
+
+def _choose_backend(shape: SlotShape, name: str) -> SlotBackend:
+    if name not in BACKENDS:
+        raise InputError(f"backend {name!r} is not known; use one of {', '.join(BACKENDS)}")
+    if name == "triton" or (name == "auto" and shape.device.type == "cuda"):
+        backend = _triton_backend(shape)
+        if backend is not None:
+            return backend
+    packed = shape.device.type == "cpu" and packed_available(shape.dtype)
+    if name == "triton" or (name == "packed" and not packed):
+        raise InputError(
+            f"backend {name!r} cannot run {shape.dtype} on {shape.device} here; use 'auto'"
+        )
+    return PackedSlots(shape) if packed and name != "torch" else TorchSlots(shape)
+
+
+def _triton_backend(shape: SlotShape) -> SlotBackend | None:
+    """The Triton backend, where Triton is installed and runs on this device."""
+    try:
+        from .triton_backend import TritonSlots, triton_available
+    except ImportError:
+        return None
+    if shape.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    return TritonSlots(shape) if triton_available(shape.device) else None
