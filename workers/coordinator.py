@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ..errors import LoadmasterError
 from ..placement.plan import Plan
 from ..traces.merge import concatenate, in_step_order
+from ..traces.record import RecordingSummary
 from ..traces.spec import ModelSpec
 from ..traces.trace import DECODE, PREFILL, RoutingTrace
 from .exchange_errors import ExchangeError
@@ -178,6 +179,15 @@ class Coordinator:
         traces = [t for t in parts if t is not None]
         return in_step_order(concatenate(traces)) if traces else None
 
+    def end_recording(self) -> list[RecordingSummary]:
+        """Stop recording and finish the files; what each rank kept, and what it lost and why."""
+
+        def end() -> list[RecordingSummary]:
+            self._recording = False
+            return [s for s in self._crew.all("close_recording") if s is not None]
+
+        return self._at_boundary(end)
+
     def measurements(self, after_step: int = 0) -> Measurements:
         """Figures of the steps after `after_step` (steps count from 1), as far as they are kept."""
         with self._changed:
@@ -197,6 +207,7 @@ class Coordinator:
                 "recoveries": list(self._recoveries),
                 "broken": self._broken,
                 "model_spec": self.model_spec,
+                "model_dir": self.settings.ranks[0].model_dir,
             }
 
     # ---- plans -----------------------------------------------------------------------------
@@ -292,7 +303,10 @@ class Coordinator:
         for work, future in batch:
             try:
                 future.set_result(work())
-            except LoadmasterError as error:
+            except (RankLostError, ExchangeError) as error:
+                future.set_exception(error)
+                raise
+            except Exception as error:
                 future.set_exception(error)
 
     def _run_step(self) -> None:

@@ -20,6 +20,7 @@ from ..errors import LoadmasterError, UsageError
 from ..placement.capacity import CapacityRule
 from ..placement.cluster import Cluster, Traffic
 from ..placement.plan import DispatchSpec, Plan, Provenance
+from ..traces.record import RecordingSummary
 from ..traces.spec import ModelSpec
 from ..traces.trace import RoutingTrace
 from . import run_folder
@@ -32,6 +33,7 @@ from .settings import GroupSettings, Limits, RankSettings, served_spec
 from .step_log import Measurements
 from .switch import ApplyReport
 from .tables import PhasePlans
+from .text import Prompt, as_tokens
 from .work import ReplayedRouting
 
 # Ray declares few of its types.
@@ -70,6 +72,7 @@ class Group:
     def __init__(self, name: str, actor: Any) -> None:
         self.name = name
         self._line = Line(name, actor)
+        self._model_dir: str | None = None
 
     @classmethod
     def start(
@@ -169,7 +172,7 @@ class Group:
 
     def prefill(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         domains: Sequence[str] | None = None,
         step_tokens: int = 4096,
     ) -> PrefillResult:
@@ -184,12 +187,12 @@ class Group:
             next_tokens=tuple(s.tokens[0] for s in states),
             digests=tuple(s.digest for s in states),
             steps=self._line.ask_again("status")["step"] - first,
-            tokens=sum(len(p) for p in prompts),
+            tokens=sum(len(self._tokens(p)) for p in prompts),
         )
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         max_new_tokens: int,
         domains: Sequence[str] | None = None,
         stop_tokens: Sequence[int] = (),
@@ -200,13 +203,17 @@ class Group:
 
     def submit(
         self,
-        prompt: Sequence[int],
+        prompt: Prompt,
         max_new_tokens: int = 64,
         domain: str | None = None,
         stop_tokens: Sequence[int] = (),
     ) -> Stream:
-        """Send one request; its tokens stream. Raises InputError when it cannot be served."""
-        order = Order(np.asarray(prompt), max_new_tokens, domain, tuple(stop_tokens))
+        """Send one request, token ids or text; its tokens stream.
+
+        Raises InputError when it cannot be served.
+        """
+        tokens = np.asarray(self._tokens(prompt))
+        order = Order(tokens, max_new_tokens, domain, tuple(stop_tokens))
         return Stream(self._line, order)
 
     def logits(
@@ -231,9 +238,16 @@ class Group:
         finally:
             self._line.ask_again("configure", all_logits=False)
 
+    def _tokens(self, prompt: Prompt) -> Sequence[int]:
+        if not isinstance(prompt, str | bytes):
+            return prompt
+        if self._model_dir is None:
+            self._model_dir = str(self._line.ask_again("status")["model_dir"])
+        return as_tokens(prompt, self._model_dir)
+
     def _run(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         max_new_tokens: int,
         domains: Sequence[str] | None,
         stop_tokens: Sequence[int] = (),
@@ -242,7 +256,8 @@ class Group:
             raise UsageError(f"{len(domains)} domains for {len(prompts)} prompts")
         stops = tuple(stop_tokens)
         orders = [
-            Order(np.asarray(p), max_new_tokens, domains[i] if domains else None, stops)
+            Order(np.asarray(self._tokens(p)), max_new_tokens, domains[i] if domains else None,
+                  stops)
             for i, p in enumerate(prompts)
         ]
         states = run(self._line, orders)
@@ -254,6 +269,10 @@ class Group:
     def record(self, on: bool) -> None:
         """Record routing from the next step on, or stop."""
         self._line.ask_again("configure", recording=on)
+
+    def end_recording(self) -> list[RecordingSummary]:
+        """Stop recording and finish the files; what each rank kept, and what it lost and why."""
+        return self._line.ask("end_recording")  # type: ignore[no-any-return]
 
     def trace(self, *, take: bool = False) -> RoutingTrace:
         """What all ranks recorded so far, logical ids, in step order. take: and start afresh.

@@ -6,6 +6,7 @@ exchange. Knows nothing of queues, the other ranks' requests, or why a plan was 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 import time
@@ -371,8 +372,17 @@ class Rank:
         return trace
 
     def close_recording(self) -> RecordingSummary | None:
-        """Finish the files under `record_to`; says what was kept and what went wrong, if it did."""
-        return None if self._recorder is None else self._recorder.close()
+        """Finish the files under `record_to`; says what was kept and what went wrong, if it did.
+
+        Recording again goes on after them. None when nothing was recorded.
+        """
+        recorder, self._recorder = self._recorder, None
+        if recorder is None:
+            return None
+        self.settings = dataclasses.replace(
+            self.settings, resume_recording=self.settings.record_to is not None
+        )
+        return recorder.close()
 
     def _begin_recording(self, work: StepWork) -> Recorder | None:
         if not work.record or not work.chunks:
