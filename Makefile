@@ -33,6 +33,7 @@ types: .venv/installed
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -r constraints.txt
 	$(BIN)/python -m pip install -q -e ".[dev]" -c constraints.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m loadmaster.workers.warm_up
 	touch $@
 
 clean:
