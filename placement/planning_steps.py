@@ -27,6 +27,7 @@ STEP_ASSIGNMENTS = 1 << 20  # choices of one layer to search on: more steps teac
 MOST_STEPS, FEWEST_STEPS = 64, 16
 FEWEST_VALIDATION_STEPS = 2
 FEW_IN_FLIGHT = 16          # a second set of steps has this many times fewer requests in flight
+LEAST_STEP = 32             # tokens
 MOST_PASSES = 8             # through the same tokens, each with another seed
 MOST_REQUESTS = 512         # whose loads shape the scenarios
 
@@ -37,7 +38,7 @@ class LayerTraffic:
 
     trace: RoutingTrace | None       # this layer alone: ids [T, 1, K]
     planning: Steps | None
-    bursty: Steps | None             # planning tokens again, few requests in flight
+    extra: tuple[Steps, ...]         # planning tokens again, in other steps to search on
     validation: Steps | None
     load_WE: FloatArray | None       # average loads, where there is no trace
     num_experts: int
@@ -49,11 +50,11 @@ class LayerTraffic:
         return self._counts(self.planning)
 
     def search_WE(self) -> FloatArray:
-        """[W, E] planning and bursty steps."""
+        """[W, E] planning and extra steps."""
         if self.load_WE is not None:
             return self.load_WE
-        parts = [self._counts(s) for s in (self.planning, self.bursty) if s is not None]
-        return np.concatenate(parts)
+        parts = [self.planning, *self.extra]
+        return np.concatenate([self._counts(s) for s in parts])
 
     def request_RE(self) -> FloatArray:
         """[R, E] load of each request of the planning part; windows where there is no trace."""
@@ -89,14 +90,14 @@ class LayerTraffic:
 
 @dataclass(frozen=True)
 class PlanningSteps:
-    """Steps to search on (`planning`, `bursty`) and, apart, to decide on (`validation`).
+    """Steps to search on (`planning`, `extra`) and, apart, to decide on (`validation`).
 
     Without a trace only `load_WLE` is there: each row is one step of average loads.
     """
 
     trace: RoutingTrace | None
     planning: Steps | None
-    bursty: Steps | None
+    extra: tuple[Steps, ...]
     validation: Steps | None
     load_WLE: FloatArray | None
     num_experts: int
@@ -109,10 +110,10 @@ class PlanningSteps:
         """One layer's share."""
         if self.load_WLE is not None:
             loads = np.ascontiguousarray(self.load_WLE[:, layer], np.float64)
-            return LayerTraffic(None, None, None, None, loads, self.num_experts)
+            return LayerTraffic(None, None, (), None, loads, self.num_experts)
         assert self.trace is not None
         return LayerTraffic(
-            one_layer(self.trace, layer), self.planning, self.bursty, self.validation, None,
+            one_layer(self.trace, layer), self.planning, self.extra, self.validation, None,
             self.num_experts,
         )
 
@@ -158,14 +159,12 @@ def _steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
         planning = _passes(trace, planning_tokens, sampler, most)
         validation = _passes(trace, validation_tokens, sampler, most)
         if planning is None or validation is None or len(validation) < FEWEST_VALIDATION_STEPS:
-            planning, validation = sampler.sample(trace, most), None
-            planning_tokens = np.arange(trace.num_tokens)
+            planning_tokens, validation = np.arange(trace.num_tokens), None
+            planning = _passes(trace, planning_tokens, sampler, most)
+            if planning is None:
+                planning = sampler.sample(trace, most)    # says what is missing
         if sampler.order == "interleaved":
-            few = replace(
-                sampler, concurrency=max(1, sampler.concurrency // FEW_IN_FLIGHT),
-                seed=sampler.seed + 1,
-            )
-            bursty = _passes(trace, planning_tokens, few, most // 2)
+            extra = _other_steps(trace, planning_tokens, sampler, most // 2)
     if validation is None:
         notes.append("too short a trace to hold back a validation part")
     said = (
@@ -173,7 +172,7 @@ def _steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
         f"steps of {sampler.tokens} tokens, {sampler.order}, {sampler.concurrency} in flight"
     )
     return PlanningSteps(
-        trace, planning, bursty, validation, None, trace.num_experts, trace.num_layers,
+        trace, planning, extra, validation, None, trace.num_experts, trace.num_layers,
         trace.layer_indices, tuple(dict.fromkeys((*planning.notes, *notes))), said,
     )
 
@@ -182,7 +181,7 @@ def _steps_of_loads(profile: Profile) -> PlanningSteps:
     """Average loads as steps, one per window; windows of any scale weigh alike."""
     loads = np.asarray(profile.load_WLE, np.float64)
     return PlanningSteps(
-        None, None, None, None, loads, profile.num_experts, profile.num_layers,
+        None, None, (), None, loads, profile.num_experts, profile.num_layers,
         profile.layer_indices,
         ("planned for load only: no steps, requests or homes were recorded",),
         f"average loads in {profile.num_windows} windows",
@@ -213,7 +212,8 @@ def _thinned(start: int, stop: int, most: int) -> npt.NDArray[np.int64]:
 
 
 def _passes(
-    trace: RoutingTrace, tokens: npt.NDArray[np.int64], sampler: StepSampler, wanted: int
+    trace: RoutingTrace, tokens: npt.NDArray[np.int64], sampler: StepSampler, wanted: int,
+    *, passes: int | None = None,
 ) -> Steps | None:
     """Up to `wanted` steps of some of the trace's tokens, as indices into the whole trace.
 
@@ -226,7 +226,8 @@ def _passes(
     part = trace.select(tokens)
     quarter = max(1, len(np.unique(part.request_T())) // 4)
     found: list[Steps] = []
-    for turn in range(MOST_PASSES if sampler.order != "stored" else 1):
+    turns = (1 if sampler.order == "stored" else MOST_PASSES) if passes is None else passes
+    for turn in range(turns):
         in_flight = sampler.concurrency if turn == 0 else min(sampler.concurrency, quarter)
         again = replace(sampler, concurrency=in_flight, seed=sampler.seed + 7919 * turn)
         try:
@@ -241,6 +242,23 @@ def _passes(
     order = np.concatenate([s.token for s in found])
     offset = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
     return Steps(tokens[order], offset, found[0].notes)
+
+
+def _other_steps(
+    trace: RoutingTrace, tokens: npt.NDArray[np.int64], sampler: StepSampler, wanted: int
+) -> tuple[Steps, ...]:
+    """Steps with few requests in flight; and, where the trace has fewer requests than are in flight
+    in a step, smaller steps in which each contributes only as much as it would among them all.
+    """
+    few = replace(
+        sampler, concurrency=max(1, sampler.concurrency // FEW_IN_FLIGHT), seed=sampler.seed + 1
+    )
+    found = [_passes(trace, tokens, few, wanted)]
+    requests = len(np.unique(trace.request_T()[tokens]))
+    if requests < sampler.concurrency:
+        share = max(LEAST_STEP, sampler.tokens * requests // sampler.concurrency)
+        found.append(_passes(trace, tokens, replace(sampler, tokens=share), wanted, passes=1))
+    return tuple(steps for steps in found if steps is not None)
 
 
 @compiled

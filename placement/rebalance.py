@@ -24,7 +24,7 @@ from ..traces.trace import RoutingTrace
 from .cluster import Cluster
 from .cost import move_cost
 from .evaluate import evaluate
-from .layer_job import Candidate, LayerAnswer, LayerTask, answer_with, judged, objective_W
+from .layer_job import LayerAnswer, LayerTask, answer_with, judged, objective_W
 from .layer_threads import LayerThreads
 from .plan import DispatchSpec, Plan
 from .planner import (
@@ -133,9 +133,20 @@ def _climb(task: LayerTask) -> _Ladder:
         slots.append(found)
         budgets.append(budget)
         prices.append(_price(task.start_GC, found, task.move_price_E))
-    steps = judging.traffic.validation or judging.traffic.planning
-    cost_KW = np.stack([objective_W(judging, s, steps) for s in slots])
+    cost_KW = np.stack([_cost_W(judging, s) for s in slots])
     return _Ladder(tuple(slots), tuple(budgets), tuple(prices), cost_KW, noise)
+
+
+def _cost_W(task: LayerTask, slots_GC: SlotArray) -> FloatArray:
+    """[W] the objective on steps held back; where nothing was, on all steps searched on."""
+    traffic = task.traffic
+    if traffic.trace is None:
+        return objective_W(task, slots_GC, None)
+    if traffic.validation is not None:
+        return objective_W(task, slots_GC, traffic.validation)
+    assert traffic.planning is not None
+    parts = [traffic.planning, *traffic.extra]
+    return np.concatenate([objective_W(task, slots_GC, steps) for steps in parts])
 
 
 def _halves(task: LayerTask) -> tuple[LayerTask, LayerTask, float]:
@@ -155,7 +166,7 @@ def _halves(task: LayerTask) -> tuple[LayerTask, LayerTask, float]:
     per_device = float((loads - first).sum(axis=1).mean()) / task.cluster.num_devices
 
     def half(part: FloatArray) -> LayerTask:
-        traffic = LayerTraffic(None, None, None, None, part, task.traffic.num_experts)
+        traffic = LayerTraffic(None, None, (), None, part, task.traffic.num_experts)
         return replace(task, traffic=traffic)
 
     return half(first), half(loads - first), 1.0 / np.sqrt(max(per_device, 1.0))
@@ -168,15 +179,10 @@ def _finish(final: _FinalTask) -> LayerAnswer:
     if final.budget == 0.0:
         return answer_with(task, judged(task, "current", task.start_GC))
     found = search_from(replace(task, move_budget=final.budget), task.start_GC)
-    candidate = judged(task, "rebalance", keep_places(task.start_GC, found))
-    standing = judged(task, "current", task.start_GC)
-    return answer_with(task, _better(task, standing, candidate))
-
-
-def _better(task: LayerTask, standing: Candidate, candidate: Candidate) -> Candidate:
-    name = task.objective
-    worse = candidate.decisive.objective(name) >= standing.decisive.objective(name)
-    return standing if worse else candidate
+    found = keep_places(task.start_GC, found)
+    worse = np.nanmean(_cost_W(task, found)) >= np.nanmean(_cost_W(task, task.start_GC))
+    name, slots = ("current", task.start_GC) if worse else ("rebalance", found)
+    return answer_with(task, judged(task, name, slots))
 
 
 def keep_places(before_GC: SlotArray, after_GC: SlotArray) -> SlotArray:
