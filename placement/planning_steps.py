@@ -149,7 +149,6 @@ def _steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
     wanted = STEP_ASSIGNMENTS // (sampler.tokens * trace.top_k)
     most = int(np.clip(wanted, FEWEST_STEPS, MOST_STEPS))
     notes: list[str] = []
-    bursty: Steps | None = None
     planning: Steps | None
     validation: Steps | None
     if sampler.order == "recorded":

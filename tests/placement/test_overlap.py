@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from loadmaster.errors import UsageError
 from loadmaster.placement.overlap import (
     LayerTimes,
