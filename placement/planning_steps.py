@@ -149,7 +149,7 @@ def _steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
     wanted = STEP_ASSIGNMENTS // (sampler.tokens * trace.top_k)
     most = int(np.clip(wanted, FEWEST_STEPS, MOST_STEPS))
     notes: list[str] = []
-    extra: Steps | None = None
+    extra: tuple[Steps, ...] = ()
     planning: Steps | None
     validation: Steps | None
     if sampler.order == "recorded":
