@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import simulator_checks
 import simulator_fits
 import simulator_queues
 import simulator_serving
@@ -26,10 +25,6 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "moe_gemm_h100": simulator_fits.moe_gemm_h100,
     "speed": simulator_speed.speed,
     "serving": simulator_serving.serving,
-    "live": simulator_checks.live,
-    "oracle": simulator_checks.oracle,
-    "orderings": simulator_checks.orderings,
-    "invariants": simulator_checks.invariants,
 }
 
 
