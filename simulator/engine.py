@@ -58,6 +58,7 @@ class ServingGroup:
         self.lanes = Lanes(loop.workload, loop.limits, num_devices, loop.requests)
         self.boundary: deque[BoundaryAction] = deque()
         self.next_boundary: deque[BoundaryAction] = deque()
+        self.on_step: list[Callable[[], None]] = []
         self.paused_ns = 0
         self.lost_steps = 0
         self.epoch = 0    # of the plan in force; whoever switches plans counts it up
@@ -117,6 +118,8 @@ class ServingGroup:
             loop.steps.append(start_ns, duration_ns, batch, self.index, epoch)
             loop.note_ended(lanes.complete(batch, loop.now_ns))
             self._turn_boundary()
+            for told in self.on_step:
+                told()
 
     def _turn_boundary(self) -> bool:
         """Bring forward what waited for a step; whether there was any."""

@@ -84,6 +84,7 @@ def switch_cost(run: Run, plan: Plan, group: int) -> MoveCost:
 
 def _stop(run: Run, plan: Plan, group: int, done: Callable[[], None]) -> int:
     cost = switch_cost(run, plan, group)
+    run.moved_bytes += cost.bytes
     pause_ns = round(cost.us * 1e3)
     _commit(run, plan, group, f"stopped for {cost.moves} experts, {cost.bytes} bytes", pause_ns)
     done()
@@ -108,6 +109,7 @@ def _next_layer(
     slots[layer] = target.slots[layer]
     mixed = dataclasses.replace(current, slots=slots, evidence=None)
     cost = switch_cost(run, mixed, group)
+    run.moved_bytes += cost.bytes
     pause_ns = round(cost.us * 1e3)
     _commit(run, mixed, group, f"layer {layer}: {cost.moves} experts, {cost.bytes} bytes", pause_ns)
     run.loop.groups[group].after_step(
@@ -125,6 +127,7 @@ def _hide(
     busy meanwhile, until nothing is left.
     """
     cost = switch_cost(run, plan, group)
+    run.moved_bytes += cost.bytes
     run.log("staging", f"{cost.moves} experts, {cost.bytes} bytes beside serving")
     left_ns = round(cost.us * 1e3 / link_share)
     while left_ns > 0:

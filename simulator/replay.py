@@ -1,9 +1,10 @@
 """Replay with a clock: a recorded run's own steps under any plans, side by side.
 
-The same steps in the same order for every plan, so differences are paired. A request begins with
-the first step that holds one of its tokens and ends with the last; with arrival times, a step waits
-until all its requests are there. Knows traces, plans and step times. Knows nothing of admission or
-KV memory: what ran together in the recording runs together here.
+The same steps in the same order for every plan, so differences are paired; bands and verdict are
+`placement.comparison`'s. A request begins with the first step that holds one of its tokens and ends
+with the last; with arrival times, a step waits until all its requests are there. Knows traces,
+plans and step times. Knows nothing of admission or KV memory: what ran together in the recording
+runs together here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from ..errors import InputError, UsageError
 from ..placement.cluster import Cluster
+from ..placement.comparison import Comparison, compare
 from ..placement.overlap import Overlap
 from ..placement.plan import DispatchSpec, Plan
 from ..traces.spec import ModelSpec
@@ -27,14 +29,12 @@ from .blame import OTHER_DISPATCHES, Blame, Usage, WaitSplit, split_wait
 from .composition import Composition
 from .result import Distribution
 from .routed import Condition, StepRouter
-from .streams import stream
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 # Steps priced together: enough to amortise a call, few enough to stay in the processor's cache.
 MOST_STEPS_AT_ONCE, CELLS_AT_ONCE = 64, 2**18
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,49 +55,15 @@ class ReplayedPlan:
         return float(self.step_end_us[-1])
 
 
-@dataclass(frozen=True)
-class PairedGain:
-    """How much shorter requests are under one plan than under another, in per cent of the other.
-
-    mean over requests of the paired latencies' sums, with a band from resampling requests (95 %).
-    """
-
-    plan: str
-    against: str
-    gain_percent: float
-    low_percent: float
-    high_percent: float
-
-    @property
-    def verdict(self) -> str:
-        """"faster", "slower" or "indistinguishable"."""
-        if self.low_percent > 0:
-            return "faster"
-        return "slower" if self.high_percent < 0 else "indistinguishable"
-
-
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """All plans over the same steps."""
+    """All plans over the same steps; `comparison` holds the paired bands and the verdict."""
 
     plans: dict[str, ReplayedPlan]
+    comparison: Comparison
     request: IntArray               # [R] request ids of the trace
     steps: int
     notes: tuple[str, ...] = ()
-
-    def gain(self, plan: str, against: str, *, seed: int = 0) -> PairedGain:
-        """Paired gain of one plan over another, requests resampled 1000 times."""
-        for name in (plan, against):
-            if name not in self.plans:
-                raise UsageError(f"no plan {name!r} was replayed: {', '.join(self.plans)}")
-        a = self.plans[plan].request_latency_us
-        b = self.plans[against].request_latency_us
-        rng = stream(seed, "bootstrap")
-        drawn = rng.integers(0, len(a), (RESAMPLES, len(a)))
-        gains = 100.0 * (1.0 - a[drawn].sum(axis=1) / b[drawn].sum(axis=1))
-        low, high = np.quantile(gains, (0.025, 0.975))
-        gain = 100.0 * (1.0 - a.sum() / b.sum())
-        return PairedGain(plan, against, float(gain), float(low), float(high))
 
     def to_dict(self) -> dict[str, Any]:
         """One row per plan."""
@@ -105,6 +71,7 @@ class Replay:
             "steps": self.steps,
             "requests": len(self.request),
             "notes": list(self.notes),
+            "comparison": self.comparison.to_dict(),
             "plans": {
                 name: {
                     "total_us": p.total_us, "step_us": vars(p.step_time),
@@ -127,11 +94,14 @@ def replay(
     overlap: Overlap | None = None,
     arrival_us: Mapping[int, float] | None = None,
     max_steps: int | None = None,
+    current: str | None = None,
+    seed: int = 0,
 ) -> Replay:
     """Play a trace's steps under each plan.
 
     steps None: the recorded steps where the trace has them, else the default sampler.
     arrival_us: request id -> time it arrived, for every request in the steps; None = no waiting.
+    current: the plan in force, what the verdict is about; None = the first. seed: of the bands.
     Raises UsageError without plans, InputError when something does not fit together.
     """
     if not plans:
@@ -150,7 +120,11 @@ def replay(
         name: _play(router, plan, compositions, ready_W, first_R, last_R)
         for name, plan in plans.items()
     }
-    return Replay(played, request, len(cut), cut.notes)
+    comparison = compare(
+        dict(plans), trace, cluster, steps=sampler, dispatch=spec, model=model, seed=seed,
+        current=current, max_steps=max_steps, overlap=overlap,
+    )
+    return Replay(played, comparison, request, len(cut), cut.notes)
 
 
 def _play(

@@ -141,6 +141,7 @@ class SimulationResult:
     slo: Slo | None
     events: tuple[Event, ...] = ()
     paused_us: float = 0.0
+    moved_bytes: int = 0
     lost_steps: int = 0
     seed: int = 0
     notes: tuple[str, ...] = ()
@@ -180,6 +181,7 @@ class SimulationResult:
             "blame": self.blame.to_dict(),
             "events": [vars(e) for e in self.events],
             "paused_us": self.paused_us,
+            "moved_bytes": self.moved_bytes,
             "lost_steps": self.lost_steps,
             "retried_requests": int((self.requests.retries > 0).sum()),
             "seed": self.seed,

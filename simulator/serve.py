@@ -67,9 +67,14 @@ class Serving:
 class Run:
     """A simulation under way: what plan switches and faults act on."""
 
-    def __init__(self, loop: ServingLoop, in_force: InForce, router: StepRouter, seed: int) -> None:
+    def __init__(
+        self, loop: ServingLoop, in_force: InForce, router: StepRouter, source: TokenSource,
+        seed: int,
+    ) -> None:
         self.loop, self.in_force, self.router, self.seed = loop, in_force, router, seed
+        self.source = source
         self.events: list[Event] = []
+        self.moved_bytes = 0
         self.notes: list[str] = []
 
     def log(self, kind: str, detail: str, pause_ns: int = 0) -> None:
@@ -125,7 +130,7 @@ def simulate(
     loop = ServingLoop(
         requests, timer, limits, num_devices=cluster.num_devices, groups=serving.groups
     )
-    run = Run(loop, in_force, router, seed)
+    run = Run(loop, in_force, router, source, seed)
     run.notes.extend(source.notes)
     for happening in happenings:
         happening.start(run)
@@ -170,7 +175,8 @@ def _result(run: Run, timer: StepBank | EveryStep, slo: Slo | None) -> Simulatio
         slo=slo, events=tuple(run.events),
         paused_us=sum(g.paused_ns for g in loop.groups) / 1e3,
         lost_steps=sum(g.lost_steps for g in loop.groups),
-        seed=run.seed, notes=(*run.notes, *usage.notes), first_steps=tuple(timer.first_steps()),
+        moved_bytes=run.moved_bytes, seed=run.seed, notes=(*run.notes, *usage.notes),
+        first_steps=tuple(timer.first_steps()),
     )
 
 

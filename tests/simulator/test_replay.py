@@ -57,13 +57,12 @@ def test_the_better_plan_is_told_from_the_same_plan(trace, cluster, fat) -> None
     """Front-domain tokens: contiguous piles up, spread does not; a plan equals itself."""
     front = trace.slice_domains(["front"])
     plans = {"piled": contiguous_plan(), "spread": spread(), "again": spread()}
-    result = replay(plans, front, cluster, model=fat, steps=STEPS)
-    better = result.gain("spread", "piled")
-    assert better.verdict == "faster" and better.low_percent <= better.gain_percent
-    assert result.gain("piled", "spread").verdict == "slower"
-    assert result.gain("again", "spread").verdict == "indistinguishable"
-    with pytest.raises(UsageError, match="no plan 'third'"):
-        result.gain("third", "piled")
+    result = replay(plans, front, cluster, model=fat, steps=STEPS, current="piled")
+    table = result.comparison
+    assert table.ranking[-1] == "piled" and not table.row("piled").indistinguishable
+    assert table.row("again").indistinguishable and table.row("spread").indistinguishable
+    assert table.row("spread").metric == pytest.approx(result.plans["spread"].step_time.mean)
+    assert result.to_dict()["comparison"]["verdict"] == table.verdict
 
 
 def test_a_step_waits_for_its_requests(trace, cluster, fat) -> None:
