@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import triton_product_kernels, triton_routing_kernels
-from .tile_configs import Tile, Tiles, default_tiles, fit_tiles, tuned_tiles
+from .tile_configs import GROUP_TILES, Tile, Tiles, default_tiles, fit_tiles, tuned_tiles
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -97,7 +97,8 @@ def compile_kernel(
 
 def product_builds(tiles: Tiles, kind: str = "silu", bias: bool = False) -> Iterator[Build]:
     """Both products with the given blocks, as the layer launches them."""
-    common = {"HAS_BIAS": bias, "EVEN": True, "UPCAST": False, "PRECISION": "ieee"}
+    common: dict[str, Any] = {"HAS_BIAS": bias, "EVEN": True, "UPCAST": False, "PRECISION": "ieee"}
+    common["GROUP"] = GROUP_TILES
     up = {"K": 8, "KIND": kind, "GATHER": True, **common, **_blocks(tiles.up)}
     yield compile_kernel("up_swiglu", up, tiles.up.warps, tiles.up.stages)
     down = {"SCATTER": True, **common, **_blocks(tiles.down)}

@@ -16,8 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 TUNED_FILE = Path(__file__).with_name("tile_configs.json")
-# Hopper lets one block of threads hold this much shared memory.
+# What one Hopper multiprocessor holds: shared memory for blocks of threads, and registers.
 SHARED_BYTES = 227 * 1024
+REGISTERS = 65536
+# Tiles of rows that walk all column blocks together (see `_work_item` of the product kernels).
+GROUP_TILES = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Tile:
         """Shared memory of all stages; `up_swiglu` holds two weight tiles, `down_scatter` one."""
         per_stage = self.depth * (weight_tiles * self.columns + self.rows) * element_bytes
         return per_stage * self.stages
+
+    def resident(self, weight_tiles: int, element_bytes: int) -> int:
+        """Programs one multiprocessor holds at once, by shared memory and registers."""
+        threads = 32 * self.warps
+        # Accumulators, and about 64 more for addresses and tiles in flight.
+        registers = weight_tiles * self.rows * self.columns // threads + 64
+        by_shared = SHARED_BYTES // max(self.shared_bytes(weight_tiles, element_bytes), 1)
+        return max(min(by_shared, REGISTERS // (threads * registers)), 1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ def default_tiles(rows_p90: int) -> Tiles:
         return Tiles(Tile(32, 128, 64, 4, 4), Tile(32, 128, 64, 4, 4))
     if rows_p90 <= 96:
         return Tiles(Tile(64, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4))
-    return Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4))
+    return Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3))
 
 
 def fit_tiles(tiles: Tiles, element_bytes: int) -> Tiles:

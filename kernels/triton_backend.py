@@ -20,7 +20,7 @@ from .backend import SlotShape, SlotTensors
 from .dispatch_table import DispatchTable
 from .load_record import LoadRecord
 from .slot_table import SlotTable
-from .tile_configs import SHARED_BYTES, Tile
+from .tile_configs import GROUP_TILES, Tile
 from .triton_routing import FUSION, Routed, TileMap, TritonRouter, padded_size
 
 INTERPRETED: bool = not isinstance(kernels.reduce, triton.runtime.jit.JITFunction)
@@ -139,6 +139,7 @@ class TritonSlots:
             "UPCAST": INTERPRETED,
             # float32 on tensor cores would mean tf32.
             "PRECISION": "ieee",
+            "GROUP": GROUP_TILES,
             **FUSION,
         }
         up, down = tiles.choice.up, tiles.choice.down
@@ -210,9 +211,8 @@ def reduce_rows(y_AH: Tensor, where_TK: Tensor, gate_TK: Tensor, out_TH: Tensor)
 def _grid(x: Tensor, tile: Tile, weight_tiles: int, most_tiles: int, columns: int) -> tuple[int]:
     """As many programs as the device holds at once, or fewer where there is less to do."""
     work = most_tiles * -(-columns // tile.columns)
-    shared = max(tile.shared_bytes(weight_tiles, x.element_size()), 1)
-    per_processor = max(min(SHARED_BYTES // shared, 8 // tile.warps), 1)
-    return (max(min(work, _processors(x.device) * per_processor), 1),)
+    resident = tile.resident(weight_tiles, x.element_size())
+    return (max(min(work, _processors(x.device) * resident), 1),)
 
 
 @functools.cache

@@ -47,6 +47,21 @@ def _gated(
 
 
 @triton.jit
+def _work_item(
+    work: tl.tensor, tiles: tl.tensor, columns: tl.tensor, GROUP: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Tile and column block of one piece of work: GROUP tiles wide, all columns, group by group.
+
+    What runs at one time then shares few rows and few experts' weights, and both stay in L2.
+    """
+    group = work // (GROUP * columns)
+    first = group * GROUP
+    width = tl.minimum(tiles - first, GROUP)
+    inside = work - group * GROUP * columns
+    return first + inside % width, inside // width
+
+
+@triton.jit
 def up_swiglu(
     x: tl.tensor,
     weights: tl.tensor,
@@ -74,6 +89,7 @@ def up_swiglu(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
     """act [A, I] = f(gate(x), up(x)) for every row, persistent over tiles x column blocks.
 
@@ -87,9 +103,8 @@ def up_swiglu(
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     for work in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
-        # Tiles fastest: neighbours in time share a block of weights.
-        tile = work % tiles
-        column = (work // tiles) * BLOCK_N + n
+        tile, block = _work_item(work, tiles, columns, GROUP)
+        column = block * BLOCK_N + n
         segment = tl.load(tile_segment + tile)
         end = tl.load(row_end + segment)
         row = tl.load(tile_row + tile) + m
@@ -159,6 +174,7 @@ def down_scatter(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
     """y = down(act), unweighted; row r goes to row source[r] with SCATTER, else to row r.
 
@@ -171,8 +187,8 @@ def down_scatter(
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     for work in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
-        tile = work % tiles
-        column = (work // tiles) * BLOCK_N + n
+        tile, block = _work_item(work, tiles, columns, GROUP)
+        column = block * BLOCK_N + n
         segment = tl.load(tile_segment + tile)
         end = tl.load(row_end + segment)
         row = tl.load(tile_row + tile) + m

@@ -49,6 +49,15 @@ def test_default_blocks_grow_with_rows() -> None:
     ]
 
 
+def test_a_multiprocessor_holds_what_memory_and_registers_allow() -> None:
+    """Two down programs overlap one's writing with the other's products; up fills a processor."""
+    prefill, decode = default_tiles(256), default_tiles(1)
+    assert prefill.up.resident(2, 2) == 1
+    assert prefill.down.resident(1, 2) == 2
+    assert decode.up.resident(2, 2) == 1
+    assert decode.down.resident(1, 2) == 3
+
+
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([2, 4]))
 def test_fitted_blocks_fit_and_keep_one_depth(rows: int, element_bytes: int) -> None:
