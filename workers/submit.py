@@ -29,7 +29,7 @@ _LINE_BYTES = 60_000
 _FLOORS = ("traces", "kernels", "placement", "simulator", "workers")
 _KEPT = {".py", ".yaml", ".json", ".html", ".safetensors", ".md", ".typed", ".txt"}
 _POLL_S = 1.0
-_READY_S = 180.0
+_READY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,14 @@ def _send(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:
         try:
             return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            no_agent = "No available agent" in str(error)
+            if not no_agent or time.monotonic() > deadline:
+                hint = (
+                    "; its agent never came up: is another cluster on that machine using the "
+                    "agent's port? (ray start --dashboard-agent-listen-port)" if no_agent else ""
+                )
                 raise LoadmasterError(
-                    f"the cluster did not take the job: {str(error).splitlines()[0]}"
+                    f"the cluster did not take the job: {str(error).splitlines()[0]}{hint}"
                 ) from error
             time.sleep(_POLL_S)
 

@@ -76,13 +76,14 @@ def test_results_on_the_log_are_marked_lines(
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[str]:
     """A Ray head of our own with a dashboard; ended by the pid of what we started."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     binary = Path(sys.executable).with_name("ray")
     path = f"{binary.parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {"RAY_AUTH_MODE": "token", "PATH": path}
     process = subprocess.Popen(
         [str(binary), "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}",
-         "--dashboard-host=127.0.0.1", "--num-cpus=2", "--block", "--disable-usage-stats"],
+         f"--dashboard-agent-listen-port={agent}", "--dashboard-host=127.0.0.1",
+         "--num-cpus=2", "--block", "--disable-usage-stats"],
         env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )
     address = f"http://127.0.0.1:{dashboard}"
