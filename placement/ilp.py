@@ -1,14 +1,16 @@
 """Integer programs through PuLP and HiGHS: one thread, warm start, live gap, no trust in status.
 
 The solver's word is never taken: gap and bound are read from HiGHS itself, and every answer is
-validated by the caller's own arithmetic. Work is limited by nodes, not by the clock, so the same
-program gives the same answer. Knows solvers. What the programs mean, their functions say.
+validated by the caller's own arithmetic. Work is limited by nodes, so the same program gives the
+same answer; a limit on seconds is a guard beside that. One program at a time runs in a process.
+Knows solvers. What the programs mean, their functions say.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from ..errors import LoadmasterError
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 OnGap = Callable[[float, float], None]     # incumbent, bound
+_one_at_a_time = threading.Lock()          # layers may be planned in threads
 
 
 class SolverError(LoadmasterError):
@@ -45,8 +48,12 @@ class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
     PuLP's own `warmStart` does nothing for HiGHS, so the start is handed over here.
     """
 
-    def __init__(self, *, nodes: int, gap: float, on_gap: OnGap | None = None) -> None:
-        super().__init__(msg=False, threads=1, gapRel=gap, mip_max_nodes=nodes)
+    def __init__(
+        self, *, nodes: int, gap: float, seconds: float | None = None, on_gap: OnGap | None = None
+    ) -> None:
+        super().__init__(
+            msg=False, threads=1, gapRel=gap, mip_max_nodes=nodes, timeLimit=seconds
+        )
         self.on_gap = on_gap
 
     def createAndConfigureSolver(self, lp: pulp.LpProblem) -> None:
@@ -67,21 +74,39 @@ class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
             lp.solverModel.startCallback(highspy.cb.HighsCallbackType.kCallbackMipImprovingSolution)
         lp.solverModel.run()
 
+    def findSolutionValues(self, lp: pulp.LpProblem) -> tuple[int, int]:
+        """As PuLP's, which fails on a spent node limit after it has read the values."""
+        try:
+            status: tuple[int, int] = super().findSolutionValues(lp)
+        except KeyError as error:
+            if error.args != (highspy.HighsModelStatus.kSolutionLimit,):
+                raise
+            return pulp.LpStatusNotSolved, pulp.LpSolutionIntegerFeasible
+        return status
+
     def _report(self, _kind: Any, _text: str, out: Any, _in: Any, _data: Any) -> None:
         assert self.on_gap is not None
         self.on_gap(float(out.mip_primal_bound), float(out.mip_dual_bound))
 
 
 def solve(
-    problem: pulp.LpProblem, *, nodes: int, gap: float = 1e-6, on_gap: OnGap | None = None
+    problem: pulp.LpProblem,
+    *,
+    nodes: int,
+    gap: float = 1e-6,
+    seconds: float | None = None,
+    on_gap: OnGap | None = None,
 ) -> Solved:
     """Minimise; returns what was reached and proved. Variables then hold the answer.
 
-    Raises SolverError where HiGHS holds no feasible answer.
+    gap: relative, at which to stop. nodes: of the search tree, the budget. seconds: a guard; when
+    it fires the answer depends on the machine. Raises SolverError where HiGHS holds no feasible
+    answer.
     """
     if problem.sense != pulp.LpMinimize:
         raise SolverError("only minimisation: PuLP hands HiGHS the negated objective otherwise")
-    problem.solve(WarmHiGHS(nodes=nodes, gap=gap, on_gap=on_gap))
+    with _one_at_a_time:
+        problem.solve(WarmHiGHS(nodes=nodes, gap=gap, seconds=seconds, on_gap=on_gap))
     info = problem.solverModel.getInfo()
     if info.primal_solution_status != 2:      # kSolutionStatusFeasible
         raise SolverError(f"HiGHS found no answer to {problem.name!r}; raise the node limit")

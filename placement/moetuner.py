@@ -1,16 +1,15 @@
-"""MoETuner's two integer programs, repaired, as a method of its own (arXiv 2502.06643).
+"""MoETuner, repaired (arXiv 2502.06643): experts into clusters, clusters onto devices.
 
-Stage 1 clusters each layer's experts by load; stage 2 places the clusters on devices so that tokens
-stay near from layer to layer. The printed programs lack an assignment constraint, nest their sums
-wrongly and multiply variables; the repaired forms are in the docstrings. Stage 2 is physical only
-where tokens stay at their expert (`coherent` traffic); elsewhere it changes nothing but labels.
+Stage 1, here, clusters each layer's experts by load; stage 2 (`chain.py`) places the clusters of
+all layers so that tokens stay near. The printed programs lack an assignment constraint, nest their
+sums wrongly and multiply variables; the repaired forms are in the docstrings. One copy of each
+expert; spare slots only loosen the clusters' sizes.
 
-Knows loads, transition counts and link weights. Knows nothing of replicas, steps or dispatch.
+Knows loads, transition counts and hop prices. Knows nothing of replicas, steps or dispatch.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,18 +17,60 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pulp
-from scipy.optimize import linear_sum_assignment
 
 from ..errors import InfeasibleError
+from .chain import EXACT_DEVICES, cluster_traffic, place_clusters
 from .ilp import OnGap, Solved, binary_grid, continuous, largest_in_rows, set_start, solve
+from .whole_model import Laid, LayersDone, WholeModel, slots_of
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Spread = Literal["makespan", "deviation"]
-Worst = Literal["max", "sum"]
 
-EXACT_DEVICES = 6           # G! states a layer: 720 at 6
-RESTARTS = 4
+NODES = {"fast": 20, "normal": 200, "thorough": 20_000}   # of the search tree, each layer
+ENOUGH = 1e-4               # relative gap of a layer's makespan at which to stop, and where the
+EXACT, SMALL = 1e-6, 512    # program is small (experts · devices), at which to stop instead
+
+
+def moetuner(model: WholeModel, done: LayersDone) -> Laid:
+    """Both stages: slots of all layers, and how far each stage is proved.
+
+    Clusters hold between one expert (none where experts are fewer than devices) and as many as a
+    device has slots; without spare slots that makes equal sizes. Raises InfeasibleError where
+    devices differ: the programs know one kind of device.
+    """
+    if len(set(model.slots_G.tolist())) > 1 or len(set(model.speed_G.tolist())) > 1:
+        raise InfeasibleError(
+            f"moetuner places on equal devices; here slots are {model.slots_G.tolist()} and speeds "
+            f"{model.speed_G.tolist()}: use auto, greedy or lpt_swap"
+        )
+    devices = len(model.slots_G)
+    size = (min(1, model.experts // devices), int(model.slots_G[0]))
+    gap = EXACT if model.experts * devices <= SMALL else ENOUGH
+    cluster_LE = np.zeros(model.load_LE.shape, np.int64)
+    gaps, truncated = [], False
+    for layer, load_E in enumerate(model.load_LE):
+        truncated = truncated or model.expired()
+        found = cluster_layer(
+            load_E, [size] * devices, nodes=0 if truncated else NODES[model.effort],
+            gap=gap, seconds=model.seconds_left(),
+        )
+        cluster_LE[layer] = found.cluster_E
+        gaps.append(found.solved.gap)
+        done(layer + 1, float(max(gaps)))
+    traffic_LCC = cluster_traffic(model.transition_LEE, cluster_LE, devices)
+    device_LC, proved = place_clusters(
+        traffic_LCC, model.hop_GG, seed=model.seed, deadline=model.deadline
+    )
+    closed = sum(reached <= gap for reached in gaps)
+    notes = (
+        f"clusters: {closed} of {len(gaps)} layers proved as light as can be, worst gap "
+        f"of the heaviest cluster {max(gaps):.2%}",
+        "clusters on devices: exact" if proved else
+        f"clusters on devices: local search (exact up to {EXACT_DEVICES} devices)",
+    )
+    device_LE = np.take_along_axis(device_LC, cluster_LE, axis=1)
+    return Laid(slots_of(device_LE, model.slots_G), notes, truncated or model.expired())
 
 
 @dataclass(frozen=True)
@@ -47,6 +88,7 @@ def cluster_layer(
     spread: Spread = "makespan",
     nodes: int = 20_000,
     gap: float = 1e-6,
+    seconds: float | None = None,
     on_gap: OnGap | None = None,
 ) -> Clusters:
     """ILP 1, repaired: cluster one layer's experts so that clusters carry alike.
@@ -59,7 +101,8 @@ def cluster_layer(
     (3) z >= T_c                         each c
         d_c >= T_c − mean, d_c >= mean − T_c
     (4) clusters of equal size bounds are interchangeable: the heaviest expert goes to the first.
-    Starts from longest-processing-time with swaps. Loads are scaled to a mean cluster of 1.
+    Starts from longest-processing-time with swaps, which is the answer where it is at the bound
+    already or `nodes` is 0. Loads are scaled to a mean cluster of 1. seconds: a guard.
     Raises InfeasibleError when the sizes cannot hold the experts.
     """
     experts, clusters = len(load_E), len(sizes)
@@ -71,6 +114,10 @@ def cluster_layer(
     total = float(np.sum(load_E))
     scaled = np.asarray(load_E, np.float64) * (clusters / total if total > 0 else 1.0)
     start = _lpt_with_swaps(scaled, sizes)
+    reached, bound = _spread(scaled, start, clusters, spread), _spread_bound(scaled, sizes, spread)
+    if nodes == 0 or reached - bound <= gap * reached:
+        within = (reached - bound) / reached if reached > 0 else 0.0
+        return Clusters(start, Solved(reached, bound, within, within <= gap))
     problem = pulp.LpProblem("clusters", pulp.LpMinimize)
     x = binary_grid("x", experts, clusters)
     load_c = [pulp.lpSum(scaled[e] * x[e][c] for e in range(experts)) for c in range(clusters)]
@@ -98,17 +145,29 @@ def cluster_layer(
         variable.setInitialValue(
             float(sums.max()) if spread == "makespan" else float(abs(sums[c] - mean)), check=False
         )
-    solved = solve(problem, nodes=nodes, gap=gap, on_gap=on_gap)
+    solved = solve(problem, nodes=nodes, gap=gap, seconds=seconds, on_gap=on_gap)
     chosen = _valid(largest_in_rows(x), sizes)
-    better = chosen if _spread(scaled, chosen, clusters, spread) <= _spread(
-        scaled, start, clusters, spread
-    ) else start
+    better = min((chosen, start), key=lambda c: _spread(scaled, c, clusters, spread))
     return Clusters(better, solved)
 
 
 def _spread(load_E: FloatArray, cluster_E: IntArray, clusters: int, spread: Spread) -> float:
     sums = np.bincount(cluster_E, load_E, clusters)
     return float(sums.max() if spread == "makespan" else abs(sums - sums.mean()).sum())
+
+
+def _spread_bound(
+    load_E: FloatArray, sizes: Sequence[tuple[int, int]], spread: Spread
+) -> float:
+    """No clusters spread less: the heaviest holds the mean and the heaviest expert with company.
+
+    A cluster of at least `least` experts holds the lightest ones beside the heaviest, at best.
+    """
+    if spread == "deviation":
+        return 0.0
+    company = max(0, min(least for least, _ in sizes) - 1)
+    heaviest = float(load_E.max() + np.sort(load_E)[:company].sum())
+    return max(float(load_E.sum()) / len(sizes), heaviest)
 
 
 def _valid(cluster_E: IntArray, sizes: Sequence[tuple[int, int]]) -> IntArray:
@@ -157,190 +216,3 @@ def _rename_first(cluster_E: IntArray, first: int) -> IntArray:
     renamed = cluster_E.copy()
     renamed[cluster_E == first], renamed[cluster_E == 0] = 0, first
     return renamed
-
-
-# ---- stage 2 ----------------------------------------------------------------------------------
-
-
-def cluster_traffic(
-    transition_LEE: npt.NDArray[np.integer], cluster_LE: IntArray, clusters: int
-) -> FloatArray:
-    """[L-1, C, C] tokens from cluster to cluster of the next layer."""
-    layers = len(cluster_LE)
-    traffic = np.zeros((max(layers - 1, 0), clusters, clusters))
-    for layer in range(layers - 1):
-        pair = cluster_LE[layer][:, None] * clusters + cluster_LE[layer + 1][None, :]
-        weights = transition_LEE[layer].reshape(-1).astype(np.float64)
-        traffic[layer] = np.bincount(pair.reshape(-1), weights, clusters * clusters).reshape(
-            clusters, clusters
-        )
-    return traffic
-
-
-def chain_cost(
-    traffic_LCC: FloatArray, device_LC: IntArray, weight_GG: FloatArray, worst: Worst
-) -> float:
-    """Cost of clusters on devices: per layer the worst device pair or the sum over all pairs.
-
-    max:  sum_l  max_{g1 != g2}  weight[g1, g2] · tokens from g1 to g2
-    sum:  sum_l  sum_{g1, g2}    weight[g1, g2] · tokens from g1 to g2      (weight[g, g] = 0)
-    """
-    total = 0.0
-    for layer in range(len(traffic_LCC)):
-        cost = weight_GG[np.ix_(device_LC[layer], device_LC[layer + 1])] * traffic_LCC[layer]
-        total += float(cost.max() if worst == "max" else cost.sum())
-    return total
-
-
-def place_clusters(
-    traffic_LCC: FloatArray, weight_GG: FloatArray, worst: Worst = "max", seed: int = 0
-) -> tuple[IntArray, bool]:
-    """ILP 2: (device_LC, proved optimal). Exact by dynamic programming to 6 devices.
-
-    With one cluster per device and layer the program's cost couples neighbouring layers only:
-    V_{l+1}(q) = min_p V_l(p) + cost_l(p, q) over permutations p, q of clusters to devices. Above
-    six devices: assignment descent from several starts, then pair swaps under the true objective.
-    """
-    devices = len(weight_GG)
-    if devices <= EXACT_DEVICES:
-        return _viterbi(traffic_LCC, weight_GG, worst), True
-    return _descend(traffic_LCC, weight_GG, worst, seed), False
-
-
-def _viterbi(traffic_LCC: FloatArray, weight_GG: FloatArray, worst: Worst) -> IntArray:
-    clusters = traffic_LCC.shape[1] if len(traffic_LCC) else len(weight_GG)
-    states = np.array(list(itertools.permutations(range(clusters))), np.int64)   # [P, C]
-    layers = len(traffic_LCC) + 1
-    value_P = np.zeros(len(states))
-    came_LP = np.zeros((layers, len(states)), np.int64)
-    for layer in range(layers - 1):
-        cost_PQ = _transition_costs(traffic_LCC[layer], weight_GG, states, worst)
-        whole = value_P[:, None] + cost_PQ
-        came_LP[layer + 1] = np.argmin(whole, axis=0)      # ties: the first permutation
-        value_P = whole[came_LP[layer + 1], np.arange(len(states))]
-    at = int(np.argmin(value_P))
-    path = [at]
-    for layer in range(layers - 1, 0, -1):
-        at = int(came_LP[layer, at])
-        path.append(at)
-    return states[path[::-1]]
-
-
-def _transition_costs(
-    traffic_CC: FloatArray, weight_GG: FloatArray, states: IntArray, worst: Worst
-) -> FloatArray:
-    """[P, Q] cost of clusters placed by p in this layer and by q in the next."""
-    out = np.zeros((len(states), len(states)))
-    for c1, c2 in itertools.product(range(len(traffic_CC)), repeat=2):
-        part = weight_GG[states[:, c1][:, None], states[:, c2]] * traffic_CC[c1, c2]
-        if worst == "max":
-            np.maximum(out, part, out=out)
-        else:
-            out += part
-    return out
-
-
-def _descend(
-    traffic_LCC: FloatArray, weight_GG: FloatArray, worst: Worst, seed: int
-) -> IntArray:
-    layers, devices = len(traffic_LCC) + 1, len(weight_GG)
-    rng = np.random.default_rng(seed)
-    starts = [np.tile(np.arange(devices), (layers, 1))]
-    starts += [
-        np.stack([rng.permutation(devices) for _ in range(layers)]) for _ in range(RESTARTS)
-    ]
-    best, best_cost = starts[0], np.inf
-    for start in starts:
-        device_LC = _assignment_sweeps(traffic_LCC, weight_GG, start)
-        device_LC = _pair_swaps(traffic_LCC, weight_GG, device_LC, worst)
-        cost = chain_cost(traffic_LCC, device_LC, weight_GG, worst)
-        if cost < best_cost:
-            best, best_cost = device_LC, cost
-    return best
-
-
-def _assignment_sweeps(
-    traffic_LCC: FloatArray, weight_GG: FloatArray, device_LC: IntArray
-) -> IntArray:
-    """With its neighbours fixed, a layer of the sum objective is a linear assignment problem."""
-    device_LC = device_LC.copy()
-    layers = len(device_LC)
-    cost = chain_cost(traffic_LCC, device_LC, weight_GG, "sum")
-    while True:
-        for layer in (*range(layers), *range(layers - 2, -1, -1)):
-            price_CG = np.zeros((device_LC.shape[1], len(weight_GG)))
-            if layer > 0:
-                price_CG += traffic_LCC[layer - 1].T @ weight_GG[device_LC[layer - 1]]
-            if layer < layers - 1:
-                price_CG += traffic_LCC[layer] @ weight_GG.T[device_LC[layer + 1]]
-            device_LC[layer] = linear_sum_assignment(price_CG)[1]
-        after = chain_cost(traffic_LCC, device_LC, weight_GG, "sum")
-        if after >= cost * (1 - 1e-9):
-            return device_LC
-        cost = after
-
-
-def _pair_swaps(
-    traffic_LCC: FloatArray, weight_GG: FloatArray, device_LC: IntArray, worst: Worst
-) -> IntArray:
-    """Exchange two clusters of a layer while the true objective falls."""
-    device_LC = device_LC.copy()
-    layers, clusters = device_LC.shape
-
-    def around(layer: int) -> float:
-        first, last = max(layer - 1, 0), min(layer + 1, layers - 1)
-        return chain_cost(traffic_LCC[first:last], device_LC[first : last + 1], weight_GG, worst)
-
-    improved = True
-    while improved:
-        improved = False
-        for layer in range(layers):
-            for a, b in itertools.combinations(range(clusters), 2):
-                before = around(layer)
-                device_LC[layer, [a, b]] = device_LC[layer, [b, a]]
-                if around(layer) < before * (1 - 1e-12):
-                    improved = True
-                else:
-                    device_LC[layer, [a, b]] = device_LC[layer, [b, a]]
-    return device_LC
-
-
-def full_program(
-    traffic_LCC: FloatArray, weight_GG: FloatArray, worst: Worst, *, nodes: int = 200_000
-) -> Solved:
-    """ILP 2 as one program, to certify tiny cases; far too large for real ones.
-
-    y[l][c][g] = 1 if cluster c of layer l is on device g; z[l][c1,g1,c2,g2] = y·y linearised.
-    minimise  sum_l tau_l
-    (1) tau_l >= weight[g1,g2] · sum_{c1,c2} traffic[l][c1,c2] z[l][c1,g1,c2,g2]   each g1 != g2
-        (sum objective: tau_l = the sum over all pairs)
-    (2) sum_{g2} z[l][c1,g1,c2,g2] = y[l][c1][g1],  sum_{g1} z = y[l+1][c2][g2]
-    (3) sum_g y[l][c][g] = 1,  sum_c y[l][c][g] = 1
-    """
-    layers, devices = len(traffic_LCC) + 1, len(weight_GG)
-    span = range(devices)
-    problem = pulp.LpProblem("chain", pulp.LpMinimize)
-    y = [binary_grid(f"y{layer}", devices, devices) for layer in range(layers)]
-    tau = continuous("tau", layers - 1)
-    problem += pulp.lpSum(tau)
-    for layer in range(layers):
-        for c in span:
-            problem += pulp.lpSum(y[layer][c]) == 1                                   # (3)
-            problem += pulp.lpSum(y[layer][i][c] for i in span) == 1
-    for layer in range(layers - 1):
-        z = pulp.LpVariable.dicts(f"z{layer}", (span, span, span, span), lowBound=0)
-        for c1, g1, c2 in itertools.product(span, repeat=3):
-            problem += pulp.lpSum(z[c1][g1][c2][g2] for g2 in span) == y[layer][c1][g1]   # (2)
-            problem += pulp.lpSum(z[c1][g2][c2][g1] for g2 in span) == y[layer + 1][c2][g1]
-        sent = {
-            (g1, g2): weight_GG[g1, g2] * pulp.lpSum(
-                traffic_LCC[layer][c1, c2] * z[c1][g1][c2][g2] for c1 in span for c2 in span
-            )
-            for g1 in span for g2 in span if g1 != g2
-        }
-        if worst == "sum":
-            problem += tau[layer] >= pulp.lpSum(sent.values())                        # (1)
-        else:
-            for part in sent.values():
-                problem += tau[layer] >= part
-    return solve(problem, nodes=nodes)

@@ -2,6 +2,7 @@
 
 Knows how the parts fit: planning steps, methods, search, bounds, evidence. Every layer is a job of
 its own and goes through an executor with an ordered `map`; the answer does not depend on which.
+Methods in which layers depend on each other place all of them first; the jobs then only judge.
 Knows nothing of Ray, files or printing.
 """
 
@@ -20,6 +21,7 @@ from ..traces.profile import Profile
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
 from ..traces.trace import RoutingTrace
+from .affinity import affinity
 from .bounds import checked_gap
 from .cluster import Cluster
 from .dispatch import default_slack
@@ -27,11 +29,14 @@ from .dispatch_policies import policy_of
 from .layer_job import LayerAnswer, LayerTask, answer_with, judged
 from .layer_threads import LayerThreads
 from .methods import LAYER_METHODS, require_room
+from .moetuner import moetuner
 from .plan import DispatchSpec, Evidence, LayerEvidence, Plan, Provenance
 from .planning_steps import PlanningSteps, planning_steps
 from .search import EFFORTS, search_layer
+from .whole_model import Laid, Method, whole_model
 
-METHODS = (*LAYER_METHODS, "auto")
+WHOLE_MODEL_METHODS: dict[str, Method] = {"affinity": affinity, "moetuner": moetuner}
+METHODS = (*LAYER_METHODS, *WHOLE_MODEL_METHODS, "auto")
 
 Progress = Callable[[int, int, float], None]     # layers done, layers, gap so far
 SlotArray = npt.NDArray[np.int16]
@@ -113,12 +118,44 @@ def plan(
     if current is not None:
         check_current(current, data, cluster)
     tasks = layer_tasks(data, settings, current)
-    work = search_layer if method == "auto" else Baseline(method)
+    work: Callable[[LayerTask], LayerAnswer]
+    laid: Laid | None = None
+    if method in WHOLE_MODEL_METHODS:
+        laid = lay(method, data, settings, progress)
+        work, progress = Judge(method, laid.slots_LGC), None
+    else:
+        work = search_layer if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
-    evidence = evidence_of(answers, data, settings)
+    evidence = evidence_of(answers, data, settings, () if laid is None else laid.notes)
     made = assemble(answers, data, settings, method, trace_digest(trace), evidence)
-    truncated = any(a.truncated for a in answers)
+    truncated = any(a.truncated for a in answers) or (laid is not None and laid.truncated)
     return PlanResult(made, evidence, time.perf_counter() - started, truncated)
+
+
+def lay(
+    method: str, data: PlanningSteps, settings: Settings, progress: Progress | None
+) -> Laid:
+    """All layers by a method that places them together."""
+    model = whole_model(
+        data, settings.cluster, method, settings.seed, settings.effort, settings.deadline
+    )
+
+    def done(layers: int, gap: float) -> None:
+        if progress is not None:
+            progress(layers, data.num_layers, gap)
+
+    return WHOLE_MODEL_METHODS[method](model, done)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Slots that are decided already, judged layer by layer, as a job."""
+
+    method: str
+    slots_LGC: SlotArray
+
+    def __call__(self, task: LayerTask) -> LayerAnswer:
+        return answer_with(task, judged(task, self.method, self.slots_LGC[task.layer]))
 
 
 @dataclass(frozen=True)
@@ -168,7 +205,10 @@ def run_layers(
 
 
 def evidence_of(
-    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
+    answers: list[LayerAnswer],
+    data: PlanningSteps,
+    settings: Settings,
+    notes: tuple[str, ...] = (),
 ) -> Evidence:
     """Objective, bound and gap; time adds layers up, balance takes their mean."""
     name = settings.objective
@@ -193,7 +233,8 @@ def evidence_of(
     return Evidence(
         objective_name=name, objective=float(objective), bound=bound, gap=gap,
         validation=validation, layers=tuple(layers), steps=data.said,
-        bound_kind=BOUND_KINDS[name], notes=(*data.notes, *_remarks(answers, data, settings)),
+        bound_kind=BOUND_KINDS[name],
+        notes=(*data.notes, *notes, *_remarks(answers, data, settings)),
     )
 
 

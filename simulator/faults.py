@@ -19,7 +19,7 @@ from ..errors import InputError, UsageError
 from ..placement.cluster import Cluster
 from ..placement.cost import move_cost
 from ..placement.plan import Plan
-from .emergency import survivors_plan
+from ..placement.survivors import survivors_plan
 from .engine import Process
 from .serve import Run
 

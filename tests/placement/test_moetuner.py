@@ -10,15 +10,15 @@ import pulp
 import pytest
 
 from loadmaster.errors import InfeasibleError
-from loadmaster.placement.ilp import SolverError, binary_grid, largest_in_rows, set_start, solve
-from loadmaster.placement.moetuner import (
+from loadmaster.placement.chain import (
     Worst,
     chain_cost,
-    cluster_layer,
     cluster_traffic,
     full_program,
     place_clusters,
 )
+from loadmaster.placement.ilp import SolverError, binary_grid, largest_in_rows, set_start, solve
+from loadmaster.placement.moetuner import cluster_layer
 
 FloatArray = npt.NDArray[np.float64]
 # Two nodes of two devices: crossing nodes costs four times a hop inside one.

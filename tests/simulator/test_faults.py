@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from loadmaster.errors import InfeasibleError, InputError, UsageError
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import Plan
+from loadmaster.placement.survivors import survivors_plan
 from loadmaster.simulator.batching import BatchLimits
-from loadmaster.simulator.emergency import survivors_plan
 from loadmaster.simulator.faults import FlappingNic, Jitter, LostDevices, SlowDevice, thermal
 from loadmaster.simulator.serve import Serving, simulate
 
@@ -99,7 +99,7 @@ def test_a_lost_node_comes_back(roomy, trace, model) -> None:
 
 def test_survivors_that_cannot_hold_the_experts_are_refused(cluster, trace, model) -> None:
     """Two slots a device hold eight experts on four devices, not on three."""
-    with pytest.raises(InfeasibleError, match="3 surviving devices hold 6 of 8 experts"):
+    with pytest.raises(InfeasibleError, match="3 surviving devices have 6 slots for 8 experts"):
         run(contiguous_plan(), cluster, trace, model, LostDevices(1e3, devices=(0,)))
 
 

@@ -39,13 +39,13 @@ def test_experts_that_live_on_elsewhere_do_not_move() -> None:
 def test_too_few_slots_is_said_with_numbers() -> None:
     given_plans = plans([0, 1], [2, 3], experts=4)
     with pytest.raises(
-        InfeasibleError, match=r"layer 0: 1 surviving ranks have 3 slots for 4 experts: 1 short"
+        InfeasibleError, match=r"layer 0: 1 surviving devices have 3 slots for 4 experts: 1 short"
     ):
         without_ranks(given_plans, [1], 3)
 
 
 def test_no_survivor_is_an_error() -> None:
-    with pytest.raises(InfeasibleError, match="no rank is left"):
+    with pytest.raises(InfeasibleError, match="all 2 devices are lost"):
         without_ranks(plans([0], [1], experts=2), [0, 1], None)
 
 

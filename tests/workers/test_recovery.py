@@ -168,7 +168,7 @@ def test_when_the_survivors_have_no_room_the_group_says_why(
     group = start_threads(checkpoint("qwen3_moe"), fleet=fleet, most_slots=2)
     numbers = group.submit(prompts, 12)
     states = group.wait_all(numbers, 60.0)
-    assert all("3 surviving ranks have 6 slots for 8 experts: 2 short" in s.error for s in states)
+    assert all("3 surviving devices have 6 slots for 8 experts: 2 short" in s.error for s in states)
     with pytest.raises(LoadmasterError, match="does not serve any more"):
         group.submit([[1]], 1)
 
