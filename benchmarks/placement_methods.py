@@ -29,13 +29,13 @@ from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.synth import synth_trace
 from loadmaster.traces.trace import RoutingTrace
 
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 Array = npt.NDArray[Any]
 Section = dict[str, Any]
 
 TIMED_LAYERS = 4
 PHASES = {"small_decode": 128, "decode": 1024, "prefill": 16_384}   # tokens in a step, in all
-NO_SLOWER = 1.0 + 1e-9
+NO_SLOWER = 1.001     # auto chooses by other requests than it is judged on: less is noise
 
 
 def time_objective() -> Section:
@@ -45,7 +45,8 @@ def time_objective() -> Section:
         for phase, tokens in PHASES.items():
             rows = [_time_case(preset, tokens, seed) for seed in SEEDS]
             found[f"{preset}_{phase}"] = {
-                "never_slower": all(row["never_slower"] for row in rows),
+                "never_slower": all(row["over_best_rival"] <= NO_SLOWER for row in rows),
+                "over_best_rival_worst": max(row["over_best_rival"] for row in rows),
                 "layer_us": {
                     name: float(np.mean([row["us"][name] for row in rows])) for name in
                     rows[0]["us"]
@@ -85,7 +86,7 @@ def _time_case(preset: str, tokens: int, seed: int) -> Section:
     told = any("left empty" in note for note in best.evidence.notes)
     return {
         "us": us, "empty": empty, "says_so": told or empty == 0,
-        "never_slower": us["auto"] <= min(us.values()) * NO_SLOWER,
+        "over_best_rival": us["auto"] / min(v for name, v in us.items() if name != "auto"),
     }
 
 

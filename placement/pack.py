@@ -33,8 +33,9 @@ def pack_heaviest_first(
     The heaviest copy goes to the device that would finish first, among devices with a free slot,
     enough room and no copy of that expert; ties go to the lower expert id, then the lower device.
     Where no device qualifies, another expert is moved out of the way; if that fails too the copy
-    is left out, but never the first copy of an expert unless memory forbids every place
-    (then the expert is missing and the caller must refuse).
+    is left out. Where that leaves an expert without any, memory is short: then every expert is
+    placed once, largest first, before any second copy. An expert missing even so fits nowhere by
+    this rule, and the caller must refuse.
     Cost O(S·G). Source: Graham (1969) with a count limit per device.
     """
     experts, devices = len(load_E), len(slots_G)
@@ -43,52 +44,62 @@ def pack_heaviest_first(
     speed = np.ones(devices) if speed_G is None else np.asarray(speed_G, np.float64)
     size = np.zeros(experts) if size_E is None else np.asarray(size_E, np.float64)
     room = np.full(devices, np.inf) if room_G is None else np.asarray(room_G, np.float64)
-    return _pack(
-        weight_E, np.asarray(copies_E, np.int64), order,
-        np.asarray(slots_G, np.int64), speed, size, room.copy(),
-    )
+    copies, slots = np.asarray(copies_E, np.int64), np.asarray(slots_G, np.int64)
+    packed = _pack(weight_E, copies, order[:0], order, slots, speed, size, room.copy())
+    if len(np.unique(packed[packed >= 0])) < experts:
+        largest = np.lexsort((np.arange(experts), -weight_E, -size)).astype(np.int64)
+        packed = _pack(weight_E, copies, largest, order, slots, speed, size, room.copy())
+    return packed
 
 
 @compiled
 def _pack(
     weight_E: FloatArray,
     copies_E: IntArray,
+    first_order: IntArray,
     order: IntArray,
     slots_G: IntArray,
     speed_G: FloatArray,
     size_E: FloatArray,
     room_G: FloatArray,
 ) -> SlotArray:
+    """Experts in `order`, all copies of each; before that, one each in `first_order` if given."""
     devices = len(slots_G)
     slots_GC = np.full((devices, slots_G.max()), EMPTY, np.int16)
     held_EG = np.zeros((len(weight_E), devices), np.bool_)
     load_G, used_G = np.zeros(devices), np.zeros(devices, np.int64)
+    placed_E = np.zeros(len(weight_E), np.int64)
     free = slots_G.sum()  # every expert that waits still needs one of these
-    for i in range(len(order)):
-        e = order[i]
-        waiting = len(order) - i - 1
-        for copy in range(copies_E[e]):
-            if copy > 0 and free <= waiting:
-                break
-            best, best_load = -1, np.inf
-            for g in range(devices):
-                if held_EG[e, g] or used_G[g] >= slots_G[g] or size_E[e] > room_G[g]:
-                    continue
-                finish = (load_G[g] + weight_E[e]) / speed_G[g]
-                if finish < best_load:
-                    best, best_load = g, finish
-            if best < 0:
-                best = _make_room(
-                    e, slots_GC, held_EG, used_G, slots_G, load_G, weight_E, size_E, room_G
-                )
-            if best < 0:
-                break
-            slots_GC[best, used_G[best]] = e
-            used_G[best] += 1
-            load_G[best] += weight_E[e]
-            room_G[best] -= size_E[e]
-            held_EG[e, best] = True
-            free -= 1
+    waiting = len(order)
+    firsts = len(first_order) > 0
+    for turn in range(2 if firsts else 1):
+        for e in first_order if firsts and turn == 0 else order:
+            if placed_E[e] == 0:
+                waiting -= 1
+            most = 1 if firsts and turn == 0 else copies_E[e]
+            while placed_E[e] < most:
+                if placed_E[e] > 0 and free <= waiting:
+                    break
+                best, best_load = -1, np.inf
+                for g in range(devices):
+                    if held_EG[e, g] or used_G[g] >= slots_G[g] or size_E[e] > room_G[g]:
+                        continue
+                    finish = (load_G[g] + weight_E[e]) / speed_G[g]
+                    if finish < best_load:
+                        best, best_load = g, finish
+                if best < 0:
+                    best = _make_room(
+                        e, slots_GC, held_EG, used_G, slots_G, load_G, weight_E, size_E, room_G
+                    )
+                if best < 0:
+                    break
+                slots_GC[best, used_G[best]] = e
+                used_G[best] += 1
+                load_G[best] += weight_E[e]
+                room_G[best] -= size_E[e]
+                held_EG[e, best] = True
+                placed_E[e] += 1
+                free -= 1
     return slots_GC
 
 

@@ -286,7 +286,7 @@ def _remarks(
     remarks = []
     slots = data.num_layers * settings.cluster.total_slots
     empty = slots - sum(int((a.slots_GC >= 0).sum()) for a in answers)
-    searched = any(a.name.startswith("search") for a in answers)
+    searched = any(a.name.startswith("search") or a.name.endswith(" slots") for a in answers)
     if settings.objective == "time" and empty and searched:
         remarks.append(
             f"{empty} of {slots} slots are left empty: another replica there would cost more in "
