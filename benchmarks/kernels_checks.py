@@ -80,7 +80,7 @@ def _quota(ids: Tensor, plan: Tensor, g: torch.Generator) -> Tensor:
 def oracle() -> dict[str, Any]:
     """The worst relative error against float64 of every backend, and the shape it fell on."""
     worst: dict[str, Any] = {}
-    for backend in ("packed", "torch"):
+    for backend in ("packed", "small", "torch"):
         for label, dtype, limit in (("fp32", torch.float32, 1e-6), ("bf16", torch.bfloat16, 1e-2)):
             errors = {
                 name: relative_error(out, expected)

@@ -23,13 +23,6 @@ from .cpu_float import as_array
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "gptoss_clamped"]
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
-_COMPILED_ROWS = {
-    "silu": cpu_loops.silu_rows,
-    "gelu": cpu_loops.gelu_rows,
-    "gelu_tanh": cpu_loops.gelu_tanh_rows,
-    "relu": cpu_loops.relu_rows,
-    "gptoss_clamped": cpu_loops.gptoss_rows,
-}
 _TORCH_GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -81,6 +74,12 @@ def stored_rows(gate_first: Tensor, activation: ExpertActivation) -> Tensor:
     return torch.stack((gate_first[:intermediate], gate_first[intermediate:]), dim=1).flatten(0, 1)
 
 
+def compiled_activation(activation: ExpertActivation) -> tuple[int, np.float32, np.float32]:
+    """The kind's number, limit and alpha, as compiled loops take them."""
+    kind = cpu_loops.ACTIVATIONS.index(activation.kind)
+    return kind, np.float32(activation.limit or 0.0), np.float32(activation.alpha or 0.0)
+
+
 def gated_rows(gate_up_A2I: Tensor, activation: ExpertActivation, out_AI: Tensor) -> None:
     """Gate and up products, gate columns first, into the input of the down product.
 
@@ -89,9 +88,8 @@ def gated_rows(gate_up_A2I: Tensor, activation: ExpertActivation, out_AI: Tensor
     """
     compiled = gate_up_A2I.device.type == "cpu" and gate_up_A2I.dtype in COMPILED_DTYPES
     if compiled:
-        limit, alpha = np.float32(activation.limit or 0.0), np.float32(activation.alpha or 0.0)
-        loop = _COMPILED_ROWS[activation.kind]
-        loop(as_array(gate_up_A2I), limit, alpha, as_array(out_AI))
+        kind, limit, alpha = compiled_activation(activation)
+        cpu_loops.activate_rows(kind, as_array(gate_up_A2I), limit, alpha, as_array(out_AI))
         return
     gate, up = gate_up_A2I.tensor_split(2, dim=1)
     if activation.kind == "gptoss_clamped":

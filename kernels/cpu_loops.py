@@ -223,6 +223,24 @@ def gptoss_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
 
 
 @compiled
+def activate_rows(kind: int, gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """The activation at place `kind` of ACTIVATIONS, for compiled code that has it as a number."""
+    if kind == 0:
+        silu_rows(gate_up, limit, alpha, out)
+    elif kind == 1:
+        gelu_rows(gate_up, limit, alpha, out)
+    elif kind == 2:
+        gelu_tanh_rows(gate_up, limit, alpha, out)
+    elif kind == 3:
+        relu_rows(gate_up, limit, alpha, out)
+    else:
+        gptoss_rows(gate_up, limit, alpha, out)
+
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "gptoss_clamped")
+
+
+@compiled
 def combine_rows(y_AH: Array, row_TK: Array, gate_TK: Array, sum_H: Array, out_TH: Array) -> None:
     """Each token's expert rows, weighted and summed in float32, choice 0 first.
 

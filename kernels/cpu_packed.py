@@ -2,13 +2,12 @@
 
 Rows of one slot run in blocks, so that a block's gate, up and act stay in cache. Uses torch's
 private packing operators, found by trial (`packed_available`); where they are missing,
-`grouped.py` takes the torch backend. Knows nothing of plans. Buffers are reused within a thread.
+`weights.py` takes the torch backend. Knows nothing of plans.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,8 +18,10 @@ from torch import Tensor
 from .activation import gate_rows_first, gated_rows, stored_rows
 from .backend import SlotShape, SlotTensors
 from .cpu_float import as_array
-from .cpu_loops import combine_rows, sort_slots
+from .cpu_loops import combine_rows
 from .huge_pages import use_huge_pages
+from .routing import sort_on_host
+from .scratch import SCRATCH
 
 # Rows of one pair of products: enough to read the weights rarely, few enough for the cache.
 BLOCK_ROWS = 384
@@ -117,25 +118,6 @@ def strip_span(strip: Sequence[RowBlock]) -> tuple[int, int, int]:
     return strip[0].start, last, max(block.start + block.computed for block in strip)
 
 
-class _Buffers(threading.local):
-    """Scratch that every layer of a thread shares; grows to the largest seen."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, int, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """[rows, columns] of scratch; holds whatever was last written there."""
-        held = self._held.get((name, columns, dtype))
-        if held is None or len(held) < rows:
-            held = torch.zeros(rows, columns, dtype=dtype)
-            use_huge_pages(held.data_ptr(), held.numel() * held.element_size())
-            self._held[name, columns, dtype] = held
-        return held[:rows]
-
-
-_BUFFERS = _Buffers()
-
-
 class PackedExpert(NamedTuple):
     """One expert's matrices in oneDNN's layout, gate rows first."""
 
@@ -181,23 +163,18 @@ class PackedSlots:
             first, _, reach = strip_span(strip)
             x = x_AH[first:reach]
             if reach > len(x_AH):
-                x = _BUFFERS.take("x", reach - first, self.shape.hidden, self.shape.dtype)
+                x = SCRATCH.take("x", reach - first, self.shape.hidden, self.shape.dtype)
                 x[: len(x_AH) - first] = x_AH[first:]
             self._run_strip(strip, x, out_AH)
 
     def layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
         hidden, x_TH = self.shape.hidden, x_TH.contiguous()
-        order_A = torch.empty(slot_TK.numel(), dtype=torch.int64)
-        row_TK = torch.empty_like(slot_TK)
-        offset = np.empty(self.shape.slots + 1, np.int64)
-        sort_slots(
-            as_array(slot_TK.view(-1)), as_array(order_A), offset, as_array(row_TK.view(-1))
-        )
+        order_A, offset_S, row_TK = sort_on_host(slot_TK, self.shape.slots)
         token_A = order_A.div_(max(slot_TK.shape[1], 1), rounding_mode="floor")
-        y_AH = _BUFFERS.take("y", len(token_A), hidden, self.shape.dtype)
-        for strip in row_strips(np.diff(offset).tolist()):
+        y_AH = SCRATCH.take("y", len(token_A), hidden, self.shape.dtype)
+        for strip in row_strips(np.diff(offset_S).tolist()):
             first, last, reach = strip_span(strip)
-            x = _BUFFERS.take("x", reach - first, hidden, self.shape.dtype)
+            x = SCRATCH.take("x", reach - first, hidden, self.shape.dtype)
             torch.index_select(x_TH, 0, token_A[first:last], out=x[: last - first])
             self._run_strip(strip, x, y_AH)
         sum_H = np.empty(hidden, np.float32)
@@ -209,7 +186,7 @@ class PackedSlots:
         The padding rows of a block are the next block's rows: their results are dropped.
         """
         shape, (first, last, reach) = self.shape, strip_span(strip)
-        act = _BUFFERS.take("act", reach - first, shape.intermediate, shape.dtype)
+        act = SCRATCH.take("act", reach - first, shape.intermediate, shape.dtype)
         if len(strip) == 1:
             expert, rows = self._experts[strip[0].slot], strip[0].rows
             gate_up = packed_linear(x, expert.gate_up, expert.gate_up_bias)

@@ -12,6 +12,7 @@ out everywhere: not counted, not sorted, not computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,18 +207,27 @@ def sort_rows(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     slots = slot_TK.long().contiguous()
     if slots.numel() and int(slots.max()) >= num_slots:
         raise InputError(f"slot {int(slots.max())} is past the table of {num_slots} slots")
-    row_TK = torch.full_like(slots, -1)
     if slots.device.type == "cpu":
-        order_A = torch.empty(slots.numel(), dtype=torch.int64)
-        offset = np.empty(num_slots + 1, np.int64)
-        cpu_loops.sort_slots(
-            as_array(slots.view(-1)), as_array(order_A), offset, as_array(row_TK.view(-1))
-        )
-        return order_A[: offset[-1]], torch.from_numpy(np.diff(offset)), row_TK
+        order_A, offset_S, row_TK = sort_on_host(slots, num_slots)
+        return order_A, torch.from_numpy(np.diff(offset_S)), row_TK
+    row_TK = torch.full_like(slots, -1)
     order_A = torch.argsort(slots.view(-1), stable=True)
     order_A = order_A[int((slots < 0).sum()) :]
     row_TK.view(-1)[order_A] = torch.arange(len(order_A), device=slots.device)
     return order_A, torch.bincount(slots[slots >= 0], minlength=num_slots), row_TK
+
+
+def sort_on_host(
+    slot_TK: Tensor, num_slots: int
+) -> tuple[Tensor, np.ndarray[Any, np.dtype[np.int64]], Tensor]:
+    """`sort_rows` of checked int64 CPU slots; offset_S [S + 1], rows before each, for counts."""
+    order_A = torch.empty(slot_TK.numel(), dtype=torch.int64)
+    row_TK = torch.empty_like(slot_TK)
+    offset_S = np.empty(num_slots + 1, np.int64)
+    cpu_loops.sort_slots(
+        as_array(slot_TK.view(-1)), as_array(order_A), offset_S, as_array(row_TK.view(-1))
+    )
+    return order_A[: offset_S[-1]], offset_S, row_TK
 
 
 def combine(y_TKH: Tensor, gate_TK: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from loadmaster.kernels.oracle import relative_error
 Maker = Callable[..., Any]
 
 FLOATS = [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
-BACKENDS = ["torch", "packed"]
+BACKENDS = ["torch", "packed", "small"]
 GPT_OSS = ExpertActivation("gptoss_clamped", limit=0.8, alpha=1.702, interleaved=True)
 
 
