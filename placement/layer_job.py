@@ -64,6 +64,17 @@ class LayerTask:
         """Whether the guard on time has fired."""
         return self.deadline is not None and time.time() > self.deadline
 
+    def fits(self, slots_GC: SlotArray) -> bool:
+        """Whether slots keep to each device's slots and bytes in this layer."""
+        held = slots_GC >= 0
+        if (held.sum(axis=1) > self.slots_G).any():
+            return False
+        sizes_E = self.loads().size_E if self.room_G is not None else None
+        if sizes_E is None or self.room_G is None:
+            return True
+        held_G = np.where(held, sizes_E[np.maximum(slots_GC, 0)], 0.0).sum(axis=1)
+        return bool((held_G <= self.room_G).all())
+
     @property
     def counts_copies(self) -> bool:
         """Whether fewer copies are worth something here."""

@@ -102,16 +102,28 @@ def eplb_hierarchical(layer: LayerLoads) -> SlotArray:
 
 
 def greedy(layer: LayerLoads) -> SlotArray:
-    """Copies by load, then heaviest first onto the device that would finish first."""
-    return pack_heaviest_first(
+    """Copies by load, then heaviest first onto the device that would finish first.
+
+    Raises InfeasibleError where an expert fits into no device's memory.
+    """
+    slots_GC = pack_heaviest_first(
         layer.load_E, greedy_copies(layer), layer.slots_G, layer.speed_G,
         size_E=layer.size_E, room_G=layer.room_G,
     )
+    missing = np.setdiff1d(np.arange(layer.experts), slots_GC)
+    if len(missing):
+        raise InfeasibleError(
+            f"expert {missing[0]} fits into no device's memory ({len(missing)} such experts in a "
+            "layer): raise expert_memory_bytes or add devices"
+        )
+    return slots_GC
 
 
 def lpt_swap(layer: LayerLoads) -> SlotArray:
     """`greedy`, then the best exchange with the hottest device until none helps."""
-    return swap_with_hottest(greedy(layer), layer.load_E, layer.speed_G)
+    return swap_with_hottest(
+        greedy(layer), layer.load_E, layer.speed_G, size_E=layer.size_E, room_G=layer.room_G
+    )
 
 
 def anticorrelation(layer: LayerLoads) -> SlotArray:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, UsageError
+from ..errors import InfeasibleError, InputError, UsageError
 from ..traces.profile import Profile
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
@@ -27,6 +27,7 @@ from .cluster import Cluster
 from .dispatch import default_slack
 from .dispatch_policies import policy_of
 from .layer_job import LayerAnswer, LayerTask, answer_with, judged
+from .layer_rooms import LayerRooms, layer_rooms
 from .layer_threads import LayerThreads
 from .methods import LAYER_METHODS, require_room
 from .moetuner import moetuner
@@ -117,7 +118,8 @@ def plan(
     _check_model(settings, data)
     if current is not None:
         check_current(current, data, cluster)
-    tasks = layer_tasks(data, settings, current)
+    rooms = rooms_of_layers(data, settings)
+    tasks = layer_tasks(data, settings, rooms, current)
     work: Callable[[LayerTask], LayerAnswer]
     laid: Laid | None = None
     if method in WHOLE_MODEL_METHODS:
@@ -126,7 +128,8 @@ def plan(
     else:
         work = search_layer if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
-    evidence = evidence_of(answers, data, settings, () if laid is None else laid.notes)
+    notes = rooms.notes if laid is None else (*rooms.notes, *laid.notes)
+    evidence = evidence_of(answers, data, settings, notes)
     made = assemble(answers, data, settings, method, trace_digest(trace), evidence)
     truncated = any(a.truncated for a in answers) or (laid is not None and laid.truncated)
     return PlanResult(made, evidence, time.perf_counter() - started, truncated)
@@ -169,14 +172,27 @@ class Baseline:
         return answer_with(task, judged(task, self.method, slots_GC))
 
 
-def layer_tasks(
+def rooms_of_layers(
     data: PlanningSteps, settings: Settings, current: Plan | None = None
+) -> LayerRooms:
+    """Slots and bytes of each layer; loads are counted only where memory may be the limit."""
+    cluster, shape = settings.cluster, (data.num_layers, data.num_experts)
+    load_LE = np.zeros(shape)
+    if any(device.expert_memory_bytes is not None for device in cluster.devices):
+        for layer in range(data.num_layers):
+            load_LE[layer] = data.layer(layer).planning_WE().mean(axis=0)
+    return layer_rooms(load_LE, cluster, settings.model, current)
+
+
+def layer_tasks(
+    data: PlanningSteps, settings: Settings, rooms: LayerRooms, current: Plan | None = None
 ) -> Iterator[LayerTask]:
     """One job per layer, made as they are asked for."""
     for layer in range(data.num_layers):
         yield LayerTask(
             layer=layer, layers=data.num_layers, traffic=data.layer(layer),
-            slots_G=settings.cluster.slots_G, room_G=None,
+            slots_G=rooms.slots_LG[layer],
+            room_G=None if rooms.room_LG is None else rooms.room_LG[layer],
             cluster=settings.cluster, dispatch=settings.dispatch, objective=settings.objective,
             model=settings.model, slack=settings.slack, seed=settings.seed,
             effort=settings.effort, deadline=settings.deadline,
@@ -255,8 +271,9 @@ def assemble(
     """The plan itself."""
     from .. import __version__
 
-    return Plan(
-        slots=np.stack([a.slots_GC for a in answers]),
+    slots_LGC = _stacked([a.slots_GC for a in answers])
+    made = Plan(
+        slots=slots_LGC,
         num_experts=data.num_experts,
         dispatch=settings.dispatch,
         layer_indices=data.layer_indices,
@@ -268,6 +285,31 @@ def assemble(
         ),
         evidence=evidence,
     )
+    _check_memory(made, settings)
+    return made
+
+
+def _stacked(layers: list[SlotArray]) -> SlotArray:
+    """[L, G, C] layers padded to the widest with empty slots."""
+    slots = np.full((len(layers), len(layers[0]), max(x.shape[1] for x in layers)), -1, np.int16)
+    for layer, slots_GC in enumerate(layers):
+        slots[layer, :, : slots_GC.shape[1]] = slots_GC
+    return slots
+
+
+def _check_memory(made: Plan, settings: Settings) -> None:
+    """Raises InfeasibleError where the experts of a device exceed its own memory."""
+    model = settings.model
+    if model is None or not (model.knows_sizes or model.expert_bytes):
+        return
+    held_G = made.copies_LGE().sum(axis=0) @ model.bytes_per_expert_E()
+    for g, device in enumerate(settings.cluster.devices):
+        if device.expert_memory_bytes is not None and held_G[g] > device.expert_memory_bytes:
+            raise InfeasibleError(
+                f"{made.provenance.method} puts {held_G[g]:,} bytes of experts on device {g}, "
+                f"whose expert_memory_bytes allow {device.expert_memory_bytes:,}: use auto or "
+                "greedy, which keep to it"
+            )
 
 
 def trace_digest(source: RoutingTrace | Profile) -> str:

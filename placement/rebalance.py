@@ -36,6 +36,7 @@ from .planner import (
     evidence_of,
     layer_tasks,
     resolve_settings,
+    rooms_of_layers,
     trace_digest,
 )
 from .planning_steps import LayerTraffic, PlanningSteps, planning_steps
@@ -86,7 +87,10 @@ def rebalance(
     check_current(current, data, cluster)
     price_E = _price_of_moves(current, model, max_moves, max_bytes)
     run: Executor = LayerThreads() if executor is None else executor
-    tasks = [replace(t, move_price_E=price_E) for t in layer_tasks(data, settings, current)]
+    rooms = rooms_of_layers(data, settings, current)
+    tasks = [
+        replace(t, move_price_E=price_E) for t in layer_tasks(data, settings, rooms, current)
+    ]
     ladders = list(run.map(_climb, tasks))
     levels = _share_budget(ladders)
     if not _gain_is_sure(ladders, levels):

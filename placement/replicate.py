@@ -57,6 +57,30 @@ def _hand_out(load_E: FloatArray, spare: int, most_copies: int) -> IntArray:
     return copies_E
 
 
+def lightest_heaviest_copy(load_E: FloatArray, most_spare: int, most_copies: int) -> FloatArray:
+    """[R+1] load of the heaviest copy with 0..R = most_spare spare slots, as `copies_by_load`."""
+    load = np.ascontiguousarray(load_E, np.float64)
+    return _heaviest_by_spare(load, most_spare, most_copies)
+
+
+@compiled
+def _heaviest_by_spare(load_E: FloatArray, most_spare: int, most_copies: int) -> FloatArray:
+    heap = [(-load_E[e], 1, e) for e in range(len(load_E))]
+    heapq.heapify(heap)
+    heaviest_R, capped = np.zeros(most_spare + 1), 0.0
+    for spare in range(most_spare + 1):
+        heaviest_R[spare] = max(capped, -heap[0][0] if len(heap) > 0 else 0.0)
+        if len(heap) == 0:
+            continue
+        load, copies, e = heap[0]
+        if copies < most_copies:
+            heapq.heapreplace(heap, (-load_E[e] / (copies + 1), copies + 1, e))
+        else:
+            capped = max(capped, -load)
+            heapq.heappop(heap)
+    return heaviest_R
+
+
 def share_slots_between_layers(
     cost_LR: FloatArray, budget: int, *, least: int = 0
 ) -> IntArray:

@@ -46,6 +46,8 @@ def search_layer(task: LayerTask) -> LayerAnswer:
     candidates: list[Candidate] = []
     truncated = False
     for name, slots in _candidates(task):
+        if not task.fits(slots):
+            continue
         candidates.append(judged(task, name, slots))
         if task.expired():
             truncated = True
@@ -130,7 +132,9 @@ def _with_fewer_copies(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str
             continue
         fewer = replace(loads, slots_G=_trimmed(loads.slots_G, keep))
         part = replace(task, slots_G=fewer.slots_G)
-        found = _by_rows(part, fewer, lpt_swap(fewer), 0.0)
+        start = lpt_swap(fewer)
+        yield f"lpt_swap, {keep} of {slots} slots", _widened(start, loads.most_slots)
+        found = _by_rows(part, fewer, start, 0.0)
         yield f"search, {keep} of {slots} slots", _widened(found, loads.most_slots)
 
 
@@ -217,7 +221,9 @@ def _copies(task: LayerTask, weight: float) -> CopyModel:
     trace, planning = task.traffic.trace, task.traffic.planning
     if weight == 0.0 or trace is None or planning is None:
         return no_copies(task.cluster.num_devices)
-    token = planning.token[:: max(1, len(planning.token) // COPY_TOKENS)]
+    # Drawn at random: steps interleave requests, and an even stride would pick a few of them.
+    token = np.unique(planning.token)
+    token = np.random.default_rng([task.seed, task.layer, 3]).permutation(token)[:COPY_TOKENS]
     ids_TK = trace.ids[token, 0].astype(np.int32)
     valid = trace.valid_TLK(token)
     if valid is not None:

@@ -28,16 +28,28 @@ def even_device_load(load_E: FloatArray, slots_GC: SlotArray) -> FloatArray:
 
 
 def swap_with_hottest(
-    slots_GC: SlotArray, load_E: FloatArray, speed_G: FloatArray, *, most_swaps: int = 10_000
+    slots_GC: SlotArray,
+    load_E: FloatArray,
+    speed_G: FloatArray,
+    *,
+    size_E: FloatArray | None = None,
+    room_G: FloatArray | None = None,
+    most_swaps: int = 10_000,
 ) -> SlotArray:
     """Exchange slots between the hottest device and another while the worse of the two cools most.
 
-    Copies' counts stay. Returns new slots. Ties: lower device, then lower slots. Deterministic.
+    size_E, room_G: bytes, where memory limits too. Copies' counts stay. Returns new slots. Ties:
+    lower device, then lower slots. Deterministic.
     """
     slots_GC = slots_GC.copy()
     copies_E = np.bincount(slots_GC[slots_GC >= 0].astype(np.int64), minlength=len(load_E))
     share_E = np.asarray(load_E, np.float64) / np.maximum(copies_E, 1)
-    _swap_with_hottest(slots_GC, share_E, np.asarray(speed_G, np.float64), most_swaps)
+    size = np.zeros(len(load_E)) if size_E is None else np.asarray(size_E, np.float64)
+    left_G = np.full(len(slots_GC), np.inf) if room_G is None else room_G - np.where(
+        slots_GC >= 0, size[np.maximum(slots_GC, 0)], 0.0).sum(axis=1)
+    _swap_with_hottest(
+        slots_GC, share_E, np.asarray(speed_G, np.float64), size, left_G, most_swaps
+    )
     return slots_GC
 
 
@@ -51,7 +63,8 @@ def _held(slots_GC: SlotArray, g: int, expert: int) -> bool:
 
 @compiled
 def _swap_with_hottest(
-    slots_GC: SlotArray, share_E: FloatArray, speed_G: FloatArray, most_swaps: int
+    slots_GC: SlotArray, share_E: FloatArray, speed_G: FloatArray, size_E: FloatArray,
+    left_G: FloatArray, most_swaps: int,
 ) -> None:
     devices, width = slots_GC.shape
     load_G = np.zeros(devices)
@@ -75,6 +88,8 @@ def _swap_with_hottest(
                     f = slots_GC[g, d]
                     if f < 0 or share_E[f] >= share_E[e]:
                         continue
+                    if size_E[e] - size_E[f] > left_G[g] or size_E[f] - size_E[e] > left_G[hot]:
+                        continue
                     gain = share_E[e] - share_E[f]
                     after = max(
                         (load_G[hot] - gain) / speed_G[hot], (load_G[g] + gain) / speed_G[g]
@@ -87,6 +102,8 @@ def _swap_with_hottest(
         slots_GC[hot, best_c], slots_GC[best_g, best_d] = f, e
         load_G[hot] += share_E[f] - share_E[e]
         load_G[best_g] += share_E[e] - share_E[f]
+        left_G[hot] += size_E[e] - size_E[f]
+        left_G[best_g] += size_E[f] - size_E[e]
 
 
 class _Placed(NamedTuple):

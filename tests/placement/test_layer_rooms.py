@@ -1,0 +1,135 @@
+"""Memory as the limit: copies shared between layers, every device within its own bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loadmaster.errors import InfeasibleError
+from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.layer_rooms import layer_rooms
+from loadmaster.placement.plan import Plan
+from loadmaster.placement.planner import plan
+from loadmaster.placement.rebalance import rebalance
+from loadmaster.placement.replicate import copies_by_load, lightest_heaviest_copy
+from loadmaster.traces.profile import Profile
+from loadmaster.traces.spec import ModelSpec
+from loadmaster.traces.steps import StepSampler
+from loadmaster.traces.synth import synth_trace
+
+STEPS = StepSampler(tokens=64, concurrency=8)
+MODEL = ModelSpec(
+    name="tiny", num_layers=3, num_experts=8, top_k=2, hidden=16, intermediate=16
+)
+SIZE = int(MODEL.bytes_per_expert_E()[0])
+
+
+def cluster_of(copies: list[int | None], slots: int = 4) -> Cluster:
+    """Devices whose memory holds so many experts over all layers; None = as many as slots."""
+    plain = Cluster.preset("h100", devices_per_node=len(copies), slots_per_device=slots)
+    devices = tuple(
+        device.model_copy(update={"expert_memory_bytes": None if n is None else n * SIZE + 1})
+        for device, n in zip(plain.devices, copies, strict=True)
+    )
+    return plain.model_copy(update={"devices": devices})
+
+
+def held_bytes(made: Plan, model: ModelSpec = MODEL) -> list[int]:
+    return (made.copies_LGE().sum(axis=0) @ model.bytes_per_expert_E()).tolist()
+
+
+def test_without_memory_limits_slots_are_all_there_is() -> None:
+    rooms = layer_rooms(np.ones((3, 8)), cluster_of([None] * 4), MODEL)
+    assert rooms.slots_LG.tolist() == [[4] * 4] * 3 and rooms.room_LG is None
+
+
+def test_a_limit_that_does_not_bind_changes_nothing() -> None:
+    rooms = layer_rooms(np.ones((3, 8)), cluster_of([12] * 4), MODEL)
+    assert rooms.slots_LG.tolist() == [[4] * 4] * 3 and not rooms.notes
+
+
+def test_layers_get_slots_by_what_another_copy_is_worth_there() -> None:
+    """Layer 1 is skewed, the others are flat: all spare memory goes to it."""
+    load = np.ones((3, 8)) * 10
+    load[1] = [70, 2, 2, 2, 1, 1, 1, 1]
+    rooms = layer_rooms(load, cluster_of([7] * 4), MODEL)
+    slots_L = rooms.slots_LG.sum(axis=1)
+    assert slots_L[1] > 8 and slots_L[1] > slots_L[0] and slots_L.sum() <= 28
+    assert (rooms.slots_LG.sum(axis=0) <= 7).all()
+    assert "memory holds 4 copies beyond one" in rooms.notes[0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    copies=st.lists(st.integers(0, 12), min_size=2, max_size=4),
+    load=st.lists(st.integers(0, 99), min_size=24, max_size=24),
+)
+def test_every_layer_holds_every_expert_and_every_device_its_memory(
+    copies: list[int], load: list[int]
+) -> None:
+    cluster = cluster_of([max(1, n) for n in copies], slots=5)
+    try:
+        rooms = layer_rooms(np.array(load, float).reshape(3, 8), cluster, MODEL)
+    except InfeasibleError:
+        capacity = sum(min(max(1, n), 15) for n in copies)
+        per_layer = 5 * len(copies)
+        assert capacity < 24 or per_layer < 8 or len(set(copies)) > 1
+        return
+    assert (rooms.slots_LG.sum(axis=1) >= 8).all()
+    assert (rooms.slots_LG.sum(axis=0) <= [max(1, n) for n in copies]).all()
+    assert (rooms.slots_LG <= 5).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(load=st.lists(st.integers(0, 99), min_size=1, max_size=6), most=st.integers(1, 4))
+def test_the_heaviest_copy_by_spare_slots_is_what_handing_them_out_gives(
+    load: list[int], most: int
+) -> None:
+    load_E = np.array(load, float)
+    widest = len(load) * (most - 1)
+    found = lightest_heaviest_copy(load_E, widest, most)
+    for spare in range(widest + 1):
+        copies_E = copies_by_load(load_E, len(load) + spare, most)
+        assert found[spare] == pytest.approx((load_E / copies_E).max())
+
+
+@pytest.mark.parametrize("method", ["auto", "greedy", "lpt_swap", "contiguous"])
+def test_plans_keep_to_each_devices_own_memory(method: str) -> None:
+    trace = synth_trace(layers=3, experts=8, top_k=2, tokens=3000, request_tokens=50, seed=3)
+    cluster = cluster_of([7, 7, 7, 7])
+    made = plan(
+        trace, cluster, method=method, steps=STEPS, model=MODEL, objective="balance",
+        effort="fast",
+    )
+    assert all(held <= 7 * SIZE for held in held_bytes(made.plan))
+    assert any("memory holds" in note for note in made.evidence.notes)
+    moved = rebalance(
+        made.plan, trace, cluster, steps=STEPS, model=MODEL, objective="balance", max_moves=4
+    )
+    assert all(held <= 7 * SIZE for held in held_bytes(moved.plan))
+
+
+def test_experts_of_different_sizes_are_counted_in_bytes() -> None:
+    trace = synth_trace(layers=3, experts=8, top_k=2, tokens=3000, request_tokens=50, seed=3)
+    model = MODEL.model_copy(update={"expert_bytes": (900, 100, 100, 100, 100, 100, 100, 100)})
+    plain = Cluster.preset("h100", devices_per_node=2, slots_per_device=8)
+    devices = tuple(d.model_copy(update={"expert_memory_bytes": 3300}) for d in plain.devices)
+    cluster = plain.model_copy(update={"devices": devices})
+    made = plan(trace, cluster, steps=STEPS, model=model, objective="balance", effort="fast")
+    assert all(held <= 3300 for held in held_bytes(made.plan, model))
+    with pytest.raises(InfeasibleError, match=r"contiguous puts .* bytes of experts on device 0"):
+        plan(trace, cluster, method="contiguous", steps=STEPS, model=model, objective="balance")
+
+
+def test_too_little_memory_is_refused_with_the_bytes_that_are_missing() -> None:
+    trace = synth_trace(layers=3, experts=8, top_k=2, tokens=3000, request_tokens=50, seed=3)
+    with pytest.raises(InfeasibleError, match=r"3 layers of 8 experts take .* short"):
+        plan(trace, cluster_of([5] * 4), steps=STEPS, model=MODEL)
+
+
+def test_memory_that_cannot_be_counted_is_said() -> None:
+    loads = Profile.from_loads(np.arange(1.0, 25).reshape(3, 8))
+    made = plan(loads, cluster_of([7] * 4), method="greedy", dispatch="even")
+    assert any("expert_memory_bytes not counted" in note for note in made.evidence.notes)
