@@ -15,7 +15,7 @@ from ..errors import InputError
 from .activation import ExpertActivation
 from .dispatch_table import DispatchTable
 from .load_record import LoadRecord
-from .routing import route, top_k
+from .routing import check_integers, route, top_k
 from .weights import BACKENDS, ExpertWeights
 
 __all__ = [
@@ -80,10 +80,12 @@ def moe_layer(
             f"x is {tuple(x_TH.shape)}, ids {tuple(ids_TK.shape)}, gates {tuple(gate_TK.shape)}; "
             "ids and gates must both be [T, K]"
         )
+    check_integers("ids", ids_TK)
     if slot_TK is None:
         slot_TK = torch.where(ids_TK == weights.slots, -1, ids_TK)
     if slot_TK.shape != ids_TK.shape:
         raise InputError(f"slot_TK is {tuple(slot_TK.shape)}; it must be {tuple(ids_TK.shape)}")
+    check_integers("slots", slot_TK)
     if slot_TK.device.type == "cpu" and slot_TK.numel() and int(slot_TK.max()) >= weights.slots:
         raise InputError(
             f"slot {int(slot_TK.max())} is past the table of {weights.slots} slots"

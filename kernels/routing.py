@@ -24,6 +24,8 @@ from .activation import COMPILED_DTYPES
 from .cpu_float import as_array
 from .load_record import LoadRecord
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def top_k(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
     """Choose the k best experts of every token.
@@ -51,6 +53,12 @@ def top_k(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor
     return torch.softmax(logits, dim=1).gather(1, ids_TK), ids_TK
 
 
+def check_integers(name: str, tensor: Tensor) -> None:
+    """Refuse ids or slots that a conversion would cut to whole numbers."""
+    if tensor.dtype not in _INTEGERS:
+        raise InputError(f"{name} are {tensor.dtype}; they must be integers, as int32 or int64")
+
+
 def histogram(ids_TK: Tensor, num_experts: int, *, k_of_token: Tensor | None = None) -> Tensor:
     """Count the tokens of every expert: count_E int64, exact.
 
@@ -63,6 +71,7 @@ def histogram(ids_TK: Tensor, num_experts: int, *, k_of_token: Tensor | None = N
             f"histogram needs ids [T, K] and k_of_token [T]; got {tuple(ids_TK.shape)} "
             f"and {lengths}"
         )
+    check_integers("ids", ids_TK)
     ids = ids_TK.long()
     count_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     if k_of_token is None:
@@ -175,6 +184,10 @@ def _checked_ids(
         raise InputError(
             f"quotas {quotas} and slot table {tuple(slot_expert_S.shape)} must both be [slots]"
         )
+    check_integers("ids", ids_TK)
+    check_integers("experts of the slot table", slot_expert_S)
+    if quota_S is not None:
+        check_integers("quotas", quota_S)
     ids = ids_TK.detach().cpu().long().contiguous()
     table = slot_expert_S.cpu().long().contiguous()
     empty = torch.empty(0, dtype=torch.int64)
@@ -204,6 +217,7 @@ def sort_by_slot(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
 
 def sort_rows(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """`sort_by_slot`, and row_TK: the row of every assignment in that order, -1 if left out."""
+    check_integers("slots", slot_TK)
     slots = slot_TK.long().contiguous()
     if slots.numel() and int(slots.max()) >= num_slots:
         raise InputError(f"slot {int(slots.max())} is past the table of {num_slots} slots")

@@ -230,6 +230,12 @@ def test_refuses_a_layer_whose_parts_do_not_fit() -> None:
         moe_layer(x, ids[:4], gate[:4], _weights())
     with pytest.raises(InputError, match="slot 4 is past the table of 3 slots"):
         moe_layer(x, ids + 4, gate, _weights())
+    with pytest.raises(InputError, match=r"ids are torch\.float32; they must be integers"):
+        moe_layer(x, ids.float(), gate, _weights())
+    with pytest.raises(InputError, match="slots are torch.float64"):
+        moe_layer(x, ids, gate, _weights(), slot_TK=ids.double())
+    with pytest.raises(InputError, match="slot 9 is past the table of 3 slots"):
+        moe_layer(x, ids, gate, _weights(), slot_TK=ids + 9)
     with pytest.raises(InputError, match="slot_TK is"):
         moe_layer(x, ids, gate, _weights(), slot_TK=ids[:, :1])
 

@@ -131,6 +131,17 @@ class TestAssignSlots:
         with pytest.raises(InputError, match="expert 5 has 1 assignments but quotas for 0"):
             assign_slots(torch.tensor([[5]]), torch.tensor([0]), torch.tensor([0]))
 
+    def test_refuses_numbers_that_are_not_whole(self) -> None:
+        ids, table = torch.tensor([[0.5]]), torch.tensor([0])
+        with pytest.raises(InputError, match="must be integers"):
+            assign_slots(ids, torch.tensor([1]), table)
+        with pytest.raises(InputError, match=r"quotas are torch\.float32"):
+            assign_slots(ids.long(), torch.tensor([1.0]), table)
+        with pytest.raises(InputError, match="ids are"):
+            histogram(ids, 1)
+        with pytest.raises(InputError, match="slots are"):
+            sort_rows(ids, 1)
+
     def test_refuses_quota_on_an_empty_slot(self) -> None:
         with pytest.raises(InputError, match="quotas"):
             assign_slots(torch.tensor([[0]]), torch.tensor([1, 1]), torch.tensor([0, -1]))
