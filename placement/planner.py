@@ -33,7 +33,8 @@ from .methods import LAYER_METHODS, require_room
 from .moetuner import moetuner
 from .plan import DispatchSpec, Evidence, LayerEvidence, Plan, Provenance
 from .planning_steps import PlanningSteps, planning_steps
-from .search import EFFORTS, search_layer
+from .polish import search_and_polish
+from .search import EFFORTS
 from .whole_model import Laid, Method, whole_model
 
 WHOLE_MODEL_METHODS: dict[str, Method] = {"affinity": affinity, "moetuner": moetuner}
@@ -126,7 +127,7 @@ def plan(
         laid = lay(method, data, settings, progress)
         work, progress = Judge(method, laid.slots_LGC), None
     else:
-        work = search_layer if method == "auto" else Baseline(method)
+        work = search_and_polish if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
     notes = rooms.notes if laid is None else (*rooms.notes, *laid.notes)
     evidence = evidence_of(answers, data, settings, notes)
