@@ -60,7 +60,12 @@ def plan(
         Path | None, typer.Option(help="The plan in force: moves count, leaving it may win.")
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="Method to try; may repeat [default: auto and peers].")
+        list[str] | None,
+        typer.Option(
+            help="Method to try; may repeat: auto, contiguous, round_robin, eplb, "
+            "eplb_hierarchical, greedy, lpt_swap, anticorrelation, affinity or moetuner "
+            "[default: auto, eplb, greedy, contiguous]."
+        ),
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help="time or balance [default: time with --model].")
@@ -116,6 +121,11 @@ def plan(
     )
     answers = {}
     for name, part in parts.items():
+        if name and part.phase is None:
+            raise UsageError(
+                f"{trace} does not tell prefill from decode: plan it as a whole (--phase all), or "
+                "record a trace with phases"
+            )
         part = part.slice_phase(name) if name else part  # type: ignore[arg-type]
         answers[name] = _advise(part, options)
     for name, advice in answers.items():
@@ -124,7 +134,7 @@ def plan(
             require_new(target)
             advice.plan.save(target)
         if not json:
-            _print_advice(advice, name, target, notes)
+            _print_advice(advice, name, target, notes, options["cluster"].num_nodes)
     if json:
         documents = {n or "all": a.to_dict() | {"notes": list(notes)} for n, a in answers.items()}
         show.print_json(documents if phase == "apart" else next(iter(documents.values())))
@@ -215,7 +225,7 @@ def _plan_loads(
 
 
 def _print_advice(
-    advice: Advice, name: str, target: Path | None, notes: tuple[str, ...]
+    advice: Advice, name: str, target: Path | None, notes: tuple[str, ...], nodes: int
 ) -> None:
     show.print_verdict((f"{name}: " if name else "") + advice.verdict)
     rows = []
@@ -225,21 +235,26 @@ def _print_advice(
         rows.append((
             ("* " if row.name == advice.chosen else "  ") + row.name, row.metric,
             _band(row.change_percent, row.change_low_percent, row.change_high_percent),
-            judged.imbalance_p99, judged.remote_node_copies_per_token,
+            judged.imbalance_p99,
+            judged.remote_node_copies_per_token if nodes > 1
+            else judged.remote_device_copies_per_token,
+            None if result is None else result.evidence.bound,
             None if result is None else f"{result.evidence.gap:.2%}",
             None if result is None else result.seconds,
             advice.plans[row.name].spare_slots,
         ))
     show.print_table(
         "* = use this", ("plan", _metric(advice.comparison), "change, %", "p99 imbalance",
-                         "node copies", "gap", "seconds", "replicas"), rows,
+                         "node copies" if nodes > 1 else "device copies", "bound", "gap",
+                         "seconds", "replicas"), rows,
     )
     fired = [n for n, r in advice.results.items() if r.truncated]
+    chosen = advice.results.get(advice.chosen)
     show.print_notes((
         f"judged on {advice.judged_on}",
-        "gap: how far above the least any plan can reach on the planning steps",
+        "bound: no plan can be better on the planning steps; gap: how far above it this one is",
         *([f"time limit fired: {', '.join(fired)} may improve with more time"] if fired else []),
-        *notes, *advice.comparison.notes,
+        *([] if chosen is None else chosen.evidence.notes), *notes, *advice.comparison.notes,
     ))
     if target is not None:
         show.out().print(f"wrote {advice.chosen} to {target}", markup=False)

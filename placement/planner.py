@@ -24,7 +24,7 @@ from ..traces.trace import RoutingTrace
 from .affinity import affinity
 from .bounds import checked_gap
 from .cluster import Cluster
-from .dispatch import default_slack
+from .dispatch import default_slack, needs_all_counts
 from .dispatch_policies import policy_of
 from .layer_job import LayerAnswer, LayerTask, answer_with, judged
 from .layer_rooms import LayerRooms, layer_rooms
@@ -35,6 +35,7 @@ from .plan import DispatchSpec, Evidence, LayerEvidence, Plan, Provenance
 from .planning_steps import PlanningSteps, planning_steps
 from .polish import search_and_polish
 from .search import EFFORTS
+from .search_fixed_shares import NEAREST_RULES
 from .whole_model import Laid, Method, whole_model
 
 WHOLE_MODEL_METHODS: dict[str, Method] = {"affinity": affinity, "moetuner": moetuner}
@@ -330,10 +331,21 @@ def _remarks(
     slots = data.num_layers * settings.cluster.total_slots
     empty = slots - sum(int((a.slots_GC >= 0).sum()) for a in answers)
     searched = any(a.name.startswith("search") or a.name.endswith(" slots") for a in answers)
-    if settings.objective == "time" and empty and searched:
+    if empty and searched and settings.objective == "time":
         remarks.append(
             f"{empty} of {slots} slots are left empty: another replica there would cost more in "
             "weight reads than it saves in balance"
+        )
+    elif empty and searched and settings.dispatch.policy in NEAREST_RULES:
+        remarks.append(
+            f"{empty} of {slots} slots are left empty: under {settings.dispatch.policy} another "
+            "replica there would take few tokens and not balance better"
+        )
+    single = slots - empty == data.num_layers * data.num_experts
+    if single and settings.objective == "time" and needs_all_counts(settings.dispatch):
+        remarks.append(
+            f"no expert has a replica: dispatch even makes the same choices as "
+            f"{settings.dispatch.policy} and need not gather counts in every layer"
         )
     unused = [a.layer for a in answers if not data.layer(a.layer).planning_WE().any()]
     if unused:
@@ -366,8 +378,8 @@ def resolve_settings(
             raise UsageError(f"unknown {what} {value!r}; there are: {', '.join(known)}")
     if objective == "time" and not sized:
         raise UsageError(
-            "objective time needs the model's hidden and intermediate sizes: give model=ModelSpec, "
-            "or use objective balance"
+            "objective time needs the model's hidden and intermediate sizes: give the model "
+            "(model=ModelSpec; --model), or use objective balance"
         )
     slack = default_slack(cluster) if slack is None else slack
     if not 0.0 <= slack < 1.0:

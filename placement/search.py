@@ -119,12 +119,13 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
     if task.counts_copies:
         for weight in COPY_WEIGHTS[: 2 if loads.devices <= MOST_DEVICES else 1]:
             yield f"search, copies {weight}", _by_rows(task, loads, found, weight)
-    if task.objective == "time":
+    if task.objective == "time" or task.dispatch.policy in NEAREST_RULES:
         yield from _with_fewer_copies(task, loads)
 
 
 def _with_fewer_copies(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
-    """The same with slots left empty: decode reads weights, so a replica may cost time."""
+    """The same with slots left empty: a replica costs weight reads, and under some engines' rules
+    it takes few tokens but disturbs the rest."""
     experts, slots = loads.experts, int(loads.usable_slots_G().sum())
     for share in (0.5, 0.25, 0.0):
         keep = experts + round(share * (slots - experts))
@@ -212,7 +213,8 @@ def _improver(task: LayerTask, few: bool) -> Improve:
     if task.dispatch.policy in ("balanced", "fewest_active"):
         return improve_few_devices if few else improve_many_devices
     if task.dispatch.policy in NEAREST_RULES:
-        return partial(improve_fixed_shares, node_G=task.cluster.node_G)
+        first = task.dispatch.policy == "sglang_static"
+        return partial(improve_fixed_shares, node_G=task.cluster.node_G, first_near=first)
     return improve_fixed_shares
 
 

@@ -1,8 +1,9 @@
 """Step-aware search where copies share an expert's tokens by a rule that is blind to load.
 
 `even` and most engines' rules split an expert's tokens over all its copies alike, or nearly so over
-many tokens; `nearest` and SGLang's static table send each home rank's tokens to the copies nearest
-to it. Either way a device gets a share of the expert that depends on who holds it, a step's load is
+many tokens; `nearest` sends each home rank's tokens to the copies nearest to it, alike; SGLang's
+static table to the first copy in the node, so that further ones there serve their own rank alone.
+Either way a device gets a share of the expert that depends on who holds it, a step's load is
 a sum of shares, and a move changes the shares of the touched experts. Annealing on the maximum of
 every step.
 
@@ -32,6 +33,7 @@ FloatArray = npt.NDArray[np.float64]
 SlotArray = npt.NDArray[np.int16]
 
 NEAREST_RULES = ("nearest", "sglang_static")
+ALIKE, NEAREST, FIRST_NEAR = 0, 1, 2       # how copies share
 
 
 def improve_fixed_shares(
@@ -44,14 +46,18 @@ def improve_fixed_shares(
     state: RandomState,
     *,
     node_G: npt.NDArray[np.int64] | None = None,
+    first_near: bool = False,
 ) -> Found:
     """Anneal one layer's placement where copies share alike (node_G None) or nearest first.
+
+    first_near: of several copies in a node that the home rank does not hold, only the first serves.
 
     load_WE [W, E]: every step scaled so that perfect balance is 1 (its sum is the speeds' sum).
     """
     cost, best, last = _anneal(
         space, np.ascontiguousarray(load_WE, np.float64), np.asarray(weight_W, np.float64),
-        np.ascontiguousarray(slots_GC, np.int16), node_G is not None,
+        np.ascontiguousarray(slots_GC, np.int16),
+        ALIKE if node_G is None else FIRST_NEAR if first_near else NEAREST,
         np.zeros(len(slots_GC), np.int64) if node_G is None else np.asarray(node_G, np.int64),
         annealing, copies, state,
     )
@@ -59,14 +65,14 @@ def improve_fixed_shares(
 
 
 @compiled
-def _shares(holder_G: Any, nearest: bool, node_G: Any, share_G: Any) -> None:
+def _shares(holder_G: Any, rule: int, node_G: Any, share_G: Any) -> None:
     """[G] the part of an expert's tokens each device computes; sums to 1."""
     devices = len(holder_G)
     share_G[:] = 0.0
     copies = 0
     for g in range(devices):
         copies += holder_G[g]
-    if not nearest:
+    if rule == ALIKE:
         for g in range(devices):
             if holder_G[g]:
                 share_G[g] = 1.0 / copies
@@ -80,6 +86,9 @@ def _shares(holder_G: Any, nearest: bool, node_G: Any, share_G: Any) -> None:
             near += holder_G[g] and node_G[g] == node_G[home]
         for g in range(devices):
             if holder_G[g] and (near == 0 or node_G[g] == node_G[home]):
+                if near > 0 and rule == FIRST_NEAR:
+                    share_G[g] += 1.0 / devices
+                    break
                 share_G[g] += 1.0 / devices / (near if near > 0 else copies)
 
 
@@ -151,7 +160,7 @@ def _hold(holder_EG: Any, copies_E: Any, move: Any, sign: int) -> None:
 
 @compiled
 def _anneal(
-    space: SearchSpace, load_WE: Any, weight_W: Any, slots_GC: Any, nearest: bool, node_G: Any,
+    space: SearchSpace, load_WE: Any, weight_W: Any, slots_GC: Any, rule: int, node_G: Any,
     annealing: Annealing, copies: CopyModel, state: RandomState,
 ) -> Any:
     """(best cost, best slots, last slots). A candidate is dropped once its cost is too high."""
@@ -170,7 +179,7 @@ def _anneal(
     places_E = np.zeros(experts, np.int64)
     share_EG = np.zeros((experts, devices))
     for e in range(experts):
-        _shares(holder_EG[e], nearest, node_G, share_EG[e])
+        _shares(holder_EG[e], rule, node_G, share_EG[e])
         if priced:
             places_E[e] = places_of(np.flatnonzero(holder_EG[e]), copies.place_G)
     price_T = all_prices(copies, places_E)
@@ -206,10 +215,10 @@ def _anneal(
         _hold(holder_EG, copies_E, move, 1)
         places1, places2 = 0, 0
         if e1 >= 0:
-            _shares(holder_EG[e1], nearest, node_G, new1_G)
+            _shares(holder_EG[e1], rule, node_G, new1_G)
             change1_G[:] = new1_G - share_EG[e1]
         if e2 >= 0:
-            _shares(holder_EG[e2], nearest, node_G, new2_G)
+            _shares(holder_EG[e2], rule, node_G, new2_G)
             change2_G[:] = new2_G - share_EG[e2]
         if priced:
             if e1 >= 0:

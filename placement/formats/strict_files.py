@@ -19,9 +19,10 @@ from ...errors import InputError
 
 def read_json(path: Path) -> Any:
     """Raises InputError on anything but JSON, a key given twice, NaN and infinity."""
+    text = _read_text(path)
     try:
         return json.loads(
-            _read_text(path), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
         )
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {_first_line(error)}") from error

@@ -88,6 +88,20 @@ def test_a_plan_is_made_for_the_dispatch_that_will_run(dispatch: str) -> None:
     assert result.plan.dispatch == DispatchSpec(policy=dispatch)
 
 
+@pytest.mark.parametrize("dispatch", ["nearest", "sglang_static"])
+def test_replicas_that_an_engines_rule_makes_useless_are_left_out(dispatch: str) -> None:
+    """In one node SGLang's table sends what is not local to the first copy: the next ones idle."""
+    with_spare = quick(dispatch=dispatch).evidence
+    without = quick(cluster=CLUSTER.with_slots(2), dispatch=dispatch).evidence
+    assert with_spare.validation is not None and without.validation is not None
+    assert with_spare.validation <= without.validation + 0.01
+
+
+def test_slots_left_empty_and_counts_gathered_for_nothing_are_said() -> None:
+    tight = quick(cluster=CLUSTER.with_slots(2), model=MODEL)
+    assert any("no expert has a replica" in note for note in tight.evidence.notes)
+
+
 def test_without_spare_slots_every_expert_is_held_once() -> None:
     tight = CLUSTER.with_slots(2)
     result = quick(cluster=tight)
