@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loadmaster.kernels.activation import ExpertActivation
+from loadmaster.kernels.cpu_panels import panels_available
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
 from loadmaster.kernels.oracle import expert_layer, relative_error
 from loadmaster.kernels.routing import assign_slots, combine_rows, sort_rows
@@ -80,8 +81,10 @@ def _quota(ids: Tensor, plan: Tensor, g: torch.Generator) -> Tensor:
 def oracle() -> dict[str, Any]:
     """The worst relative error against float64 of every backend, and the shape it fell on."""
     worst: dict[str, Any] = {}
-    for backend in ("packed", "small", "torch"):
+    for backend in ("panels", "packed", "torch"):
         for label, dtype, limit in (("fp32", torch.float32, 1e-6), ("bf16", torch.bfloat16, 1e-2)):
+            if backend == "panels" and not panels_available(dtype):
+                continue
             errors = {
                 name: relative_error(out, expected)
                 for name, out, expected in _oracle_cases(backend, dtype)

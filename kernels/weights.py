@@ -15,12 +15,12 @@ from ..errors import InputError
 from .activation import ExpertActivation
 from .backend import SlotBackend, SlotShape
 from .cpu_packed import PackedSlots, packed_available
-from .cpu_small import SmallSlots, small_available, small_preferred
+from .cpu_panels import PanelSlots, panels_available, panels_preferred
 from .dispatch_table import DispatchTable
 from .load_record import LoadRecord
 from .torch_backend import TorchSlots
 
-BACKENDS = ("auto", "torch", "packed", "small", "triton")
+BACKENDS = ("auto", "torch", "packed", "panels", "triton")
 
 
 class ExpertWeights:
@@ -206,15 +206,14 @@ def _choose_backend(shape: SlotShape, name: str) -> SlotBackend:
             return backend
     on_cpu = shape.device.type == "cpu"
     packed = on_cpu and packed_available(shape.dtype)
-    small = on_cpu and small_available(shape.dtype)
-    if name == "triton" or (name == "packed" and not packed) or (name == "small" and not small):
+    panels = on_cpu and panels_available(shape.dtype)
+    if name == "triton" or (name == "packed" and not packed) or (name == "panels" and not panels):
         raise InputError(
             f"backend {name!r} cannot run {shape.dtype} on {shape.device} here; use 'auto'"
         )
-    if name == "small" or (
-        name == "auto" and on_cpu and small_preferred(shape.hidden, shape.intermediate, shape.dtype)
-    ):
-        return SmallSlots(shape)
+    preferred = panels and panels_preferred(shape.hidden, shape.intermediate, shape.dtype)
+    if name == "panels" or (name == "auto" and preferred):
+        return PanelSlots(shape)
     return PackedSlots(shape) if packed and name != "torch" else TorchSlots(shape)
 
 

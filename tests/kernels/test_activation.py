@@ -34,7 +34,7 @@ def test_refuses_what_means_nothing(arguments: dict[str, object], message: str) 
         ExpertActivation(**arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("backend", ["torch", "packed", "small"])
+@pytest.mark.parametrize("backend", ["torch", "packed", "panels"])
 def test_gpt_oss_experts_compute_what_transformers_computes(backend: str) -> None:
     """Interleaved rows, both biases, clamps that bite."""
     config = GptOssConfig(hidden_size=48, intermediate_size=40, num_local_experts=5)

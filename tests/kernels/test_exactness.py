@@ -20,7 +20,7 @@ from loadmaster.kernels.routing import assign_slots, combine_rows, histogram, so
 
 Maker = Callable[..., Any]
 
-BACKENDS = ["torch", "packed", "small"]
+BACKENDS = ["torch", "packed", "panels"]
 DTYPES = [torch.bfloat16, torch.float32]
 
 

@@ -13,7 +13,7 @@ from loadmaster.kernels.slot_table import SlotTable
 
 Maker = Callable[..., Any]
 
-BACKENDS = ["torch", "packed", "small"]
+BACKENDS = ["torch", "packed", "panels"]
 GPT_OSS = ExpertActivation("gptoss_clamped", limit=7.0, alpha=1.702, interleaved=True)
 
 
