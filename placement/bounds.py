@@ -1,11 +1,13 @@
 """Lower bounds: how good any plan could be on given steps, whatever it places where.
 
-Knows loads, slots, speeds and prices; never looks at a plan, so a bound holds for all of them.
+Knows loads, homes, slots, speeds and prices; never looks at a plan, so a bound holds for all.
 Every bound here is proved in its docstring; `checked_gap` refuses a bound above the objective,
 always.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,9 @@ from ..traces.spec import ModelSpec
 from .cluster import Cluster
 from .compiled import compiled
 from .dispatch import needs_all_counts
+from .hardware import ExchangeProfile
 from .plan import DispatchSpec
+from .tables import interpolate
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -89,17 +93,21 @@ def _copies_needed(relative_E: FloatArray, level: float, level_R: FloatArray) ->
     return needed
 
 
-
 def time_bound_us(
-    load_WE: FloatArray, model: ModelSpec, cluster: Cluster, dispatch: DispatchSpec
+    load_WE: FloatArray,
+    model: ModelSpec,
+    cluster: Cluster,
+    dispatch: DispatchSpec,
+    counts_WGE: npt.NDArray[np.integer[Any]] | None = None,
 ) -> FloatArray:
     """[W] least possible microseconds of one layer in each step under any placement and split.
 
     Proof: an expert with tokens reads its weights at least once and computes each token once, so
     the work of all devices is at least sum of reads + tokens · flops, and the device that finishes
     last takes at least that over all speed; it is busy, so it pays the start as well. An exchange
-    takes at least its alpha (its table's first entry), whatever crosses. The counts collective is
-    paid whenever the dispatch needs it. Steps without tokens pay the exchange alone.
+    takes at least its alpha and, with counts_WGE [W, G, E] by home rank, what `least_sent_W` says
+    must cross. The counts collective is paid whenever the dispatch needs it. Steps without tokens
+    pay the exchange alone.
     """
     hardware = cluster.hardware
     compute = hardware.compute
@@ -119,8 +127,54 @@ def time_bound_us(
     if cluster.num_devices == 1:
         return np.asarray(compute_W)
     fixed_us = hardware.counts_collective_us if needs_all_counts(dispatch) else 0.0
-    legs = (hardware.dispatch, hardware.combine)
-    for leg in legs[: 1 if cluster.traffic.mode == "coherent" else 2]:
-        alpha_us = leg.alpha_us + leg.alpha_per_log2_node_us * float(np.log2(cluster.num_nodes))
-        fixed_us += min(alpha_us, *leg.table_us) if leg.table_us else alpha_us
-    return np.asarray(compute_W + fixed_us)
+    sent_W = np.zeros(len(load_WE))
+    if counts_WGE is not None:
+        sent_W = least_sent_W(counts_WGE, cluster, model.top_k)
+    legs = ((hardware.dispatch, hardware.dispatch_bytes_per_value),
+            (hardware.combine, hardware.combine_bytes_per_value))
+    exchange_W = np.zeros(len(load_WE))
+    for leg, value_bytes in legs[: 1 if cluster.traffic.mode == "coherent" else 2]:
+        exchange_W += _exchange_bound_us(
+            leg, sent_W * float(model.hidden or 0) * value_bytes, cluster.num_nodes
+        )
+    return np.asarray(compute_W + fixed_us + exchange_W)
+
+
+def least_sent_W(
+    counts_WGE: npt.NDArray[np.integer[Any]], cluster: Cluster, top_k: int
+) -> FloatArray:
+    """[W] copies that the busiest port sends at least: NVLink in one node, else the NICs.
+
+    counts_WGE [W, G, E] assignments by home rank. Proof: a device (a node) holds at most as many
+    experts as it has slots, so of its own tokens' assignments all but those to so many most used
+    experts leave it, whatever the plan. One copy serves one assignment (`per_expert`), or up to
+    top_k of one token where copies to a place are merged. A node's NICs share what leaves it.
+    Traffic modes in which routing decides nothing, or not alone, are bounded by 0.
+    """
+    steps, devices, experts = counts_WGE.shape
+    if cluster.traffic.mode != "return_home" or devices == 1:
+        return np.zeros(steps)
+    nodes = cluster.num_nodes
+    place_G = np.arange(devices) if nodes == 1 else cluster.node_G
+    slots_P = np.bincount(place_G, cluster.slots_G).astype(np.int64)
+    ports_P = np.bincount(place_G)
+    sent_W = np.zeros(steps)
+    for place in range(len(slots_P)):
+        own_WE = np.asarray(counts_WGE[:, place_G == place].sum(axis=1), np.float64)
+        kept = min(int(slots_P[place]), experts)
+        most_WC = np.partition(own_WE, experts - kept, axis=1)[:, experts - kept :]
+        leaves_W = own_WE.sum(axis=1) - most_WC.sum(axis=1)
+        sent_W = np.maximum(sent_W, leaves_W / ports_P[place])
+    merged = cluster.traffic.payload != "per_expert"
+    return np.asarray(sent_W / (top_k if merged else 1))
+
+
+def _exchange_bound_us(leg: ExchangeProfile, bytes_W: FloatArray, nodes: int) -> FloatArray:
+    """[W] no exchange is faster that sends so many bytes over its busiest port."""
+    if nodes > 1 or not leg.table_us:
+        alpha_us = leg.alpha_us + leg.alpha_per_log2_node_us * float(np.log2(nodes))
+        rate = leg.nvlink_bytes_per_s if nodes == 1 else leg.nic_bytes_per_s
+        return np.asarray(alpha_us + bytes_W / rate * 1e6)
+    # A measured table may fall somewhere: what later points undercut does not count.
+    least_us = np.minimum.accumulate(np.asarray(leg.table_us)[::-1])[::-1]
+    return interpolate(bytes_W, leg.table_bytes, least_us.tolist())[0]

@@ -6,6 +6,7 @@ and, with a model, time. Knows nothing of how slots are found, of other layers o
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from ..traces.steps import Steps
 from .bounds import balance_bound_W, time_bound_us
 from .cluster import Cluster
 from .cost import step_cost
+from .dispatch import count_tokens
 from .evaluate import imbalance_of
 from .judge import HOME_BLIND, fluid_imbalance_W, imbalance_W, mean_imbalance
 from .methods import LayerLoads
@@ -189,9 +191,30 @@ def layer_bound(task: LayerTask) -> float:
     load_WE = task.traffic.planning_WE()
     if task.objective == "time":
         assert task.model is not None
-        return float(time_bound_us(load_WE, task.model, task.cluster, task.dispatch).mean())
+        return float(
+            time_bound_us(
+                load_WE, task.model, task.cluster, task.dispatch, _counts_by_home(task)
+            ).mean()
+        )
     used = load_WE.sum(axis=1) > 0
     if not used.any():
         return 1.0
     slots = int(task.slots_G.sum())
     return float(balance_bound_W(load_WE[used], slots, task.cluster.speed_G).mean())
+
+
+def _counts_by_home(task: LayerTask) -> npt.NDArray[np.int32] | None:
+    """[W, G, E] assignments of the planning steps by home rank; None where no tokens are known."""
+    traffic, devices = task.traffic, task.cluster.num_devices
+    if traffic.trace is None or traffic.planning is None:
+        return None
+    token, offset = traffic.planning.token, traffic.planning.offset
+    ids_AK = traffic.trace.ids[token, 0].astype(np.int32)
+    valid = traffic.trace.valid_TLK(token)
+    if valid is not None:
+        ids_AK[~valid[:, 0]] = -1
+    home_A = traffic.trace.home_rank_T(devices)[token]
+    return np.stack([
+        count_tokens(ids_AK[a:b], home_A[a:b], devices, traffic.num_experts)
+        for a, b in itertools.pairwise(offset.tolist())
+    ])

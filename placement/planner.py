@@ -258,7 +258,8 @@ def evidence_of(
 
 BOUND_KINDS = {
     "balance": "mean load; copies that the heaviest experts need",
-    "time": "every used expert read once, every token computed once, exchanges at their start-up",
+    "time": "every used expert read once, every token computed once; exchanges start, and send "
+            "what no device's slots could keep at home",
 }
 
 

@@ -15,11 +15,13 @@ from loadmaster.placement.bounds import (
     BoundError,
     balance_bound_W,
     checked_gap,
+    least_sent_W,
     time_bound_us,
 )
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.evaluate import evaluate
 from loadmaster.placement.plan import DispatchSpec, Plan
+from loadmaster.placement.traffic import step_loads
 from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.trace import RoutingTrace
@@ -133,6 +135,48 @@ def test_the_time_bound_is_never_above_the_best_placement(policy: str, nodes: in
     bound_W = time_bound_us(load_WE, MODEL, cluster, spec)
     assert (bound_W > 0).all()
     assert (bound_W <= best_W * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize(("traffic", "nodes"), [
+    ("return_home/per_expert", 1), ("return_home/per_rank", 1), ("return_home/per_expert", 2),
+    ("return_home/per_rank", 2), ("return_home/per_node", 2), ("allgather", 1),
+])
+@pytest.mark.parametrize("preset", ["h100", "cpu"])
+def test_what_must_cross_is_never_more_than_any_plan_sends(
+    preset: str, traffic: str, nodes: int
+) -> None:
+    """Two of four experts for each token, two devices of two slots; all 2^8 placements tried."""
+    cluster = Cluster.preset(
+        preset, nodes=nodes, devices_per_node=2 // nodes, slots_per_device=2, traffic=traffic
+    )
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((48, 1, 4)) + np.array([0.0, 0.1, 0.3, 0.4]), axis=2)[:, :, :2]
+    trace = RoutingTrace.from_arrays(ids, num_experts=4, request=np.arange(48) // 4)
+    model = MODEL.model_copy(update={"num_experts": 4, "top_k": 2, "hidden": 4096})
+    steps = StepSampler(tokens=16, order="stored").sample(trace)
+    home_T = trace.home_rank_T(2)
+    counts = np.zeros((len(steps), 2, 4), np.int64)
+    for w in range(len(steps)):
+        for t in steps.tokens_of(w):
+            counts[w, home_T[t], ids[t, 0]] += 1
+    best_W, least_W = np.full(len(steps), np.inf), np.full(len(steps), np.inf)
+    for slots in itertools.product(range(4), repeat=4):
+        if len(set(slots)) == 4:
+            plan = Plan(np.array(slots).reshape(1, 2, 2), num_experts=4)
+            found = evaluate(plan, trace, cluster, steps=steps, model=model)
+            assert found.step_time_us_W is not None
+            best_W = np.minimum(best_W, found.step_time_us_W)
+            sent = step_loads(trace, steps, plan, cluster)
+            ports = sent.nvlink_out_WLG if nodes == 1 else sent.nic_out_WLG
+            least_W = np.minimum(least_W, ports[:, 0].max(axis=1))
+    load_WE = counts.sum(axis=1).astype(float)
+    with_traffic = time_bound_us(load_WE, model, cluster, DispatchSpec(), counts)
+    without = time_bound_us(load_WE, model, cluster, DispatchSpec())
+    assert (without <= with_traffic).all()
+    assert (with_traffic <= best_W * (1 + 1e-9)).all()
+    least = least_sent_W(counts, cluster, top_k=2)
+    assert (least <= least_W + 1e-9).all()
+    assert (least > 0).all() == (traffic != "allgather")
 
 
 def test_one_device_without_exchange_takes_just_the_bound() -> None:
