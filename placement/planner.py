@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,19 +24,20 @@ from ..traces.trace import RoutingTrace
 from .affinity import affinity
 from .bounds import checked_gap
 from .cluster import Cluster
-from .dispatch import default_slack, needs_all_counts
+from .coherent import aligned, can_align, together
+from .dispatch import default_slack
 from .dispatch_policies import policy_of
+from .evidence import Settings, evidence_of
 from .layer_job import LayerAnswer, LayerTask, answer_with, judged
 from .layer_rooms import LayerRooms, layer_rooms
 from .layer_threads import LayerThreads
 from .methods import LAYER_METHODS, require_room
 from .moetuner import moetuner
-from .plan import DispatchSpec, Evidence, LayerEvidence, Plan, Provenance
+from .plan import DispatchSpec, Evidence, Plan, Provenance
 from .planning_steps import PlanningSteps, planning_steps
 from .polish import search_and_polish
 from .search import EFFORTS
-from .search_fixed_shares import NEAREST_RULES
-from .whole_model import Laid, Method, whole_model
+from .whole_model import Laid, Method, pairs_fit, whole_model
 
 WHOLE_MODEL_METHODS: dict[str, Method] = {"affinity": affinity, "moetuner": moetuner}
 METHODS = (*LAYER_METHODS, *WHOLE_MODEL_METHODS, "auto")
@@ -65,20 +66,6 @@ class PlanResult:
     truncated: bool = False
     moves: tuple[tuple[int, int, int], ...] = ()
     pays_back_after_steps: float | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a planning run was asked, checked once."""
-
-    cluster: Cluster
-    dispatch: DispatchSpec
-    objective: str
-    model: ModelSpec | None
-    slack: float
-    seed: int
-    effort: str
-    deadline: float | None
 
 
 def plan(
@@ -131,10 +118,30 @@ def plan(
         work = search_and_polish if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
     notes = rooms.notes if laid is None else (*rooms.notes, *laid.notes)
+    if cluster.traffic.mode == "coherent":
+        answers, said = _linked(answers, data, settings, align=method == "auto" and not current)
+        notes = (*notes, *said)
     evidence = evidence_of(answers, data, settings, notes)
     made = assemble(answers, data, settings, method, trace_digest(trace), evidence)
     truncated = any(a.truncated for a in answers) or (laid is not None and laid.truncated)
     return PlanResult(made, evidence, time.perf_counter() - started, truncated)
+
+
+def _linked(
+    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings, *, align: bool
+) -> tuple[list[LayerAnswer], tuple[str, ...]]:
+    """Answers under `coherent` traffic: devices renamed where allowed, layers timed together."""
+    notes: tuple[str, ...] = ()
+    if align and can_align(settings.cluster) and data.trace is not None and pairs_fit(data):
+        model = whole_model(
+            data, settings.cluster, "auto", settings.seed, settings.effort, settings.deadline
+        )
+        slots_LGC, note = aligned(_stacked([a.slots_GC for a in answers]), model)
+        answers = [replace(a, slots_GC=slots_LGC[layer]) for layer, a in enumerate(answers)]
+        notes = (note,)
+    if settings.objective == "time" and settings.model is not None:
+        answers = together(answers, data, settings.cluster, settings.dispatch, settings.model)
+    return answers, notes
 
 
 def lay(
@@ -222,47 +229,6 @@ def run_layers(
     return answers
 
 
-def evidence_of(
-    answers: list[LayerAnswer],
-    data: PlanningSteps,
-    settings: Settings,
-    notes: tuple[str, ...] = (),
-) -> Evidence:
-    """Objective, bound and gap; time adds layers up, balance takes their mean."""
-    name = settings.objective
-    layers = []
-    for answer in answers:
-        reached = answer.planning.objective(name)
-        bound, _ = checked_gap(reached, answer.bound, f"layer {answer.layer}")
-        layers.append(
-            LayerEvidence(
-                objective=reached, bound=bound, imbalance_mean=answer.planning.imbalance,
-                replicas=int((answer.slots_GC >= 0).sum()) - data.num_experts,
-            )
-        )
-    other_us = settings.model.other_time_us if name == "time" and settings.model else 0.0
-    sums = np.array([[x.objective, x.bound] for x in layers])
-    objective, bound = sums.sum(axis=0) + other_us if name == "time" else sums.mean(axis=0)
-    bound, gap = checked_gap(float(objective), float(bound), "plan")
-    checks = [a.validation.objective(name) for a in answers if a.validation is not None]
-    validation = None
-    if checks:
-        validation = float(np.sum(checks)) + other_us if name == "time" else float(np.mean(checks))
-    return Evidence(
-        objective_name=name, objective=float(objective), bound=bound, gap=gap,
-        validation=validation, layers=tuple(layers), steps=data.said,
-        bound_kind=BOUND_KINDS[name],
-        notes=(*data.notes, *notes, *_remarks(answers, data, settings)),
-    )
-
-
-BOUND_KINDS = {
-    "balance": "mean load; copies that the heaviest experts need",
-    "time": "every used expert read once, every token computed once; exchanges start, and send "
-            "what no device's slots could keep at home",
-}
-
-
 def assemble(
     answers: list[LayerAnswer],
     data: PlanningSteps,
@@ -322,36 +288,6 @@ def trace_digest(source: RoutingTrace | Profile) -> str:
     if source.sample is not None:
         return source.sample.digest()
     return ""
-
-
-def _remarks(
-    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
-) -> tuple[str, ...]:
-    """What a reader of the plan should know beside the numbers."""
-    remarks = []
-    slots = data.num_layers * settings.cluster.total_slots
-    empty = slots - sum(int((a.slots_GC >= 0).sum()) for a in answers)
-    searched = any(a.name.startswith("search") or a.name.endswith(" slots") for a in answers)
-    if empty and searched and settings.objective == "time":
-        remarks.append(
-            f"{empty} of {slots} slots are left empty: another replica there would cost more in "
-            "weight reads than it saves in balance"
-        )
-    elif empty and searched and settings.dispatch.policy in NEAREST_RULES:
-        remarks.append(
-            f"{empty} of {slots} slots are left empty: under {settings.dispatch.policy} another "
-            "replica there would take few tokens and not balance better"
-        )
-    single = slots - empty == data.num_layers * data.num_experts
-    if single and settings.objective == "time" and needs_all_counts(settings.dispatch):
-        remarks.append(
-            f"no expert has a replica: dispatch even makes the same choices as "
-            f"{settings.dispatch.policy} and need not gather counts in every layer"
-        )
-    unused = [a.layer for a in answers if not data.layer(a.layer).planning_WE().any()]
-    if unused:
-        remarks.append(f"no token used layer {unused[0]} ({len(unused)} such layers)")
-    return tuple(remarks)
 
 
 def resolve_settings(

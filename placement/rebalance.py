@@ -24,16 +24,15 @@ from ..traces.trace import RoutingTrace
 from .cluster import Cluster
 from .cost import move_cost
 from .evaluate import evaluate
+from .evidence import Settings, evidence_of
 from .layer_job import LayerAnswer, LayerTask, answer_with, judged, objective_W
 from .layer_threads import LayerThreads
 from .plan import DispatchSpec, Plan
 from .planner import (
     Executor,
     PlanResult,
-    Settings,
     assemble,
     check_current,
-    evidence_of,
     layer_tasks,
     resolve_settings,
     rooms_of_layers,

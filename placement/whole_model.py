@@ -79,11 +79,10 @@ def whole_model(
             f"method {method} needs to know which experts follow each other: give a trace of "
             "tokens; average loads are enough for auto, greedy, lpt_swap or eplb"
         )
-    pair_bytes = 8 * max(0, data.num_layers - 1) * data.num_experts**2
-    if pair_bytes > MOST_PAIR_BYTES:
+    if not pairs_fit(data):
         raise InfeasibleError(
             f"method {method} counts pairs of experts: {data.num_layers} layers of "
-            f"{data.num_experts} would take {pair_bytes / 2**30:.0f} GiB; use auto"
+            f"{data.num_experts} would take more than {MOST_PAIR_BYTES / 2**30:.0f} GiB; use auto"
         )
     load_WLE = [data.layer(layer).planning_WE() for layer in range(data.num_layers)]
     tokens = np.unique(data.planning.token)
@@ -93,6 +92,11 @@ def whole_model(
         slots_G=cluster.slots_G, speed_G=cluster.speed_G, hop_GG=hop_prices(cluster), seed=seed,
         effort=effort, deadline=deadline,
     )
+
+
+def pairs_fit(data: PlanningSteps) -> bool:
+    """Whether the counts of pairs of experts fit in memory."""
+    return 8 * max(0, data.num_layers - 1) * data.num_experts**2 <= MOST_PAIR_BYTES
 
 
 def hop_prices(cluster: Cluster) -> FloatArray:

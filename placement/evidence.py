@@ -1,0 +1,104 @@
+"""A plan's evidence: objective, bound and gap from its layers' answers, and what to know beside.
+
+Knows answers, planning steps and what was asked. Knows nothing of how slots were found or of files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..traces.spec import ModelSpec
+from .bounds import checked_gap
+from .cluster import Cluster
+from .dispatch import needs_all_counts
+from .layer_job import LayerAnswer
+from .plan import DispatchSpec, Evidence, LayerEvidence
+from .planning_steps import PlanningSteps
+from .search_fixed_shares import NEAREST_RULES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a planning run was asked, checked once."""
+
+    cluster: Cluster
+    dispatch: DispatchSpec
+    objective: str
+    model: ModelSpec | None
+    slack: float
+    seed: int
+    effort: str
+    deadline: float | None
+
+
+def evidence_of(
+    answers: list[LayerAnswer],
+    data: PlanningSteps,
+    settings: Settings,
+    notes: tuple[str, ...] = (),
+) -> Evidence:
+    """Objective, bound and gap; time adds layers up, balance takes their mean."""
+    name = settings.objective
+    layers = []
+    for answer in answers:
+        reached = answer.planning.objective(name)
+        bound, _ = checked_gap(reached, answer.bound, f"layer {answer.layer}")
+        layers.append(
+            LayerEvidence(
+                objective=reached, bound=bound, imbalance_mean=answer.planning.imbalance,
+                replicas=int((answer.slots_GC >= 0).sum()) - data.num_experts,
+            )
+        )
+    other_us = settings.model.other_time_us if name == "time" and settings.model else 0.0
+    sums = np.array([[x.objective, x.bound] for x in layers])
+    objective, bound = sums.sum(axis=0) + other_us if name == "time" else sums.mean(axis=0)
+    bound, gap = checked_gap(float(objective), float(bound), "plan")
+    checks = [a.validation.objective(name) for a in answers if a.validation is not None]
+    validation = None
+    if checks:
+        validation = float(np.sum(checks)) + other_us if name == "time" else float(np.mean(checks))
+    return Evidence(
+        objective_name=name, objective=float(objective), bound=bound, gap=gap,
+        validation=validation, layers=tuple(layers), steps=data.said,
+        bound_kind=BOUND_KINDS[name],
+        notes=(*data.notes, *notes, *remarks(answers, data, settings)),
+    )
+
+
+BOUND_KINDS = {
+    "balance": "mean load; copies that the heaviest experts need",
+    "time": "every used expert read once, every token computed once; exchanges start, and send "
+            "what no device's slots could keep at home",
+}
+
+
+def remarks(
+    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
+) -> tuple[str, ...]:
+    """What a reader of the plan should know beside the numbers."""
+    said = []
+    slots = data.num_layers * settings.cluster.total_slots
+    empty = slots - sum(int((a.slots_GC >= 0).sum()) for a in answers)
+    searched = any(a.name.startswith("search") or a.name.endswith(" slots") for a in answers)
+    if empty and searched and settings.objective == "time":
+        said.append(
+            f"{empty} of {slots} slots are left empty: another replica there would cost more in "
+            "weight reads than it saves in balance"
+        )
+    elif empty and searched and settings.dispatch.policy in NEAREST_RULES:
+        said.append(
+            f"{empty} of {slots} slots are left empty: under {settings.dispatch.policy} another "
+            "replica there would take few tokens and not balance better"
+        )
+    single = slots - empty == data.num_layers * data.num_experts
+    if single and settings.objective == "time" and needs_all_counts(settings.dispatch):
+        said.append(
+            f"no expert has a replica: dispatch even makes the same choices as "
+            f"{settings.dispatch.policy} and need not gather counts in every layer"
+        )
+    unused = [a.layer for a in answers if not data.layer(a.layer).planning_WE().any()]
+    if unused:
+        said.append(f"no token used layer {unused[0]} ({len(unused)} such layers)")
+    return tuple(said)
