@@ -27,10 +27,13 @@ _F32 = np.float32
 
 
 def compiled(function: _Function) -> _Function:
-    """Compile a loop once per machine; products may fuse into sums, nothing else is relaxed."""
+    """Compile a loop once per machine; products may fuse into sums, nothing else is relaxed.
+
+    Other threads of the process run meanwhile: a layer takes as long as a message between ranks.
+    """
     return cast(
         _Function,
-        numba.njit(cache=True, fastmath={"contract"}, error_model="numpy")(function),
+        numba.njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")(function),
     )
 
 

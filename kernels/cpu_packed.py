@@ -35,8 +35,6 @@ LEAST_ROWS = 3
 # Each new row count compiles a oneDNN kernel (0.5 ms or more); above this, counts are rounded up.
 EXACT_ROWS = 16
 ROW_STEP = 2
-# Smaller matrices than this stay in cache between steps.
-HUGE_PAGES_FROM_BYTES = 1 << 18
 # The packed layout serves any row count; the hint only has to be far from a single row.
 _LAYOUT_HINT_ROWS = 64
 
@@ -47,7 +45,7 @@ def pack(weight: Tensor) -> Tensor:
         weight.contiguous(), _LAYOUT_HINT_ROWS
     )
     size_bytes = weight.numel() * weight.element_size()
-    if size_bytes >= HUGE_PAGES_FROM_BYTES and hasattr(torch.ops.mkldnn, "data_ptr"):
+    if hasattr(torch.ops.mkldnn, "data_ptr"):
         use_huge_pages(torch.ops.mkldnn.data_ptr(packed), size_bytes)
     return packed
 

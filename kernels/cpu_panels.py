@@ -39,8 +39,6 @@ from .slot_table import SlotTable
 # they do: with matrix units, or vectors for which panels were not measured. The choice may not
 # depend on rows: a token's bits would then depend on its batch.
 LARGEST_SMALL = 1 << 17
-# Smaller matrices than this stay in cache between steps.
-HUGE_PAGES_FROM_BYTES = 1 << 18
 
 
 def panels_available(dtype: torch.dtype) -> bool:
@@ -78,8 +76,7 @@ class _Panels:
         padded[:, : self._depth] = matrix_NK
         values = self.values[row]
         to_panels(padded.view(torch.int32).numpy().view(values.dtype), values)
-        if values.nbytes >= HUGE_PAGES_FROM_BYTES:
-            use_huge_pages(values.ctypes.data, values.nbytes)
+        use_huge_pages(values.ctypes.data, values.nbytes)
 
     def get(self, row: int, columns: int) -> Tensor:
         words = torch.from_numpy(from_panels(self.values[row], columns).view(np.int32))

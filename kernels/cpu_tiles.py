@@ -194,10 +194,12 @@ def to_panels(word_NK: Any, panels: Any) -> None:
     """Write the words of a matrix [N, K] into panels [P, K, PANEL], zero past its columns."""
     columns, depth = word_NK.shape
     for p in range(len(panels)):
-        for k in range(depth):
+        # One cache line of every row at a time: rows a power of two apart evict each other.
+        for first in range(0, depth, 16):
             for c in range(PANEL):
                 n = p * PANEL + c
-                panels[p, k, c] = word_NK[n, k] if n < columns else 0
+                for k in range(first, min(first + 16, depth)):
+                    panels[p, k, c] = word_NK[n, k] if n < columns else 0
 
 
 def from_panels(panels: NDArray[Any], columns: int) -> NDArray[Any]:

@@ -12,6 +12,8 @@ import sys
 from typing import Any
 
 _HUGE_PAGE_BYTES = 1 << 21
+# Smaller stretches stay in cache between steps and gain nothing.
+_LEAST_BYTES = 1 << 18
 _MADV_COLLAPSE = 25  # Linux 6.1: replace the pages of a range by huge ones, now
 
 
@@ -28,10 +30,10 @@ def use_huge_pages(address: int, size_bytes: int) -> bool:
     """Move the pages that hold a stretch of memory into huge pages; contents stay.
 
     The stretch is widened to whole huge pages, so what lies beside it moves too. Returns whether
-    the kernel did it all; older kernels, other systems and full memory give False.
+    the kernel did it all; short stretches, older kernels, other systems and full memory give False.
     """
     madvise = _madvise()
-    if madvise is None or size_bytes <= 0:
+    if madvise is None or size_bytes < _LEAST_BYTES:
         return False
     start = address // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
     stop = -(-(address + size_bytes) // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
