@@ -102,6 +102,10 @@ def plan(
 
     if phase not in ("all", "prefill", "decode", "apart"):
         raise UsageError(f"unknown phase {phase!r}: all, prefill, decode or apart")
+    if max_moves is not None and current is None:
+        raise UsageError("--max-moves counts moves away from a plan: name it with --current")
+    if max_moves is not None and method:
+        raise UsageError("--max-moves starts from the plan in force: leave --method out")
     require_new(out)
     source, notes = read_routing(trace, num_experts)
     options: dict[str, Any] = {
@@ -164,19 +168,12 @@ def _advise(trace: Any, options: dict[str, Any]) -> Advice:
 
 def _rebalanced(trace: Any, options: dict[str, Any]) -> Advice:
     """With --max-moves the answer is the best plan within the budget, against the current one."""
-    from .errors import UsageError
     from .placement.advise import CURRENT, Advice, hold_back
     from .placement.comparison import compare
     from .placement.rebalance import rebalance
 
-    if options["current"] is None:
-        raise UsageError("--max-moves counts moves away from a plan: name it with --current")
     planning, judging, judged_on = hold_back(trace, options["steps"], options["seed"])
-    result = rebalance(
-        options["current"], planning, options["cluster"], max_moves=options["max_moves"],
-        steps=options["steps"], dispatch=options["dispatch"], model=options["model"],
-        seed=options["seed"],
-    )
+    result = rebalance(options["current"], planning, **_budget_options(options))
     plans = {CURRENT: options["current"], "rebalance": result.plan}
     comparison = compare(
         plans, judging, options["cluster"], steps=options["steps"], dispatch=options["dispatch"],
@@ -187,19 +184,27 @@ def _rebalanced(trace: Any, options: dict[str, Any]) -> Advice:
     return Advice(comparison.verdict, chosen, comparison, {"rebalance": result}, plans, judged_on)
 
 
+def _budget_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What `rebalance` takes, without the plan it starts from."""
+    names = ("cluster", "max_moves", "steps", "dispatch", "model", "objective", "effort", "seed",
+             "executor", "time_limit_s")
+    return {name: options[name] for name in names}
+
+
 def _plan_loads(
     profile: Any, notes: tuple[str, ...], out: Path | None, json: bool, options: dict[str, Any]
 ) -> None:
     """A load-only dump: plans for average loads, judged on them alone."""
     from .placement.planner import plan as make_plan
+    from .placement.rebalance import rebalance
 
-    names = options.pop("methods") or ["auto", "eplb", "greedy", "contiguous"]
-    options.pop("max_moves")
-    results: dict[str, PlanResult] = {
-        name: make_plan(profile, options["cluster"], method=name,
-                        **{k: v for k, v in options.items() if k != "cluster"})
-        for name in dict.fromkeys(names)
-    }
+    results: dict[str, PlanResult] = {}
+    if options["max_moves"] is not None:
+        results["rebalance"] = rebalance(options["current"], profile, **_budget_options(options))
+    else:
+        chosen = {k: v for k, v in options.items() if k not in ("methods", "max_moves")}
+        for name in dict.fromkeys(options["methods"] or ["auto", "eplb", "greedy", "contiguous"]):
+            results[name] = make_plan(profile, method=name, **chosen)
     best = min(results, key=lambda n: (results[n].evidence.objective, list(results).index(n)))
     if out is not None:
         results[best].plan.save(out)
@@ -212,6 +217,8 @@ def _plan_loads(
         f"{best}: imbalance of the average loads {results[best].evidence.objective:.4f}; "
         "how single steps fare cannot be told from average loads"
     )
+    if results[best].moves:
+        verdict = f"{len(results[best].moves)} experts move; {verdict}"
     if json:
         show.print_json({
             "verdict": verdict, "chosen": best, "notes": list(notes),
