@@ -1,7 +1,8 @@
 """The grouped expert MLP on the CPU with prepacked oneDNN weights.
 
-Rows of one slot run in blocks, so that a block's gate, up and act stay in cache. Uses torch's
-private packing operators, found by trial (`packed_available`); where they are missing,
+Serves processors with matrix units, or with vectors for which panels (`cpu_panels.py`) were not
+measured. Rows of one slot run in blocks, so that a block's gate, up and act stay in cache. Uses
+torch's private packing operators, found by trial (`packed_available`); where they are missing,
 `weights.py` takes the torch backend. Knows nothing of plans.
 """
 

@@ -44,8 +44,9 @@ class ExpertWeights:
     ) -> ExpertWeights:
         """Room for `slots` experts, all zero until `set_slot` fills them.
 
-        backend: `auto` takes the fastest that fits dtype, device and this machine; the other
-        names force one, for tests and benchmarks.
+        backend: `auto` takes the fastest that fits dtype, sizes, device and this machine; the
+        other names force one, for tests and benchmarks. Ranks give a row the same bits where they
+        have the same backend: on processors of one kind.
         """
         if min(slots, hidden, intermediate) < 1:
             raise InputError(
