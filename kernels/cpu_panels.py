@@ -144,10 +144,10 @@ class PanelSlots:
     ) -> None:
         up, down, dtype = self._up, self._down, self.shape.dtype
         scratch = (
-            _chunk("panel_x", up.row_elements, dtype),
-            _chunk("panel_gate_up", 2 * PANEL, torch.float32),
-            _chunk("panel_block", PANEL, dtype),
-            _chunk("panel_act", down.row_elements, dtype),
+            SCRATCH.take_array("panel_x", CHUNK_ROWS, up.row_elements, dtype),
+            SCRATCH.take_array("panel_gate_up", CHUNK_ROWS, 2 * PANEL, torch.float32),
+            SCRATCH.take_array("panel_block", CHUNK_ROWS, PANEL, dtype),
+            SCRATCH.take_array("panel_act", CHUNK_ROWS, down.row_elements, dtype),
         )
         expert_rows(
             as_array(x.contiguous()),
@@ -175,10 +175,6 @@ class PanelSlots:
         intermediate = self.shape.intermediate
         up = padded[self._half : self._half + intermediate]
         return torch.cat((padded[:intermediate], up))
-
-
-def _chunk(name: str, columns: int, dtype: torch.dtype) -> NDArray[Any]:
-    return as_array(SCRATCH.take(name, CHUNK_ROWS, columns, dtype))
 
 
 def _narrowed(bias: NDArray[np.float32], dtype: torch.dtype) -> Tensor:
