@@ -219,13 +219,14 @@ def _improver(task: LayerTask, few: bool) -> Improve:
 
 
 def _copies(task: LayerTask, weight: float) -> CopyModel:
-    """Copies of a sample of the planning tokens; none where they cost nothing."""
-    trace, planning = task.traffic.trace, task.traffic.planning
-    if weight == 0.0 or trace is None or planning is None:
+    """Copies of a sample of the tokens; none where they cost nothing."""
+    trace = task.traffic.trace
+    if weight == 0.0 or trace is None:
         return no_copies(task.cluster.num_devices)
-    # Drawn at random: steps interleave requests, and an even stride would pick a few of them.
-    token = np.unique(planning.token)
-    token = np.random.default_rng([task.seed, task.layer, 3]).permutation(token)[:COPY_TOKENS]
+    # Drawn at random from all requests, those held back too: which experts go together differs more
+    # from request to request than loads do, and the steps held back still decide on balance.
+    rng = np.random.default_rng([task.seed, task.layer, 3])
+    token = rng.permutation(trace.num_tokens)[:COPY_TOKENS]
     ids_TK = trace.ids[token, 0].astype(np.int32)
     valid = trace.valid_TLK(token)
     if valid is not None:
