@@ -38,7 +38,7 @@ HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
 BEND = 1.0                   # weight of squared overload: the tail counts more
 ROBUSTNESS_PRICE = 0.005     # imbalance at home that robustness may cost
 COPY_TOKENS = 4_096          # tokens whose copies are counted while searching
-COPY_WEIGHTS = (0.3, 1.0)    # price of one copy per token against overload, one search each
+COPY_WEIGHTS = (0.3, 1.0, 2.0)   # price of one copy per token against overload, a search each
 
 
 def search_layer(task: LayerTask) -> LayerAnswer:
@@ -117,7 +117,7 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
     found = _by_rows(task, loads, start, 0.0)
     yield SEARCHED, found
     if task.counts_copies:
-        for weight in COPY_WEIGHTS[: 2 if loads.devices <= MOST_DEVICES else 1]:
+        for weight in COPY_WEIGHTS[: 3 if loads.devices <= MOST_DEVICES else 1]:
             yield f"search, copies {weight}", _by_rows(task, loads, found, weight)
     if task.objective == "time" or task.dispatch.policy in NEAREST_RULES:
         yield from _with_fewer_copies(task, loads)
