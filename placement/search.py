@@ -32,6 +32,7 @@ EFFORTS = {"fast": 0.3, "normal": 1.0, "thorough": 4.0}   # units of work
 ROUNDS = 6                   # each with fresh scenarios; the last one with more of them, cold
 MOVES_PER_SLOT_FEW = 200     # over all rounds
 MOVES_PER_SLOT_MANY = 10
+BUDGETED = 5                 # times as many within a budget: most break it, and cost nothing
 FEWEST_MOVES_FEW, FEWEST_MOVES_MANY = 6_000, 2_500
 SCENARIOS_FEW, SCENARIOS_MANY = 48, 8     # fresh rows of each kind, each round
 HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
@@ -179,7 +180,8 @@ def _by_rows(
     per_slot = MOVES_PER_SLOT_FEW if few else MOVES_PER_SLOT_MANY
     slots = int(np.asarray(space.slots_G).sum())
     least = FEWEST_MOVES_FEW if few else FEWEST_MOVES_MANY
-    moves = round(max(least, per_slot * slots) * EFFORTS[task.effort] / ROUNDS)
+    more = BUDGETED if few and task.move_budget is not None else 1
+    moves = round(more * max(least, per_slot * slots) * EFFORTS[task.effort] / ROUNDS)
     heat = HOT * (COLD / HOT) ** (np.arange(ROUNDS) / (ROUNDS - 1))
     free = 1.0 if copy_weight == 0.0 else 1.0 + task.slack / 2
     found_GC = start_GC
