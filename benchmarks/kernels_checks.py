@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.cpu_panels import panels_available
+from loadmaster.kernels.cpu_packed import packed_available
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
 from loadmaster.kernels.oracle import expert_layer, relative_error
+from loadmaster.kernels.panels import panels_available
 from loadmaster.kernels.routing import assign_slots, combine_rows, sort_rows
 
 EXACT_CASES = 240
@@ -83,7 +84,8 @@ def oracle() -> dict[str, Any]:
     worst: dict[str, Any] = {}
     for backend in ("panels", "packed", "torch"):
         for label, dtype, limit in (("fp32", torch.float32, 1e-6), ("bf16", torch.bfloat16, 1e-2)):
-            if backend == "panels" and not panels_available(dtype):
+            available = {"panels": panels_available, "packed": packed_available}
+            if not available.get(backend, bool)(dtype):
                 continue
             errors = {
                 name: relative_error(out, expected)

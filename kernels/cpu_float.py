@@ -109,6 +109,25 @@ def store(array: Any, row: int, column: int, value: Any) -> None:
         array[row, column] = value
 
 
+def put(array: Any, row: int, column: int, element: Any) -> None:
+    """Write an element as it is, or widened where the array holds float32."""
+    array[row, column] = to_float(element) if array.dtype == np.float32 else element
+
+
+def _put_overload(array: Any, row: Any, column: Any, element: Any) -> Any:
+    if array.dtype == types.float32:
+
+        def widened(array: Any, row: Any, column: Any, element: Any) -> None:
+            array[row, column] = to_float(element)
+
+        return widened
+
+    def plain(array: Any, row: Any, column: Any, element: Any) -> None:
+        array[row, column] = element
+
+    return plain
+
+
 def _to_float_overload(element: Any) -> Any:
     if element == types.uint16:
 
@@ -138,6 +157,7 @@ def _store_overload(array: Any, row: Any, column: Any, value: Any) -> Any:
 
 
 overload(to_float)(_to_float_overload)
+overload(put)(_put_overload)
 overload(store)(_store_overload)
 
 

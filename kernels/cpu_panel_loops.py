@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .cpu_float import compiled, store
+import numpy as np
+
+from .cpu_float import compiled, put, store
 from .cpu_loops import activate_rows
 from .cpu_tiles import PANEL, panel_product
 
@@ -39,7 +41,8 @@ def expert_rows(
     panels [matrices, P, depth, PANEL] and bias [matrices, P * PANEL]; the panels of all gate
     columns stand before those of all up columns. activation: kind, limit, alpha. scratch: four
     arrays of CHUNK_ROWS rows: x, as wide as the up panels are deep; float32 [2 * PANEL]; [PANEL];
-    act, as wide as the down panels are deep. All but the second have the type of x_TH.
+    act, as wide as the down panels are deep. All but the second have the type that rows are
+    multiplied in: that of x_TH, or float32.
     """
     x, gate_up, block, act = scratch
     for s in range(len(offset_S) - 1):
@@ -57,13 +60,26 @@ def expert_rows(
 
 
 @compiled
+def dense_rows(
+    x_RK: Array, panels: Array, bias: Array, scratch: tuple[Array, Array], y_RN: Array
+) -> None:
+    """y = x times one matrix, plus bias. scratch: CHUNK_ROWS rows as deep as the panels, of the
+    type rows are multiplied in; and float32 [CHUNK_ROWS, PANEL]."""
+    x, block = scratch
+    for first in range(0, len(x_RK), CHUNK_ROWS):
+        rows = min(len(x_RK) - first, CHUNK_ROWS)
+        _gather(x_RK, np.arange(first, first + rows), 1, x)
+        _down(x[:rows], panels, bias, block[:rows], y_RN[first : first + rows])
+
+
+@compiled
 def _gather(x_TH: Array, order_R: Array, choices: int, x_RK: Array) -> None:
     """The tokens of some assignments; x_RK may have a column more, which becomes zero."""
     hidden = x_TH.shape[1]
     for r in range(len(order_R)):
         token = order_R[r] // choices
         for h in range(hidden):
-            x_RK[r, h] = x_TH[token, h]
+            put(x_RK, r, h, x_TH[token, h])
         for h in range(hidden, x_RK.shape[1]):
             x_RK[r, h] = 0
 
@@ -88,7 +104,7 @@ def _gate_and_up(
 
 @compiled
 def _down(act_RI: Array, panels: Array, bias: Array, block: Array, y_RH: Array) -> None:
-    """y = down(act), one panel at a time, rounded once."""
+    """y = act times the panels, plus bias, one panel at a time, rounded once."""
     for p in range(len(panels)):
         panel_product(act_RI, panels[p], bias[p * PANEL :], block, 0)
         columns = min(y_RH.shape[1] - p * PANEL, PANEL)

@@ -2,7 +2,8 @@
 
 Against two calls of oneDNN for every expert (`cpu_packed.py`), measured on Zen 4: a 128 x 64
 expert with one row takes 2 us instead of 36; large experts with few rows stream from memory 1.5 to
-2 times as fast; with many rows both reach what the processor can multiply. Knows nothing of plans.
+2 times as fast; with many rows both reach what the processor can multiply. On Zen 2, where oneDNN
+has no bfloat16, a layer of 64 experts takes an eighth of what torch needs. Knows nothing of plans.
 """
 
 from __future__ import annotations
@@ -20,67 +21,24 @@ from .backend import SlotShape, SlotTensors
 from .cpu_float import as_array
 from .cpu_loops import combine_rows
 from .cpu_panel_loops import CHUNK_ROWS, expert_rows
-from .cpu_tiles import (
-    HAS_FUSED_PRODUCTS,
-    HAS_MATRIX_UNITS,
-    HAS_PAIR_PRODUCTS,
-    HAS_WIDE_VECTORS,
-    PANEL,
-    from_panels,
-    padded_columns,
-    to_panels,
-)
-from .huge_pages import use_huge_pages
+from .cpu_tiles import HAS_MATRIX_UNITS, PANEL, padded_columns
+from .panels import Panels, factor_dtype, narrowed, panels_available
 from .routing import sort_on_host
 from .scratch import SCRATCH
 from .slot_table import SlotTable
 
 # Largest hidden x intermediate held as panels where oneDNN multiplies large matrices faster than
-# they do: with matrix units, or vectors for which panels were not measured. The choice may not
-# depend on rows: a token's bits would then depend on its batch.
+# they do: with matrix units. The choice may not depend on rows: a token's bits would then depend
+# on its batch.
 LARGEST_SMALL = 1 << 17
-
-
-def panels_available(dtype: torch.dtype) -> bool:
-    """Whether this machine multiplies panels of `dtype`."""
-    has = {torch.float32: HAS_FUSED_PRODUCTS, torch.bfloat16: HAS_PAIR_PRODUCTS}
-    return has.get(dtype, False)
 
 
 def panels_preferred(hidden: int, intermediate: int, dtype: torch.dtype) -> bool:
     """Whether experts of this size are best held as panels; depends on nothing else."""
     if not panels_available(dtype):
         return False
-    at_any_size = HAS_WIDE_VECTORS and not (dtype == torch.bfloat16 and HAS_MATRIX_UNITS)
-    return at_any_size or hidden * intermediate <= LARGEST_SMALL
-
-
-class _Panels:
-    """One matrix [columns, depth] per slot, and its bias (zero where there is none).
-
-    values: [slots, P, words, PANEL]; a word is one float32, or two bfloat16 values along depth.
-    """
-
-    def __init__(self, slots: int, columns: int, depth: int, dtype: torch.dtype) -> None:
-        self._depth, self._dtype = depth, dtype
-        per_word = 4 // dtype.itemsize
-        self.words = -(-depth // per_word)
-        self.row_elements = self.words * per_word
-        panels = padded_columns(columns) // PANEL
-        word_type = np.float32 if dtype == torch.float32 else np.uint32
-        self.values = np.zeros((slots, panels, self.words, PANEL), word_type)
-        self.bias = np.zeros((slots, panels * PANEL), np.float32)
-
-    def set(self, row: int, matrix_NK: Tensor) -> None:
-        padded = torch.zeros(len(matrix_NK), self.row_elements, dtype=self._dtype)
-        padded[:, : self._depth] = matrix_NK
-        values = self.values[row]
-        to_panels(padded.view(torch.int32).numpy().view(values.dtype), values)
-        use_huge_pages(values.ctypes.data, values.nbytes)
-
-    def get(self, row: int, columns: int) -> Tensor:
-        words = torch.from_numpy(from_panels(self.values[row], columns).view(np.int32))
-        return words.view(self._dtype)[:, : self._depth].contiguous()
+    units = dtype == torch.bfloat16 and HAS_MATRIX_UNITS
+    return not units or hidden * intermediate <= LARGEST_SMALL
 
 
 class PanelSlots:
@@ -93,8 +51,8 @@ class PanelSlots:
         self._table = SlotTable(shape.slots)
         self._row_S = np.arange(shape.slots)
         self._half = padded_columns(shape.intermediate)
-        self._up = _Panels(shape.slots, 2 * self._half, shape.hidden, shape.dtype)
-        self._down = _Panels(shape.slots, shape.hidden, shape.intermediate, shape.dtype)
+        self._up = Panels(shape.slots, 2 * self._half, shape.hidden, shape.dtype)
+        self._down = Panels(shape.slots, shape.hidden, shape.intermediate, shape.dtype)
 
     def set_slot(self, slot: int, tensors: SlotTensors) -> None:
         row, shape = self._table.row_to_write(slot), self.shape
@@ -114,10 +72,10 @@ class PanelSlots:
             "down": self._down.get(row, shape.hidden),
         }
         if shape.bias:
-            bias = self._together(_narrowed(self._up.bias[row], shape.dtype))
+            bias = self._together(narrowed(self._up.bias[row], shape.dtype))
             tensors["gate_up_bias"] = stored_rows(bias, shape.activation)
             down_bias = self._down.bias[row, : shape.hidden]
-            tensors["down_bias"] = _narrowed(down_bias, shape.dtype)
+            tensors["down_bias"] = narrowed(down_bias, shape.dtype)
         return tensors
 
     def rearrange(self, source_S: Sequence[int]) -> None:
@@ -142,7 +100,7 @@ class PanelSlots:
     def _expert_rows(
         self, x: Tensor, order_A: NDArray[Any], choices: int, offset_S: NDArray[Any], y_AH: Tensor
     ) -> None:
-        up, down, dtype = self._up, self._down, self.shape.dtype
+        up, down, dtype = self._up, self._down, factor_dtype(self.shape.dtype)
         scratch = (
             SCRATCH.take_array("panel_x", CHUNK_ROWS, up.row_elements, dtype),
             SCRATCH.take_array("panel_gate_up", CHUNK_ROWS, 2 * PANEL, torch.float32),
@@ -175,11 +133,3 @@ class PanelSlots:
         intermediate = self.shape.intermediate
         up = padded[self._half : self._half + intermediate]
         return torch.cat((padded[:intermediate], up))
-
-
-def _narrowed(bias: NDArray[np.float32], dtype: torch.dtype) -> Tensor:
-    """A new tensor of what was widened, bit for bit: bfloat16 is the upper half of a float32."""
-    tensor = torch.from_numpy(bias.copy())
-    if dtype == torch.float32:
-        return tensor
-    return (tensor.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)

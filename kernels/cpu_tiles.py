@@ -2,9 +2,11 @@
 
 A matrix [N, K] is stored as panels of PANEL columns, so that a tile of rows times one panel stays
 in registers while the panel streams by once. Its 32-bit words hold one float32, or two bfloat16
-values of neighbouring k for machines that multiply such pairs. Every output is its bias plus, in
-order of k, the sums of blocks, each one chain of fused multiply-adds: its bits depend on its own
-row and column only. Knows addresses and numpy arrays; knows nothing of experts or tensors.
+values of neighbouring k. Machines that multiply such pairs take rows in pairs, too; others take
+float32 rows and widen the panel's pairs on the way, two instructions for twelve products. Every
+output is its bias plus, in order of k, the sums of blocks, each one chain of fused multiply-adds:
+its bits depend on its own row and column only. Knows addresses and numpy arrays; knows nothing of
+experts or tensors.
 """
 
 from __future__ import annotations
@@ -69,6 +71,13 @@ def _load_spread(builder: Any, address: Any, word: Any) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(_WORDS, [0] * _LANES))
 
 
+def _halves(builder: Any, words: Any) -> tuple[Any, Any]:
+    """Both bfloat16 values of every word as float32: the one of the lower k first."""
+    low = builder.shl(words, ir.Constant(_WORDS, [16] * _LANES))
+    high = builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * _LANES))
+    return low, high
+
+
 def _step(builder: Any, pairs: bool) -> Callable[[Any, Any, Any], Any]:
     """(total, words of x, words of the panel) -> total with their products added."""
     factor = _PAIRS if pairs else _FLOATS
@@ -92,25 +101,33 @@ def _held(builder: Any, value: Any) -> Any:
 def _tile_product(rows: int) -> Any:
     """`rows` rows of x times one block of a panel, added to `rows` rows of start, into out.
 
-    Arguments: any word of the panel, whose type says what words hold; then addresses, each but
-    the panel's followed by the step between its rows in words: x, start, out, panel; last the
-    depth of the block.
+    Arguments: any element of the panel and of x, whose types say what their words hold; then
+    addresses, each but the panel's followed by the step between its rows in words: x, start, out,
+    panel; last the depth of the block in words of the panel.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, x, x_step, start, start_step, out, out_step, panel, depth = arguments
-        add, index = _step(builder, signature.args[0] == types.uint32), depth.type
+        _, _, x, x_step, start, start_step, out, out_step, panel, depth = arguments
+        paired = signature.args[0] == types.uint32
+        widened = paired and signature.args[1] == types.float32
+        add, index = _step(builder, paired and not widened), depth.type
         columns = [index(v * _LANES) for v in range(_VECTORS)]
         zero = ir.Constant(_FLOATS, [0.0] * _LANES)
         sums = [[_held(builder, zero) for _ in columns] for _ in range(rows)]
         with cgutils.for_range(builder, depth) as loop:
             first = builder.mul(loop.index, index(PANEL))
             words = [_load(builder, panel, builder.add(first, c), _WORDS) for c in columns]
-            for r in range(rows):
-                in_row = builder.add(builder.mul(x_step, index(r)), loop.index)
-                value = _load_spread(builder, x, in_row)
-                for word, total in zip(words, sums[r], strict=True):
-                    builder.store(add(builder.load(total), value, word), total)
+            if widened:
+                depths = list(zip(*(_halves(builder, w) for w in words), strict=True))
+            else:
+                depths = [tuple(words)]
+            for k, factors in enumerate(depths):
+                x_word = builder.add(builder.mul(loop.index, index(len(depths))), index(k))
+                for r in range(rows):
+                    in_row = builder.add(builder.mul(x_step, index(r)), x_word)
+                    value = _load_spread(builder, x, in_row)
+                    for factor, total in zip(factors, sums[r], strict=True):
+                        builder.store(add(builder.load(total), value, factor), total)
         for r in range(rows):
             for column, total in zip(columns, sums[r], strict=True):
                 before = builder.add(builder.mul(start_step, index(r)), column)
@@ -120,10 +137,10 @@ def _tile_product(rows: int) -> Any:
         return context.get_dummy_value()
 
     def typed(
-        typing_context: Any, word: Any, x: Any, x_step: Any, start: Any, start_step: Any,
-        out: Any, out_step: Any, panel: Any, depth: Any,
+        typing_context: Any, word: Any, element: Any, x: Any, x_step: Any, start: Any,
+        start_step: Any, out: Any, out_step: Any, panel: Any, depth: Any,
     ) -> tuple[Any, Callable[..., Any]]:
-        return types.void(word, *[types.intp] * 8), emit
+        return types.void(word, element, *[types.intp] * 8), emit
 
     return intrinsic(typed)
 
@@ -138,24 +155,24 @@ _tile_1: Any = _tile_product(1)
 
 @compiled
 def _rows_product(
-    word: Any, rows: int, x: int, x_step: int, start: int, start_step: int,
+    word: Any, element: Any, rows: int, x: int, x_step: int, start: int, start_step: int,
     out: int, out_step: int, panel: int, depth: int,
 ) -> None:
     """Any number of rows times one block of a panel; the other arguments as in `_tile_product`."""
     while rows >= 6:
-        _tile_6(word, x, x_step, start, start_step, out, out_step, panel, depth)
+        _tile_6(word, element, x, x_step, start, start_step, out, out_step, panel, depth)
         x, start, out = x + 24 * x_step, start + 24 * start_step, out + 24 * out_step
         rows -= 6
     if rows == 5:
-        _tile_5(word, x, x_step, start, start_step, out, out_step, panel, depth)
+        _tile_5(word, element, x, x_step, start, start_step, out, out_step, panel, depth)
     elif rows == 4:
-        _tile_4(word, x, x_step, start, start_step, out, out_step, panel, depth)
+        _tile_4(word, element, x, x_step, start, start_step, out, out_step, panel, depth)
     elif rows == 3:
-        _tile_3(word, x, x_step, start, start_step, out, out_step, panel, depth)
+        _tile_3(word, element, x, x_step, start, start_step, out, out_step, panel, depth)
     elif rows == 2:
-        _tile_2(word, x, x_step, start, start_step, out, out_step, panel, depth)
+        _tile_2(word, element, x, x_step, start, start_step, out, out_step, panel, depth)
     elif rows == 1:
-        _tile_1(word, x, x_step, start, start_step, out, out_step, panel, depth)
+        _tile_1(word, element, x, x_step, start, start_step, out, out_step, panel, depth)
 
 
 @compiled
@@ -163,17 +180,20 @@ def panel_product(x_RK: Any, panel: Any, bias: Any, out: Any, column: int) -> No
     """out[:, column : column + PANEL] = x times one panel, plus bias; for compiled callers.
 
     x_RK: contiguous rows as wide as the panel is deep: float32, or bits of bfloat16, two to a
-    word. panel [depth, PANEL]: float32, or uint32 for pairs. bias [PANEL] and out: float32.
+    word, where the machine multiplies pairs. panel [depth, PANEL]: float32, or uint32 for pairs.
+    bias [PANEL] and out: float32.
     """
     words, step = len(panel), out.shape[1]
+    x_words = x_RK.shape[1] * x_RK.itemsize // 4
     target = out[:, column:].ctypes.data
     start, start_step = bias.ctypes.data, 0
     for first in range(0, words, BLOCK_WORDS):
         _rows_product(
             panel[0, 0],
+            x_RK[0, 0],
             len(x_RK),
-            x_RK.ctypes.data + 4 * first,
-            words,
+            x_RK.ctypes.data + 4 * first * (x_words // words),
+            x_words,
             start,
             start_step,
             target,

@@ -15,9 +15,10 @@ from ..errors import InputError
 from .activation import ExpertActivation
 from .backend import SlotBackend, SlotShape
 from .cpu_packed import PackedSlots, packed_available
-from .cpu_panels import PanelSlots, panels_available, panels_preferred
+from .cpu_panels import PanelSlots, panels_preferred
 from .dispatch_table import DispatchTable
 from .load_record import LoadRecord
+from .panels import panels_available
 from .torch_backend import TorchSlots
 
 BACKENDS = ("auto", "torch", "packed", "panels", "triton")
@@ -212,7 +213,9 @@ def _choose_backend(shape: SlotShape, name: str) -> SlotBackend:
         raise InputError(
             f"backend {name!r} cannot run {shape.dtype} on {shape.device} here; use 'auto'"
         )
-    preferred = panels and panels_preferred(shape.hidden, shape.intermediate, shape.dtype)
+    preferred = panels and (
+        not packed or panels_preferred(shape.hidden, shape.intermediate, shape.dtype)
+    )
     if name == "panels" or (name == "auto" and preferred):
         return PanelSlots(shape)
     return PackedSlots(shape) if packed and name != "torch" else TorchSlots(shape)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoadmasterError
+from ..kernels.dense import use_panels
 from ..traces.record import Recorder, RecordingSummary
 from ..traces.trace import RoutingTrace
 from . import attention, experts
@@ -93,6 +94,7 @@ class Rank:
             self._checkpoint = MoeCheckpoint(self.settings.model_dir)
             self._checkpoint.require_shape(self.model_spec)
             self._model = self._checkpoint.load_dense(self._dtype)
+            use_panels(self._model, self._dtype)
         attention.require_supported(self._model, self.settings.model_dir)
         experts.attach(
             self._model, self._checkpoint.expert_modules, self._ready, self.settings.capacity,

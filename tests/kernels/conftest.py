@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.cpu_panels import panels_available
+from loadmaster.kernels.cpu_packed import packed_available
 from loadmaster.kernels.grouped import ExpertWeights
 from loadmaster.kernels.oracle import expert_layer, expert_rows
+from loadmaster.kernels.panels import panels_available
 
 torch.set_num_threads(1)
 
@@ -34,6 +35,8 @@ class Layer:
         """The layer's weights on the CPU; expert_of_slot places experts, -1 leaves a slot empty."""
         if backend == "panels" and not panels_available(self.dtype):
             pytest.skip(f"this processor multiplies no panels of {self.dtype}")
+        if backend == "packed" and not packed_available(self.dtype):
+            pytest.skip(f"oneDNN packs no {self.dtype} on this processor")
         placed = list(range(len(self.experts))) if expert_of_slot is None else expert_of_slot
         hidden, intermediate = self.experts[0]["down"].shape
         weights = ExpertWeights.allocate(

@@ -27,6 +27,7 @@ from loadmaster.kernels.cpu_packed import (
     packed_available,
     row_strips,
 )
+from loadmaster.kernels.cpu_tiles import HAS_WIDE_VECTORS
 from loadmaster.kernels.grouped import moe_layer
 from loadmaster.kernels.huge_pages import use_huge_pages
 
@@ -67,9 +68,10 @@ def test_few_row_counts_reach_the_products() -> None:
     assert len(computed) <= 16 + BLOCK_ROWS // 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_packing_is_found_on_this_build(dtype: torch.dtype) -> None:
-    assert packed_available(dtype)
+def test_packing_is_found_on_this_build() -> None:
+    """oneDNN packs bfloat16 for 512-bit vectors; on narrower ones it depends on the processor."""
+    assert packed_available(torch.float32)
+    assert packed_available(torch.bfloat16) or not HAS_WIDE_VECTORS
     assert not packed_available(torch.float16)
 
 
@@ -82,8 +84,8 @@ def test_without_the_private_operators_auto_takes_plain_torch(
     rows_of: Maker,
     gates_of: Maker,
 ) -> None:
-    layer = layer_of(3, 24, 16, torch.bfloat16)
-    x, ids, gate = rows_of(20, 24, torch.bfloat16), ids_of(20, 2, 3), gates_of(20, 2)
+    layer = layer_of(3, 24, 16, torch.float32)
+    x, ids, gate = rows_of(20, 24, torch.float32), ids_of(20, 2, 3), gates_of(20, 2)
     monkeypatch.setattr(weights, "panels_available", lambda dtype: False)
     packed = layer.weights("auto")
     assert packed.backend == "packed"
@@ -107,14 +109,14 @@ def test_without_the_private_operators_auto_takes_plain_torch(
     monkeypatch.setattr(cpu_packed, "torch", Torch())
     packed_available.cache_clear()
     try:
-        assert not packed_available(torch.bfloat16)
+        assert not packed_available(torch.float32)
         plain = layer.weights("auto")
         assert plain.backend == "torch"
         out = moe_layer(x, ids, gate, plain)
     finally:
         monkeypatch.undo()
         packed_available.cache_clear()
-    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(out, expected)
 
 
 def test_a_build_that_multiplies_wrongly_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

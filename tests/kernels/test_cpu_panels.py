@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadmaster.errors import InputError
-from loadmaster.kernels import cpu_panels
+from loadmaster.kernels import cpu_panels, panels, weights
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.cpu_float import as_array, compiled
+from loadmaster.kernels.cpu_packed import packed_available
 from loadmaster.kernels.cpu_panel_loops import CHUNK_ROWS
-from loadmaster.kernels.cpu_panels import LARGEST_SMALL, panels_available, panels_preferred
+from loadmaster.kernels.cpu_panels import LARGEST_SMALL, panels_preferred
 from loadmaster.kernels.cpu_tiles import (
     BLOCK_WORDS,
+    HAS_PAIR_PRODUCTS,
     PANEL,
     from_panels,
     padded_columns,
@@ -25,15 +27,26 @@ from loadmaster.kernels.cpu_tiles import (
 )
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
 from loadmaster.kernels.oracle import relative_error
+from loadmaster.kernels.panels import panels_available
 
 Maker = Callable[..., Any]
 
 SILU = ExpertActivation("silu")
 
-needs_pairs = pytest.mark.skipif(
-    not panels_available(torch.bfloat16), reason="this processor multiplies no bfloat16 pairs"
+needs_products = pytest.mark.skipif(
+    not panels_available(torch.float32), reason="this processor fuses no products and sums"
 )
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_pairs)]
+needs_pairs = pytest.mark.skipif(
+    not HAS_PAIR_PRODUCTS, reason="this processor multiplies no bfloat16 pairs"
+)
+pytestmark = needs_products
+DTYPES = [torch.float32, torch.bfloat16]
+# What rows are, and what the matrix is: bfloat16 is widened where rows are float32.
+FACTORS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    pytest.param(torch.bfloat16, torch.bfloat16, marks=needs_pairs),
+]
 
 
 @compiled
@@ -61,18 +74,18 @@ def test_panels_give_back_the_matrix(columns: int, depth: int) -> None:
     assert (padding == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("row_dtype", "dtype"), FACTORS)
 @settings(deadline=None, max_examples=40)
 @given(
     rows=st.integers(0, 20), columns=st.integers(1, 2 * PANEL),
     depth=st.sampled_from([2, 4, 34, 2 * BLOCK_WORDS, 4 * BLOCK_WORDS + 6]),
 )
 def test_products_of_whole_numbers_are_exact(
-    dtype: torch.dtype, rows: int, columns: int, depth: int
+    row_dtype: torch.dtype, dtype: torch.dtype, rows: int, columns: int, depth: int
 ) -> None:
     """Every tile height, one to several blocks: small integers leave nothing to round."""
     g = torch.Generator().manual_seed(rows + columns)
-    x = torch.randint(-8, 9, (rows, depth), generator=g).to(dtype)
+    x = torch.randint(-8, 9, (rows, depth), generator=g).to(row_dtype)
     matrix = torch.randint(-8, 9, (columns, depth), generator=g).to(dtype)
     bias = np.arange(padded_columns(columns), dtype=np.float32)
     out = np.full((rows, padded_columns(columns)), np.nan, np.float32)
@@ -103,16 +116,16 @@ def test_a_float32_product_is_blocks_of_fused_steps() -> None:
 def test_more_rows_than_a_chunk_give_the_bits_of_few(
     dtype: torch.dtype, layer_of: Maker, rows_of: Maker
 ) -> None:
-    weights = layer_of(3, 40, 24, dtype).weights("panels")
+    held = layer_of(3, 40, 24, dtype).weights("panels")
     counts = [CHUNK_ROWS - 3, 7, CHUNK_ROWS + 11]
     x = rows_of(sum(counts), 40, dtype)
-    whole = grouped_experts(x, torch.tensor(counts), weights)
+    whole = grouped_experts(x, torch.tensor(counts), held)
     start = 0
     for slot, count in enumerate(counts):
         for row in (start, start + count // 2, start + count - 1):
             alone = torch.zeros(3, dtype=torch.int64)
             alone[slot] = 1
-            y = grouped_experts(x[row : row + 1], alone, weights)
+            y = grouped_experts(x[row : row + 1], alone, held)
             assert torch.equal(y[0], whole[row])
         start += count
 
@@ -122,17 +135,12 @@ def test_wide_experts_stay_as_exact_as_narrow_ones(
     dtype: torch.dtype, tolerance: float, layer_of: Maker, rows_of: Maker
 ) -> None:
     """Four thousand terms in one sum; blocks keep float32 from losing digits."""
-    if not panels_available(dtype):
-        pytest.skip("this processor multiplies no bfloat16 pairs")
     layer, x = layer_of(1, 4096, 256, dtype), rows_of(5, 4096, dtype)
     y = grouped_experts(x, torch.tensor([5]), layer.weights("panels"))
     assert relative_error(y, layer.oracle_rows(x, [0] * 5)) <= tolerance
 
 
 def test_auto_chooses_by_size_and_type_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_panels, "HAS_FUSED_PRODUCTS", True)
-    monkeypatch.setattr(cpu_panels, "HAS_PAIR_PRODUCTS", True)
-    monkeypatch.setattr(cpu_panels, "HAS_WIDE_VECTORS", True)
     monkeypatch.setattr(cpu_panels, "HAS_MATRIX_UNITS", True)
     small, large = (LARGEST_SMALL // 64, 64), (LARGEST_SMALL // 64 + 1, 64)
     assert panels_preferred(*large, torch.float32)
@@ -141,25 +149,46 @@ def test_auto_chooses_by_size_and_type_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert not panels_preferred(*small, torch.float64)
     monkeypatch.setattr(cpu_panels, "HAS_MATRIX_UNITS", False)
     assert panels_preferred(*large, torch.bfloat16)
-    monkeypatch.setattr(cpu_panels, "HAS_WIDE_VECTORS", False)
-    assert panels_preferred(*small, torch.float32)
-    assert not panels_preferred(*large, torch.float32)
 
 
 def test_a_machine_without_the_products_takes_another_backend(
     layer_of: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_panels, "HAS_FUSED_PRODUCTS", False)
-    monkeypatch.setattr(cpu_panels, "HAS_PAIR_PRODUCTS", False)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert layer_of(2, 64, 32, dtype).weights().backend == "packed"
+    monkeypatch.setattr(panels, "HAS_FUSED_PRODUCTS", False)
+    for dtype in DTYPES:
+        other = "packed" if packed_available(dtype) else "torch"
+        assert layer_of(2, 64, 32, dtype).weights().backend == other
         with pytest.raises(InputError, match="'panels' cannot run"):
             ExpertWeights.allocate(
                 2, 64, 32, dtype=dtype, device="cpu", activation=SILU, backend="panels"
             )
 
 
-@needs_pairs
+def test_large_bfloat16_experts_are_panels_where_onednn_packs_none(
+    layer_of: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "packed_available", lambda dtype: False)
+    monkeypatch.setattr(cpu_panels, "HAS_MATRIX_UNITS", True)
+    assert layer_of(1, LARGEST_SMALL // 64 + 1, 64, torch.bfloat16).weights().backend == "panels"
+
+
+def test_a_machine_without_pair_products_widens_bfloat16(
+    layer_of: Maker, rows_of: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd sizes, biases, one row to several chunks; the same bits however many rows there are."""
+    monkeypatch.setattr(panels, "HAS_PAIR_PRODUCTS", False)
+    layer = layer_of(3, 41, 23, torch.bfloat16, bias=True)
+    held, counts = layer.weights("panels"), [CHUNK_ROWS + 5, 0, 9]
+    x = rows_of(sum(counts), 41, torch.bfloat16)
+    y = grouped_experts(x, torch.tensor(counts), held)
+    expert_A = [0] * counts[0] + [2] * counts[2]
+    assert relative_error(y, layer.oracle_rows(x, expert_A)) <= 1e-2
+    for row in (0, CHUNK_ROWS, sum(counts) - 1):
+        alone = torch.zeros(3, dtype=torch.int64)
+        alone[expert_A[row]] = 1
+        assert torch.equal(grouped_experts(x[row : row + 1], alone, held)[0], y[row])
+
+
 def test_not_a_number_in_a_weight_comes_back_bit_for_bit(layer_of: Maker) -> None:
     layer = layer_of(1, 8, 5, torch.bfloat16, bias=True)
     bits = torch.tensor([0x7FC1, 0x7F81, -1, 0x7F80], dtype=torch.int16)
