@@ -95,12 +95,14 @@ class Group:
         capacity: CapacityRule | None = None,
         limits: Limits | None = None,
         step_timeout_s: float = 120.0,
+        replace_timeout_s: float = 60.0,
     ) -> Group:
         """Start a named group of `ranks` ranks serving a checkpoint under a plan.
 
         plan: None = experts in order, E / ranks on each. dispatch: None = the plan's own. cluster:
         what dispatch knows of nodes and speeds; None = one node of equal CPU devices. address: an
         existing Ray cluster; None = the one joined already, or a new one on this machine.
+        replace_timeout_s: how long to try before a lost rank counts as lost for good.
         Raises InputError on a checkpoint that cannot be served, UsageError on a name in use.
         """
         run_folder.check_name(name)
@@ -129,6 +131,7 @@ class Group:
             journal="",
             limits=limits or Limits(),
             step_timeout_s=step_timeout_s,
+            replace_timeout_s=replace_timeout_s,
         )
         connect(address)
         if _find(name) is not None:

@@ -133,13 +133,21 @@ class RankProcess:
         return os.getpid(), context.get_node_id(), ray.util.get_node_ip_address()
 
 
+@dataclass(frozen=True)
+class Place:
+    """One bundle of one of the group's placement groups: room for one rank."""
+
+    bundles: Any          # the placement group
+    group: int            # its number among the group's
+    bundle: int
+
+
 @dataclass
 class RankActor:
     """One rank as the fleet sees it."""
 
-    handle: Any
-    bundles: Any          # placement group
-    bundle: int
+    handle: Any           # None: known to be gone
+    place: Place | None
     pid: int = 0
     node: str = ""
     host: str = ""
@@ -153,7 +161,8 @@ class RayFleet:
         self._group = group
         self._cpus, self._gpus = cpus_per_rank, gpus_per_rank
         self._actors: list[RankActor] = []
-        self._bundles: list[Any] = []
+        self._bundles: dict[int, Any] = {}      # placement groups by number
+        self._free: list[Place] = []            # bundles of ranks that left
         self._serial = 0
 
     @property
@@ -168,50 +177,60 @@ class RayFleet:
 
     def start(self, settings: Sequence[RankSettings], timeout_s: float) -> None:
         """One actor per rank, one rank per bundle."""
-        bundles = self._reserve(len(settings), timeout_s)
-        self._actors = [self._create(one, bundles, g) for g, one in enumerate(settings)]
+        places = self._reserve(len(settings), timeout_s)
+        self._actors = [self._create(*one) for one in zip(settings, places, strict=True)]
         for actor in self._actors:
             self._identify(actor, timeout_s)
 
     def attach(self, timeout_s: float) -> list[Any]:
         """Find the ranks of a coordinator that died, by name; those that are gone are left out.
 
-        Every found rank is asked who it is; the list is in rank order, gaps are closed by
-        `replace`, which takes a fresh bundle for each.
+        Their names say which bundles they sit in; the other bundles are free.
         """
-        found = []
+        self._bundles = _bundles_of(self._group)
+        self._free = [
+            Place(bundles, number, bundle)
+            for number, bundles in self._bundles.items()
+            for bundle in range(bundles.bundle_count)
+        ]
+        states: list[Any] = []
         for name in _actor_names(self._group):
+            serial, number, bundle = (int(x) for x in name.rsplit("-", 1)[1].split("."))
+            self._serial = max(self._serial, serial + 1)
             try:
                 handle = ray.get_actor(name, namespace=NAMESPACE)
                 state = ray.get(handle.run.remote("state", (), {}), timeout=timeout_s)
             except (ValueError, RayActorError, GetTimeoutError):
                 continue
-            self._serial = max(self._serial, int(name.rsplit("-", 1)[1]) + 1)
-            found.append((state.settings.rank, state, RankActor(handle, None, -1)))
-        found.sort(key=lambda entry: entry[0])
-        ranks = found[0][1].settings.ranks if found else 0
-        self._actors = [RankActor(None, None, -1) for _ in range(ranks)]
-        for rank, _, actor in found:
+            place = Place(self._bundles[number], number, bundle)
+            self._free.remove(place)
+            states.append((state, RankActor(handle, place)))
+        ranks = states[0][0].settings.ranks if states else 0
+        self._actors = [RankActor(None, None) for _ in range(ranks)]
+        for state, actor in states:
             self._identify(actor, timeout_s)
-            self._actors[rank] = actor
-        self._bundles = _bundles_of(self._group)
-        return [state for _, state, _ in found]
+            self._actors[state.settings.rank] = actor
+        return [state for state, _ in states]
 
     def replace(self, settings: RankSettings, timeout_s: float) -> None:
-        old = self._actors[settings.rank]
-        bundles, bundle = old.bundles, old.bundle
-        if bundles is None:
-            bundles, bundle = self._reserve(1, timeout_s), 0
-        self._actors[settings.rank] = self._bring_up(settings, bundles, bundle, timeout_s)
+        old = self._actors[settings.rank].place
+        place = self._room(settings.rank, timeout_s) if old is None else old
+        self._actors[settings.rank] = self._bring_up(settings, place, timeout_s)
 
     def add(self, settings: RankSettings, timeout_s: float) -> None:
-        try:
-            bundles = self._reserve(1, timeout_s)
-        except LoadmasterError as error:
-            raise RankLostError((settings.rank,), str(error)) from error
-        self._actors.append(self._bring_up(settings, bundles, 0, timeout_s))
+        place = self._room(settings.rank, timeout_s)
+        self._actors.append(self._bring_up(settings, place, timeout_s))
 
-    def _reserve(self, ranks: int, timeout_s: float) -> Any:
+    def _room(self, rank: int, timeout_s: float) -> Place:
+        """A bundle that is free (Ray may have moved it to a new node), or a new one."""
+        if self._free:
+            return self._free.pop(0)
+        try:
+            return self._reserve(1, timeout_s)[0]
+        except LoadmasterError as error:
+            raise RankLostError((rank,), str(error)) from error
+
+    def _reserve(self, ranks: int, timeout_s: float) -> list[Place]:
         cpus = self._cpus
         if cpus is None:
             free = ray.available_resources().get("CPU", 1.0)
@@ -222,7 +241,7 @@ class RayFleet:
             [bundle] * ranks,
             strategy="PACK",
             lifetime="detached",
-            name=f"{NAMESPACE}/{self._group}/{self._serial}",
+            name=f"{NAMESPACE}/{self._group}/{len(self._bundles)}",
         )
         if not bundles.wait(timeout_s):
             remove_placement_group(bundles)
@@ -230,12 +249,13 @@ class RayFleet:
                 f"the cluster has no room for {ranks} ranks of {bundle}: free are "
                 f"{ray.available_resources()}; ask for less per rank or fewer ranks"
             )
-        self._bundles.append(bundles)
-        return bundles
+        number = len(self._bundles)
+        self._bundles[number] = bundles
+        return [Place(bundles, number, index) for index in range(ranks)]
 
-    def _create(self, settings: RankSettings, bundles: Any, bundle: int) -> RankActor:
+    def _create(self, settings: RankSettings, place: Place) -> RankActor:
         remote_rank: Any = ray.remote(concurrency_groups={"watch": 1})(RankProcess)
-        name = f"{self._group}/rank-{self._serial}"
+        name = f"{self._group}/rank-{self._serial}.{place.group}.{place.bundle}"
         self._serial += 1
         handle = remote_rank.options(
             name=name,
@@ -245,20 +265,19 @@ class RayFleet:
             num_gpus=self._gpus,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                bundles, placement_group_bundle_index=bundle
+                place.bundles, placement_group_bundle_index=place.bundle
             ),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}},
         ).remote(settings)
-        return RankActor(handle, bundles, bundle)
+        return RankActor(handle, place)
 
-    def _bring_up(
-        self, settings: RankSettings, bundles: Any, bundle: int, timeout_s: float
-    ) -> RankActor:
-        actor = self._create(settings, bundles, bundle)
+    def _bring_up(self, settings: RankSettings, place: Place, timeout_s: float) -> RankActor:
+        actor = self._create(settings, place)
         try:
             self._identify(actor, timeout_s)
         except (OverdueError, RankLostError) as error:
             ray.kill(actor.handle, no_restart=True)
+            self._free.append(place)
             raise RankLostError(
                 (settings.rank,), f"no new process for rank {settings.rank}: {error}"
             ) from error
@@ -337,8 +356,12 @@ class RayFleet:
 
     def keep(self, ranks: Sequence[int]) -> None:
         for rank, actor in enumerate(self._actors):
-            if rank not in ranks and actor.handle is not None:
+            if rank in ranks:
+                continue
+            if actor.handle is not None:
                 ray.kill(actor.handle, no_restart=True)
+            if actor.place is not None and actor.place not in self._free:
+                self._free.append(actor.place)
         self._actors = [self._actors[g] for g in ranks]
 
     def end(self) -> None:
@@ -347,9 +370,9 @@ class RayFleet:
             if actor.handle is not None:
                 ray.kill(actor.handle, no_restart=True)
         self._actors = []
-        for bundles in self._bundles:
+        for bundles in self._bundles.values():
             remove_placement_group(bundles)
-        self._bundles = []
+        self._bundles, self._free = {}, []
 
     @staticmethod
     def _ping(actor: RankActor) -> Any:
@@ -364,7 +387,7 @@ def end_group(name: str) -> None:
         except ValueError:
             continue
         ray.kill(handle, no_restart=True)
-    for bundles in _bundles_of(name):
+    for bundles in _bundles_of(name).values():
         remove_placement_group(bundles)
 
 
@@ -399,12 +422,12 @@ def _actor_names(group: str) -> list[str]:
     return sorted(n for n in names if n.startswith(f"{group}/rank-"))
 
 
-def _bundles_of(group: str) -> list[Any]:
-    """A group's placement groups, found by name."""
+def _bundles_of(group: str) -> dict[int, Any]:
+    """A group's placement groups by number, found by name."""
     table: dict[str, Any] = ray.util.placement_group_table()
     prefix = f"{NAMESPACE}/{group}/"
     names = [
         e["name"] for e in table.values()
         if e["name"].startswith(prefix) and e["state"] != "REMOVED"
     ]
-    return [ray.util.get_placement_group(name) for name in sorted(names)]
+    return {int(name[len(prefix) :]): ray.util.get_placement_group(name) for name in names}
