@@ -49,21 +49,38 @@ def checked_gap(objective: float, bound: float, where: str) -> tuple[float, floa
 
 
 def balance_bound_W(load_WE: FloatArray, slots: int, speed_G: FloatArray) -> FloatArray:
-    """[W] least possible imbalance of each step under any placement, copies and split.
+    """[W] least possible peak (`evaluate.peak_of`) of each step, whatever placement and split.
 
     load_WE [W, E] tokens; slots: S in the layer. Steps without load give 1.
-    Proof: (1) a maximum is not below the mean. (2) An expert with r copies is computed by at most r
-    devices, so one of them gets load / r; all experts together have at most S copies. For a level
-    z expert e needs r_e(z) = least r with load_e <= z·r; if the r_e sum above S, z is out of
-    reach. The bound is the least z that passes, found by bisection from below.
+    Proof: (1) the busiest device is not below perfect balance. (2) An expert with r copies is
+    computed by at most r devices, at best the r fastest, so one of them is at load / speed_r or
+    above, speed_r the sum of the r highest speeds; all experts together have at most S copies. For
+    a level z expert e needs r_e(z) = least r with load_e <= z·speed_r; if the r_e sum above S, z is
+    out of reach. The bound is the least z that passes, found by bisection from below.
     """
-    if speed_G.min() < speed_G.max():
-        # The mean of tokens/speed depends on the plan where speeds differ: only (1) holds.
-        return np.ones(len(load_WE))
     total_W = load_WE.sum(axis=1)
-    ideal_W = np.where(total_W > 0, total_W / len(speed_G), 1.0)
+    ideal_W = np.where(total_W > 0, total_W / speed_G.sum(), 1.0)
     relative = np.ascontiguousarray(load_WE / ideal_W[:, None], np.float64)
-    return _balance_bound(relative, slots, np.arange(1.0, len(speed_G) + 1))
+    return _balance_bound(relative, slots, np.cumsum(np.sort(speed_G)[::-1]))
+
+
+def most_copies(cluster: Cluster, model: ModelSpec | None, layers: int, experts: int) -> int:
+    """Copies that one layer can hold at most, however the layers share the devices' memory.
+
+    Proof: no device needs two copies of an expert. Every other layer holds each expert at least
+    once, so what memory holds in all, less one of every expert and layer, is the most that one
+    layer can have beyond its own E; counted in smallest experts, device by device and in all.
+    """
+    most = int(np.minimum(cluster.slots_G, experts).sum())
+    memory = [device.expert_memory_bytes for device in cluster.devices]
+    if model is None or not (model.knows_sizes or model.expert_bytes) or None in memory:
+        return most
+    size_E = model.bytes_per_expert_E().astype(np.float64)
+    memory_G = np.array(memory, np.float64)
+    held_G = np.minimum(memory_G // size_E.min(), layers * cluster.slots_G)
+    by_device = held_G.sum() - layers * experts
+    in_all = (memory_G.sum() - layers * size_E.sum()) // size_E.min()
+    return min(most, experts + max(0, int(min(by_device, in_all))))
 
 
 @compiled

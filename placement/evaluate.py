@@ -31,6 +31,8 @@ FloatArray = npt.NDArray[np.float64]
 class Evaluation:
     """How a plan did. Imbalance: busiest device over mean device, per step and layer (1 = flat).
 
+    peak_mean: what plans are compared by, busiest device over what perfect balance would give every
+    device; the same as imbalance_mean where devices are equally fast (see `peak_of`).
     Means are over steps and layers that held tokens. Copies are those that leave a rank (or a
     node), per token and layer, dispatch direction. Times are None without a model.
     """
@@ -38,6 +40,7 @@ class Evaluation:
     imbalance_mean: float
     imbalance_p99: float
     imbalance_worst: float
+    peak_mean: float
     balancedness: float                    # mean of mean device over busiest device
     remote_device_copies_per_token: float
     remote_node_copies_per_token: float
@@ -49,6 +52,7 @@ class Evaluation:
     dispatch: str
     notes: tuple[str, ...]
     imbalance_WL: FloatArray               # NaN where a step left a layer without tokens
+    peak_WL: FloatArray                    # likewise
     step_time_us_W: FloatArray | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +60,7 @@ class Evaluation:
         out: dict[str, Any] = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name in ("imbalance_WL", "step_time_us_W"):
+            if f.name in ("imbalance_WL", "peak_WL", "step_time_us_W"):
                 continue
             if isinstance(value, np.ndarray):
                 value = [None if np.isnan(v) else float(v) for v in value]
@@ -80,8 +84,10 @@ def evaluate(
 
     dispatch: a policy's name or spec; None = the plan's own; the plan's own name keeps the plan's
     parameters. steps: how to cut the trace, or steps already cut from it.
-    Raises InputError when trace, plan, cluster and model do not belong together or no step fits.
+    Raises InputError when trace, plan, cluster and model do not belong together, when the plan
+    fills more slots than the cluster has, or no step fits.
     """
+    check_slots(plan, cluster, "the plan")
     sampled = steps if isinstance(steps, Steps) else steps.sample(trace, max_steps)
     if model is not None:
         check_model(model, plan)
@@ -117,13 +123,47 @@ def check_model(model: ModelSpec, plan: Plan) -> None:
         )
 
 
+def check_slots(plan: Plan, cluster: Cluster, what: str) -> None:
+    """Whether every device has the slots that the plan fills. Raises InputError."""
+    if plan.num_devices != cluster.num_devices:
+        raise InputError(
+            f"{what} is for {plan.num_devices} devices, the cluster has {cluster.num_devices}"
+        )
+    filled_LG = (plan.slots >= 0).sum(axis=2)
+    over = np.argwhere(filled_LG > cluster.slots_G)
+    if len(over):
+        layer, g = over[0].tolist()
+        raise InputError(
+            f"{what} fills {filled_LG[layer, g]} slots of device {g} in layer {layer}, the cluster "
+            f"has {cluster.slots_G[g]} there ({len(over)} such places): give the cluster the plan "
+            "was made for"
+        )
+
+
 def imbalance_of(tokens_WLG: npt.NDArray[Any], cluster: Cluster) -> FloatArray:
-    """[W, L] busiest device over mean device, of tokens over speed; NaN where nobody had tokens."""
+    """[W, L] busiest device over mean device, of tokens over speed; NaN where nobody had tokens.
+
+    For telling; where speeds differ the mean depends on who got the tokens, so that all tokens on
+    the slowest device look as good as all on the fastest. `peak_of` is what decides.
+    """
     level_WLG = tokens_WLG / cluster.speed_G
     mean_WL = level_WLG.mean(axis=2)
     with np.errstate(invalid="ignore", divide="ignore"):
         imbalance: FloatArray = np.where(mean_WL > 0, level_WLG.max(axis=2) / mean_WL, np.nan)
     return imbalance
+
+
+def peak_of(tokens_WLG: npt.NDArray[Any], cluster: Cluster) -> FloatArray:
+    """[W, L] busiest device's tokens/speed over all tokens / all speed; NaN where nobody had any.
+
+    How many times longer the busiest device computes than all would in perfect balance. The same
+    as `imbalance_of` where devices are equally fast.
+    """
+    busiest_WL = (tokens_WLG / cluster.speed_G).max(axis=2)
+    ideal_WL = tokens_WLG.sum(axis=2) / cluster.speed_G.sum()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        peak: FloatArray = np.where(ideal_WL > 0, busiest_WL / ideal_WL, np.nan)
+    return peak
 
 
 def judge(
@@ -137,6 +177,7 @@ def judge(
 ) -> Evaluation:
     """An Evaluation from loads already counted."""
     imbalance_WL = imbalance_of(loads.tokens_WLG, cluster)
+    peak_WL = peak_of(loads.tokens_WLG, cluster)
     used = imbalance_WL[~np.isnan(imbalance_WL)]
     if not used.size:
         raise InputError("no step holds a token: nothing to judge the plan on")
@@ -157,6 +198,7 @@ def judge(
         imbalance_mean=float(used.mean()),
         imbalance_p99=float(np.quantile(used, 0.99)),
         imbalance_worst=float(used.max()),
+        peak_mean=float(np.nanmean(peak_WL)),
         balancedness=float((1.0 / used).mean()),
         remote_device_copies_per_token=(
             node_copies + float(loads.nvlink_out_WLG.sum())
@@ -170,5 +212,6 @@ def judge(
         dispatch=spec.policy,
         notes=tuple(said),
         imbalance_WL=imbalance_WL,
+        peak_WL=peak_WL,
         step_time_us_W=None if cost is None else cost.step_us_W,
     )

@@ -1,6 +1,6 @@
 """How a layer's slots fare on given steps under the dispatch that will run.
 
-The bridge from counts to imbalance for search, evidence and re-planning. Knows counts, slots and
+The bridge from counts to balance for search, evidence and re-planning. Knows counts, slots and
 the dispatch rules. Knows nothing of time (`cost.py`), of traces, or of how slots were found.
 """
 
@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from .cluster import Cluster
 from .dispatch import device_tokens
-from .evaluate import imbalance_of
 from .plan import DispatchSpec
 from .search_average import even_device_load
 
@@ -23,21 +22,20 @@ SlotArray = npt.NDArray[np.int16]
 HOME_BLIND = ("even", "balanced", "fewest_active")   # tokens per device do not depend on homes
 
 
-def imbalance_W(
+def tokens_WG(
     counts_WGE: npt.NDArray[np.integer[Any]],
     slots_GC: SlotArray,
     cluster: Cluster,
     dispatch: DispatchSpec,
 ) -> FloatArray:
-    """[W] maximum over mean of tokens/speed, whole tokens; NaN for steps without tokens.
+    """[W, G] whole tokens of every device.
 
     counts_WGE: [W, G, E], or [W, 1, E] where the policy does not ask for homes.
     """
-    tokens_WG, _ = device_tokens(counts_WGE, slots_GC, cluster, dispatch)
-    return imbalance_of(tokens_WG[:, None], cluster)[:, 0]
+    return device_tokens(counts_WGE, slots_GC, cluster, dispatch)[0].astype(np.float64)
 
 
-def fluid_imbalance_W(
+def fluid_tokens_WG(
     load_WE: FloatArray, slots_GC: SlotArray, cluster: Cluster, dispatch: DispatchSpec
 ) -> FloatArray:
     """[W] the same for average loads, which are not whole tokens.
@@ -45,14 +43,13 @@ def fluid_imbalance_W(
     `even` is exact; other policies are judged on the loads scaled to about a million tokens.
     """
     if dispatch.policy == "even":
-        load_WG = np.stack([even_device_load(load_E, slots_GC) for load_E in load_WE])
-        return imbalance_of(load_WG[:, None], cluster)[:, 0]
+        return np.stack([even_device_load(load_E, slots_GC) for load_E in load_WE])
     total = float(load_WE.sum(axis=1).max(initial=0.0))
     scale = 1.0 if total <= 0 else max(1.0, 2.0**20 / total)
     counts = np.rint(load_WE * scale).astype(np.int32)
     if dispatch.policy in HOME_BLIND:
-        return imbalance_W(counts[:, None], slots_GC, cluster, dispatch)
-    return imbalance_W(spread_over_homes(counts, cluster.num_devices), slots_GC, cluster, dispatch)
+        return tokens_WG(counts[:, None], slots_GC, cluster, dispatch)
+    return tokens_WG(spread_over_homes(counts, cluster.num_devices), slots_GC, cluster, dispatch)
 
 
 def spread_over_homes(
@@ -64,7 +61,7 @@ def spread_over_homes(
     return np.asarray(base[:, None] + (turn_GE < extra[:, None]), np.int32)
 
 
-def mean_imbalance(imbalance_W: FloatArray) -> float:
+def mean_over_steps(ratio_W: FloatArray) -> float:
     """Mean over steps with tokens; 1 (nothing to balance) where there are none."""
-    used = imbalance_W[~np.isnan(imbalance_W)]
+    used = ratio_W[~np.isnan(ratio_W)]
     return float(used.mean()) if len(used) else 1.0

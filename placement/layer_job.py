@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from ..traces.spec import ModelSpec
 from ..traces.steps import Steps
-from .bounds import balance_bound_W, time_bound_us
+from .bounds import balance_bound_W, most_copies, time_bound_us
 from .cluster import Cluster
 from .cost import step_cost
 from .dispatch import count_tokens
-from .evaluate import imbalance_of
-from .judge import HOME_BLIND, fluid_imbalance_W, imbalance_W, mean_imbalance
+from .evaluate import imbalance_of, peak_of
+from .judge import HOME_BLIND, fluid_tokens_WG, mean_over_steps, tokens_WG
 from .methods import LayerLoads
 from .plan import DispatchSpec, Plan
 from .planning_steps import LayerTraffic
@@ -85,8 +85,13 @@ class LayerTask:
 
 @dataclass(frozen=True)
 class Score:
-    """What slots are worth on some steps. `copies`: remote, per token; between nodes if any."""
+    """What slots are worth on some steps.
 
+    peak: balance, as it decides (`evaluate.peak_of`). imbalance: as it is told; the same where
+    devices are equally fast. copies: remote, per token; between nodes if any.
+    """
+
+    peak: float
     imbalance: float
     copies: float = 0.0
     time_us: float | None = None
@@ -96,7 +101,7 @@ class Score:
         if name == "time":
             assert self.time_us is not None
             return self.time_us
-        return self.imbalance
+        return self.peak
 
 
 @dataclass(frozen=True)
@@ -143,30 +148,32 @@ def answer_with(task: LayerTask, candidate: Candidate) -> LayerAnswer:
 
 def score(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> Score:
     """What slots are worth on these steps (the average loads where there is no trace)."""
-    imbalance_W, copies, time_us_W = _measured(task, slots_GC, steps)
+    tokens, copies, time_us_W = _measured(task, slots_GC, steps)
     return Score(
-        mean_imbalance(imbalance_W), copies, None if time_us_W is None else float(time_us_W.mean())
+        mean_over_steps(peak_of(tokens[:, None], task.cluster)[:, 0]),
+        mean_over_steps(imbalance_of(tokens[:, None], task.cluster)[:, 0]),
+        copies, None if time_us_W is None else float(time_us_W.mean()),
     )
 
 
 def objective_W(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> FloatArray:
-    """[W] the objective in every step; NaN where a step without tokens has no imbalance."""
-    imbalance_W, _, time_us_W = _measured(task, slots_GC, steps)
-    return imbalance_W if time_us_W is None else time_us_W
+    """[W] the objective in every step; NaN where a step without tokens has no balance."""
+    tokens, _, time_us_W = _measured(task, slots_GC, steps)
+    return peak_of(tokens[:, None], task.cluster)[:, 0] if time_us_W is None else time_us_W
 
 
 def _measured(
     task: LayerTask, slots_GC: SlotArray, steps: Steps | None
 ) -> tuple[FloatArray, float, FloatArray | None]:
-    """(imbalance [W], remote copies per token, microseconds [W] for objective time)."""
+    """(tokens [W, G], remote copies per token, microseconds [W] for objective time)."""
     traffic, cluster = task.traffic, task.cluster
     if traffic.load_WE is not None:
-        return fluid_imbalance_W(traffic.load_WE, slots_GC, cluster, task.dispatch), 0.0, None
+        return fluid_tokens_WG(traffic.load_WE, slots_GC, cluster, task.dispatch), 0.0, None
     assert traffic.trace is not None and steps is not None
     plain = task.objective == "balance" and not task.counts_copies
     if plain and task.dispatch.policy in HOME_BLIND:
         counts = traffic.counts(steps)[:, None]
-        return imbalance_W(counts, slots_GC, cluster, task.dispatch), 0.0, None
+        return tokens_WG(counts, slots_GC, cluster, task.dispatch), 0.0, None
     plan = Plan(slots=slots_GC[None], num_experts=traffic.num_experts, dispatch=task.dispatch)
     sizes = None
     if task.model is not None and task.model.expert_bytes is not None:
@@ -180,14 +187,17 @@ def _measured(
         ).layer_us_WL[:, 0]
     crossing = loads.nvlink_out_WLG if cluster.num_nodes == 1 else loads.nic_out_WLG
     return (
-        imbalance_of(loads.tokens_WLG, cluster)[:, 0],
+        loads.tokens_WLG[:, 0].astype(np.float64),
         float(crossing.sum() / max(loads.tokens_W.sum(), 1)),
         time_us_W,
     )
 
 
 def layer_bound(task: LayerTask) -> float:
-    """Least possible objective of this layer on the planning steps, over all plans."""
+    """Least possible objective of this layer on the planning steps, over all plans.
+
+    Where layers share memory, "all plans" are those of every share-out, not of the task's alone.
+    """
     load_WE = task.traffic.planning_WE()
     if task.objective == "time":
         assert task.model is not None
@@ -199,7 +209,7 @@ def layer_bound(task: LayerTask) -> float:
     used = load_WE.sum(axis=1) > 0
     if not used.any():
         return 1.0
-    slots = int(task.slots_G.sum())
+    slots = most_copies(task.cluster, task.model, task.layers, task.traffic.num_experts)
     return float(balance_bound_W(load_WE[used], slots, task.cluster.speed_G).mean())
 
 

@@ -27,6 +27,7 @@ from .cluster import Cluster
 from .coherent import aligned, can_align, together
 from .dispatch import default_slack
 from .dispatch_policies import policy_of
+from .evaluate import check_slots
 from .evidence import Settings, evidence_of
 from .layer_job import LayerAnswer, LayerTask, answer_with, judged
 from .layer_rooms import LayerRooms, layer_rooms
@@ -344,7 +345,7 @@ def _check_model(settings: Settings, data: PlanningSteps) -> None:
 
 
 def check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:
-    """Whether a standing plan fits trace and cluster. Raises InputError."""
+    """Whether a standing plan fits trace, cluster and its slots. Raises InputError."""
     shape = (current.num_layers, current.num_experts, current.num_devices)
     if shape != (data.num_layers, data.num_experts, cluster.num_devices):
         raise InputError(
@@ -352,3 +353,4 @@ def check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:
             f"the trace and cluster have {data.num_layers} of {data.num_experts} on "
             f"{cluster.num_devices}"
         )
+    check_slots(current, cluster, "the current plan")

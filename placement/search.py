@@ -81,19 +81,19 @@ def without_duplicates(slots_GC: SlotArray) -> SlotArray:
 def choose(task: LayerTask, candidates: list[Candidate]) -> Candidate:
     """The best candidate; see the objective in `plan`.
 
-    time: the least. balance: the least imbalance, where a searched placement may cost
+    time: the least. balance: the lowest peak, where a searched placement may cost
     ROBUSTNESS_PRICE at home; where copies cost bytes, the fewest copies among those within slack.
     """
     if task.objective == "time":
         return min(candidates, key=lambda c: c.decisive.objective("time"))
-    least = min(c.decisive.imbalance for c in candidates)
+    least = min(c.decisive.peak for c in candidates)
     if task.counts_copies:
-        near = [c for c in candidates if c.decisive.imbalance <= least + task.slack]
-        return min(near, key=lambda c: (c.decisive.copies, c.decisive.imbalance))
+        near = [c for c in candidates if c.decisive.peak <= least + task.slack]
+        return min(near, key=lambda c: (c.decisive.copies, c.decisive.peak))
     for candidate in candidates:
-        if candidate.name == SEARCHED and candidate.decisive.imbalance <= least + ROBUSTNESS_PRICE:
+        if candidate.name == SEARCHED and candidate.decisive.peak <= least + ROBUSTNESS_PRICE:
             return candidate
-    return min(candidates, key=lambda c: c.decisive.imbalance)
+    return min(candidates, key=lambda c: c.decisive.peak)
 
 
 SEARCHED = "search"

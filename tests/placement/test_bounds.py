@@ -16,9 +16,10 @@ from loadmaster.placement.bounds import (
     balance_bound_W,
     checked_gap,
     least_sent_W,
+    most_copies,
     time_bound_us,
 )
-from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.cluster import Cluster, Device
 from loadmaster.placement.evaluate import evaluate
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.placement.traffic import step_loads
@@ -39,17 +40,18 @@ def hosts_of_experts(experts: int, devices: int, slots: int) -> Iterator[tuple[i
             yield hosts
 
 
-def best_imbalance(load_E: FloatArray, devices: int, slots: int) -> float:
-    """Least imbalance over all placements, each with the best split of every expert's tokens.
+def best_peak(load_E: FloatArray, speed_G: FloatArray, slots: int) -> float:
+    """Lowest peak over all placements, each with the best split of every expert's tokens.
 
     The best split's maximum is the largest, over sets of devices, of the load that has nowhere
-    else to go, shared among them (max flow = min cut).
+    else to go, over their speed (max flow = min cut).
     """
-    ideal = load_E.sum() / devices
+    ideal, devices = load_E.sum() / speed_G.sum(), len(speed_G)
+    speed_Q = [sum(speed_G[g] for g in range(devices) if q >> g & 1) for q in range(2**devices)]
     return float(min(
         max(
             sum(load for load, mask in zip(load_E, hosts, strict=True) if mask & ~group == 0)
-            / group.bit_count()
+            / speed_Q[group]
             for group in range(1, 2**devices)
         )
         for hosts in hosts_of_experts(len(load_E), devices, slots)
@@ -59,15 +61,15 @@ def best_imbalance(load_E: FloatArray, devices: int, slots: int) -> float:
 @settings(max_examples=40, deadline=None)
 @given(
     load=st.lists(st.integers(0, 50), min_size=3, max_size=3).filter(any),
-    devices=st.integers(1, 3),
+    speed=st.lists(st.sampled_from([0.25, 1.0, 1.0, 3.0]), min_size=1, max_size=3),
     spare=st.integers(0, 3),
 )
 def test_the_balance_bound_is_never_above_the_best_placement(
-    load: list[int], devices: int, spare: int
+    load: list[int], speed: list[float], spare: int
 ) -> None:
     load_WE = np.array([load], np.float64)
-    bound = balance_bound_W(load_WE, 3 + spare, np.ones(devices))[0]
-    best = best_imbalance(load_WE[0], devices, 3 + spare)
+    bound = balance_bound_W(load_WE, 3 + spare, np.array(speed))[0]
+    best = best_peak(load_WE[0], np.array(speed), 3 + spare)
     assert 1.0 <= bound <= best * (1 + 1e-9)
 
 
@@ -100,9 +102,29 @@ def test_more_slots_never_raise_the_bound() -> None:
     assert (np.diff(bounds, axis=0) <= 1e-12).all()
 
 
-def test_unequal_speeds_are_bounded_by_the_mean_alone() -> None:
+@pytest.mark.parametrize(("slots", "bound"), [
+    (4, 7 / 4),      # one copy: at best on the fastest, which is 4 of 7
+    (5, 7 / 6),      # two: on the two fastest
+    (6, 1.0),
+])
+def test_with_unequal_speeds_the_fastest_devices_bound_an_expert(slots: int, bound: float) -> None:
     load_WE = np.array([[100.0, 0, 0, 0]])
-    assert balance_bound_W(load_WE, 4, np.array([1.0, 2.0])).tolist() == [1.0]
+    found = balance_bound_W(load_WE, slots, np.array([1.0, 4.0, 2.0]))
+    assert found[0] == pytest.approx(bound)
+
+
+def test_a_layer_can_take_the_whole_spare_memory_of_all_layers() -> None:
+    sized = MODEL.model_copy(update={"num_layers": 2, "expert_bytes": (10, 10, 20)})
+    devices = [Device(node=0, slots=3, expert_memory_bytes=room) for room in (59, 60)]
+    cluster = Cluster(devices=tuple(devices), hardware=Cluster.preset(
+        "h100", slots_per_device=1).hardware)
+    # 119 bytes, 2 · 40 of them for one copy of each expert; 39 left hold three of the smallest.
+    assert most_copies(cluster, sized, 2, 3) == 6
+    tighter = cluster.model_copy(update={"devices": (devices[0], Device(
+        node=0, slots=3, expert_memory_bytes=40))})
+    assert most_copies(tighter, sized, 2, 3) == 4
+    assert most_copies(tighter, None, 2, 3) == 6        # sizes unknown: slots alone limit
+    assert most_copies(Cluster.preset("h100", slots_per_device=9), sized, 2, 3) == 24
 
 
 # ---- time --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from loadmaster.errors import InputError, UsageError
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.evaluate import evaluate, imbalance_of, resolve_dispatch
+from loadmaster.placement.evaluate import evaluate, imbalance_of, peak_of, resolve_dispatch
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
@@ -57,6 +57,28 @@ def test_speed_counts_time_not_tokens() -> None:
     assert level[0, 0] == 1.0
     assert level[1, 0] == pytest.approx(10 / ((10 / 3 + 10) / 2))
     assert np.isnan(level[2, 0])
+
+
+def test_the_peak_tells_a_slow_device_from_a_fast_one() -> None:
+    """All tokens on one of two devices is an imbalance of 2 either way, but not as slow."""
+    fast = Cluster.preset("h100", devices_per_node=2, slots_per_device=2, speeds=[3.0, 1.0])
+    tokens = np.array([[[40, 0]], [[0, 40]], [[30, 10]], [[0, 0]]])
+    assert imbalance_of(tokens, fast)[:2, 0].tolist() == [2.0, 2.0]
+    assert peak_of(tokens, fast)[:3, 0] == pytest.approx([4 / 3, 4.0, 1.0])
+    assert np.isnan(peak_of(tokens, fast)[3, 0])
+    equal = np.random.default_rng(0).integers(0, 50, (5, 2, 2)) + 1
+    assert peak_of(equal, PLACE) == pytest.approx(imbalance_of(equal, PLACE))
+    result = evaluate(CONTIGUOUS, TWO, fast, steps=STORED)
+    assert result.peak_WL[:, 0] == pytest.approx([4 / 3, 2.0])
+    assert result.peak_mean == pytest.approx(5 / 3)
+
+
+def test_a_plan_that_fills_more_slots_than_there_are_is_refused() -> None:
+    small = Cluster.preset("h100", devices_per_node=2, slots_per_device=1)
+    with pytest.raises(InputError, match="fills 2 slots of device 0 in layer 0"):
+        evaluate(CONTIGUOUS, TWO, small, steps=STORED)
+    wide = Plan(slots=np.array([[[0, 1, -1], [2, 3, -1]]]), num_experts=4)
+    assert evaluate(wide, TWO, PLACE, steps=STORED).steps == 2      # empty slots do not count
 
 
 def test_cells_without_tokens_are_left_out_and_said() -> None:

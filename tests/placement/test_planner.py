@@ -204,6 +204,17 @@ def test_faster_devices_get_more_of_the_tokens() -> None:
     assert evaluate(result.plan, TRACE, mixed, steps=STEPS).imbalance_mean < blind.imbalance_mean
 
 
+def test_the_busiest_expert_goes_to_the_fastest_device() -> None:
+    """Two experts, one slot each: max/mean scores 2 for all tokens on either, so it cannot say."""
+    uneven = Cluster.preset("h100", devices_per_node=2, slots_per_device=1, speeds=[1.0, 4.0])
+    hot = RoutingTrace.from_arrays(
+        np.zeros((1500, 1, 1), np.int64), num_experts=2, request=requests_of(1500)
+    )
+    result = quick(hot, uneven)
+    assert result.plan.slots[0, :, 0].tolist() == [1, 0]
+    assert result.evidence.objective == pytest.approx(5 / 4) and result.evidence.gap < 1e-9
+
+
 @pytest.mark.parametrize("method", ["contiguous", "greedy", "auto"])
 def test_loads_alone_are_enough_for_balance(method: str) -> None:
     loads = Profile.from_loads(TRACE.load_LE(), top_k=TOP_K)
@@ -293,6 +304,12 @@ def test_a_current_plan_of_another_shape_is_refused() -> None:
     other = Plan(np.arange(EXPERTS).reshape(1, 4, 2), num_experts=EXPERTS)
     with pytest.raises(InputError, match="the current plan has 1 layers"):
         quick(current=other)
+
+
+def test_a_current_plan_over_the_clusters_slots_is_refused() -> None:
+    standing = quick(method="greedy").plan
+    with pytest.raises(InputError, match="the current plan fills 3 slots of device 0 in layer 0"):
+        quick(cluster=CLUSTER.with_slots(2), current=standing)
 
 
 def test_a_current_plan_is_one_more_candidate() -> None:
