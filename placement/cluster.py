@@ -136,18 +136,23 @@ class Cluster(BaseModel):
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such cluster file") from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not YAML: {error}") from error
+            said = " ".join(str(error).split())
+            raise InputError(f"{path}: not YAML: {said}") from error
         if not isinstance(data, dict):
             raise InputError(f"{path}: a cluster file is a mapping with `devices` and `hardware`")
-        if isinstance(data.get("hardware"), str):
-            data["hardware"] = preset_hardware(data["hardware"])
         try:
+            if isinstance(data.get("hardware"), str):
+                data["hardware"] = preset_hardware(data["hardware"])
             return cls.model_validate(_expand(data))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(p) for p in first["loc"])
             raise InputError(f"{path}: {where or 'cluster'}: {first['msg']}") from error
+        except UsageError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def to_yaml(self) -> str:
         """The file `from_yaml` reads."""
@@ -213,7 +218,14 @@ def _expand(data: dict[str, Any]) -> dict[str, Any]:
     if "devices" in data or not any(k in data for k in short):
         return data
     rest = {k: v for k, v in data.items() if k not in short}
-    nodes, per_node = int(data.get("nodes", 1)), int(data.get("devices_per_node", 8))
-    slots = data.get("slots_per_device")
-    devices = [{"node": n, "slots": slots} for n in range(nodes) for _ in range(per_node)]
+    sizes = {"nodes": 1, "devices_per_node": 8} | {k: data[k] for k in short if k in data}
+    if "slots_per_device" not in sizes:
+        raise UsageError("slots_per_device: is missing: how many experts each device holds")
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise UsageError(f"{name}: must be a whole number of at least 1, not {value!r}")
+    devices = [
+        {"node": node, "slots": sizes["slots_per_device"]}
+        for node in range(sizes["nodes"]) for _ in range(sizes["devices_per_node"])
+    ]
     return rest | {"devices": devices}

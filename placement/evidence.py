@@ -16,6 +16,7 @@ from .dispatch import needs_all_counts
 from .layer_job import LayerAnswer
 from .plan import DispatchSpec, Evidence, LayerEvidence
 from .planning_steps import PlanningSteps
+from .search_copies import copies_cost_bytes
 from .search_fixed_shares import NEAREST_RULES
 
 
@@ -41,6 +42,7 @@ def evidence_of(
 ) -> Evidence:
     """Objective, bound and gap; time adds layers up, balance takes their mean."""
     name = settings.objective
+    counted = data.trace is not None and copies_cost_bytes(settings.cluster)
     layers = []
     for answer in answers:
         reached = answer.planning.objective(name)
@@ -49,6 +51,7 @@ def evidence_of(
             LayerEvidence(
                 objective=reached, bound=bound, imbalance_mean=answer.planning.imbalance,
                 replicas=int((answer.slots_GC >= 0).sum()) - data.num_experts,
+                copies=answer.planning.copies if counted else None,
             )
         )
     other_us = settings.model.other_time_us if name == "time" and settings.model else 0.0
@@ -64,6 +67,7 @@ def evidence_of(
         validation=validation, layers=tuple(layers), steps=data.said,
         bound_kind=BOUND_KINDS[name],
         notes=(*data.notes, *notes, *remarks(answers, data, settings)),
+        copies=float(np.mean([a.planning.copies for a in answers])) if counted else None,
     )
 
 
@@ -79,8 +83,15 @@ def remarks(
 ) -> tuple[str, ...]:
     """What a reader of the plan should know beside the numbers."""
     said = []
-    slots = data.num_layers * settings.cluster.total_slots
-    empty = slots - sum(int((a.slots_GC >= 0).sum()) for a in answers)
+    filled = sum(int((a.slots_GC >= 0).sum()) for a in answers)
+    closed = closed_by_memory(answers, settings)
+    slots = data.num_layers * settings.cluster.total_slots - closed
+    empty = slots - filled
+    if closed:
+        said.append(
+            f"{closed} of {slots + closed} slots are closed: the devices' expert_memory_bytes hold "
+            "no more experts"
+        )
     searched = any(a.name.startswith("search") or a.name.endswith(" slots") for a in answers)
     if empty and searched and settings.objective == "time":
         said.append(
@@ -92,7 +103,7 @@ def remarks(
             f"{empty} of {slots} slots are left empty: under {settings.dispatch.policy} another "
             "replica there would take few tokens and not balance better"
         )
-    single = slots - empty == data.num_layers * data.num_experts
+    single = filled == data.num_layers * data.num_experts
     if single and settings.objective == "time" and needs_all_counts(settings.dispatch):
         said.append(
             f"no expert has a replica: dispatch even makes the same choices as "
@@ -102,3 +113,26 @@ def remarks(
     if unused:
         said.append(f"no token used layer {unused[0]} ({len(unused)} such layers)")
     return tuple(said)
+
+
+def closed_by_memory(answers: list[LayerAnswer], settings: Settings) -> int:
+    """Empty slots of all layers that no expert could fill, because their device's memory is full.
+
+    Experts of one size share a device's memory between layers; of different sizes, every layer has
+    the same bytes (`layer_rooms.py`).
+    """
+    model, devices = settings.model, settings.cluster.devices
+    if model is None or not (model.knows_sizes or model.expert_bytes):
+        return 0
+    size_E = np.maximum(model.bytes_per_expert_E().astype(np.float64), 1.0)
+    memory_G = np.array([d.expert_memory_bytes or np.inf for d in devices])
+    held_LG = np.stack([
+        np.where(a.slots_GC >= 0, size_E[np.maximum(a.slots_GC, 0)], 0.0).sum(axis=1)
+        for a in answers
+    ])
+    empty_LG = settings.cluster.slots_G - np.stack([(a.slots_GC >= 0).sum(axis=1) for a in answers])
+    if size_E.min() == size_E.max():
+        empty_G, left_G = empty_LG.sum(axis=0), memory_G - held_LG.sum(axis=0)
+        return int(np.maximum(empty_G - np.floor(left_G / size_E.min()), 0).sum())
+    left_LG = memory_G / len(answers) - held_LG
+    return int(np.maximum(empty_LG - np.floor(left_LG / size_E.min()), 0).sum())

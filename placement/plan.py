@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import InputError
+from ..errors import InputError, LoadmasterError
 from ..traces.atomic_file import replacing
 
 SCHEMA_VERSION = 1
@@ -59,6 +59,11 @@ class LayerEvidence(BaseModel):
     bound: float
     imbalance_mean: float | None = None
     replicas: int = 0
+    copies: float | None = Field(
+        default=None,
+        description="remote copies per token on the planning steps, between nodes if there are "
+        "any; None where they cost nothing",
+    )
 
 
 class Evidence(BaseModel):
@@ -75,6 +80,7 @@ class Evidence(BaseModel):
     steps: str = Field(default="", description="what the steps were: sampler, how many, notes")
     bound_kind: str = ""
     notes: tuple[str, ...] = ()
+    copies: float | None = Field(default=None, description="mean over layers")
 
 
 class _PlanFile(BaseModel):
@@ -248,9 +254,12 @@ class Plan:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write atomically: the file is whole or absent."""
-        with replacing(Path(path)) as file:
-            file.write(self.to_json().encode())
+        """Write atomically: the file is whole or absent. Raises LoadmasterError where it cannot."""
+        try:
+            with replacing(Path(path)) as file:
+                file.write(self.to_json().encode())
+        except OSError as error:
+            raise LoadmasterError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -259,7 +268,7 @@ class Plan:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise PlanError(f"{path}: no such plan file") from error
-        except (UnicodeDecodeError, IsADirectoryError) as error:
+        except (UnicodeDecodeError, OSError) as error:
             raise PlanError(f"{path}: not a plan file: {error}") from error
         return cls.from_json(text, where=str(path))
 

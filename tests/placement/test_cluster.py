@@ -72,10 +72,31 @@ def test_files_that_are_no_cluster(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such cluster file"):
         Cluster.from_yaml(tmp_path / "none.yaml")
     path = tmp_path / "cluster.yaml"
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        Cluster.from_yaml(tmp_path)
     for text, message in (("- a", "is a mapping"), ("a: [", "not YAML")):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             Cluster.from_yaml(path)
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+    ("nodes: two\nslots_per_device: 4", "nodes: must be a whole number of at least 1, not 'two'"),
+    ("nodes: 1.5\nslots_per_device: 4", "nodes: must be a whole number"),
+    ("devices_per_node: 0\nslots_per_device: 4", "devices_per_node: must be a whole number"),
+    ("nodes: 1", "slots_per_device: is missing"),
+])
+def test_sizes_that_are_none_are_named_with_their_file(
+    sizes: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"hardware: h100\n{sizes}\n")
+    with pytest.raises(InputError, match=f"cluster.yaml: {message}") as raised:
+        Cluster.from_yaml(path)
+    assert "\n" not in str(raised.value)
+    path.write_text("hardware: abacus\nslots_per_device: 1\n")
+    with pytest.raises(InputError, match=r"cluster.yaml: unknown hardware preset 'abacus'"):
+        Cluster.from_yaml(path)
 
 
 def test_what_the_digest_sees() -> None:

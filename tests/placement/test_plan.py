@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadmaster.errors import LoadmasterError
 from loadmaster.placement.plan import DispatchSpec, Evidence, Plan, PlanError, Provenance
 
 SLOTS = np.array([[[0, 1, 2], [2, 0, -1]], [[1, 1, 0], [2, -1, -1]]])
@@ -102,7 +103,7 @@ def test_a_failed_write_leaves_the_old_file(
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(LoadmasterError, match="cannot be written"):
         Plan(slots=SLOTS[:1], num_experts=3).save(path)
     assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
 
@@ -133,3 +134,22 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
     path.write_text(PLAN.to_json()[:40])
     with pytest.raises(PlanError, match="not JSON"):
         Plan.load(path)
+
+
+def test_a_file_that_cannot_be_written_or_read_is_said(tmp_path: Path) -> None:
+    with pytest.raises(LoadmasterError, match=r"absent/p.json: cannot be written: No such file"):
+        PLAN.save(tmp_path / "absent" / "p.json")
+    PLAN.save(tmp_path / "p.json")
+    with pytest.raises(PlanError, match="not a plan file"):
+        Plan.load(tmp_path / "p.json" / "below")
+
+
+def test_copies_are_evidence_and_older_files_lack_them(tmp_path: Path) -> None:
+    assert PLAN.evidence is not None and PLAN.evidence.copies is None
+    document = json.loads(PLAN.to_json())
+    assert document["evidence"].pop("copies") is None
+    older = Plan.from_json(json.dumps(document))
+    assert older.evidence == PLAN.evidence
+    evidence = PLAN.evidence.model_copy(update={"copies": 0.5})
+    again = Plan.from_json(dataclasses.replace(PLAN, evidence=evidence).to_json())
+    assert again.evidence is not None and again.evidence.copies == 0.5
