@@ -16,9 +16,7 @@ from ..errors import LoadmasterError
 from ..traces.spec import ModelSpec
 from .cluster import Cluster
 from .compiled import compiled
-from .dispatch import needs_all_counts
 from .hardware import ExchangeProfile
-from .plan import DispatchSpec
 from .tables import interpolate
 
 FloatArray = npt.NDArray[np.float64]
@@ -114,7 +112,6 @@ def time_bound_us(
     load_WE: FloatArray,
     model: ModelSpec,
     cluster: Cluster,
-    dispatch: DispatchSpec,
     counts_WGE: npt.NDArray[np.integer[Any]] | None = None,
 ) -> FloatArray:
     """[W] least possible microseconds of one layer in each step under any placement and split.
@@ -123,8 +120,8 @@ def time_bound_us(
     the work of all devices is at least sum of reads + tokens · flops, and the device that finishes
     last takes at least that over all speed; it is busy, so it pays the start as well. An exchange
     takes at least its alpha and, with counts_WGE [W, G, E] by home rank, what `least_sent_W` says
-    must cross. The counts collective is paid whenever the dispatch needs it. Steps without tokens
-    pay the exchange alone.
+    must cross. The counts collective is paid where it is paid in every layer; else a plan
+    without replicas does without. Steps without tokens pay the exchange alone.
     """
     hardware = cluster.hardware
     compute = hardware.compute
@@ -143,7 +140,7 @@ def time_bound_us(
     compute_W = np.where(tokens_W > 0, start_us + work_W / float(cluster.speed_G.sum()), 0.0)
     if cluster.num_devices == 1:
         return np.asarray(compute_W)
-    fixed_us = hardware.counts_collective_us if needs_all_counts(dispatch) else 0.0
+    fixed_us = hardware.counts_collective_us if hardware.counts_always else 0.0
     sent_W = np.zeros(len(load_WE))
     if counts_WGE is not None:
         sent_W = least_sent_W(counts_WGE, cluster, model.top_k)

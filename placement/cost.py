@@ -7,8 +7,14 @@ the same function. Pure: no randomness, no state.
 compute    a device's experts: start + active·fixed + weight bytes / HBM rate + tokens·flops / rate
            (or the device's measured table per active expert), over its speed, times its slowdown.
 exchange   alpha + the most loaded port over its rate: NVLink in/out, NIC in/out, a node's spine.
-layer      counts collective (where the dispatch needs all counts) + dispatch + slowest device +
-           combine, under the overlap schedule in force. step = sum over layers + the other time.
+counts     an all-gather of every rank's counts, where the dispatch needs them to choose among
+           replicas. In a layer without replicas every rank knows where each token goes, whatever
+           the dispatch, and nothing is gathered. That ranks tell each other how many rows come
+           belongs to the exchange: it is in its alpha, measured with it. The live workers gather
+           in every layer all the same (they agree on the plan's epoch in it); hardware profiles of
+           theirs say so (`counts_always`).
+layer      counts + dispatch + slowest device + combine, under the overlap schedule in force.
+           step = sum over layers + the other time.
 
 Sources: additive compute and port bound as fitted and checked in the presets' own `source` and
 `error` texts; the port bound is exact on a non-blocking fabric.
@@ -50,7 +56,7 @@ class StepCost:
     compute_us_WLG: FloatArray
     dispatch_us_WL: FloatArray
     combine_us_WL: FloatArray
-    counts_us: float
+    counts_us_L: FloatArray
     layer_us_WL: FloatArray
     step_us_W: FloatArray
     straggler_WL: Int64Array
@@ -88,8 +94,7 @@ def step_cost(
                      False, notes)
     back = _exchange(loads, model, cluster, hardware.combine, hardware.combine_bytes_per_value,
                      True, notes)
-    alone = cluster.num_devices == 1
-    counts_us = hardware.counts_collective_us if needs_all_counts(dispatch) and not alone else 0.0
+    counts_L = _counts_us(loads, cluster, dispatch)
     if overlap is None:
         layer_WL = schedule_layer(None, slowest_WL, sent.whole_us, back.whole_us)
     else:
@@ -98,13 +103,24 @@ def step_cost(
             dispatch_intra_WL=sent.intra_us, combine_intra_WL=back.intra_us,
             exchange_fixed_us=sent.fixed_us,
         )
-    layer_WL = layer_WL + counts_us
+    layer_WL = layer_WL + counts_L
     return StepCost(
         compute_us_WLG=compute_WLG, dispatch_us_WL=sent.whole_us, combine_us_WL=back.whole_us,
-        counts_us=counts_us, layer_us_WL=layer_WL,
+        counts_us_L=counts_L, layer_us_WL=layer_WL,
         step_us_W=layer_WL.sum(axis=1) + model.other_time_us, straggler_WL=straggler_WL,
         dispatch_port_WL=sent.port, combine_port_WL=back.port, notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _counts_us(loads: StepLoads, cluster: Cluster, dispatch: DispatchSpec) -> FloatArray:
+    """[L] the counts collective of each layer."""
+    layers, hardware = loads.tokens_WLG.shape[1], cluster.hardware
+    if cluster.num_devices == 1 or not (hardware.counts_always or needs_all_counts(dispatch)):
+        return np.zeros(layers)
+    gathers_L = np.ones(layers, bool)
+    if loads.replicated_L is not None and not hardware.counts_always:
+        gathers_L = np.array(loads.replicated_L, bool)
+    return np.asarray(gathers_L * hardware.counts_collective_us, np.float64)
 
 
 def port_name(port: int, devices: int) -> str:

@@ -86,6 +86,9 @@ class HardwareProfile(BaseModel):
     counts_collective_us: float = Field(
         default=0.0, ge=0, description="all-gather of [G, E] counts, paid where dispatch needs it"
     )
+    counts_always: bool = Field(
+        default=False, description="gathered in every layer under any dispatch, as live workers do"
+    )
     memory_bytes: int = Field(gt=0, description="device memory")
     dispatch_bytes_per_value: float = Field(default=2.0, gt=0, description="1.03 for fp8 + scales")
     combine_bytes_per_value: float = Field(default=2.0, gt=0)

@@ -202,9 +202,7 @@ def layer_bound(task: LayerTask) -> float:
     if task.objective == "time":
         assert task.model is not None
         return float(
-            time_bound_us(
-                load_WE, task.model, task.cluster, task.dispatch, _counts_by_home(task)
-            ).mean()
+            time_bound_us(load_WE, task.model, task.cluster, _counts_by_home(task)).mean()
         )
     used = load_WE.sum(axis=1) > 0
     if not used.any():

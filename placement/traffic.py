@@ -64,6 +64,7 @@ class StepLoads:
     tokens_W: Int64Array                # tokens in each step
     expert_us_WLG: FloatArray | None = None     # sum over slots of the hardware's expert table
     expert_us_extrapolated: bool = False        # some slot held more tokens than the table did
+    replicated_L: tuple[bool, ...] | None = None    # layers with a choice to make; None = unknown
 
     def take_steps(self, steps: npt.NDArray[np.integer[Any]]) -> StepLoads:
         """Only these steps, in the order given."""
@@ -114,7 +115,15 @@ def step_loads(
     return _stack(
         counted, np.diff(steps.offset), expert_bytes_E is not None,
         bool(cluster.hardware.compute.expert_table_tokens),
+        tuple(_replicated(plan.slots[i]) for i in chosen),
     )
+
+
+def _replicated(slots_GC: npt.NDArray[np.int16]) -> bool:
+    """Whether some expert lies on several devices."""
+    device, slot = np.nonzero(slots_GC >= 0)
+    held = np.unique(np.stack([slots_GC[device, slot], device]), axis=1)[0]
+    return len(np.unique(held)) < len(held)
 
 
 def check_fit(trace: RoutingTrace, plan: Plan, cluster: Cluster) -> None:
@@ -197,7 +206,8 @@ def _coherent(
 
 
 def _stack(
-    counted: list[LayerCounts], tokens_W: Int64Array, with_bytes: bool, with_table: bool
+    counted: list[LayerCounts], tokens_W: Int64Array, with_bytes: bool, with_table: bool,
+    replicated_L: tuple[bool, ...],
 ) -> StepLoads:
     """[W, L, G] arrays from per-layer [W, G] ones."""
     ports = np.stack([c.ports_PWG for c in counted], axis=2)
@@ -213,4 +223,5 @@ def _stack(
         tokens_W=np.asarray(tokens_W, np.int64),
         expert_us_WLG=table_us,
         expert_us_extrapolated=any(c.extrapolated for c in counted),
+        replicated_L=replicated_L,
     )

@@ -270,7 +270,8 @@ def machine_profile(
                            nic_bytes_per_s=link.bytes_per_s)
     return HardwareProfile(
         name=name, compute=compute, dispatch=both, combine=both,
-        counts_collective_us=counts_collective_us, memory_bytes=memory_bytes,
+        counts_collective_us=counts_collective_us, counts_always=counts_collective_us > 0,
+        memory_bytes=memory_bytes,
         dispatch_bytes_per_value=bytes_per_value, combine_bytes_per_value=bytes_per_value,
         source="measured on this machine",
         error=f"experts: {expert_error}; exchange: {link.error}",

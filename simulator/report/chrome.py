@@ -90,7 +90,7 @@ def _layer(
     combine = float(cost.combine_us_WL[w, layer]) * scale
     compute_G = cost.compute_us_WLG[w, layer] * scale
     slowest = float(compute_G.max())
-    begin = clock + cost.counts_us * scale
+    begin = clock + float(cost.counts_us_L[layer]) * scale
     events = []
     for g, own in enumerate(compute_G.tolist()):
         events.append(_span(f"dispatch L{layer}", DEVICES, g, begin, dispatch))

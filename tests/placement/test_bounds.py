@@ -154,7 +154,7 @@ def test_the_time_bound_is_never_above_the_best_placement(policy: str, nodes: in
     load_WE = np.array([
         np.bincount(ids[steps.tokens_of(w), 0, 0], minlength=3) for w in range(len(steps))
     ], np.float64)
-    bound_W = time_bound_us(load_WE, MODEL, cluster, spec)
+    bound_W = time_bound_us(load_WE, MODEL, cluster)
     assert (bound_W > 0).all()
     assert (bound_W <= best_W * (1 + 1e-9)).all()
 
@@ -192,8 +192,8 @@ def test_what_must_cross_is_never_more_than_any_plan_sends(
             ports = sent.nvlink_out_WLG if nodes == 1 else sent.nic_out_WLG
             least_W = np.minimum(least_W, ports[:, 0].max(axis=1))
     load_WE = counts.sum(axis=1).astype(float)
-    with_traffic = time_bound_us(load_WE, model, cluster, DispatchSpec(), counts)
-    without = time_bound_us(load_WE, model, cluster, DispatchSpec())
+    with_traffic = time_bound_us(load_WE, model, cluster, counts)
+    without = time_bound_us(load_WE, model, cluster)
     assert (without <= with_traffic).all()
     assert (with_traffic <= best_W * (1 + 1e-9)).all()
     least = least_sent_W(counts, cluster, top_k=2)
@@ -210,7 +210,7 @@ def test_one_device_without_exchange_takes_just_the_bound() -> None:
     found = evaluate(
         plan, trace, cluster, steps=StepSampler(tokens=30, order="stored"), model=MODEL
     )
-    bound_W = time_bound_us(np.array([[20.0, 10.0, 0.0]]), MODEL, cluster, plan.dispatch)
+    bound_W = time_bound_us(np.array([[20.0, 10.0, 0.0]]), MODEL, cluster)
     assert found.step_time_us_W is not None
     assert bound_W[0] == pytest.approx(found.step_time_us_W[0])
 

@@ -16,8 +16,10 @@ from loadmaster.placement.hardware import ComputeProfile, ExchangeProfile, Hardw
 from loadmaster.placement.overlap import Overlap
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.placement.tables import interpolate
-from loadmaster.placement.traffic import StepLoads
+from loadmaster.placement.traffic import StepLoads, step_loads
 from loadmaster.traces.spec import ModelSpec
+from loadmaster.traces.steps import StepSampler
+from loadmaster.traces.trace import RoutingTrace
 
 # Round numbers: an expert is 6e6 weight bytes = 3 us to read; a token is 6e6 flops = 0.01 us;
 # a copy is 2,000 bytes out (0.02 us on NVLink, 0.2 us on a NIC), 4,000 bytes back.
@@ -64,7 +66,7 @@ def test_a_layer_by_hand() -> None:
     # alpha 10 + 2 * log2(2); the NIC out of device 1 carries 30 copies
     assert cost.dispatch_us_WL[0, 0] == pytest.approx(12 + 30 * 0.2)
     assert cost.combine_us_WL[0, 0] == pytest.approx(12 + 30 * 0.4)
-    assert cost.counts_us == 0
+    assert cost.counts_us_L.tolist() == [0]
     assert cost.layer_us_WL[0, 0] == pytest.approx(14 + 18 + 24)
     assert cost.step_us_W[0] == pytest.approx(56 + 7)
     assert cost.straggler_WL[0, 0] == 0
@@ -76,8 +78,32 @@ def test_the_counts_collective_is_charged_where_all_counts_are_needed() -> None:
     even = step_cost(loads(), MODEL, cluster(), dispatch=EVEN)
     for policy in (BALANCED, DispatchSpec(policy="fewest_active")):
         cost = step_cost(loads(), MODEL, cluster(), dispatch=policy)
-        assert cost.counts_us == 4
+        assert cost.counts_us_L.tolist() == [4]
         assert np.allclose(cost.layer_us_WL, even.layer_us_WL + 4)
+
+
+def test_a_layer_without_replicas_gathers_no_counts() -> None:
+    """Every rank knows where its tokens go: `balanced` has nothing to decide."""
+    single = dataclasses.replace(loads(), replicated_L=(False,))
+    even = step_cost(single, MODEL, cluster(), dispatch=EVEN)
+    assert step_cost(single, MODEL, cluster(), dispatch=BALANCED).counts_us_L.tolist() == [0]
+    always = cluster(counts_always=True)        # live workers agree on their epoch in it
+    for policy in (EVEN, BALANCED):
+        cost = step_cost(single, MODEL, always, dispatch=policy)
+        assert np.allclose(cost.layer_us_WL, even.layer_us_WL + 4)
+
+
+def test_replicas_are_told_layer_by_layer_and_duplicates_are_none() -> None:
+    slots = np.array([[[0, 0], [1, -1]], [[0, 1], [1, -1]], [[0, -1], [1, -1]]])
+    trace = RoutingTrace.from_arrays(np.zeros((4, 3, 1), int), num_experts=2)
+    place = Cluster.preset("h100", devices_per_node=2, slots_per_device=2)
+    steps = StepSampler(tokens=4, order="stored").sample(trace)
+    counted = step_loads(trace, steps, Plan(slots, num_experts=2), place)
+    assert counted.replicated_L == (False, True, False)
+    assert counted.take_steps(np.array([0])).replicated_L == (False, True, False)
+    model = MODEL.model_copy(update={"num_layers": 3, "num_experts": 2})
+    cost = step_cost(counted, model, place, dispatch=BALANCED)
+    assert cost.counts_us_L.tolist() == [0, place.hardware.counts_collective_us, 0]
 
 
 def test_one_device_exchanges_nothing() -> None:
@@ -90,7 +116,7 @@ def test_one_device_exchanges_nothing() -> None:
                                          ("nvlink_out", "nvlink_in", "nic_out", "nic_in")},
     )
     cost = step_cost(one, MODEL, alone, dispatch=BALANCED)
-    assert cost.dispatch_us_WL[0, 0] == cost.combine_us_WL[0, 0] == cost.counts_us == 0
+    assert cost.dispatch_us_WL[0, 0] == cost.combine_us_WL[0, 0] == cost.counts_us_L[0] == 0
     assert port_name(int(cost.dispatch_port_WL[0, 0]), 1) == "none"
 
 
