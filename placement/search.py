@@ -23,6 +23,7 @@ from .search_copies import CopyModel, copy_model, no_copies
 from .search_few_devices import MOST_DEVICES, improve_few_devices
 from .search_fixed_shares import NEAREST_RULES, improve_fixed_shares
 from .search_many_devices import improve_many_devices
+from .search_time import time_candidates
 
 FloatArray = npt.NDArray[np.float64]
 SlotArray = npt.NDArray[np.int16]
@@ -120,7 +121,9 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
     if task.counts_copies:
         for weight in COPY_WEIGHTS[: 3 if loads.devices <= MOST_DEVICES else 1]:
             yield f"search, copies {weight}", _by_rows(task, loads, found, weight)
-    if task.objective == "time" or task.dispatch.policy in NEAREST_RULES:
+    if task.objective == "time":
+        yield from time_candidates(task, loads, _space(task, loads), found, EFFORTS[task.effort])
+    if task.dispatch.policy in NEAREST_RULES:
         yield from _with_fewer_copies(task, loads)
 
 
