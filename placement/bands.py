@@ -53,6 +53,11 @@ class StepMix:
         return float(self.eigen_I.sum() / len(self.basis_BI) / self.overlap)
 
     @property
+    def tells(self) -> bool:
+        """Whether these steps can tell how far their mean may be off."""
+        return len(self.basis_BI) >= 3 and self.turnover >= LEAST_TURNOVER
+
+    @property
     def distinct_mixes(self) -> float:
         """How many steps with no request in common would scatter as much as these do."""
         return min(float(len(self.block_W)), self.overlap / self.mean_overlap)
@@ -86,11 +91,11 @@ def mean_noise(
 ) -> FloatArray | None:
     """[B] draws of (mean a new trace of this kind would have) - (true mean); None = cannot be told.
 
-    None where the trace holds too few steps or its requests hardly turn over.
+    None where the trace holds too few steps or its requests hardly turn over: see `resampling.py`.
     """
-    blocks = len(mix.basis_BI)
-    if blocks < 3 or mix.turnover < LEAST_TURNOVER:
+    if not mix.tells:
         return None
+    blocks = len(mix.basis_BI)
     value_B = np.bincount(mix.block_W, weights=value_W) / np.bincount(mix.block_W)
     part_I = (mix.basis_BI.T @ (value_B - value_B.mean())) ** 2
     rng = np.random.default_rng(seed)

@@ -259,7 +259,8 @@ class Plan:
             with replacing(Path(path)) as file:
                 file.write(self.to_json().encode())
         except OSError as error:
-            raise LoadmasterError(f"{path}: cannot be written: {error.strerror or error}") from error
+            said = error.strerror or error
+            raise LoadmasterError(f"{path}: cannot be written: {said}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.comparison import compare
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.traces.spec import ModelSpec
-from loadmaster.traces.steps import StepSampler
+from loadmaster.traces.steps import Order, StepSampler
 from loadmaster.traces.trace import RoutingTrace
 
 PLACE = Cluster.preset("h100", devices_per_node=4, slots_per_device=2)
@@ -71,19 +72,104 @@ def test_a_gain_below_the_noise_is_left_alone() -> None:
     assert table.row("now").indistinguishable and not table.worse_than_reference("other")
 
 
-def test_steps_that_share_all_their_requests_tell_nothing() -> None:
-    """Eight requests of one length, always in flight: nothing says how others would do."""
-    rng = np.random.default_rng(0)
-    ids = np.argsort(rng.random((8 * 64, 8)), axis=1)[:, :2]
-    same = RoutingTrace.from_arrays(ids[:, None, :], num_experts=8,
-                                    request=np.repeat(np.arange(8), 64))
-    table = compare({"now": TOGETHER, "new": APART}, same, PLACE, steps=STEPS)
-    assert table.independent_steps == pytest.approx(1)
+def in_flight(seed: int, requests: int, length: int = 40) -> RoutingTrace:
+    """Requests of one length, so few that all are in flight in every step."""
+    rng = np.random.default_rng(seed)
+    liking = np.array([2.0, 2.0, 0, 0, 0, 0, 0, 0]) + rng.standard_normal((requests, 8))
+    request = np.repeat(np.arange(requests), length)
+    ids = np.argsort(-(liking[request] + rng.gumbel(size=(len(request), 8))), axis=1)[:, :2]
+    return RoutingTrace.from_arrays(ids[:, None, :], num_experts=8, request=request)
+
+
+def test_too_few_requests_tell_nothing() -> None:
+    """Four requests, always in flight: nothing says how others would do."""
+    table = compare({"now": TOGETHER, "new": APART}, in_flight(0, 4), PLACE, steps=STEPS)
+    assert table.independent_steps == pytest.approx(1) and not table.sure
     assert table.verdict.startswith("not enough data: ")
     assert np.isinf(table.row("new").change_high_percent)
-    assert not table.worse_than_reference("new")
+    assert not table.worse_than_reference("new") and not table.row("new").better
     document = json.loads(json.dumps(table.to_dict(), allow_nan=False))
     assert document["rows"][0]["change_high_percent"] is None
+
+
+@pytest.mark.parametrize("order", ["interleaved", "recorded"])
+def test_requests_that_are_all_in_flight_are_redrawn(order: Order) -> None:
+    """As at decode: every step holds the same requests, but there are enough to draw others of."""
+    same = dataclasses.replace(in_flight(0, 12), step=np.tile(np.arange(40), 12))
+    steps = StepSampler(tokens=64, concurrency=64, order=order)
+    table = compare({"now": TOGETHER, "new": APART}, same, PLACE, steps=steps, current="now")
+    assert table.sure and "redrawing 12 requests" in table.method
+    assert table.verdict.startswith("new is better than now: ")
+    again = compare({"now": TOGETHER, "new": APART}, same, PLACE, steps=steps, current="now")
+    assert again.to_dict() == table.to_dict()
+
+
+def test_bands_of_redrawn_requests_cover_the_truth() -> None:
+    """Truth: the mean over other draws of eight requests."""
+    few = StepSampler(tokens=64, concurrency=64)
+    rows = [
+        compare({"a": TOGETHER, "b": APART}, in_flight(seed, 8), PLACE, steps=few).row("b")
+        for seed in range(30)
+    ]
+    metric, change = (np.mean([getattr(r, name) for r in rows])
+                      for name in ("metric", "change_percent"))
+    met = sum(r.metric_low <= metric <= r.metric_high for r in rows)
+    met_change = sum(r.change_low_percent <= change <= r.change_high_percent for r in rows)
+    assert met >= 26 and met_change >= 26
+    half_width = np.median([(r.metric_high - r.metric_low) / 2 for r in rows])
+    assert half_width < 2 * 1.96 * np.std([r.metric for r in rows])
+
+
+TWO_NODES = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=2,
+                           traffic="return_home/per_node")
+
+
+def couples(seed: int) -> RoutingTrace:
+    """Experts 0-3 are chosen in pairs by even requests, 4-7 by odd ones; all equally often."""
+    rng = np.random.default_rng(seed)
+    request = np.repeat(np.arange(200), 30)
+    first = rng.integers(0, 4, len(request))
+    pair = np.stack([first, (first + rng.integers(1, 4, len(request))) % 4], axis=1)
+    ids = pair + 4 * (request % 2)[:, None]
+    return RoutingTrace.from_arrays(ids[:, None, :], num_experts=8, request=request)
+
+
+def test_within_slack_fewer_copies_decide_and_the_verdict_says_so() -> None:
+    """Both are about as flat; one keeps what is chosen together in one node."""
+    apart, local = plan([0, 4], [1, 5], [2, 6], [3, 7]), plan([0, 1], [2, 3], [4, 5], [6, 7])
+    place = TWO_NODES
+    table = compare({"flat": apart, "local": local}, couples(0), place, steps=STEPS,
+                    balance_slack=0.5)
+    row = table.row("local")
+    assert table.ranking[0] == "local" and row.better and not row.worse
+    assert row.copies is not None and table.row("flat").copies == pytest.approx(
+        table.evaluations["flat"].remote_node_copies_per_token, rel=1e-6)
+    assert row.copies_change_high_percent is not None and row.copies_change_high_percent < 0
+    assert table.verdict.startswith("local is better than flat: node copies per token ")
+    assert " at imbalance " in table.verdict
+    back = compare({"local": local, "flat": apart}, couples(0), place, steps=STEPS,
+                   balance_slack=0.5)
+    assert back.worse_than_reference("flat") and "% more of them" in back.verdict
+
+
+def test_copies_do_not_decide_beyond_the_slack_nor_where_they_cost_nothing() -> None:
+    uneven = plan([0, 1], [2, 3], [4, 5], [6, 7])
+    flat = plan([0, 4], [1, 5], [2, 6], [3, 7])
+    strict = compare({"a": uneven, "b": flat}, couples(0), TWO_NODES, steps=STEPS,
+                     balance_slack=0.0)
+    assert strict.ranking == ("b", "a")
+    one = compare({"a": uneven, "b": flat}, couples(0), PLACE, steps=STEPS, balance_slack=0.5)
+    assert one.ranking == ("b", "a") and one.row("a").copies is None
+
+
+def test_balance_decides_where_it_is_the_objective_though_a_model_gives_times() -> None:
+    model = ModelSpec(num_layers=1, num_experts=8, top_k=2, hidden=4096, intermediate=1536)
+    table = compare({"now": TOGETHER, "new": APART}, trace(0), PLACE, steps=STEPS, model=model,
+                    objective="balance")
+    assert table.metric_name == "imbalance_mean" and "imbalance" in table.verdict
+    assert table.evaluations["new"].step_time_us is not None
+    with pytest.raises(UsageError, match="a model of known sizes"):
+        compare({"now": APART}, trace(0), PLACE, steps=STEPS, objective="time")
 
 
 def test_bands_cover_the_truth() -> None:

@@ -1,0 +1,119 @@
+"""What a comparison says in one sentence about the plan it is relative to.
+
+Knows rows of figures. Knows nothing of plans or traces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+WORDS = {"step_time_us": "step time", "imbalance_mean": "imbalance", "peak_mean": "peak load"}
+
+
+class Row(Protocol):
+    """What is read of a `ComparisonRow`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def metric(self) -> float: ...
+    @property
+    def metric_high(self) -> float: ...
+    @property
+    def change_percent(self) -> float: ...
+    @property
+    def change_low_percent(self) -> float: ...
+    @property
+    def change_high_percent(self) -> float: ...
+    @property
+    def better(self) -> bool: ...
+    @property
+    def indistinguishable(self) -> bool: ...
+    @property
+    def copies(self) -> float | None: ...
+    @property
+    def copies_change_percent(self) -> float | None: ...
+    @property
+    def copies_change_low_percent(self) -> float | None: ...
+    @property
+    def copies_change_high_percent(self) -> float | None: ...
+
+
+def verdict_of(
+    rows: Sequence[Row], reference: str, metric: str, copies_name: str, slack: float
+) -> str:
+    """One sentence. rows: best first. slack: of imbalance, within which copies decide."""
+    best, what = rows[0], WORDS[metric]
+    own = next(row for row in rows if row.name == reference)
+    if len(rows) == 1:
+        return f"{reference}: {what} {metric_text(best.metric, metric)}"
+    if math.isinf(own.metric_high):
+        return (
+            f"not enough data: {best.name} came out best "
+            f"({what} {metric_text(best.metric, metric)}), but so few requests cannot tell how "
+            "far that may be off: record more requests"
+        )
+    if best.name == reference:
+        return _reference_is_best(rows, metric, copies_name, slack)
+    gain = _gain_text(own, best, metric, copies_name, slack)
+    if not best.better:
+        change, reach = _deciding(own, best, slack)
+        return (
+            f"{reference} is fine here: the gain of {best.name}, {-change:.1f} %, is below the "
+            f"noise of {reach:.1f} %"
+        )
+    others = [row.name for row in rows[1:] if row.indistinguishable and row.name != reference]
+    also = f"; {', '.join(others)} cannot be told apart from it" if others else ""
+    return f"{best.name} is better than {reference}: {gain}{also}"
+
+
+def metric_text(value: float, metric: str) -> str:
+    """The metric with its unit."""
+    return f"{value:,.0f} us" if metric == "step_time_us" else f"{value:.3f}"
+
+
+def _reference_is_best(
+    rows: Sequence[Row], metric: str, copies_name: str, slack: float
+) -> str:
+    own, second = rows[0], rows[1]
+    if second.indistinguishable:
+        return f"{own.name} is fine here: {second.name} cannot be told apart from it"
+    said = f"{own.name} is best: {WORDS[metric]} {metric_text(own.metric, metric)}"
+    if _copies_decide(own, second, slack):
+        return (
+            f"{said}, {copies_name} per token {own.copies:.3f}; {second.name} makes "
+            f"{second.copies_change_percent:.1f} % more of them"
+        )
+    return f"{said}; {second.name} is {second.change_percent:.1f} % worse"
+
+
+def _copies_decide(one: Row, other: Row, slack: float) -> bool:
+    """Whether these two are equal but for their copies."""
+    if one.copies is None or other.copies is None:
+        return False
+    return abs(one.metric - other.metric) <= slack and one.copies != other.copies
+
+
+def _deciding(own: Row, best: Row, slack: float) -> tuple[float, float]:
+    """(change in per cent of what decides, reach of its band)."""
+    low, high = best.copies_change_low_percent, best.copies_change_high_percent
+    if _copies_decide(own, best, slack):
+        assert best.copies_change_percent is not None and low is not None and high is not None
+        return best.copies_change_percent, (high - low) / 2
+    return best.change_percent, (best.change_high_percent - best.change_low_percent) / 2
+
+
+def _gain_text(own: Row, best: Row, metric: str, copies_name: str, slack: float) -> str:
+    change, reach = _deciding(own, best, slack)
+    band = f"({change:+.1f} % ± {reach:.1f})"
+    figures = (
+        f"{WORDS[metric]} {metric_text(own.metric, metric)} -> {metric_text(best.metric, metric)}"
+    )
+    if best.copies is None:
+        return f"{figures} {band}"
+    copies = f"{copies_name} per token {own.copies:.3f} -> {best.copies:.3f}"
+    if _copies_decide(own, best, slack):
+        return f"{copies} {band} at {figures}"
+    return f"{figures} {band}, {copies}"
