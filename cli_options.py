@@ -6,7 +6,7 @@ Knows how a cluster, a sampler and a model are named on the command line.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,13 +14,26 @@ from .errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from .placement.cluster import Cluster
+    from .placement.plan import Plan
     from .traces.profile import Profile
     from .traces.spec import ModelSpec
     from .traces.steps import StepSampler
     from .traces.trace import RoutingTrace
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Seed = Annotated[int, typer.Option(help="Same inputs and seed, same result.")]
+
+
+def _whole(seed: int) -> int:
+    if seed < 0:
+        raise UsageError(f"--seed {seed} must be at least 0")
+    return seed
+
+
+TraceArgument = Annotated[Path, typer.Argument(help="Trace folder, array file or engine dump.")]
+NumExperts = Annotated[
+    int | None, typer.Option(help="Experts per layer, where the file does not say.")
+]
+Seed = Annotated[int, typer.Option(help="Same inputs and seed, same result.", callback=_whole)]
 
 ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", help="Cluster file (YAML); instead of the sizes below.")
@@ -40,14 +53,6 @@ TrafficMode = Annotated[
         "--traffic",
         help="return_home/per_expert, return_home/per_rank, return_home/per_node, allgather "
         "or coherent.",
-    ),
-]
-Dispatch = Annotated[
-    str,
-    typer.Option(
-        help="How tokens choose among replicas: even, nearest, balanced, fewest_active, or an "
-        "engine's own (sglang_static, sglang_dynamic, vllm_hash, trtllm_round_robin, "
-        "ascend_fixed)."
     ),
 ]
 ModelSource = Annotated[
@@ -107,6 +112,12 @@ def read_model(source: Path | None) -> ModelSpec | None:
         return ModelSpec.model_validate_json(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{source}: no such checkpoint folder or ModelSpec file") from None
+    except UnicodeDecodeError:
+        raise InputError(
+            f"{source}: is no text: give a checkpoint's folder, or a ModelSpec as JSON"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read: {error.strerror or error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"]) or "file"
@@ -143,3 +154,32 @@ def require_new(path: Path | None) -> None:
     """Refuse to write over a file that exists."""
     if path is not None and path.exists():
         raise UsageError(f"{path} exists: name another file, or remove it first")
+
+
+def require_target(path: Path | None) -> None:
+    """Refuse, before any work, a file that exists or a place where none can be written."""
+    import os
+
+    require_new(path)
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}: make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: the folder {path.parent} cannot be written to")
+
+
+def load_plan(path: Path | None) -> Plan | None:
+    """A plan file; None without one."""
+    from .placement.plan import Plan
+
+    return None if path is None else Plan.load(path)
+
+
+def build_executor(address: str | None) -> Any:
+    """Ray tasks on the cluster named, or None: in this process."""
+    if address is None:
+        return None
+    from .workers.jobs import RayExecutor
+
+    return RayExecutor(address)

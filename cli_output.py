@@ -96,6 +96,17 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:,.1f} TB"
 
 
+def band(centre: float, low: float, high: float) -> str:
+    """A change in per cent with the reach of its band; ± ? where the band has no end."""
+    reach = (high - low) / 2
+    return f"{centre:+.1f} ± {reach:.1f}" if math.isfinite(reach) else f"{centre:+.1f} ± ?"
+
+
+def metric(name: str) -> str:
+    """The heading of a comparison's metric."""
+    return name.replace("_us", ", us").replace("_", " ")
+
+
 def progress_bar() -> Progress:
     """A progress bar on stderr; nothing where stderr is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

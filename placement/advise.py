@@ -1,12 +1,13 @@
 """advise: several methods on one trace, judged on requests they have not seen, with a verdict.
 
 What `loadmaster plan` answers. Knows plans and traces. Prints nothing, runs nothing live.
+Average loads without a trace: `advise_loads.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,26 @@ from ..errors import InputError, UsageError
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
 from ..traces.trace import RoutingTrace
+from .attempts import USUAL_METHODS, Attempts, MethodProgress, try_methods, try_rebalance
 from .cluster import Cluster
-from .comparison import Comparison, compare
+from .comparison import Comparison, ComparisonRow, compare
+from .evaluate import check_slots
+from .moving import HORIZON_STEPS, Moving, price_moves
 from .plan import DispatchSpec, Plan
-from .planner import Executor, PlanResult, plan
+from .planner import Executor, PlanResult
+from .verdict import metric_text, verdict_of
 
 CURRENT = "current"
 HELD_BACK = 0.3          # share of requests that only judge
-MethodProgress = Callable[[str, int, int, float], None]   # method, layers done, layers, gap
 
 
 @dataclass(frozen=True, eq=False)
 class Advice:
-    """The plan to use, and why. `chosen` may be the current plan: leave it alone."""
+    """The plan to use, and why. `chosen` may be the current plan: leave it alone.
+
+    cannot: methods that found no plan, and why. moving: by plan, what coming to it from the current
+    one takes; empty without one.
+    """
 
     verdict: str
     chosen: str
@@ -35,34 +43,63 @@ class Advice:
     results: dict[str, PlanResult]
     plans: dict[str, Plan]
     judged_on: str
+    cannot: dict[str, str] = field(default_factory=dict)
+    moving: dict[str, Moving] = field(default_factory=dict)
+    horizon_steps: float = HORIZON_STEPS
 
     @property
     def plan(self) -> Plan:
         """The plan the verdict names."""
         return self.plans[self.chosen]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know beside the table."""
+        fired = [name for name, result in self.results.items() if result.truncated]
+        found = self.results.get(self.chosen)
+        return (
+            f"judged on {self.judged_on}",
+            *(f"{name}: cannot ({why})" for name, why in self.cannot.items()),
+            *([f"time limit fired: {', '.join(fired)} may improve with more time"] if fired
+              else []),
+            *(() if found is None else found.evidence.notes),
+            *self.comparison.notes,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the comparison, with bound, gap and seconds of each method."""
         out = self.comparison.to_dict()
         for row in out["rows"]:
-            result = self.results.get(row["name"])
+            result, moving = self.results.get(row["name"]), self.moving.get(row["name"])
             row["chosen"] = row["name"] == self.chosen
             row["bound"] = None if result is None else result.evidence.bound
             row["gap"] = None if result is None else result.evidence.gap
             row["seconds"] = None if result is None else result.seconds
             row["truncated"] = False if result is None else result.truncated
-        return out | {"verdict": self.verdict, "chosen": self.chosen, "judged_on": self.judged_on}
+            row |= {} if moving is None else moving.to_dict()
+            if result is not None and result.moves:
+                row["ordered_moves"] = [list(move) for move in result.moves]
+        return out | {
+            "verdict": self.verdict, "chosen": self.chosen, "judged_on": self.judged_on,
+            "cannot": self.cannot, "notes": list(self.notes),
+            "horizon_steps": self.horizon_steps if self.moving else None,
+        }
 
 
 def advise(
     trace: RoutingTrace,
     cluster: Cluster,
     *,
-    methods: Sequence[str] = ("auto", "eplb", "greedy", "contiguous"),
+    methods: Sequence[str] = USUAL_METHODS,
     current: Plan | None = None,
+    max_moves: int | None = None,
+    max_bytes: int | None = None,
+    horizon_steps: float = HORIZON_STEPS,
     dispatch: str | DispatchSpec = "balanced",
     steps: StepSampler = StepSampler(),  # noqa: B008  (frozen)
     model: ModelSpec | None = None,
+    objective: str | None = None,
+    balance_slack: float | None = None,
     seed: int = 0,
     executor: Executor | None = None,
     progress: MethodProgress | None = None,
@@ -70,36 +107,97 @@ def advise(
 ) -> Advice:
     """Plan by every method on 70 % of the requests, judge on the rest, choose.
 
-    The reference is `current`, else contiguous. It is chosen unless the best plan beats it beyond
-    the noise: a switch must earn its place. `options` go to `plan` (objective, effort, ...).
-    Where the trace is too short to hold requests back, judged where planned, and said.
+    The reference is `current`, else contiguous. It is chosen unless a plan beats it beyond the
+    noise and, with sizes known, earns its moves back within `horizon_steps`: a switch must earn its
+    place. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
+    `current`. `options` go to `plan` (effort, time_limit_s for all methods together).
+    Where the trace is too short to hold requests back, judged where planned, and said. Raises
+    UsageError on a budget without `current`, InfeasibleError where no method finds a plan.
     """
-    if not methods:
-        raise UsageError("name at least one method")
-    planning, judging, judged_on = hold_back(trace, steps, seed)
-    results: dict[str, PlanResult] = {}
-    for method in dict.fromkeys(methods):
-        def layer_done(done: int, layers: int, gap: float, method: str = method) -> None:
-            if progress is not None:
-                progress(method, done, layers, gap)
-
-        results[method] = plan(
-            planning, cluster, method=method, dispatch=dispatch, steps=steps, model=model,
-            seed=seed, executor=executor, progress=layer_done, current=current, **options,
-        )
-    plans = {name: result.plan for name, result in results.items()}
     if current is not None:
-        plans = {CURRENT: current, **plans}
+        check_slots(current, cluster, "the current plan")
+    planning, judging, judged_on = hold_back(trace, steps, seed)
+    asked = {"dispatch": dispatch, "steps": steps, "model": model, "objective": objective,
+             "balance_slack": balance_slack, "seed": seed}
+    tried = _tried(planning, cluster, methods, current, (max_moves, max_bytes),
+                   executor=executor, progress=progress, **asked, **options)
+    plans = {name: result.plan for name, result in tried.results.items()}
+    plans = plans if current is None else {CURRENT: current, **plans}
     reference = CURRENT if current is not None else _reference(plans)
-    comparison = compare(
-        plans, judging, cluster, steps=steps, dispatch=dispatch, model=model, seed=seed,
-        current=reference,
+    table = compare(plans, judging, cluster, current=reference, **asked)  # type: ignore[arg-type]
+    moving = {} if current is None else _moving(table, plans, cluster, model)
+    chosen, verdict = _choice(table, moving, horizon_steps, in_force=current is not None)
+    return Advice(verdict, chosen, table, tried.results, plans, judged_on, tried.cannot, moving,
+                  horizon_steps)
+
+
+def _tried(
+    planning: RoutingTrace, cluster: Cluster, methods: Sequence[str], current: Plan | None,
+    budget: tuple[int | None, int | None], **options: Any,
+) -> Attempts:
+    """Every method; or, within a budget of (moves, bytes), the one way that keeps to it."""
+    if budget == (None, None):
+        return try_methods(planning, cluster, methods, current=current, **options)
+    if current is None:
+        raise UsageError("a budget of moves counts them away from a plan: name the current one")
+    return try_rebalance(
+        current, planning, cluster, max_moves=budget[0], max_bytes=budget[1], **options
     )
-    best = comparison.rows[0]
-    beats = best.change_high_percent < 0 and best.name != reference
-    return Advice(
-        comparison.verdict, best.name if beats else reference, comparison, results, plans,
-        judged_on,
+
+
+def _moving(
+    table: Comparison, plans: dict[str, Plan], cluster: Cluster, model: ModelSpec | None
+) -> dict[str, Moving]:
+    """What coming from the current plan to each other one takes, and gains per step."""
+    now = table.evaluations[CURRENT].step_time_us
+    found = {}
+    for row in table.rows:
+        if row.name == CURRENT:
+            continue
+        new, gain_us, sure_us = table.evaluations[row.name].step_time_us, None, None
+        if now is not None and new is not None:
+            gain_us = now - new
+            if table.metric_name == "step_time_us" and table.sure:
+                sure_us = -row.change_high_percent / 100 * table.row(CURRENT).metric
+        found[row.name] = price_moves(
+            plans[CURRENT], plans[row.name], cluster, model, gain_us, sure_us
+        )
+    return found
+
+
+def _choice(
+    table: Comparison, moving: dict[str, Moving], horizon_steps: float, *, in_force: bool
+) -> tuple[str, str]:
+    """(the plan to use, the verdict)."""
+    best = table.rows[0]
+    if not table.sure and not in_force:
+        return best.name, (
+            f"{best.name} came out best ({metric_text(best.metric, table.metric_name)}); how sure "
+            "that is is not known: so few requests cannot tell, record more"
+        )
+    if not in_force:
+        return (best.name if best.better else table.reference), table.verdict
+    refused = ""
+    for row in table.rows:
+        if row.name == CURRENT or not row.better:
+            continue
+        why, said = moving[row.name].refusal(horizon_steps), _better_text(table, row)
+        if why is None:
+            instead = f"; {refused}" if refused else ""
+            return row.name, f"{said}; {moving[row.name]}{instead}"
+        refused = refused or f"{said}, but {why}"
+    if refused:
+        return CURRENT, f"leave it: {refused}"
+    return CURRENT, table.verdict
+
+
+def _better_text(table: Comparison, row: ComparisonRow) -> str:
+    """That this plan is better than the current one, and by how much."""
+    if row.best:
+        return table.verdict
+    return verdict_of(
+        (row, table.row(CURRENT)), CURRENT, table.metric_name, table.copies_name,
+        table.balance_slack,
     )
 
 

@@ -71,6 +71,7 @@ class Comparison:
     method: str
     notes: tuple[str, ...]
     balance_slack: float = 0.0   # imbalances so close count as equal where copies count
+    copies_name: str = ""        # "node copies" or "device copies", where they count
 
     @property
     def ranking(self) -> tuple[str, ...]:
@@ -159,7 +160,7 @@ def _ranked(contest: Contest, reference: str) -> Comparison:
         contest.metric_name, reference, rows,
         verdict_of(rows, reference, contest.metric_name, contest.copies_name, contest.slack),
         contest.evaluations, contest.steps, contest.mix.distinct_mixes, contest.resamples,
-        contest.method, notes, contest.slack if contest.copies is not None else 0.0,
+        contest.method, notes, *((contest.slack, contest.copies_name) if contest.copies else ()),
     )
 
 
