@@ -14,7 +14,8 @@ import numpy as np
 from .annealing import Annealing, SearchSpace, moves_price_change
 from .compiled import RandomState, compiled, next_below, next_random
 
-FLAT, ALIKE, ONE = 0, 1, 2      # copies level their devices; share alike; one copy takes all
+FLAT, ALIKE, ONE = 0, 1, 2      # copies level their devices; share alike; one takes all tokens,
+                                # where the fewest experts are active
 HAND_ON_ROUNDS = 4              # of the fullest device refilling its replicated experts, per trial
 FLAT_ENOUGH = 1e-3              # above perfect balance of tokens: no rounds below this
 PROBED = 12                     # steps after which a move that lost so far is given up
@@ -54,95 +55,121 @@ def _slot_us(times: DeviceTimes, e: int, tokens: float) -> float:
     return float(us * min(tokens, 1.0))
 
 
+class Layout(NamedTuple):
+    """Devices and slots, and where a step's row keeps what. Axes: G devices, S slots.
+
+    A row is [3·G + 2·S]: tokens, microseconds and active copies of each device, then tokens and
+    microseconds of each slot.
+    """
+
+    device_S: Any
+    start_G: Any      # [G + 1] first slot of each device
+    speed_G: Any
+
+
+class Holders(NamedTuple):
+    """Who holds what: the expert of each slot (-1 = none), and the slots of each expert."""
+
+    expert_S: Any
+    slot_ER: Any
+    copies_E: Any
+
+
 @compiled
-def _put(
-    times: DeviceTimes, e: int, s: int, tokens: float, device_S: Any, tokens_G: Any, us_G: Any,
-    tokens_S: Any, us_S: Any,
-) -> None:
+def _put(times: DeviceTimes, layout: Layout, e: int, s: int, tokens: float, row: Any) -> None:
+    """Let a slot compute so many tokens of its expert."""
     us = _slot_us(times, e, tokens)
-    tokens_S[s], us_S[s] = tokens, us
-    tokens_G[device_S[s]] += tokens
-    us_G[device_S[s]] += us
+    devices, slots = len(layout.speed_G), len(layout.device_S)
+    g = layout.device_S[s]
+    row[3 * devices + s] = tokens
+    row[3 * devices + slots + s] = us
+    row[g] += tokens
+    row[devices + g] += us
+    row[2 * devices + g] += min(tokens, 1.0)
 
 
 @compiled
-def _lift(s: int, device_S: Any, tokens_G: Any, us_G: Any, tokens_S: Any, us_S: Any) -> None:
+def _lift(layout: Layout, s: int, row: Any) -> None:
     """Take what a slot computes off its device."""
-    tokens_G[device_S[s]] -= tokens_S[s]
-    us_G[device_S[s]] -= us_S[s]
-    tokens_S[s], us_S[s] = 0.0, 0.0
+    devices, slots = len(layout.speed_G), len(layout.device_S)
+    g = layout.device_S[s]
+    row[g] -= row[3 * devices + s]
+    row[devices + g] -= row[3 * devices + slots + s]
+    row[2 * devices + g] -= min(row[3 * devices + s], 1.0)
+    row[3 * devices + s] = 0.0
+    row[3 * devices + slots + s] = 0.0
 
 
 @compiled
 def _fill(
-    times: DeviceTimes, e: int, tokens: float, slot_R: Any, copies: int, device_S: Any,
-    speed_G: Any, tokens_G: Any, us_G: Any, tokens_S: Any, us_S: Any,
+    times: DeviceTimes, layout: Layout, held: Holders, e: int, tokens: float, row: Any
 ) -> None:
     """Put one expert's tokens on its copies, as the dispatch would."""
+    copies, slot_R = held.copies_E[e], held.slot_ER[e]
+    if tokens <= 0.0:
+        return
     if copies == 1 or times.rule == ALIKE:
         for r in range(copies):
-            _put(times, e, slot_R[r], tokens / copies, device_S, tokens_G, us_G, tokens_S, us_S)
+            _put(times, layout, e, slot_R[r], tokens / copies, row)
         return
     if times.rule == ONE:
-        best, least = slot_R[0], np.inf
+        best, least, fewest = slot_R[0], np.inf, np.inf
         for r in range(copies):
-            g = device_S[slot_R[r]]
-            level = (us_G[g] + times.read_us_E[e]) / speed_G[g]
-            if level < least:
-                best, least = slot_R[r], level
-        _put(times, e, best, tokens, device_S, tokens_G, us_G, tokens_S, us_S)
+            g = layout.device_S[slot_R[r]]
+            level = np.rint(row[2 * len(layout.speed_G) + g] + 1.0) / layout.speed_G[g]
+            if level < least or (level == least and row[g] / layout.speed_G[g] < fewest):
+                best, least, fewest = slot_R[r], level, row[g] / layout.speed_G[g]
+        _put(times, layout, e, best, tokens, row)
         return
-    level_R = np.empty(copies)
-    for r in range(copies):
-        g = device_S[slot_R[r]]
-        level_R[r] = tokens_G[g] / speed_G[g]
-    order = np.argsort(level_R)
-    below, speed, level = tokens, 0.0, 0.0
-    for i in range(copies):
-        if i > 0 and level_R[order[i]] >= level:
+    # FLAT: the level of all copies' devices; those above it drop out, which lowers it.
+    level = np.inf
+    for _ in range(copies):
+        below, speed = tokens, 0.0
+        for r in range(copies):
+            g = layout.device_S[slot_R[r]]
+            if row[g] <= level * layout.speed_G[g]:
+                below += row[g]
+                speed += layout.speed_G[g]
+        if speed == 0.0 or below >= level * speed:
             break
-        g = device_S[slot_R[order[i]]]
-        below += tokens_G[g]
-        speed += speed_G[g]
         level = below / speed
     for r in range(copies):
-        g = device_S[slot_R[r]]
-        share = max(0.0, level * speed_G[g] - tokens_G[g])
-        _put(times, e, slot_R[r], share, device_S, tokens_G, us_G, tokens_S, us_S)
+        g = layout.device_S[slot_R[r]]
+        _put(times, layout, e, slot_R[r], max(0.0, level * layout.speed_G[g] - row[g]), row)
 
 
 @compiled
 def _hand_on(
-    times: DeviceTimes, load_E: Any, expert_S: Any, slot_ER: Any, copies_E: Any, device_S: Any,
-    start_G: Any, speed_G: Any, tokens_G: Any, us_G: Any, tokens_S: Any, us_S: Any, rounds: int,
+    times: DeviceTimes, layout: Layout, held: Holders, load_E: Any, row: Any, rounds: int
 ) -> None:
     """Let the device with most tokens (over speed) refill its replicated experts, several times."""
-    ideal = tokens_G.sum() / speed_G.sum()
-    before = np.inf
+    devices = len(layout.speed_G)
+    ideal, before = row[:devices].sum() / layout.speed_G.sum(), np.inf
     for _ in range(rounds):
-        fullest = int(np.argmax(tokens_G / speed_G))
-        level = tokens_G[fullest] / speed_G[fullest]
+        fullest, level = 0, 0.0
+        for g in range(devices):
+            if row[g] > level * layout.speed_G[g]:
+                fullest, level = g, row[g] / layout.speed_G[g]
         if level <= ideal * (1.0 + FLAT_ENOUGH) or level > before * (1.0 - 1e-5):
             return
         before = level
-        for s in range(start_G[fullest], start_G[fullest + 1]):
-            e = expert_S[s]
-            if e >= 0 and copies_E[e] > 1 and tokens_S[s] > 0.0:
-                for r in range(copies_E[e]):
-                    _lift(slot_ER[e, r], device_S, tokens_G, us_G, tokens_S, us_S)
-                _fill(times, e, load_E[e], slot_ER[e], copies_E[e], device_S, speed_G, tokens_G,
-                      us_G, tokens_S, us_S)
+        for s in range(layout.start_G[fullest], layout.start_G[fullest + 1]):
+            e = held.expert_S[s]
+            if e >= 0 and held.copies_E[e] > 1 and row[3 * devices + s] > 0.0:
+                for r in range(held.copies_E[e]):
+                    _lift(layout, held.slot_ER[e, r], row)
+                _fill(times, layout, held, e, load_E[e], row)
 
 
 @compiled
-def _step_cost(times: DeviceTimes, speed_G: Any, tokens_G: Any, us_G: Any) -> Any:
+def _step_cost(times: DeviceTimes, layout: Layout, row: Any) -> Any:
     """(cost of the step, its slowest device)."""
-    slowest, longest, most = 0, 0.0, 0.0
-    for g in range(len(speed_G)):
-        if tokens_G[g] < 1e-9:
+    devices, slowest, longest, most = len(layout.speed_G), 0, 0.0, 0.0
+    for g in range(devices):
+        if row[g] < 1e-9:
             continue
-        us = (us_G[g] + times.start_us * min(tokens_G[g], 1.0)) / speed_G[g]
-        most = max(most, tokens_G[g])
+        us = (row[devices + g] + times.start_us * min(row[g], 1.0)) / layout.speed_G[g]
+        most = max(most, row[g])
         if us > longest:
             slowest, longest = g, us
     return (longest + times.link_us * most) / times.reference_us, slowest
@@ -150,109 +177,136 @@ def _step_cost(times: DeviceTimes, speed_G: Any, tokens_G: Any, us_G: Any) -> An
 
 @compiled
 def _split_afresh(
-    times: DeviceTimes, load_E: Any, expert_S: Any, slot_ER: Any, copies_E: Any, device_S: Any,
-    start_G: Any, speed_G: Any, tokens_G: Any, us_G: Any, tokens_S: Any, us_S: Any,
+    times: DeviceTimes, layout: Layout, held: Holders, load_E: Any, row: Any
 ) -> None:
     """Split one step from nothing: single copies first, then replicated ones, heaviest first."""
+    order = np.argsort(-load_E)
     for turn in range(2):
-        for e in np.argsort(-load_E):
-            if (copies_E[e] > 1) == (turn == 1) and copies_E[e] > 0:
-                _fill(times, e, load_E[e], slot_ER[e], copies_E[e], device_S, speed_G, tokens_G,
-                      us_G, tokens_S, us_S)
+        for e in order:
+            if (held.copies_E[e] > 1) == (turn == 1):
+                _fill(times, layout, held, e, load_E[e], row)
     if times.rule == FLAT:
-        _hand_on(times, load_E, expert_S, slot_ER, copies_E, device_S, start_G, speed_G, tokens_G,
-                 us_G, tokens_S, us_S, 8 * HAND_ON_ROUNDS)
+        _hand_on(times, layout, held, load_E, row, 8 * HAND_ON_ROUNDS)
 
 
 @compiled
-def _holds(slot_ER: Any, copies_E: Any, device_S: Any, e: int, g: int) -> bool:
-    for r in range(copies_E[e]):
-        if device_S[slot_ER[e, r]] == g:
+def _try_step(
+    times: DeviceTimes, layout: Layout, held: Holders, load_E: Any, row: Any, s1: int, e1: int,
+    e2: int, handing: bool,
+) -> Any:
+    """As `_step_cost`, after a move: what it touched is taken off and put back."""
+    _lift(layout, s1, row)
+    for i in range(2):
+        e = e1 if i == 0 else e2
+        if e >= 0:
+            for r in range(held.copies_E[e]):
+                _lift(layout, held.slot_ER[e, r], row)
+    for i in range(2):
+        e = e1 if i == 0 else e2
+        if e >= 0:
+            _fill(times, layout, held, e, load_E[e], row)
+    if handing:
+        _hand_on(times, layout, held, load_E, row, HAND_ON_ROUNDS)
+    return _step_cost(times, layout, row)
+
+
+@compiled
+def _holds(layout: Layout, held: Holders, e: int, g: int) -> bool:
+    for r in range(held.copies_E[e]):
+        if layout.device_S[held.slot_ER[e, r]] == g:
             return True
     return False
 
 
 @compiled
-def _turn(slot_ER: Any, copies_E: Any, e: int, old: int, new: int) -> None:
+def _turn(held: Holders, e: int, old: int, new: int) -> None:
     """Expert e's copy in slot `old` goes to `new`; old < 0 adds a copy, new < 0 removes one."""
+    slot_R, copies_E = held.slot_ER[e], held.copies_E
     if old < 0:
-        slot_ER[e, copies_E[e]] = new
+        slot_R[copies_E[e]] = new
         copies_E[e] += 1
         return
     last = copies_E[e] - 1
     for r in range(copies_E[e]):
-        if slot_ER[e, r] == old:
+        if slot_R[r] == old:
             if new >= 0:
-                slot_ER[e, r] = new
+                slot_R[r] = new
             else:
-                slot_ER[e, r] = slot_ER[e, last]
+                slot_R[r] = slot_R[last]
                 copies_E[e] = last
             return
 
 
 @compiled
-def _change(expert_S: Any, slot_ER: Any, copies_E: Any, s1: int, e1: int, s2: int, e2: int) -> None:
+def _change(held: Holders, s1: int, e1: int, s2: int, e2: int) -> None:
     """Slot s1 turns from e1 to e2, and s2 (if any) from e2 to e1; -1 = empty."""
-    expert_S[s1] = e2
+    held.expert_S[s1] = e2
     if s2 >= 0:
-        expert_S[s2] = e1
+        held.expert_S[s2] = e1
     if e1 >= 0:
-        _turn(slot_ER, copies_E, e1, s1, s2)
+        _turn(held, e1, s1, s2)
     if e2 >= 0:
-        _turn(slot_ER, copies_E, e2, s2, s1)
+        _turn(held, e2, s2, s1)
 
 
 @compiled
-def _propose(
-    space: SearchSpace, expert_S: Any, slot_ER: Any, copies_E: Any, device_S: Any, start_G: Any,
-    slowest: int, state: RandomState,
-) -> Any:
+def _propose(layout: Layout, held: Holders, slowest: int, state: RandomState) -> Any:
     """(s1, e1, s2, e2) as for `_change`; it may break a rule.
 
     Begins at the slowest device of a step, seven times in ten. An expert there changes places with
     another (or an empty slot), loses this copy, or gets one more elsewhere, in an empty slot or
     instead of another's replica; an empty slot takes any expert.
     """
-    g1 = slowest if next_random(state) < 0.7 else next_below(state, len(space.slots_G))
-    s1 = start_G[g1] + next_below(state, start_G[g1 + 1] - start_G[g1])
-    e1 = expert_S[s1]
+    g1 = slowest if next_random(state) < 0.7 else next_below(state, len(layout.speed_G))
+    first, last = layout.start_G[g1], layout.start_G[g1 + 1]
+    s1 = first + next_below(state, last - first)
+    e1 = held.expert_S[s1]
     if e1 < 0:
-        return s1, e1, -1, next_below(state, len(copies_E))
+        return s1, e1, -1, next_below(state, len(held.copies_E))
     kind = next_random(state)
-    if copies_E[e1] > 1 and kind < 0.3:
+    if held.copies_E[e1] > 1 and kind < 0.3:
         return s1, e1, -1, -1
-    s2 = next_below(state, len(expert_S))
+    s2 = next_below(state, len(held.expert_S))
     if kind < 0.55:
-        return s2, expert_S[s2], -1, e1
-    return s1, e1, s2, expert_S[s2]
+        return s2, held.expert_S[s2], -1, e1
+    return s1, e1, s2, held.expert_S[s2]
 
 
 @compiled
 def _legal(
-    space: SearchSpace, slot_ER: Any, copies_E: Any, device_S: Any, room_G: Any, s1: int, e1: int,
-    s2: int, e2: int,
+    space: SearchSpace, layout: Layout, held: Holders, room_G: Any, s1: int, e1: int, s2: int,
+    e2: int,
 ) -> bool:
     """Whether a move keeps every expert somewhere, never twice on a device, and memory."""
     if e1 == e2:
         return False
-    g1 = device_S[s1]
+    g1 = layout.device_S[s1]
     growth = (space.size_E[e2] if e2 >= 0 else 0.0) - (space.size_E[e1] if e1 >= 0 else 0.0)
-    if growth > room_G[g1] or (e2 >= 0 and _holds(slot_ER, copies_E, device_S, e2, g1)):
+    if growth > room_G[g1] or (e2 >= 0 and _holds(layout, held, e2, g1)):
         return False
     if s2 < 0:
-        if e1 >= 0 and copies_E[e1] == 1:
+        if e1 >= 0 and held.copies_E[e1] == 1:
             return False
-        return e2 < 0 or (copies_E[e2] < slot_ER.shape[1] and (e1 >= 0 or space.fill))
-    g2 = device_S[s2]
+        return e2 < 0 or (held.copies_E[e2] < held.slot_ER.shape[1] and (e1 >= 0 or space.fill))
+    g2 = layout.device_S[s2]
     return g1 != g2 and -growth <= room_G[g2] and not (
-        e1 >= 0 and _holds(slot_ER, copies_E, device_S, e1, g2)
+        e1 >= 0 and _holds(layout, held, e1, g2)
     )
 
 
 @compiled
+def _spare_copies(held: Holders) -> int:
+    """Copies beyond one of each expert."""
+    spare = 0
+    for copies in held.copies_E:
+        spare += max(copies - 1, 0)
+    return spare
+
+
+@compiled
 def anneal(
-    space: SearchSpace, times: DeviceTimes, load_WE: Any, weight_W: Any, expert_S: Any,
-    device_S: Any, start_G: Any, moved: float, annealing: Annealing, state: RandomState,
+    space: SearchSpace, times: DeviceTimes, layout: Layout, load_WE: Any, weight_W: Any,
+    expert_S: Any, moved: float, annealing: Annealing, state: RandomState,
 ) -> Any:
     """(best cost, best slots): mean step time over the reference, least seen.
 
@@ -260,24 +314,21 @@ def anneal(
     """
     steps, experts = load_WE.shape
     slots, devices = len(expert_S), len(space.speed_G)
-    expert_S = expert_S.copy()
-    slot_ER, copies_E = np.full((experts, devices), -1, np.int64), np.zeros(experts, np.int64)
-    room_G, spare = space.room_G.copy(), 0
+    held = Holders(
+        expert_S.copy(), np.full((experts, devices), -1, np.int64), np.zeros(experts, np.int64)
+    )
+    room_G = space.room_G.copy()
     for s in range(slots):
         if expert_S[s] >= 0:
-            _turn(slot_ER, copies_E, expert_S[s], -1, s)
-            room_G[device_S[s]] -= space.size_E[expert_S[s]]
-            spare += 1 if copies_E[expert_S[s]] > 1 else 0
-    tokens_WG, us_WG = np.zeros((steps, devices)), np.zeros((steps, devices))
-    tokens_WS, us_WS = np.zeros((steps, slots)), np.zeros((steps, slots))
+            _turn(held, expert_S[s], -1, s)
+            room_G[layout.device_S[s]] -= space.size_E[expert_S[s]]
+    spare = _spare_copies(held)
+    row_WX = np.zeros((steps, 3 * devices + 2 * slots))
     cost_W, slowest_W = np.zeros(steps), np.zeros(steps, np.int64)
     for w in range(steps):
-        _split_afresh(times, load_WE[w], expert_S, slot_ER, copies_E, device_S, start_G,
-                      space.speed_G, tokens_WG[w], us_WG[w], tokens_WS[w], us_WS[w])
-        cost_W[w], slowest_W[w] = _step_cost(times, space.speed_G, tokens_WG[w], us_WG[w])
-    tried_WG, tried_us_WG = tokens_WG.copy(), us_WG.copy()
-    tried_WS, tried_us_WS = tokens_WS.copy(), us_WS.copy()
-    tried_W, tried_slowest_W = cost_W.copy(), slowest_W.copy()
+        _split_afresh(times, layout, held, load_WE[w], row_WX[w])
+        cost_W[w], slowest_W[w] = _step_cost(times, layout, row_WX[w])
+    tried_WX, tried_W, tried_slowest_W = row_WX.copy(), cost_W.copy(), slowest_W.copy()
     gather = times.gather_us / times.reference_us
     cost = (weight_W * cost_W).sum() + (gather if spare > 0 else 0.0)
     best_cost, best_S = cost, expert_S.copy()
@@ -285,52 +336,36 @@ def anneal(
     temperature, first = annealing.hot, 0
     for _ in range(annealing.moves):
         temperature *= cooling
-        slowest = slowest_W[next_below(state, steps)]
-        s1, e1, s2, e2 = _propose(space, expert_S, slot_ER, copies_E, device_S, start_G, slowest,
-                                  state)
-        if not _legal(space, slot_ER, copies_E, device_S, room_G, s1, e1, s2, e2):
+        s1, e1, s2, e2 = _propose(layout, held, slowest_W[next_below(state, steps)], state)
+        if not _legal(space, layout, held, room_G, s1, e1, s2, e2):
             continue
-        g1, g2 = device_S[s1], (device_S[s2] if s2 >= 0 else -1)
+        g1, g2 = layout.device_S[s1], (layout.device_S[s2] if s2 >= 0 else -1)
         more_moved = moves_price_change(space, g1, g2, e1, e2)
         if more_moved > 0.0 and moved + more_moved > space.move_budget:
             continue
         change = 0 if s2 >= 0 else (1 if e2 >= 0 else 0) - (1 if e1 >= 0 else 0)
         worse = -temperature * np.log(1.0 - next_random(state))
-        delta = (gather if spare + change > 0 else 0.0) - (gather if spare > 0 else 0.0)
-        base, weighed = delta, 0.0
-        _change(expert_S, slot_ER, copies_E, s1, e1, s2, e2)
+        base = (gather if spare + change > 0 else 0.0) - (gather if spare > 0 else 0.0)
+        delta, weighed = 0.0, 0.0
+        _change(held, s1, e1, s2, e2)
         first = (first + 1) % steps
         given_up = False
         for i in range(steps):
-            w = (first + i) % steps
-            if (i == PROBED and delta - base > (worse + PROBE_MARGIN) * weighed) and steps > 24:
+            if i == PROBED and steps > 2 * PROBED and delta > (worse + PROBE_MARGIN) * weighed:
                 given_up = True
                 break
+            w = (first + i) % steps
             weighed += weight_W[w]
             tried_W[w], tried_slowest_W[w] = cost_W[w], slowest_W[w]
-            tried_WG[w], tried_us_WG[w] = tokens_WG[w], us_WG[w]
-            tried_WS[w], tried_us_WS[w] = tokens_WS[w], us_WS[w]
-            if (e1 < 0 or load_WE[w, e1] == 0.0) and (e2 < 0 or load_WE[w, e2] == 0.0):
-                continue
-            _lift(s1, device_S, tried_WG[w], tried_us_WG[w], tried_WS[w], tried_us_WS[w])
-            for e in (e1, e2):
-                for r in range(copies_E[e] if e >= 0 else 0):
-                    _lift(slot_ER[e, r], device_S, tried_WG[w], tried_us_WG[w], tried_WS[w],
-                          tried_us_WS[w])
-            for e in (e1, e2):
-                if e >= 0:
-                    _fill(times, e, load_WE[w, e], slot_ER[e], copies_E[e], device_S,
-                          space.speed_G, tried_WG[w], tried_us_WG[w], tried_WS[w], tried_us_WS[w])
-            if times.rule == FLAT and spare + change > 0:
-                _hand_on(times, load_WE[w], expert_S, slot_ER, copies_E, device_S, start_G,
-                         space.speed_G, tried_WG[w], tried_us_WG[w], tried_WS[w],
-                         tried_us_WS[w], HAND_ON_ROUNDS)
-            tried_W[w], tried_slowest_W[w] = _step_cost(
-                times, space.speed_G, tried_WG[w], tried_us_WG[w]
-            )
-            delta += weight_W[w] * (tried_W[w] - cost_W[w])
-        if given_up or delta > worse:
-            _change(expert_S, slot_ER, copies_E, s1, e2, s2, e1)
+            tried_WX[w] = row_WX[w]
+            if (e1 >= 0 and load_WE[w, e1] > 0.0) or (e2 >= 0 and load_WE[w, e2] > 0.0):
+                tried_W[w], tried_slowest_W[w] = _try_step(
+                    times, layout, held, load_WE[w], tried_WX[w], s1, e1, e2,
+                    times.rule == FLAT and spare + change > 0,
+                )
+                delta += weight_W[w] * (tried_W[w] - cost_W[w])
+        if given_up or delta + base > worse:
+            _change(held, s1, e2, s2, e1)
             continue
         growth = (space.size_E[e2] if e2 >= 0 else 0.0) - (space.size_E[e1] if e1 >= 0 else 0.0)
         room_G[g1] -= growth
@@ -338,14 +373,11 @@ def anneal(
             room_G[g2] += growth
         moved += more_moved
         spare += change
-        tokens_WG, tried_WG = tried_WG, tokens_WG
-        us_WG, tried_us_WG = tried_us_WG, us_WG
-        tokens_WS, tried_WS = tried_WS, tokens_WS
-        us_WS, tried_us_WS = tried_us_WS, us_WS
+        row_WX, tried_WX = tried_WX, row_WX
         cost_W, tried_W = tried_W, cost_W
         slowest_W, tried_slowest_W = tried_slowest_W, slowest_W
-        cost += delta
+        cost += delta + base
         if cost < best_cost - 1e-12:
             best_cost = cost
-            best_S[:] = expert_S
+            best_S[:] = held.expert_S
     return best_cost, best_S

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..traces.spec import ModelSpec
-from .anneal_time import ALIKE, FLAT, ONE, DeviceTimes, anneal
+from .anneal_time import ALIKE, FLAT, ONE, DeviceTimes, Layout, anneal
 from .annealing import Annealing, SearchSpace, moves_price
 from .cluster import Cluster
 from .compiled import random_state
@@ -70,10 +70,13 @@ def search_time(
     slots_G = np.asarray(space.slots_G)
     held = np.arange(start_GC.shape[1]) < slots_G[:, None]
     tried = round(moves * max(FEWEST_MOVES, MOVES_PER_SLOT * int(slots_G.sum())))
+    layout = Layout(
+        np.repeat(np.arange(len(slots_G)), slots_G), np.concatenate(([0], np.cumsum(slots_G))),
+        np.asarray(space.speed_G),
+    )
     _cost, best_S = anneal(
-        space, times, load_WE, np.full(len(load_WE), 1.0 / len(load_WE)),
-        start_GC[held].astype(np.int64), np.repeat(np.arange(len(slots_G)), slots_G),
-        np.concatenate(([0], np.cumsum(slots_G))), moves_price(space, start_GC),
+        space, times, layout, load_WE, np.full(len(load_WE), 1.0 / len(load_WE)),
+        start_GC[held].astype(np.int64), moves_price(space, start_GC),
         Annealing(tried, HOT, COLD, 0.0, 0.0), random_state(task.seed, task.layer, 4),
     )
     found_GC = np.full(start_GC.shape, -1, np.int16)
