@@ -88,6 +88,20 @@ def search_space(
     )
 
 
+def require_slots(space: SearchSpace, slots_GC: SlotArray) -> None:
+    """Every search's first line: compiled loops index without looking.
+
+    Slots [G, C] of at least the widest device's width, and nothing beyond a device's own slots.
+    Raises AssertionError: callers bring standing plans into this form (`search.within_slots`).
+    """
+    devices, width = slots_GC.shape
+    slots_G = np.asarray(space.slots_G)
+    assert devices == len(slots_G), f"{devices} rows of slots for {len(slots_G)} devices"
+    assert width >= slots_G.max(), f"{width} slots wide, a device has {slots_G.max()}"
+    beyond = (slots_GC >= 0) & (np.arange(width) >= slots_G[:, None])
+    assert not beyond.any(), f"device {np.argwhere(beyond)[0][0]} holds more than its slots"
+
+
 @compiled_inline
 def penalty(annealing: Annealing, peak: float) -> float:
     """Cost of one step whose most loaded device is at `peak` (1 = perfect)."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .annealing import SearchSpace, moves_price, moves_price_change
+from .annealing import SearchSpace, moves_price, moves_price_change, require_slots
 from .compiled import RandomState, compiled, compiled_inline, next_below, next_random
 
 FloatArray = npt.NDArray[np.float64]
@@ -131,6 +131,7 @@ def improve_average(
     an expert on a device. Within a budget of moves the best ones are taken first, by gain per
     price, and the annealing starts cold from there: most of its moves would break the budget.
     """
+    require_slots(space, slots_GC)
     total = float(np.sum(load_E))
     if total <= 0 or len(slots_GC) < 2:
         return slots_GC.copy()
@@ -334,12 +335,16 @@ def _anneal(
         temperature *= cooling
         # Every other move starts at the hottest device: nothing else lowers the peak.
         g1 = hottest if move & 1 else next_below(state, devices)
+        if slots_G[g1] == 0:
+            continue
         c1 = next_below(state, slots_G[g1])
         e1 = slots_GC[g1, c1]
         allowed = -temperature * np.log(1.0 - next_random(state))
         g2, c2 = -1, -1
         if e1 >= 0 and (copies_E[e1] == 1 or next_random(state) < 0.7):
             g2 = next_below(state, devices)
+            if slots_G[g2] == 0:
+                continue
             c2 = next_below(state, slots_G[g2])
             e2 = int(slots_GC[g2, c2])
         else:

@@ -23,6 +23,7 @@ from .annealing import (
     moves_price,
     moves_price_change,
     penalty,
+    require_slots,
 )
 from .compiled import RandomState, compiled, compiled_finite, next_below, next_random
 from .search_copies import CopyModel, all_prices, price_change
@@ -33,6 +34,7 @@ IntArray = npt.NDArray[np.int64]
 SlotArray = npt.NDArray[np.int16]
 
 MOST_DEVICES = 10
+NOT_LEGAL = (-1, -1, -1, -1, -1, -1)     # a device without slots in this layer was drawn
 
 
 def exact_split(load_WE: FloatArray, slots_GC: SlotArray, speed_G: FloatArray) -> FloatArray:
@@ -79,6 +81,7 @@ def improve_few_devices(
 
     load_WE [W, E]: every step scaled so that perfect balance is 1 (its sum is the speeds' sum).
     """
+    require_slots(space, slots_GC)
     rate_Q = (1.0 / subset_speed(space.speed_G)).astype(np.float32)
     devices = len(space.speed_G)
     bits = (np.arange(1 << devices)[:, None] >> np.arange(devices)) & 1
@@ -165,10 +168,14 @@ def _propose(
     """
     devices = len(space.slots_G)
     g1 = next_below(state, devices)
+    if space.slots_G[g1] == 0:
+        return NOT_LEGAL
     c1 = next_below(state, space.slots_G[g1])
     e1 = slots_GC[g1, c1]
     if e1 >= 0 and (copies_E[e1] == 1 or next_random(state) < 0.5):
         g2 = next_below(state, devices)
+        if space.slots_G[g2] == 0:
+            return NOT_LEGAL
         c2 = next_below(state, space.slots_G[g2])
         e2 = slots_GC[g2, c2]
         if g1 == g2 or e1 == e2 or (masks_E[e1] >> g2) & 1 or (

@@ -25,6 +25,7 @@ from .annealing import (
     moves_price,
     moves_price_change,
     penalty,
+    require_slots,
 )
 from .compiled import RandomState, compiled, next_below, next_random
 from .search_copies import CopyModel, all_prices, places_of, price_change
@@ -34,6 +35,7 @@ SlotArray = npt.NDArray[np.int16]
 
 NEAREST_RULES = ("nearest", "sglang_static")
 ALIKE, NEAREST, FIRST_NEAR = 0, 1, 2       # how copies share
+NOT_LEGAL = (-1, -1, -1, -1, -1, -1)       # a device without slots in this layer was drawn
 
 
 def improve_fixed_shares(
@@ -54,6 +56,7 @@ def improve_fixed_shares(
 
     load_WE [W, E]: every step scaled so that perfect balance is 1 (its sum is the speeds' sum).
     """
+    require_slots(space, slots_GC)
     cost, best, last = _anneal(
         space, np.ascontiguousarray(load_WE, np.float64), np.asarray(weight_W, np.float64),
         np.ascontiguousarray(slots_GC, np.int16),
@@ -121,10 +124,14 @@ def _propose(
     """(g1, c1, g2, c2, e1, e2) as in the other searches; g1 = -1 where the move is not legal."""
     devices = len(space.slots_G)
     g1 = hottest if next_random(state) < 0.4 else next_below(state, devices)
+    if space.slots_G[g1] == 0:
+        return NOT_LEGAL
     c1 = next_below(state, space.slots_G[g1])
     e1 = slots_GC[g1, c1]
     if e1 >= 0 and (copies_E[e1] == 1 or next_random(state) < 0.7):
         g2 = next_below(state, devices)
+        if space.slots_G[g2] == 0:
+            return NOT_LEGAL
         c2 = next_below(state, space.slots_G[g2])
         e2 = slots_GC[g2, c2]
         if g1 == g2 or e1 == e2 or holder_EG[e1, g2] or (e2 >= 0 and holder_EG[e2, g1]):

@@ -23,6 +23,7 @@ from .annealing import (
     moves_price,
     moves_price_change,
     penalty,
+    require_slots,
 )
 from .compiled import RandomState, compiled, next_below, next_random
 from .search_copies import CopyModel, all_prices, price_change
@@ -47,6 +48,7 @@ def improve_many_devices(
 
     load_WE [W, E]: every step scaled so that perfect balance is 1 (its sum is the speeds' sum).
     """
+    require_slots(space, slots_GC)
     slots_G = np.asarray(space.slots_G)
     device_S = np.repeat(np.arange(len(slots_G)), slots_G)
     start_G = np.concatenate(([0], np.cumsum(slots_G)))
@@ -232,7 +234,7 @@ def _propose(
     if next_random(state) < 0.7:
         w = order_W[next_below(state, min(len(order_W), 8))]
         g1 = _hottest(load_WG[w], space.speed_G)
-        if next_random(state) < 0.3:
+        if space.slots_G[g1] > 0 and next_random(state) < 0.3:
             # A neighbour of the hottest: what that one sheds goes there.
             s = start_G[g1] + next_below(state, start_G[g1 + 1] - start_G[g1])
             e = expert_S[s]
@@ -240,7 +242,9 @@ def _propose(
                 g1 = device_S[slot_ER[e, next_below(state, copies_E[e])]]
     else:
         g1 = next_below(state, devices)
-    s1 = start_G[g1] + next_below(state, start_G[g1 + 1] - start_G[g1])
+    if space.slots_G[g1] == 0:
+        return -1, -1, -1, -1
+    s1 = start_G[g1] + next_below(state, space.slots_G[g1])
     e1 = expert_S[s1]
     if e1 >= 0 and (copies_E[e1] == 1 or next_random(state) < 0.5):
         s2 = next_below(state, len(expert_S))

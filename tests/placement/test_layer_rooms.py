@@ -73,13 +73,59 @@ def test_every_layer_holds_every_expert_and_every_device_its_memory(
     try:
         rooms = layer_rooms(np.array(load, float).reshape(3, 8), cluster, MODEL)
     except InfeasibleError:
-        capacity = sum(min(max(1, n), 15) for n in copies)
-        per_layer = 5 * len(copies)
-        assert capacity < 24 or per_layer < 8 or len(set(copies)) > 1
+        assert sum(max(1, n) for n in copies) < 24      # 12 copies fit into 3 layers of 5 slots
         return
     assert (rooms.slots_LG.sum(axis=1) >= 8).all()
     assert (rooms.slots_LG.sum(axis=0) <= [max(1, n) for n in copies]).all()
     assert (rooms.slots_LG <= 5).all()
+
+
+def test_layers_ask_for_no_more_than_can_be_dealt_to_them_together() -> None:
+    """Device 0 can give each layer 4 of its 30; all that two skewed layers want is not there."""
+    load = np.ones((3, 8)) * 10
+    load[:2] = [70, 9, 2, 2, 1, 1, 1, 1]
+    for copies in ([30, 30, 8], [30, 30, 1], [30, 9, 9, 1]):
+        slots_LG = layer_rooms(load, cluster_of(list(copies)), MODEL).slots_LG
+        assert (slots_LG.sum(axis=1) >= 8).all() and (slots_LG <= 4).all()
+        assert (slots_LG.sum(axis=0) <= copies).all()
+
+
+def test_every_device_serves_all_layers_alike() -> None:
+    slots_LG = layer_rooms(np.ones((3, 8)), cluster_of([7, 7, 7, 3]), MODEL).slots_LG
+    assert (slots_LG.max(axis=0) - slots_LG.min(axis=0) <= 1).all()
+    assert slots_LG[:, 3].tolist() == [1, 1, 1]
+
+
+def test_a_device_without_a_limit_counts_by_its_slots() -> None:
+    slots_LG = layer_rooms(np.ones((3, 8)), cluster_of([None, 4, 4, 4]), MODEL).slots_LG
+    assert slots_LG.sum(axis=1).tolist() == [8, 8, 8] and (slots_LG <= 4).all()
+
+
+def test_a_standing_plan_keeps_its_slots_and_what_memory_is_left_is_dealt() -> None:
+    """Device 3 came back empty: its memory is to be used, and not beyond what it holds."""
+    held = np.full((3, 4, 4), -1)
+    held[:, :3] = np.arange(9).reshape(3, 3)[[0, 1, 2], :][None][..., [0, 1, 2, 2]] % 8
+    held[:, :3, 3] = -1
+    current = Plan(held, num_experts=8)
+    slots_LG = layer_rooms(np.ones((3, 8)), cluster_of([9, 9, 9, 2]), MODEL, current).slots_LG
+    assert slots_LG.tolist() == [[3, 3, 3, 1], [3, 3, 3, 1], [3, 3, 3, 0]]
+    with pytest.raises(InfeasibleError, match=r"holds 9 experts on device 1 .* allow 8"):
+        layer_rooms(np.ones((3, 8)), cluster_of([9, 8, 9, 2]), MODEL, current)
+
+
+def test_a_standing_plan_keeps_its_bytes_and_what_is_left_is_shared() -> None:
+    """Layers of one plan may hold different bytes: together they keep to the memory."""
+    model = MODEL.model_copy(
+        update={"num_layers": 2, "num_experts": 3, "expert_bytes": (300, 100, 100)}
+    )
+    plain = Cluster.preset("h100", devices_per_node=2, slots_per_device=3)
+    devices = tuple(d.model_copy(update={"expert_memory_bytes": 600}) for d in plain.devices)
+    current = Plan(np.array([[[0, -1], [1, 2]], [[1, -1], [0, 2]]]), num_experts=3)
+    rooms = layer_rooms(
+        np.ones((2, 3)), plain.model_copy(update={"devices": devices}), model, current
+    )
+    assert rooms.room_LG is not None
+    assert rooms.room_LG.tolist() == [[400, 200], [200, 400]]
 
 
 @settings(max_examples=50, deadline=None)
