@@ -21,15 +21,22 @@ import numpy.typing as npt
 import pulp
 
 from ..errors import LoadmasterError
+from .bounds import checked_gap
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 OnGap = Callable[[float, float], None]     # incumbent, bound
 _one_at_a_time = threading.Lock()          # layers may be planned in threads
 
+TOLERANCE = 1e-6     # HiGHS's own, on feasibility: by so much, relative, its bound may be off
+
 
 class SolverError(LoadmasterError):
-    """HiGHS found nothing, although a feasible start was given. Always a defect."""
+    """HiGHS found nothing: a limit fired before it took the start, or there was none."""
+
+
+class NoAnswerError(SolverError):
+    """HiGHS proved that the program has no answer. With a feasible start always a defect."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,17 @@ def solve(
     """Minimise; returns what was reached and proved. Variables then hold the answer.
 
     gap: relative, at which to stop. nodes: of the search tree, the budget. seconds: a guard; when
-    it fires the answer depends on the machine. Raises SolverError where HiGHS holds no feasible
-    answer.
+    it fires the answer depends on the machine. on_gap: called with incumbent and bound as they
+    improve. Raises SolverError where HiGHS holds no feasible answer (NoAnswerError: where it says
+    that there is none), BoundError where its bound is above its own answer.
     """
     if problem.sense != pulp.LpMinimize:
         raise SolverError("only minimisation: PuLP hands HiGHS the negated objective otherwise")
     with _one_at_a_time:
         problem.solve(WarmHiGHS(nodes=nodes, gap=gap, seconds=seconds, on_gap=on_gap))
     info = problem.solverModel.getInfo()
+    if problem.solverModel.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+        raise NoAnswerError(f"{problem.name!r} has no answer")
     if info.primal_solution_status != 2:      # kSolutionStatusFeasible
         raise SolverError(f"HiGHS found no answer to {problem.name!r}; raise the node limit")
     constant = float(problem.objective.constant or 0.0)
@@ -117,14 +127,27 @@ def solve(
         return Solved(objective, objective, 0.0, True)
     bound = float(info.mip_dual_bound) + constant
     reached = float(info.mip_gap)
-    # HiGHS reports objectives to about 1e-9; a bound may pass one by rounding.
+    if np.isfinite(bound):                    # minus infinity: stopped before there was any
+        rounding = TOLERANCE * max(abs(objective), 1.0)
+        checked_gap(objective, bound - rounding, f"the program {problem.name!r}")
     return Solved(objective, min(bound, objective), reached, reached <= gap)
 
 
 def binary_grid(name: str, rows: int, columns: int) -> list[list[pulp.LpVariable]]:
-    """rows × columns of 0/1 variables. The one place where PuLP variables are made by hand."""
+    """rows × columns of 0/1 variables. PuLP's variables are made by hand here and below only."""
     grid = pulp.LpVariable.dicts(name, (range(rows), range(columns)), cat=pulp.LpBinary)
     return [[grid[i][j] for j in range(columns)] for i in range(rows)]
+
+
+def whole_grid(name: str, most: IntArray) -> list[list[pulp.LpVariable]]:
+    """Variables for whole numbers from 0 to most[i, j]."""
+    return [
+        [
+            pulp.LpVariable(f"{name}_{i}_{j}", 0, int(most[i, j]), cat=pulp.LpInteger)
+            for j in range(most.shape[1])
+        ]
+        for i in range(most.shape[0])
+    ]
 
 
 def continuous(name: str, count: int) -> list[pulp.LpVariable]:

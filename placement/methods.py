@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InfeasibleError
+from .cover_program import cover_by_program
 from .eplb import eplb
 from .pack import EMPTY, pack_heaviest_first
 from .replicate import copies_by_load
@@ -104,19 +105,42 @@ def eplb_hierarchical(layer: LayerLoads) -> SlotArray:
 def greedy(layer: LayerLoads) -> SlotArray:
     """Copies by load, then heaviest first onto the device that would finish first.
 
-    Raises InfeasibleError where an expert fits into no device's memory.
+    Where that leaves out experts of different sizes, a program packs them (`cover_program.py`) and
+    copies fill what is left. Raises InfeasibleError where it finds no packing either.
     """
     slots_GC = pack_heaviest_first(
         layer.load_E, greedy_copies(layer), layer.slots_G, layer.speed_G,
         size_E=layer.size_E, room_G=layer.room_G,
     )
-    missing = np.setdiff1d(np.arange(layer.experts), slots_GC)
-    if len(missing):
-        raise InfeasibleError(
-            f"expert {missing[0]} fits into no device's memory ({len(missing)} such experts in a "
-            "layer): raise expert_memory_bytes or add devices"
-        )
-    return slots_GC
+    if len(np.setdiff1d(np.arange(layer.experts), slots_GC)) == 0:
+        return slots_GC
+    require_room(layer.experts, layer.usable_slots_G())
+    size_E, room_G = layer.size_E, layer.room_G
+    if size_E is None or room_G is None:
+        size_E, room_G = np.zeros(layer.experts), np.zeros(layer.devices)
+    slots_GC = cover_by_program(layer.load_E, size_E, layer.slots_G, room_G, layer.speed_G)
+    return _filled(layer, slots_GC, size_E, room_G)
+
+
+def _filled(
+    layer: LayerLoads, slots_GC: SlotArray, size_E: FloatArray, room_G: FloatArray
+) -> SlotArray:
+    """The rest of slots and bytes filled with copies: always of the expert with most load per copy
+    among those that fit somewhere, onto the device that holds fewest."""
+    slots_GC = slots_GC.copy()
+    held_GE = np.zeros((layer.devices, layer.experts), bool)
+    for g, row in enumerate(slots_GC):
+        held_GE[g, row[row >= 0]] = True
+    while True:
+        used_G, left_G = held_GE.sum(axis=1), room_G - held_GE @ size_E
+        fits_GE = ~held_GE & (size_E <= left_G[:, None]) & (used_G < layer.slots_G)[:, None]
+        if not fits_GE.any():
+            return slots_GC
+        share_E = np.where(fits_GE.any(axis=0), layer.load_E / held_GE.sum(axis=0), -1.0)
+        e = int(np.argmax(share_E))
+        g = int(np.argmin(np.where(fits_GE[:, e], used_G, layer.experts)))
+        slots_GC[g, np.flatnonzero(slots_GC[g] < 0)[0]] = e
+        held_GE[g, e] = True
 
 
 def lpt_swap(layer: LayerLoads) -> SlotArray:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pulp
 
-from .ilp import Solved, binary_grid, continuous, solve
+from .bounds import checked_gap
+from .ilp import OnGap, Solved, SolverError, binary_grid, continuous, solve
 from .layer_job import LayerAnswer, LayerTask, judged
 from .search import search_layer
 
@@ -40,13 +41,34 @@ class Polished:
     solved: Solved
 
 
-def search_and_polish(task: LayerTask) -> LayerAnswer:
+def search_and_polish(task: LayerTask, on_gap: OnGap | None = None) -> LayerAnswer:
     """`search_layer`; with effort "thorough", small layers are polished on their planning steps.
 
     The polished slots are taken where the steps that decide say they are better. The program's
-    bound counts where it saw every planning step and all devices are equally fast.
+    bound counts where it saw every planning step and all devices are equally fast. When the guard
+    on time fires meanwhile the best so far is kept, `truncated`. on_gap: hears of the program's
+    incumbent and bound while it is solved, in this process.
     """
     answer = search_layer(task)
+    chosen_WE, whole = _steps_to_polish(task, answer)
+    if not len(chosen_WE):
+        return answer
+    seconds = None if task.deadline is None else max(0.01, task.deadline - time.time())
+    try:
+        polished = polish(chosen_WE, task, answer.slots_GC, seconds=seconds, on_gap=on_gap)
+    except SolverError:
+        if seconds is None:
+            raise                     # the start is an answer: without a guard, a defect
+        return replace(answer, truncated=True)
+    better = _better_of(task, answer, polished, whole)
+    return replace(better, truncated=task.expired())
+
+
+def _steps_to_polish(task: LayerTask, answer: LayerAnswer) -> tuple[FloatArray, bool]:
+    """([W, E] the steps of the program, whether its bound holds for all plans on all steps).
+
+    No steps where it is not worth it.
+    """
     load_WE = task.traffic.planning_WE()
     load_WE = load_WE[load_WE.sum(axis=1) > 0]
     flows_per_step = load_WE.shape[1] * len(task.slots_G)
@@ -55,21 +77,30 @@ def search_and_polish(task: LayerTask) -> LayerAnswer:
         task.effort != "thorough" or task.objective != "balance" or task.counts_copies
         or task.dispatch.policy not in FREE_SPLIT or steps < min(FEWEST_STEPS, len(load_WE))
         or steps == 0 or answer.truncated or task.expired()
-        or answer.planning.imbalance <= answer.bound * (1 + NOTHING_TO_GAIN)
+        or answer.planning.peak <= answer.bound * (1 + NOTHING_TO_GAIN)
     ):
-        return answer
+        return load_WE[:0], False
     chosen = np.unique(np.linspace(0, len(load_WE) - 1, steps).astype(np.int64))
-    polished = polish(
-        load_WE[chosen], task, answer.slots_GC,
-        seconds=None if task.deadline is None else max(0.01, task.deadline - time.time()),
-    )
+    # Where memory is shared between layers, another share-out may give this one more slots.
+    own_limits = task.room_G is None and np.array_equal(task.slots_G, task.cluster.slots_G)
+    return load_WE[chosen], steps == len(load_WE) and own_limits
+
+
+def _better_of(
+    task: LayerTask, answer: LayerAnswer, polished: Polished, whole: bool
+) -> LayerAnswer:
+    """The search's answer or the polished one, by the steps that decide; the higher bound.
+
+    Raises BoundError where the program's bound is above what the search reached.
+    """
     bound, speed_G = answer.bound, task.cluster.speed_G
-    if steps == len(load_WE) and speed_G.min() == speed_G.max():
+    if whole and speed_G.min() == speed_G.max():
         bound = max(bound, polished.solved.bound - SOLVER_ROUNDING)
+        bound, _ = checked_gap(answer.planning.peak, bound, f"layer {task.layer}, polished")
     candidate = judged(task, "polished", polished.slots_GC)
     decisive = answer.planning if answer.validation is None else answer.validation
-    if candidate.decisive.imbalance >= decisive.imbalance - SOLVER_ROUNDING:
-        return replace(answer, bound=min(bound, answer.planning.imbalance))
+    if candidate.decisive.peak >= decisive.peak - SOLVER_ROUNDING:
+        return replace(answer, bound=bound)
     planning = candidate.decisive
     if task.traffic.validation is not None:
         part = replace(task, traffic=replace(task.traffic, validation=None))
@@ -82,7 +113,7 @@ def search_and_polish(task: LayerTask) -> LayerAnswer:
 
 def polish(
     load_WE: FloatArray, task: LayerTask, start_GC: SlotArray, *, nodes: int = NODES,
-    seconds: float | None = None,
+    seconds: float | None = None, on_gap: OnGap | None = None,
 ) -> Polished:
     """Solve the layer's program on these steps, each with some load.
 
@@ -121,7 +152,7 @@ def polish(
             held = pulp.lpSum(float(loads.size_E[e]) * x[e][g] for e in range(experts))
             problem += held <= float(loads.room_G[g])
     _set_start(problem, x, start_GC)
-    solved = solve(problem, nodes=nodes, seconds=seconds)
+    solved = solve(problem, nodes=nodes, seconds=seconds, on_gap=on_gap)
     held_EG = np.array([[(v.varValue or 0.0) > 0.5 for v in row] for row in x])
     slots_GC = _slots(held_EG, start_GC.shape[1])
     if slots_GC is None or not task.fits(slots_GC) or not held_EG.any(axis=1).all():

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InfeasibleError, InputError
 from .annealing import Annealing, Found, SearchSpace, search_space
 from .compiled import random_state
 from .layer_job import Candidate, LayerAnswer, LayerTask, answer_with, judged
@@ -58,9 +59,12 @@ def search_layer(task: LayerTask) -> LayerAnswer:
 
 
 def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
-    """One search from given slots, within the task's budget of moves."""
+    """One search from given slots, within the task's budget of moves.
+
+    Raises InputError where a device holds more than its slots in this layer.
+    """
     loads = task.loads()
-    start_GC = without_duplicates(start_GC)
+    start_GC = within_slots(without_duplicates(start_GC), loads.usable_slots_G())
     if not loads.load_WE.any():
         return start_GC
     if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
@@ -77,6 +81,29 @@ def without_duplicates(slots_GC: SlotArray) -> SlotArray:
         again[first] = False
         row[again] = -1
     return slots_GC
+
+
+def within_slots(
+    slots_GC: SlotArray, most_G: npt.NDArray[np.int64], width: int | None = None
+) -> SlotArray:
+    """The same contents, each device's in its first most_G[g] slots; what lies there stays there.
+
+    width: C of the result; None = as given, at least the widest device's. Raises InputError where
+    a device holds more.
+    """
+    widest = int(most_G.max())
+    fitted = np.full((len(slots_GC), max(slots_GC.shape[1], widest)), -1, np.int16)
+    for g, (row, most) in enumerate(zip(slots_GC, most_G.tolist(), strict=True)):
+        fitted[g, : len(row[:most])] = row[:most]
+        beyond = row[most:][row[most:] >= 0]
+        free = np.flatnonzero(fitted[g, :most] < 0)
+        if len(beyond) > len(free):
+            raise InputError(
+                f"the current plan holds {int((row >= 0).sum())} experts on device {g} in a layer "
+                f"in which it has {most} slots"
+            )
+        fitted[g, free[: len(beyond)]] = beyond
+    return fitted if width is None else fitted[:, :width]
 
 
 def choose(task: LayerTask, candidates: list[Candidate]) -> Candidate:
@@ -103,12 +130,11 @@ SEARCHED = "search"
 def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
     """(name, slots), cheap ones first, so that a fired guard still has something to choose."""
     loads = task.loads()
-    start = lpt_swap(loads)
     if task.start_GC is not None:
         yield "current", task.start_GC
-    yield "lpt_swap", start
-    if task.dispatch.policy in NEAREST_RULES:
-        yield "greedy", greedy(loads)
+    starts = _starts(task, loads)
+    yield from starts
+    start = starts[0][1]
     if not loads.load_WE.any():
         return                       # a layer nobody used: any placement is as good
     if task.objective == "time":
@@ -127,6 +153,21 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
         yield from _with_fewer_copies(task, loads)
 
 
+def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
+    """(name, slots) packed by load, the first to search from; where nothing packs these experts
+    into memory but the standing plan does, that. Raises InfeasibleError where neither does."""
+    try:
+        starts = [("lpt_swap", lpt_swap(loads))]
+        if task.dispatch.policy in NEAREST_RULES:
+            starts.append(("greedy", greedy(loads)))
+    except InfeasibleError:
+        if task.start_GC is None or not task.fits(task.start_GC):
+            raise
+        kept_GC = within_slots(without_duplicates(task.start_GC), loads.usable_slots_G())
+        return [("current, no duplicates", kept_GC)]
+    return starts
+
+
 def _with_fewer_copies(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
     """The same with slots left empty: a replica costs weight reads, and under some engines' rules
     it takes few tokens but disturbs the rest."""
@@ -137,7 +178,10 @@ def _with_fewer_copies(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str
             continue
         fewer = replace(loads, slots_G=_trimmed(loads.slots_G, keep))
         part = replace(task, slots_G=fewer.slots_G)
-        start = lpt_swap(fewer)
+        try:
+            start = lpt_swap(fewer)
+        except InfeasibleError:          # memory needs more slots than these
+            return
         yield f"lpt_swap, {keep} of {slots} slots", _widened(start, loads.most_slots)
         found = _by_rows(part, fewer, start, 0.0)
         yield f"search, {keep} of {slots} slots", _widened(found, loads.most_slots)

@@ -155,6 +155,45 @@ def test_greedy_keeps_within_the_bytes_a_device_has() -> None:
         assert sum([10, 10, 1, 1][e] for e in row if e >= 0) <= 11
 
 
+def test_greedy_finds_the_only_packing_of_unequal_sizes() -> None:
+    """Largest first puts a 300 on each side, and then the third 200 nowhere."""
+    sizes = np.array([300.0, 300, 200, 200, 200])
+    found = greedy(layer([1, 9, 2, 2, 5], [4, 4], size_E=sizes, room_G=np.array([600.0, 600])))
+    assert sorted(sorted(e for e in row.tolist() if e >= 0) for row in found) == [
+        [0, 1], [2, 3, 4]
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=4, max_size=6),
+    rooms=st.lists(st.integers(1, 9), min_size=2, max_size=3), slots=st.integers(2, 4),
+)
+def test_greedy_refuses_only_what_no_packing_holds(
+    sizes: list[int], rooms: list[int], slots: int
+) -> None:
+    """Against every way to give each expert one device."""
+    size_E = np.array(sizes, np.float64)
+    assume(slots * len(rooms) >= len(sizes))
+    homes_WE = np.array(list(itertools.product(range(len(rooms)), repeat=len(sizes))))
+    on_WEG = homes_WE[:, :, None] == np.arange(len(rooms))
+    possible = (
+        ((on_WEG * size_E[:, None]).sum(axis=1) <= rooms) & (on_WEG.sum(axis=1) <= slots)
+    ).all(axis=1).any()
+    one = layer(
+        np.arange(len(sizes)), [slots] * len(rooms), size_E=size_E,
+        room_G=np.array(rooms, np.float64),
+    )
+    if not possible:
+        with pytest.raises(InfeasibleError, match="proved"):
+            greedy(one)
+        return
+    found = greedy(one)
+    assert_valid(found, len(sizes), [slots] * len(rooms))
+    for row, room in zip(found, rooms, strict=True):
+        assert sum(sizes[e] for e in row if e >= 0) <= room
+
+
 @settings(max_examples=40, deadline=None)
 @given(load=st.lists(st.integers(0, 100), min_size=8, max_size=8), spare=st.integers(0, 1))
 def test_swaps_never_make_the_hottest_device_hotter(load: list[int], spare: int) -> None:

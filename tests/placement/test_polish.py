@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pulp
 import pytest
 
-from loadmaster.placement.bounds import checked_gap
+from loadmaster.placement import polish as polishing
+from loadmaster.placement.bounds import BoundError, checked_gap
 from loadmaster.placement.cluster import Cluster, Device
+from loadmaster.placement.ilp import Solved, SolverError, binary_grid, solve
 from loadmaster.placement.layer_job import LayerTask
 from loadmaster.placement.plan import DispatchSpec
 from loadmaster.placement.planner import PlanResult, plan
 from loadmaster.placement.planning_steps import LayerTraffic
-from loadmaster.placement.polish import polish
+from loadmaster.placement.polish import Polished, polish, search_and_polish
+from loadmaster.placement.search import search_layer
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.synth import synth_trace
 
@@ -117,3 +124,90 @@ def test_dispatch_that_does_not_split_freely_is_not_polished(asked: dict[str, An
     result = quick("thorough", **asked)
     assert (result.plan.replicas_LE >= 1).all()
     assert result.evidence.bound <= result.evidence.objective
+
+
+# ---- guards -----------------------------------------------------------------------------------
+
+
+def gapped_task(**asked: Any) -> LayerTask:
+    """A layer whose load bound is far below what any placement reaches."""
+    load_WE = np.random.default_rng(3).integers(1, 50, (4, 6)).astype(float)
+    return dataclasses.replace(task_of(load_WE, [2, 2, 2], [1.0, 1.0, 1.0]), **asked)
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    """`answer(start_GC)` in place of the solver."""
+    monkeypatch.setattr(
+        polishing, "polish", lambda load_WE, task, start_GC, **_: answer(start_GC)
+    )
+
+
+def nothing_found(_start_GC: Any) -> Polished:
+    raise SolverError("HiGHS found no answer")
+
+
+def test_a_guard_that_fires_before_the_solver_has_an_answer_keeps_the_searchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patched(monkeypatch, nothing_found)
+    searched = search_layer(gapped_task())
+    kept = search_and_polish(gapped_task(deadline=time.time() + 600))
+    assert kept.truncated and kept.slots_GC.tolist() == searched.slots_GC.tolist()
+    with pytest.raises(SolverError):              # without a guard nothing may stop it
+        search_and_polish(gapped_task())
+
+
+def test_a_guard_that_fires_while_polishing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadline = time.time() + 600
+    task = gapped_task(deadline=deadline)
+
+    def too_late(start_GC: Any) -> Polished:
+        monkeypatch.setattr(time, "time", lambda: deadline + 1)
+        return Polished(start_GC, Solved(2.0, -np.inf, np.inf, proved=False))
+
+    patched(monkeypatch, too_late)
+    assert search_and_polish(task).truncated
+
+
+def test_a_bound_above_what_was_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched(monkeypatch, lambda start_GC: Polished(start_GC, Solved(9.0, 9.0, 0.0, proved=True)))
+    with pytest.raises(BoundError, match="layer 0, polished"):
+        search_and_polish(gapped_task())
+
+
+def test_a_solver_that_bounds_its_own_answer_from_above_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = pulp.LpProblem("two", pulp.LpMinimize)
+    x = binary_grid("x", 1, 2)[0]
+    problem += 3 * x[0] + 2 * x[1]
+    problem += x[0] + x[1] >= 1
+    assert solve(problem, nodes=10).bound == pytest.approx(2.0)
+    real = pulp.LpProblem.solve
+
+    def lying(self: pulp.LpProblem, solver: Any) -> None:
+        real(self, solver)
+        said = SimpleNamespace(
+            primal_solution_status=2, objective_function_value=2.0, mip_dual_bound=2.1, mip_gap=0.0
+        )
+        self.solverModel = SimpleNamespace(getInfo=lambda: said, getModelStatus=lambda: None)
+
+    monkeypatch.setattr(pulp.LpProblem, "solve", lying)
+    with pytest.raises(BoundError, match="the program 'two'"):
+        solve(problem, nodes=10)
+
+
+def test_who_waits_hears_of_the_gap() -> None:
+    heard: list[tuple[float, float]] = []
+    answer = search_and_polish(gapped_task(), lambda reached, bound: heard.append((reached, bound)))
+    assert heard and all(bound <= reached + 1e-6 for reached, bound in heard)
+    assert not answer.truncated
+
+
+def test_a_program_of_one_share_of_the_memory_bounds_no_other() -> None:
+    """Of 2 slots in this layer the polished bound knows; another share-out may give it 3."""
+    load_WE = np.random.default_rng(3).integers(1, 50, (4, 6)).astype(float)
+    roomy = task_of(load_WE, [3, 3, 3], [1.0, 1.0, 1.0])
+    tight = dataclasses.replace(roomy, slots_G=np.array([2, 2, 2]))
+    best_roomy = search_and_polish(roomy).planning.peak
+    assert search_and_polish(tight).bound <= best_roomy + 1e-9

@@ -10,8 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from loadmaster.errors import InfeasibleError, InputError
+from loadmaster.placement import search
 from loadmaster.placement.annealing import Annealing, SearchSpace, search_space
+from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.compiled import random_state
+from loadmaster.placement.layer_job import LayerTask
+from loadmaster.placement.plan import DispatchSpec
+from loadmaster.placement.planning_steps import LayerTraffic
+from loadmaster.placement.search import search_layer, within_slots
 from loadmaster.placement.search_average import improve_average
 from loadmaster.placement.search_copies import no_copies
 from loadmaster.placement.search_few_devices import improve_few_devices
@@ -77,3 +84,37 @@ def test_slots_that_do_not_fit_the_space_are_never_searched(
     beyond = np.array([[0, 1, -1], [2, 3, -1], [4, 5, -1], [0, -1, 1]], np.int16)
     with pytest.raises(AssertionError, match="device 3 holds more than its slots"):
         search(space, beyond)
+
+
+# ---- standing plans -----------------------------------------------------------------------------
+
+
+def test_contents_move_into_the_slots_a_device_has_and_others_stay() -> None:
+    wide = np.array([[-1, 4, -1, 5], [0, -1, 2, -1]], np.int16)
+    fitted = within_slots(wide, np.array([2, 3]))
+    assert fitted.tolist() == [[5, 4, -1, -1], [0, -1, 2, -1]]
+    assert within_slots(wide, np.array([2, 3]), width=3).tolist() == [[5, 4, -1], [0, -1, 2]]
+    assert within_slots(wide[:, :2], np.array([3, 1])).tolist() == [[-1, 4, -1], [0, -1, -1]]
+    with pytest.raises(InputError, match=r"holds 2 experts on device 1 in a layer .* has 1 slots"):
+        within_slots(wide, np.array([2, 1]))
+
+
+def test_where_nothing_packs_the_experts_the_standing_plan_is_searched_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(_: Any) -> SlotArray:
+        raise InfeasibleError("no packing was found")
+
+    monkeypatch.setattr(search, "lpt_swap", fails)
+    load_WE = np.array([[9.0, 9, 1, 1]])
+    task = LayerTask(
+        layer=0, layers=1, traffic=LayerTraffic(None, None, (), None, load_WE, 4),
+        slots_G=np.array([2, 2]), room_G=None,
+        cluster=Cluster.preset("h100", devices_per_node=2, slots_per_device=2),
+        dispatch=DispatchSpec(), objective="balance", model=None, slack=0.0, seed=0, effort="fast",
+        start_GC=np.array([[0, 1], [2, 3]], np.int16),
+    )
+    answer = search_layer(task)
+    assert answer.name == "search" and answer.planning.peak == pytest.approx(1.0, abs=1e-4)
+    with pytest.raises(InfeasibleError, match="no packing was found"):
+        search_layer(LayerTask(**{**task.__dict__, "start_GC": None}))
