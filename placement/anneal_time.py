@@ -17,7 +17,7 @@ from .compiled import RandomState, compiled, next_below, next_random
 FLAT, ALIKE, ONE = 0, 1, 2      # copies level their devices; share alike; one takes all tokens,
                                 # where the fewest experts are active
 HAND_ON_ROUNDS = 4              # of the fullest device refilling its replicated experts, per trial
-FLAT_ENOUGH = 1e-3              # above perfect balance of tokens: no rounds below this
+FLAT_ENOUGH = 1e-3              # above perfect balance: no rounds below this
 PROBED = 12                     # steps after which a move that lost so far is given up
 PROBE_MARGIN = 3e-3             # what it may have lost by then, in units of the reference
 
@@ -142,14 +142,18 @@ def _fill(
 def _hand_on(
     times: DeviceTimes, layout: Layout, held: Holders, load_E: Any, row: Any, rounds: int
 ) -> None:
-    """Let the device with most tokens (over speed) refill its replicated experts, several times."""
+    """Let the fullest device refill its replicated experts, several times.
+
+    The fullest has most tokens over speed; where one copy takes all, most active copies.
+    """
     devices = len(layout.speed_G)
-    ideal, before = row[:devices].sum() / layout.speed_G.sum(), np.inf
+    first = 2 * devices if times.rule == ONE else 0
+    ideal, before = row[first : first + devices].sum() / layout.speed_G.sum(), np.inf
     for _ in range(rounds):
         fullest, level = 0, 0.0
         for g in range(devices):
-            if row[g] > level * layout.speed_G[g]:
-                fullest, level = g, row[g] / layout.speed_G[g]
+            if row[first + g] > level * layout.speed_G[g]:
+                fullest, level = g, row[first + g] / layout.speed_G[g]
         if level <= ideal * (1.0 + FLAT_ENOUGH) or level > before * (1.0 - 1e-5):
             return
         before = level
@@ -185,7 +189,7 @@ def _split_afresh(
         for e in order:
             if (held.copies_E[e] > 1) == (turn == 1):
                 _fill(times, layout, held, e, load_E[e], row)
-    if times.rule == FLAT:
+    if times.rule != ALIKE:
         _hand_on(times, layout, held, load_E, row, 8 * HAND_ON_ROUNDS)
 
 
@@ -361,7 +365,7 @@ def anneal(
             if (e1 >= 0 and load_WE[w, e1] > 0.0) or (e2 >= 0 and load_WE[w, e2] > 0.0):
                 tried_W[w], tried_slowest_W[w] = _try_step(
                     times, layout, held, load_WE[w], tried_WX[w], s1, e1, e2,
-                    times.rule == FLAT and spare + change > 0,
+                    times.rule != ALIKE and spare + change > 0,
                 )
                 delta += weight_W[w] * (tried_W[w] - cost_W[w])
         if given_up or delta + base > worse:

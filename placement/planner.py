@@ -35,7 +35,7 @@ from .layer_threads import LayerThreads
 from .methods import LAYER_METHODS, require_room
 from .moetuner import moetuner
 from .plan import DispatchSpec, Evidence, Plan, Provenance
-from .planning_steps import PlanningSteps, planning_steps
+from .planning_steps import MOST_STEPS, MOST_TIMED_STEPS, PlanningSteps, planning_steps
 from .polish import search_and_polish
 from .search import EFFORTS
 from .whole_model import Laid, Method, pairs_fit, whole_model
@@ -104,7 +104,7 @@ def plan(
         cluster, method, objective, dispatch, model, balance_slack, seed, effort, time_limit_s
     )
     require_room(trace.num_experts, cluster.slots_G)
-    data = planning_steps(trace, steps)
+    data = planning_steps(trace, steps, most_steps=most_steps(settings))
     _check_model(settings, data)
     if current is not None:
         check_current(current, data, cluster)
@@ -326,6 +326,11 @@ def resolve_settings(
         raise UsageError(f"time_limit_s {time_limit_s} must be above 0")
     deadline = None if time_limit_s is None else time.time() + time_limit_s
     return Settings(cluster, spec, objective, model, slack, seed, effort, deadline)
+
+
+def most_steps(settings: Settings) -> int:
+    """Steps to plan on at most, of the planning part and of what is held back alike."""
+    return MOST_TIMED_STEPS if settings.objective == "time" else MOST_STEPS
 
 
 def _check_model(settings: Settings, data: PlanningSteps) -> None:

@@ -25,6 +25,7 @@ Int32Array = npt.NDArray[np.int32]
 VALIDATION_SHARE = 0.25     # of requests
 STEP_ASSIGNMENTS = 1 << 20  # choices of one layer to search on: more steps teach little more
 MOST_STEPS, FEWEST_STEPS = 64, 16
+MOST_TIMED_STEPS = 256      # for time: which experts are used at all differs more between steps
 FEWEST_VALIDATION_STEPS = 2
 FEW_IN_FLIGHT = 16          # a second set of steps has this many times fewer requests in flight
 LEAST_STEP = 32             # tokens
@@ -50,10 +51,11 @@ class LayerTraffic:
         return self._counts(self.planning)
 
     def search_WE(self) -> FloatArray:
-        """[W, E] planning and extra steps."""
+        """[W, E] planning (as many as serve balance) and extra steps."""
         if self.load_WE is not None:
             return self.load_WE
-        parts = [self.planning, *self.extra]
+        assert self.planning is not None
+        parts = [self.planning.take(np.arange(min(len(self.planning), MOST_STEPS))), *self.extra]
         return np.concatenate([self._counts(s) for s in parts])
 
     def request_RE(self) -> FloatArray:
@@ -118,13 +120,15 @@ class PlanningSteps:
         )
 
 
-def planning_steps(source: RoutingTrace | Profile, sampler: StepSampler) -> PlanningSteps:
+def planning_steps(
+    source: RoutingTrace | Profile, sampler: StepSampler, *, most_steps: int = MOST_STEPS
+) -> PlanningSteps:
     """Steps of a trace or of a profile's sample; average loads of a load-only profile."""
     if isinstance(source, Profile):
         if source.sample is None:
             return _steps_of_loads(source)
-        return _steps_of_trace(source.sample, sampler)
-    return _steps_of_trace(source, sampler)
+        return _steps_of_trace(source.sample, sampler, most_steps)
+    return _steps_of_trace(source, sampler, most_steps)
 
 
 def one_layer(trace: RoutingTrace, layer: int) -> RoutingTrace:
@@ -139,7 +143,9 @@ def one_layer(trace: RoutingTrace, layer: int) -> RoutingTrace:
     )
 
 
-def _steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
+def _steps_of_trace(
+    trace: RoutingTrace, sampler: StepSampler, most_steps: int
+) -> PlanningSteps:
     """Hold back a quarter of the requests, cut both parts into steps.
 
     In `recorded` order the last quarter of the steps is held back instead. Nothing is held back
@@ -147,7 +153,7 @@ def _steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
     Raises InputError when the whole trace does not fill one step.
     """
     wanted = STEP_ASSIGNMENTS // (sampler.tokens * trace.top_k)
-    most = int(np.clip(wanted, FEWEST_STEPS, MOST_STEPS))
+    most = int(np.clip(wanted, FEWEST_STEPS, most_steps))
     notes: list[str] = []
     extra: tuple[Steps, ...] = ()
     planning: Steps | None
@@ -164,7 +170,7 @@ def _steps_of_trace(trace: RoutingTrace, sampler: StepSampler) -> PlanningSteps:
             if planning is None:
                 planning = sampler.sample(trace, most)    # says what is missing
         if sampler.order == "interleaved":
-            extra = _other_steps(trace, planning_tokens, sampler, most // 2)
+            extra = _other_steps(trace, planning_tokens, sampler, min(most, MOST_STEPS) // 2)
     if validation is None:
         notes.append("too short a trace to hold back a validation part")
     said = (

@@ -22,10 +22,11 @@ from .annealing import Annealing, SearchSpace, moves_price
 from .cluster import Cluster
 from .compiled import random_state
 from .dispatch import needs_all_counts
-from .layer_job import LayerTask
+from .layer_job import LayerTask, score
 from .methods import LayerLoads, eplb_global
 from .pack import pack_heaviest_first
 from .plan import DispatchSpec
+from .planning_steps import MOST_STEPS
 from .replicate import copies_by_load
 from .tables import interpolate
 
@@ -35,7 +36,7 @@ SlotArray = npt.NDArray[np.int16]
 RULES = {"balanced": FLAT, "fewest_active": ONE}    # all others: copies share alike, or nearly so
 SPARE_SHARES = (0.0, 0.25, 0.5, 1.0)                # of spare slots that starts fill
 MOVES_PER_SLOT, FEWEST_MOVES = 40, 8_000
-HOT, COLD = 5e-3, 5e-5      # temperatures, in units of the mean step's time
+HOT, COLD = 1e-3, 3e-5      # temperatures, in units of the mean step's time
 
 
 def time_candidates(
@@ -48,17 +49,27 @@ def time_candidates(
     """
     if len(set(loads.slots_G.tolist())) == 1 and loads.room_G is None:
         yield "eplb", eplb_global(loads)
-    packed = []
     slots = int(loads.usable_slots_G().sum())
+    packed: list[tuple[float, str, SlotArray]] = []
     for share in SPARE_SHARES:
         keep = loads.experts + round(share * (slots - loads.experts))
-        start = packed_by_time(task, loads, keep)
-        if start is not None and (not packed or keep > loads.experts):
-            packed.append(start)
-            yield f"packed by time, {keep} of {slots} slots", start
-    for name, start in (("packed by time", packed[:1]), ("balance", [balanced_GC])):
-        for slots_GC in start:
-            yield f"search for time from {name}", search_time(task, space, slots_GC, moves)
+        found = {"by load": packed_by_load(loads, keep)}
+        if share == 0.0:
+            found["by time"] = packed_by_time(task, loads)
+        for how, slots_GC in found.items():
+            name = f"packed {how}, {keep} of {slots} slots"
+            if slots_GC is not None:
+                yield name, slots_GC
+                packed.append((_planning_us(task, slots_GC), name, slots_GC))
+    starts = [(name, slots_GC) for _us, name, slots_GC in sorted(packed, key=lambda p: p[0])[:1]]
+    for name, slots_GC in [*starts, ("balance", balanced_GC)]:
+        yield f"search for time, {name}", search_time(task, space, slots_GC, moves)
+
+
+def _planning_us(task: LayerTask, slots_GC: SlotArray) -> float:
+    time_us = score(task, slots_GC, task.traffic.planning).time_us
+    assert time_us is not None
+    return time_us
 
 
 def search_time(
@@ -84,34 +95,58 @@ def search_time(
     return found_GC
 
 
-def packed_by_time(task: LayerTask, loads: LayerLoads, keep: int) -> SlotArray | None:
-    """Heaviest first onto the device that would finish first, by an expert's mean time.
+def packed_by_load(loads: LayerLoads, keep: int) -> SlotArray | None:
+    """Heaviest first, on `keep` slots dealt to devices in proportion to their speed.
 
-    keep: slots to fill. A device takes as many experts as its speed allows, and slots are left
-    empty where they would be too many. None where memory holds the experts another way only.
+    None where memory, or an expert with more copies than devices are dealt slots, forbids it.
     """
+    slots_G = slots_by_speed(loads, keep)
+    copies_E = copies_by_load(loads.load_E, keep, int((slots_G > 0).sum()))
+    slots_GC = _widened(pack_heaviest_first(
+        loads.load_E, copies_E, slots_G, loads.speed_G, size_E=loads.size_E, room_G=loads.room_G
+    ), loads.most_slots)
+    return slots_GC if _complete(slots_GC, loads.experts) else None
+
+
+def slots_by_speed(loads: LayerLoads, keep: int) -> npt.NDArray[np.int64]:
+    """[G] slots, one by one to the device whose slots over speed stay lowest; ties to the first."""
+    slots_G = np.zeros(loads.devices, np.int64)
+    most_G = loads.usable_slots_G()
+    for _ in range(keep):
+        level_G = np.where(slots_G < most_G, (slots_G + 1) / loads.speed_G, np.inf)
+        slots_G[int(np.argmin(level_G))] += 1
+    return slots_G
+
+
+def packed_by_time(task: LayerTask, loads: LayerLoads) -> SlotArray | None:
+    """One copy each, heaviest first onto the device that would finish first, by mean time."""
     load_WE = _steps(task)
-    copies_E = copies_by_load(loads.load_E, keep, loads.devices)
-    weight_E = copies_E * mean_us_E(device_times(task, load_WE), load_WE, copies_E)
+    copies_E = np.ones(loads.experts, np.int64)
     slots_GC = pack_heaviest_first(
-        weight_E, copies_E, loads.slots_G, loads.speed_G, size_E=loads.size_E, room_G=loads.room_G
+        mean_us_E(device_times(task, load_WE), load_WE), copies_E, loads.slots_G, loads.speed_G,
+        size_E=loads.size_E, room_G=loads.room_G,
     )
-    return slots_GC if len(np.setdiff1d(np.arange(loads.experts), slots_GC)) == 0 else None
+    return slots_GC if _complete(slots_GC, loads.experts) else None
 
 
-def mean_us_E(
-    times: DeviceTimes, load_WE: FloatArray, copies_E: npt.NDArray[np.int64]
-) -> FloatArray:
-    """[E] mean time over steps of one of an expert's copies, its share of the exchange included."""
-    tokens_WE = load_WE / copies_E
-    used_WE = np.minimum(tokens_WE, 1.0)
+def _complete(slots_GC: SlotArray, experts: int) -> bool:
+    return len(np.unique(slots_GC[slots_GC >= 0])) == experts
+
+
+def _widened(slots_GC: SlotArray, width: int) -> SlotArray:
+    wide = np.full((len(slots_GC), width), -1, np.int16)
+    wide[:, : slots_GC.shape[1]] = slots_GC
+    return wide
+
+
+def mean_us_E(times: DeviceTimes, load_WE: FloatArray) -> FloatArray:
+    """[E] mean time over steps of an expert's only copy, its share of the exchange included."""
+    used_WE = np.minimum(load_WE, 1.0)
     if len(times.table_us):
-        us_WE = used_WE * np.interp(
-            np.maximum(tokens_WE, 1.0), np.arange(len(times.table_us)), times.table_us
-        )
+        us_WE = used_WE * np.interp(load_WE, np.arange(len(times.table_us)), times.table_us)
     else:
-        us_WE = used_WE * times.read_us_E + tokens_WE * times.token_us
-    return np.asarray((us_WE + tokens_WE * times.link_us).mean(axis=0), np.float64)
+        us_WE = used_WE * times.read_us_E + load_WE * times.token_us
+    return np.asarray((us_WE + load_WE * times.link_us).mean(axis=0), np.float64)
 
 
 def device_times(task: LayerTask, load_WE: FloatArray) -> DeviceTimes:
@@ -136,7 +171,7 @@ def device_times(task: LayerTask, load_WE: FloatArray) -> DeviceTimes:
         gather_us=hardware.counts_collective_us if gathers else 0.0, rule=_rule(task.dispatch),
         reference_us=1.0,
     )
-    work_us = float(mean_us_E(times, load_WE, np.ones(load_WE.shape[1], np.int64)).sum())
+    work_us = float(mean_us_E(times, load_WE).sum())
     ideal_us = times.start_us + work_us / float(cluster.speed_G.sum())
     return times._replace(reference_us=max(ideal_us, 1e-9))
 
@@ -173,8 +208,9 @@ def _link_us(cluster: Cluster, model: ModelSpec) -> float:
 
 
 def _steps(task: LayerTask) -> FloatArray:
-    """[W, E] tokens of the steps to search on that are as large as the planning steps."""
-    load_WE = task.traffic.search_WE()
-    total_W = load_WE.sum(axis=1)
-    full = total_W >= 0.9 * task.traffic.planning_WE().sum(axis=1).mean()
-    return np.ascontiguousarray(load_WE[full & (total_W > 0)], np.float64)
+    """[W, E] tokens of the planning steps, and of others to search on that are as large."""
+    planning_WE = task.traffic.planning_WE()
+    others_WE = task.traffic.search_WE()[min(len(planning_WE), MOST_STEPS):]
+    full_W = others_WE.sum(axis=1) >= 0.9 * planning_WE.sum(axis=1).mean()
+    load_WE = np.concatenate([planning_WE, others_WE[full_W]])
+    return np.ascontiguousarray(load_WE[load_WE.sum(axis=1) > 0], np.float64)

@@ -17,7 +17,13 @@ from loadmaster.placement.pack import pack_heaviest_first
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.placement.planner import layer_tasks, plan, resolve_settings, rooms_of_layers
 from loadmaster.placement.planning_steps import planning_steps
-from loadmaster.placement.search_time import device_times, packed_by_time, search_time
+from loadmaster.placement.search_time import (
+    device_times,
+    packed_by_load,
+    packed_by_time,
+    search_time,
+    slots_by_speed,
+)
 from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.synth import synth_trace
@@ -80,7 +86,7 @@ def test_the_search_gets_faster_on_its_steps_and_keeps_the_rules(dispatch: str) 
     one = task(cluster(1.0, 1.0, 2.0, 0.5), dispatch=dispatch)
     loads = one.loads()
     space = search_space(loads.usable_slots_G(), loads.speed_G, EXPERTS)
-    start = packed_by_time(one, loads, EXPERTS + 4)
+    start = packed_by_load(loads, EXPERTS + 4)
     assert start is not None
     found = search_time(one, space, start, 0.5)
     assert one.fits(found)
@@ -115,6 +121,17 @@ def test_a_device_too_slow_to_be_worth_its_start_stays_empty() -> None:
     place, steps = cluster(1.0, 1.0, 1.0, 0.1), StepSampler(tokens=128, concurrency=16)
     made = plan(TRACE, place, model=MODEL, steps=steps, effort="fast").plan
     assert (made.slots[0, 3] < 0).all() and (made.slots[0, :3] >= 0).sum() >= EXPERTS
+
+
+def test_slots_are_dealt_in_proportion_to_speed_and_experts_packed_by_time() -> None:
+    one = task(cluster(1.0, 2.0, 2.0, 1.0))
+    loads = one.loads()
+    assert slots_by_speed(loads, 15).tolist() == [3, 5, 5, 2]
+    assert slots_by_speed(loads, 21).tolist() == [5, 6, 6, 4]       # six slots are all there are
+    timed = packed_by_time(one, loads)
+    assert timed is not None and (timed >= 0).sum() == EXPERTS
+    filled_G = (timed >= 0).sum(axis=1)
+    assert filled_G[1:3].min() > filled_G[[0, 3]].max()
 
 
 def by_hand_us(place: Cluster, load_E: npt.NDArray[np.float64]) -> float:
