@@ -1,9 +1,9 @@
 """rebalance(): from a standing plan to the best one within a budget of moves.
 
-Every layer is searched from where it stands, at several budgets; the budget is then shared between
-layers by gain per move. Nothing moves unless the gain shows on steps that were held back, beyond
-their noise: average loads are thinned into two independent halves for that. Survivors of lost
-devices are `survivors.py`.
+Every layer is searched from where it stands, at several budgets, on each half of the requests and
+judged on the other; the budget is then shared between layers by gain per move (`ladders.py`).
+Nothing moves unless the gain shows on requests that were not searched on, beyond what other draws
+of them would make of it. Survivors of lost devices are `survivors.py`.
 
 Knows plans, traffic and budgets. Knows nothing of how weights travel or who decides (`policy.py`).
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UsageError
 from ..traces.profile import Profile
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
@@ -25,8 +24,22 @@ from .cluster import Cluster
 from .cost import move_cost
 from .evaluate import evaluate
 from .evidence import Settings, evidence_of
-from .layer_job import LayerAnswer, LayerTask, answer_with, judged, objective_W
+from .ladders import (
+    Climb,
+    Ladder,
+    Redraw,
+    allowances,
+    chosen_levels,
+    climb,
+    counting_error,
+    crossed_gains,
+    crossed_levels,
+    is_sure,
+    redrawn_gain,
+)
+from .layer_job import LayerAnswer, LayerTask, answer_with, judged
 from .layer_threads import LayerThreads
+from .move_budget import Budget, sent
 from .plan import DispatchSpec, Plan
 from .planner import (
     Executor,
@@ -38,17 +51,14 @@ from .planner import (
     rooms_of_layers,
     trace_digest,
 )
-from .planning_steps import LayerTraffic, PlanningSteps, planning_steps
-from .search import search_from
+from .planning_steps import PlanningSteps, planning_steps
+from .request_halves import Half, request_halves
+from .search import search_from, within_slots
 
-FloatArray = npt.NDArray[np.float64]
 SlotArray = npt.NDArray[np.int16]
 Move = tuple[int, int, int]      # layer, device, expert
 
-DEFAULT_SHARE = 0.1              # of filled slots that may move where no budget is given
-LEVELS = (0.5, 1.0, 2.0)         # times an even share of the budget, tried in each layer
-SURE = 2.0                       # standard errors that a gain must exceed
-FEWEST_COUNTS = 16.0             # mean load below which thinning says nothing
+TOO_FEW = "too few requests to tell a gain from chance: nothing is moved"
 
 
 def rebalance(
@@ -84,108 +94,114 @@ def rebalance(
     )
     data = planning_steps(new_trace, steps)
     check_current(current, data, cluster)
-    price_E = _price_of_moves(current, model, max_moves, max_bytes)
+    standing = _fitted(current, cluster)
+    budget = Budget.of(current, model, max_moves, max_bytes)
     run: Executor = LayerThreads() if executor is None else executor
-    rooms = rooms_of_layers(data, settings, current)
+    rooms = rooms_of_layers(data, settings, standing)
     tasks = [
-        replace(t, move_price_E=price_E) for t in layer_tasks(data, settings, rooms, current)
+        replace(t, move_price_E=budget.price_E(current.num_experts))
+        for t in layer_tasks(data, settings, rooms, standing)
     ]
-    ladders = list(run.map(_climb, tasks))
-    levels = _share_budget(ladders)
-    if not _gain_is_sure(ladders, levels):
-        levels = [0] * len(tasks)
-    final = [
-        _FinalTask(task, 0.0 if level == 0 else ladder.budgets[level])
-        for task, ladder, level in zip(tasks, ladders, levels, strict=True)
-    ]
-    answers = list(run.map(_finish, final))
-    return _result(current, answers, ladders, data, settings, trace_digest(new_trace), started)
+    allowed, gain_L, notes = _allowances(tasks, data, steps, run)
+    last = [_LastSearch(task, most) for task, most in zip(tasks, allowed, strict=True)]
+    answers = _within(list(run.map(_finish, last)), tasks, budget, gain_L)
+    return _result(
+        current, answers, gain_L, data, settings, trace_digest(new_trace), started,
+        (*rooms.notes, *notes),
+    )
+
+
+def _fitted(current: Plan, cluster: Cluster) -> Plan:
+    """The standing plan as wide as the cluster, each device's experts in the slots it has."""
+    slots = [within_slots(x, cluster.slots_G, int(cluster.slots_G.max())) for x in current.slots]
+    return replace(current, slots=np.stack(slots))
+
+
+def _allowances(
+    tasks: list[LayerTask], data: PlanningSteps, sampler: StepSampler, run: Executor
+) -> tuple[list[float | None], list[float], tuple[str, ...]]:
+    """(budget of each layer's last search, None = stay; gain of each layer; what to say)."""
+    stay: list[float | None] = [None] * len(tasks)
+    halves = None
+    if data.trace is not None:
+        halves = request_halves(data.trace, sampler, tasks[0].seed)
+        if halves is None:
+            return stay, [0.0] * len(tasks), (TOO_FEW,)
+    works = (
+        Climb(t, halves and (halves[0].data.layer(t.layer), halves[1].data.layer(t.layer)))
+        for t in tasks
+    )
+    ladders = list(run.map(climb, works))
+    level_FL = crossed_levels(ladders)
+    gain_F = crossed_gains(ladders, level_FL)
+    error_F = [0.0, 0.0]
+    if sum(gain_F) > 0:
+        error_F = [
+            counting_error(ladders, f, level_FL[f]) if halves is None
+            else _request_error(tasks, ladders, f, level_FL[f], halves[1 - f], run)
+            for f in range(2)
+        ]
+    if not is_sure(gain_F, error_F):
+        return stay, [0.0] * len(tasks), ()
+    levels = chosen_levels(ladders)
+    gain_L = [float(x.gain_FK[:, k].mean()) for x, k in zip(ladders, levels, strict=True)]
+    return allowances(ladders, levels), gain_L, ()
+
+
+def _request_error(
+    tasks: list[LayerTask], ladders: list[Ladder], half: int, level_L: list[int], judging: Half,
+    run: Executor,
+) -> float:
+    """Standard error, over requests, of what half `half`'s searches gain on the other half."""
+    works = (
+        Redraw(t, judging.data.layer(t.layer), judging.redrawn, x.slots_FK[half][k])
+        for t, x, k in zip(tasks, ladders, level_L, strict=True) if k
+    )
+    gain_B = sum(run.map(redrawn_gain, works), np.zeros(1))
+    if len(gain_B) < 2:
+        return 0.0
+    return float(np.std(judging.redrawn.noise(gain_B), ddof=1))
 
 
 @dataclass(frozen=True)
-class _Ladder:
-    """One layer at rising budgets; index 0 is the layer as it stands.
-
-    cost_KW: objective on held-back steps; price: what the moves cost, in shares of the budget.
-    """
-
-    slots: tuple[SlotArray, ...]
-    budgets: tuple[float, ...]
-    prices: tuple[float, ...]
-    cost_KW: FloatArray
-    noise: float                     # standard error that counting alone gives the cost
-
-
-@dataclass(frozen=True)
-class _FinalTask:
+class _LastSearch:
     task: LayerTask
-    budget: float
+    most: float | None      # budget; None = stay
 
 
-def _climb(task: LayerTask) -> _Ladder:
-    """Search the layer at every budget, judge on steps (or counts) not searched on."""
-    searched, judging, noise = _halves(task)
-    assert task.start_GC is not None and task.move_price_E is not None
-    share = 1.0 / task.layers
-    slots, budgets, prices = [task.start_GC], [0.0], [0.0]
-    for level in LEVELS:
-        budget = min(1.0, level * share)
-        if task.expired() or budget < task.move_price_E.min():
-            continue
-        found = search_from(replace(searched, move_budget=budget), task.start_GC)
-        slots.append(found)
-        budgets.append(budget)
-        prices.append(_price(task.start_GC, found, task.move_price_E))
-    cost_KW = np.stack([_cost_W(judging, s) for s in slots])
-    return _Ladder(tuple(slots), tuple(budgets), tuple(prices), cost_KW, noise)
-
-
-def _cost_W(task: LayerTask, slots_GC: SlotArray) -> FloatArray:
-    """[W] the objective on steps held back; where nothing was, on all steps searched on."""
-    traffic = task.traffic
-    if traffic.trace is None:
-        return objective_W(task, slots_GC, None)
-    if traffic.validation is not None:
-        return objective_W(task, slots_GC, traffic.validation)
-    assert traffic.planning is not None
-    parts = [traffic.planning, *traffic.extra]
-    return np.concatenate([objective_W(task, slots_GC, steps) for steps in parts])
-
-
-def _halves(task: LayerTask) -> tuple[LayerTask, LayerTask, float]:
-    """(task to search, task to judge by, counting noise of the judge's cost).
-
-    With a trace the held-back steps judge. Whole counts without one are thinned: every token goes
-    to one half or the other by a fair coin, which makes the halves independent samples.
-    """
-    loads = task.traffic.load_WE
-    if loads is None:
-        return task, task, 0.0
-    whole = bool((loads == np.rint(loads)).all()) and loads.mean() >= FEWEST_COUNTS
-    if not whole:
-        return task, task, 0.0
-    rng = np.random.default_rng([task.seed, task.layer, 2])
-    first = rng.binomial(loads.astype(np.int64), 0.5).astype(np.float64)
-    per_device = float((loads - first).sum(axis=1).mean()) / task.cluster.num_devices
-
-    def half(part: FloatArray) -> LayerTask:
-        traffic = LayerTraffic(None, None, (), None, part, task.traffic.num_experts)
-        return replace(task, traffic=traffic)
-
-    return half(first), half(loads - first), 1.0 / np.sqrt(max(per_device, 1.0))
-
-
-def _finish(final: _FinalTask) -> LayerAnswer:
+def _finish(last: _LastSearch) -> LayerAnswer:
     """The layer searched on everything within its budget, experts that stay kept in their slots."""
-    task = final.task
+    task = last.task
     assert task.start_GC is not None
-    if final.budget == 0.0:
-        return answer_with(task, judged(task, "current", task.start_GC))
-    found = search_from(replace(task, move_budget=final.budget), task.start_GC)
-    found = keep_places(task.start_GC, found)
-    worse = np.nanmean(_cost_W(task, found)) >= np.nanmean(_cost_W(task, task.start_GC))
-    name, slots = ("current", task.start_GC) if worse else ("rebalance", found)
-    return answer_with(task, judged(task, name, slots))
+    stands = judged(task, "current", task.start_GC)
+    if last.most is None:
+        return answer_with(task, stands)
+    found = search_from(replace(task, move_budget=last.most), task.start_GC)
+    moved = judged(task, "rebalance", keep_places(task.start_GC, found))
+    name = task.objective
+    better = moved.decisive.objective(name) < stands.decisive.objective(name)
+    return answer_with(task, moved if better else stands)
+
+
+def _within(
+    answers: list[LayerAnswer], tasks: list[LayerTask], budget: Budget, gain_L: list[float]
+) -> list[LayerAnswer]:
+    """The answers, counted in whole moves and bytes; layers that gain least stay where it is over.
+
+    Budgets are searched in shares, whose sums round; this makes them hold.
+    """
+    sent_L = [
+        sent(t.start_GC, a.slots_GC) for t, a in zip(tasks, answers, strict=True)
+        if t.start_GC is not None
+    ]
+    kept = list(answers)
+    for layer in sorted(range(len(tasks)), key=lambda i: (gain_L[i], -i)):
+        if budget.covers([e for part in sent_L for e in part]):
+            break
+        if sent_L[layer]:
+            kept[layer] = _finish(_LastSearch(tasks[layer], None))
+            sent_L[layer] = []
+    return kept
 
 
 def keep_places(before_GC: SlotArray, after_GC: SlotArray) -> SlotArray:
@@ -202,89 +218,23 @@ def keep_places(before_GC: SlotArray, after_GC: SlotArray) -> SlotArray:
     return placed
 
 
-def _price(before_GC: SlotArray, after_GC: SlotArray, price_E: FloatArray) -> float:
-    total = 0.0
-    for before, after in zip(before_GC, after_GC, strict=True):
-        held = set(before.tolist())
-        total += sum(float(price_E[e]) for e in after.tolist() if e >= 0 and e not in held)
-    return total
-
-
-def _price_of_moves(
-    current: Plan, model: ModelSpec | None, max_moves: int | None, max_bytes: int | None
-) -> FloatArray:
-    """[E] share of the whole budget that sending each expert takes, the tighter of the two."""
-    for what, value in (("max_moves", max_moves), ("max_bytes", max_bytes)):
-        if value is not None and value < 0:
-            raise UsageError(f"{what} {value} must be at least 0")
-    if max_bytes is not None and (model is None or not (model.knows_sizes or model.expert_bytes)):
-        raise UsageError("max_bytes needs the experts' sizes: give model=ModelSpec, or max_moves")
-    if max_moves is None and max_bytes is None:
-        max_moves = int(DEFAULT_SHARE * int((current.slots >= 0).sum()))
-    price_E = np.zeros(current.num_experts)
-    if max_moves is not None:
-        price_E = np.maximum(price_E, 1.0 / max_moves if max_moves else np.inf)
-    if max_bytes is not None:
-        assert model is not None
-        bytes_E = model.bytes_per_expert_E().astype(np.float64)
-        price_E = np.maximum(price_E, bytes_E / max_bytes if max_bytes else np.inf)
-    return np.minimum(price_E, 1e9)
-
-
-def _share_budget(ladders: list[_Ladder]) -> list[int]:
-    """Level of each layer: always the step up with most gain per price that still fits."""
-    levels, left = [0] * len(ladders), 1.0 + 1e-9
-    while True:
-        best, best_rate = None, 0.0
-        for layer, ladder in enumerate(ladders):
-            mean_K = np.nanmean(ladder.cost_KW, axis=1) if ladder.cost_KW.size else np.zeros(1)
-            at = levels[layer]
-            for level in range(len(ladder.slots)):
-                gain = float(mean_K[at] - mean_K[level])
-                price = ladder.prices[level] - ladder.prices[at]
-                if gain <= 0 or price > left:
-                    continue
-                rate = gain / max(price, 1e-12)
-                if rate > best_rate:
-                    best, best_rate = (layer, level, price), rate
-        if best is None:
-            return levels
-        layer, level, price = best
-        levels[layer] = level
-        left -= price
-
-
-def _gain_is_sure(ladders: list[_Ladder], levels: list[int]) -> bool:
-    """Whether the mean gain over layers exceeds SURE standard errors of its noise."""
-    gain_LW = np.stack(
-        [ladder.cost_KW[0] - ladder.cost_KW[level]
-         for ladder, level in zip(ladders, levels, strict=True)]
-    )
-    gain = float(np.nanmean(gain_LW)) if np.isfinite(gain_LW).any() else 0.0
-    if gain <= 0:
-        return False
-    counting = float(np.sqrt(np.mean([x.noise**2 for x in ladders]) / len(ladders)))
-    gain_W = np.nanmean(gain_LW, axis=0)
-    steps = len(gain_W)
-    sampling = float(np.nanstd(gain_W, ddof=1) / np.sqrt(steps)) if steps > 1 else 0.0
-    return gain > SURE * float(np.hypot(counting, sampling))
-
-
 def _result(
     current: Plan,
     answers: list[LayerAnswer],
-    ladders: list[_Ladder],
+    gain_L: list[float],
     data: PlanningSteps,
     settings: Settings,
     digest: str,
     started: float,
+    notes: tuple[str, ...],
 ) -> PlanResult:
-    evidence = evidence_of(answers, data, settings)
+    """The plan, no wider than it must be; its moves, layers that gain most first."""
+    used = np.flatnonzero(np.any([a.slots_GC >= 0 for a in answers], axis=(0, 1)))
+    width = max(current.slots_per_device, int(used[-1]) + 1)
+    answers = [replace(a, slots_GC=a.slots_GC[:, :width]) for a in answers]
+    evidence = evidence_of(answers, data, settings, notes)
     made = assemble(answers, data, settings, "rebalance", digest, evidence)
     moves = current.moves_to(made)
-    gain_L = [
-        float(np.nanmean(x.cost_KW[0]) - min(np.nanmean(x.cost_KW, axis=1))) for x in ladders
-    ]
     moves.sort(key=lambda m: (-gain_L[m[0]], *m))
     truncated = settings.deadline is not None and time.time() > settings.deadline
     return PlanResult(

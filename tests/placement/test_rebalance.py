@@ -14,9 +14,12 @@ from loadmaster.errors import InputError, UsageError
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.cost import move_cost
 from loadmaster.placement.evaluate import evaluate
+from loadmaster.placement.ladders import Ladder, allowances, chosen_levels
+from loadmaster.placement.move_budget import Budget
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.planner import PlanResult, plan
 from loadmaster.placement.rebalance import keep_places, rebalance
+from loadmaster.placement.request_halves import request_halves
 from loadmaster.traces.profile import Profile
 from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
@@ -97,6 +100,55 @@ def test_a_budget_of_nothing_moves_nothing(nothing: dict[str, Any]) -> None:
     assert result.moves == () and result.plan.same_slots(STANDING)
 
 
+@pytest.mark.parametrize("seed", [0, 5])
+def test_gains_in_few_layers_do_not_stretch_the_budget(seed: int) -> None:
+    """Half the layers drifted: each wants more than its even share, and less than it first took."""
+    rng = np.random.default_rng(seed)
+    before_LE = zipf_shares(rng, 6, 32, 1.0, cap=1 / 8)
+    after_LE = before_LE * np.exp(0.5 * rng.standard_normal(before_LE.shape))
+    after_LE[3:] = before_LE[3:]
+    after_LE /= after_LE.sum(axis=1, keepdims=True)
+    counted = [
+        Profile.from_loads(np.stack([rng.multinomial(400_000, p) for p in x]))
+        for x in (before_LE, after_LE)
+    ]
+    cluster = Cluster.preset("h100", devices_per_node=8, slots_per_device=5)
+    standing = plan(counted[0], cluster, dispatch="even", effort="fast").plan
+    moved = rebalance(standing, counted[1], cluster, dispatch="even", max_moves=18, effort="fast")
+    assert 0 < len(moved.moves) <= 18
+
+
+def test_bytes_are_counted_whole() -> None:
+    """Shares of a budget round; a byte too many is still too many."""
+    budget = Budget(moves=None, bytes=10**15, bytes_E=np.array([10**15 // 3, 10**15 // 3 + 1]))
+    assert budget.covers([0, 0, 1]) and not budget.covers([0, 1, 1])
+    assert Budget(moves=2, bytes=None, bytes_E=None).covers([5, 5])
+    assert not Budget(moves=2, bytes=None, bytes_E=None).covers([5, 5, 5])
+
+
+def ladder_of(gains: list[float], prices: list[float], budgets: tuple[float, ...]) -> Ladder:
+    cost_KW = 2.0 - np.array([gains]).T
+    return Ladder(budgets, ((), ()), np.array([prices, prices]), (cost_KW, cost_KW), 0.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_last_searches_get_together_no_more_than_the_whole(data: st.DataObject) -> None:
+    fraction = st.floats(0, 1)
+    ladders = []
+    for _ in range(data.draw(st.integers(1, 5))):
+        budgets = (0.0, *sorted(data.draw(st.lists(fraction, min_size=2, max_size=2))))
+        prices = [budget * data.draw(fraction) for budget in budgets]
+        gains = [0.0, *data.draw(st.lists(st.floats(-1, 1), min_size=2, max_size=2))]
+        ladders.append(ladder_of(gains, prices, budgets))
+    levels = chosen_levels(ladders)
+    allowed = allowances(ladders, levels)
+    assert sum(most for most in allowed if most is not None) <= 1 + 1e-8
+    for ladder, level, most in zip(ladders, levels, allowed, strict=True):
+        assert (most is None) == (level == 0)
+        assert most is None or ladder.price_FK[0, level] <= most * (1 + 1e-9)
+
+
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 99), budget=st.integers(0, 12))
 def test_whatever_stood_before_the_budget_is_kept_and_the_plan_sound(
@@ -115,7 +167,87 @@ def test_whatever_stood_before_the_budget_is_kept_and_the_plan_sound(
     assert result.evidence.bound <= result.evidence.objective
 
 
+# ---- clusters and plans of different widths -----------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [6, 8])
+@pytest.mark.parametrize("dispatch", ["balanced", "even"])
+@pytest.mark.parametrize("source", [NEW, Profile.from_loads(NEW.load_LE())])
+def test_a_plan_narrower_than_the_cluster_may_use_all_its_slots(
+    slots: int, dispatch: str, source: Any
+) -> None:
+    wider = Cluster.preset("h100", devices_per_node=4, slots_per_device=slots)
+    moved = rebalance(
+        STANDING, source, wider, steps=STEPS, effort="fast", max_moves=20, dispatch=dispatch
+    )
+    assert 0 < len(moved.moves) <= 20
+    assert 5 <= moved.plan.slots_per_device <= slots
+    kept = rebalance(STANDING, source, wider, steps=STEPS, effort="fast", max_moves=0)
+    assert kept.moves == () and kept.plan.same_slots(STANDING)
+
+
+def test_experts_beyond_a_devices_own_slots_move_into_them() -> None:
+    """Device 3 has 3 slots, the standing plan is 5 wide and uses the last."""
+    short = CLUSTER.devices[3].model_copy(update={"slots": 3})
+    uneven = Cluster(devices=(*CLUSTER.devices[:3], short), hardware=CLUSTER.hardware)
+    standing_GC = np.array(
+        [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 0], [-1, 14, -1, -1, 15]]
+    )
+    standing = Plan(np.stack([standing_GC, standing_GC]), num_experts=EXPERTS)
+    for budget in (0, 6):
+        made = rebalance(
+            standing, NEW, uneven, steps=STEPS, effort="fast", max_moves=budget
+        ).plan
+        assert (made.slots[:, 3, 3:] == -1).all()
+    held = standing_GC.copy()
+    held[3] = [1, 14, -1, 2, 15]
+    with pytest.raises(InputError, match="fills 4 slots of device 3 in layer 0, the cluster has 3"):
+        rebalance(
+            Plan(np.stack([held, held]), num_experts=EXPERTS), NEW, uneven, steps=STEPS
+        )
+
+
 # ---- nothing for nothing ----------------------------------------------------------------------
+
+
+def of_one_kind(tokens: int, seed: int) -> Any:
+    """Long requests that use the same experts throughout: a few of them tell little of others."""
+    share_LE = zipf_shares(np.random.default_rng(1), LAYERS, EXPERTS, 0.8, cap=1 / TOP_K)
+    return synth_trace(
+        share_LE=share_LE, top_k=TOP_K, tokens=tokens, request_tokens=100, block_share=1.0,
+        seed=seed,
+    )
+
+
+def test_a_few_requests_of_the_same_kind_do_not_make_others_worse() -> None:
+    """Their steps agree with each other, because they share requests, and with nothing else."""
+    standing = plan(of_one_kind(12_000, 1), CLUSTER, steps=STEPS, effort="fast").plan
+    rest = of_one_kind(12_000, 2)
+    for tokens, seed in ((800, 10), (1600, 10), (1600, 12), (2400, 12)):
+        moved = quick(of_one_kind(tokens, seed), standing, max_moves=8)
+        if tokens < 1000:
+            assert moved.moves == ()
+            assert any("too few requests" in note for note in moved.evidence.notes)
+        before, after = (
+            evaluate(p, rest, CLUSTER, steps=STEPS).imbalance_mean for p in (standing, moved.plan)
+        )
+        assert after <= before
+
+
+def test_halves_share_no_request_and_use_all_of_them() -> None:
+    halves = request_halves(NEW, STEPS, seed=0)
+    assert halves is not None
+    requests = [set(half.data.trace.request_T().tolist()) for half in halves]
+    assert not requests[0] & requests[1]
+    assert requests[0] | requests[1] == set(NEW.request_T().tolist())
+    for half in halves:
+        assert half.data.validation is None and len(half.data.planning) >= 2
+
+
+def test_halves_that_fill_no_step_are_judged_on_smaller_ones() -> None:
+    halves = request_halves(trace_of(2, tokens=900), StepSampler(tokens=512), seed=0)
+    assert halves is not None
+    assert all(np.diff(half.data.planning.offset).max() <= 450 for half in halves)
 
 
 @pytest.mark.parametrize("draw", [1, 2, 3])
