@@ -59,7 +59,9 @@ def _cut(part: RoutingTrace, sampler: StepSampler, seed: int) -> Half | None:
     whole = data.planning if data.validation is None else joined(data.planning, data.validation)
     few = whole.take(np.arange(min(len(whole), MOST_REDRAWN)))
     redrawn = redraw(part, sampler, few, seed)
-    return None if redrawn is None else Half(replace(data, planning=whole, validation=None), redrawn)
+    if redrawn is None:         # too few requests, or too few tokens in most draws
+        return None
+    return Half(replace(data, planning=whole, validation=None), redrawn)
 
 
 def joined(first: Steps, second: Steps) -> Steps:
