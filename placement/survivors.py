@@ -3,7 +3,8 @@
 Every expert covered on the devices that are left, with the fewest weights sent: one for each expert
 that lost its last copy, nothing else moved. No trace is asked for, so nothing here knows load or
 time; a planner with a trace does better afterwards. Equal (plan, lost devices, limits) give equal
-slots, so that all survivors can compute it alone. Knows slots.
+slots, so that all survivors can compute it alone. Knows slots and, with a model, bytes
+(`survivors_memory.py`).
 """
 
 from __future__ import annotations
@@ -15,18 +16,27 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InfeasibleError
+from ..traces.spec import ModelSpec
 from .cluster import Cluster
 from .plan import EMPTY, Plan, Provenance
+from .survivors_memory import cover_within, device_bytes
 
 SlotArray = npt.NDArray[np.int16]
 IntArray = npt.NDArray[np.int64]
 
 
-def survivors_plan(plan: Plan, lost: frozenset[int], cluster: Cluster) -> Plan:
+NOT_COUNTED = "expert_memory_bytes not counted: give the model, for its sizes"
+
+
+def survivors_plan(
+    plan: Plan, lost: frozenset[int], cluster: Cluster, model: ModelSpec | None = None
+) -> Plan:
     """The plan on the same devices with the lost ones' slots empty and every expert covered.
 
-    See `cover_layer` for what goes where. Raises InfeasibleError where the survivors have fewer
-    slots than experts.
+    See `cover_layer` for what goes where; where that takes more than a device's
+    expert_memory_bytes, `cover_within`. Without a model sizes are unknown, and the plan's notes say
+    that memory was not counted. Raises InfeasibleError where the survivors have fewer slots than
+    experts, or not the memory.
     """
     alive = _alive(plan, lost)
     width = max(plan.slots_per_device, int(cluster.slots_G.max()))
@@ -36,9 +46,21 @@ def survivors_plan(plan: Plan, lost: frozenset[int], cluster: Cluster) -> Plan:
             plan.slots[layer, alive], plan.num_experts, cluster.slots_G[alive], layer
         )
         slots[layer, alive, : covered.shape[1]] = covered
+    notes = [f"lost devices {sorted(lost)}"]
+    memory = [cluster.devices[g].expert_memory_bytes for g in alive.tolist()]
+    sized = model is not None and (model.knows_sizes or model.expert_bytes is not None)
+    if sized and model is not None:
+        most_G = np.array([np.inf if own is None else own for own in memory])
+        size_E = model.bytes_per_expert_E()
+        if (device_bytes(slots[:, alive], size_E) > most_G).any():
+            standing = np.full_like(slots[:, alive], EMPTY)
+            standing[:, :, : plan.slots_per_device] = plan.slots[:, alive]
+            slots[:, alive] = cover_within(standing, cluster.slots_G[alive], size_E, most_G, alive)
+    elif any(own is not None for own in memory):
+        notes.append(NOT_COUNTED)
     return dataclasses.replace(
         plan, slots=slots, evidence=None,
-        provenance=Provenance(method="survivors", notes=(f"lost devices {sorted(lost)}",)),
+        provenance=Provenance(method="survivors", notes=tuple(notes)),
     )
 
 

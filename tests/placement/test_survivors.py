@@ -14,6 +14,7 @@ from loadmaster.errors import InfeasibleError
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.survivors import plan_without, survivors_plan
+from loadmaster.traces.spec import ModelSpec
 
 
 def plan_of(*layers: list[list[int]], experts: int) -> Plan:
@@ -113,3 +114,82 @@ def test_no_survivor_at_all_is_refused() -> None:
                      lambda: plan_without(plan, [0, 1])):
         with pytest.raises(InfeasibleError, match="all 2 devices are lost"):
             lose_all()
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+def model_of(layers: int, *sizes: int) -> ModelSpec:
+    return ModelSpec(
+        name="m", num_layers=layers, num_experts=len(sizes), top_k=1, expert_bytes=sizes
+    )
+
+
+def with_memory(slots: int, *limits: int | None) -> Cluster:
+    plain = cluster_of(len(limits), slots)
+    devices = tuple(
+        d.model_copy(update={"expert_memory_bytes": n})
+        for d, n in zip(plain.devices, limits, strict=True)
+    )
+    return Cluster(devices=devices, hardware=plain.hardware)
+
+
+def bytes_of(plan: Plan, model: ModelSpec) -> list[int]:
+    return (plan.copies_LGE().sum(axis=0) @ model.bytes_per_expert_E()).tolist()
+
+
+def test_an_orphan_goes_where_memory_is_left() -> None:
+    """By slots alone device 0 would take it; its memory is full."""
+    plan = plan_of([[0, 1, -1], [2, -1, -1], [3, -1, -1]], experts=4)
+    model = model_of(1, 10, 10, 10, 10)
+    after = survivors_plan(plan, frozenset([2]), with_memory(3, 20, 20, 99), model)
+    assert after.slots[0].tolist() == [[0, 1, -1], [2, 3, -1], [-1, -1, -1]]
+    unlimited = survivors_plan(plan, frozenset([2]), with_memory(3, None, None, 99), model)
+    assert unlimited.same_slots(survivors_plan(plan, frozenset([2]), cluster_of(3, 3)))
+
+
+def test_replicas_of_other_layers_make_way_for_an_orphan() -> None:
+    """Layer 0 loses expert 1; every byte is taken, two of them by layer 1's second copies."""
+    plan = plan_of([[0, -1], [-1, -1], [1, -1]], [[0, 1], [0, 1], [-1, -1]], experts=2)
+    model = model_of(2, 10, 10)
+    after = survivors_plan(plan, frozenset([2]), with_memory(2, 30, 20, 30), model)
+    assert after.slots[0, 1].tolist() == [1, -1] or after.slots[0, 0].tolist() == [0, 1]
+    assert len(plan.moves_to(after)) == 1
+    assert all(held <= most for held, most in zip(bytes_of(after, model), [30, 20, 0], strict=True))
+
+
+def test_memory_that_cannot_hold_every_expert_is_refused() -> None:
+    plan = plan_of([[0, 1], [2, -1], [3, -1]], experts=4)
+    model = model_of(1, 10, 10, 10, 10)
+    with pytest.raises(InfeasibleError, match="hold 5 fewer"):
+        survivors_plan(plan, frozenset([2]), with_memory(3, 20, 15, 99), model)
+    with pytest.raises(InfeasibleError, match="layer 0: no surviving device has a slot and 10"):
+        survivors_plan(plan, frozenset([2]), with_memory(3, 25, 15, 99), model)
+
+
+def test_without_a_model_memory_is_not_counted_and_that_is_said() -> None:
+    plan = plan_of([[0, 1], [2, -1], [3, -1]], experts=4)
+    after = survivors_plan(plan, frozenset([2]), with_memory(3, 20, 15, 99))
+    assert any("expert_memory_bytes not counted" in note for note in after.provenance.notes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_survivors_keep_to_their_memory_or_refuse(data: st.DataObject) -> None:
+    """Two layers; what stands fits, so only orphans can break a limit."""
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=3, max_size=3))
+    model = model_of(2, *sizes)
+    layers = []
+    for _ in range(2):
+        spare = data.draw(st.lists(st.integers(-1, 2), min_size=3, max_size=3))
+        layers.append(np.array(data.draw(st.permutations([0, 1, 2, *spare]))).reshape(3, 2))
+    plan = Plan(np.stack(layers), num_experts=3)
+    lost = data.draw(st.integers(0, 2))
+    extra = data.draw(st.lists(st.integers(0, 6), min_size=3, max_size=3))
+    limits = [max(1, held + more) for held, more in zip(bytes_of(plan, model), extra, strict=True)]
+    try:
+        after = survivors_plan(plan, frozenset([lost]), with_memory(3, *limits), model)
+    except InfeasibleError:
+        return
+    assert (after.slots[:, lost] == -1).all()
+    assert all(held <= most for held, most in zip(bytes_of(after, model), limits, strict=True))
