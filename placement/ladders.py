@@ -33,26 +33,28 @@ class Ladder:
     """One layer at rising budgets; index 0 is the layer as it stands.
 
     slots_FK[f][k]: searched on half f. price_FK: what its moves cost, in shares of the budget.
-    cost_FKW[f]: [K, W] its objective on the other half's steps. counting: standard error of a
-    device's level there, known of average loads; of requests `redrawn_gain` tells.
+    cost_FKW[f]: [K, W] its objective on the other half's steps. wide_FK: its mean objective on
+    those and on steps of other concurrencies: where all steps are balanced already, these still
+    tell how much a placement can take. counting: standard error of a device's level, known of
+    average loads; of requests `redrawn_gain` tells.
     """
 
     budgets: tuple[float, ...]
     slots_FK: tuple[tuple[SlotArray, ...], ...]
     price_FK: FloatArray
     cost_FKW: tuple[FloatArray, ...]
+    wide_FK: FloatArray
     counting: float
 
     def gain_W(self, half: int, level: int) -> FloatArray:
         """Of a level over standing still, step by step; 0 in steps without tokens."""
         cost_KW = self.cost_FKW[half]
-        return np.nan_to_num(cost_KW[0] - cost_KW[level])
+        return np.asarray(np.nan_to_num(cost_KW[0] - cost_KW[level]), np.float64)
 
     @property
     def gain_FK(self) -> FloatArray:
-        """The same, mean over steps."""
-        levels = range(len(self.budgets))
-        return np.array([[self.gain_W(f, k).mean() for k in levels] for f in range(2)])
+        """Of every level over standing still, by which levels are chosen."""
+        return self.wide_FK[:, :1] - self.wide_FK
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Climb:
         assert task.start_GC is not None and task.move_price_E is not None
         halves, counting = (self.halves, 0.0) if self.halves else _thinned(task)
         budgets = budgets_of(task.move_price_E, task.layers)
-        slots_FK, price_FK, cost_FKW = [], [], []
+        slots_FK, price_FK, cost_FKW, wide_FK = [], [], [], []
         for searched, judging in (halves, halves[::-1]):
             slots_K = [task.start_GC]
             for budget in budgets[1:]:
@@ -81,10 +83,22 @@ class Climb:
             price_FK.append(
                 [float(task.move_price_E[sent(task.start_GC, s)].sum()) for s in slots_K]
             )
-            cost_FKW.append(
-                np.stack([objective_W(judge, s, judging.planning) for s in slots_K])
-            )
-        return Ladder(budgets, tuple(slots_FK), np.array(price_FK), tuple(cost_FKW), counting)
+            cost_KW, wide_K = zip(*(judged_on(judge, s) for s in slots_K), strict=True)
+            cost_FKW.append(np.stack(cost_KW))
+            wide_FK.append(wide_K)
+        return Ladder(
+            budgets, tuple(slots_FK), np.array(price_FK), tuple(cost_FKW), np.array(wide_FK),
+            counting,
+        )
+
+
+def judged_on(task: LayerTask, slots_GC: SlotArray) -> tuple[FloatArray, float]:
+    """(objective in each of the task's steps, its mean on them and on the extra ones)."""
+    traffic = task.traffic
+    cost_W = objective_W(task, slots_GC, traffic.planning)
+    wide_W = np.concatenate([cost_W, *(objective_W(task, slots_GC, x) for x in traffic.extra)])
+    used = np.isfinite(wide_W)
+    return cost_W, float(wide_W[used].mean()) if used.any() else 0.0
 
 
 def climb(work: Climb) -> Ladder:
@@ -186,7 +200,7 @@ def crossed_levels(ladders: list[Ladder]) -> tuple[list[int], list[int]]:
 def crossed_gains(ladders: list[Ladder], levels_FL: tuple[list[int], list[int]]) -> list[float]:
     """[F] gain over all layers at these levels."""
     return [
-        sum(float(x.gain_FK[f, k]) for x, k in zip(ladders, levels_FL[f], strict=True))
+        sum(float(x.gain_W(f, k).mean()) for x, k in zip(ladders, levels_FL[f], strict=True))
         for f in range(2)
     ]
 
@@ -223,4 +237,4 @@ def counting_error(ladders: list[Ladder], half: int, level_L: list[int]) -> floa
 
 def is_sure(gain_F: list[float], error_F: list[float]) -> bool:
     """Whether the mean of both gains exceeds SURE of its standard errors."""
-    return float(np.mean(gain_F)) > SURE * float(np.hypot(*error_F)) / 2
+    return float(np.mean(gain_F)) > SURE * float(np.hypot(error_F[0], error_F[1])) / 2

@@ -93,7 +93,7 @@ def _kept(current: Plan, copies_G: IntArray, slots_G: IntArray) -> IntArray:
     held_LG = (current.slots >= 0).sum(axis=2)
     left_G = copies_G - np.minimum(held_LG, slots_G).sum(axis=0)
     _require_memory(held_LG.sum(axis=0), copies_G, "experts")
-    slots_LG = np.minimum(held_LG, slots_G).astype(np.int64)
+    slots_LG: IntArray = np.minimum(held_LG, slots_G).astype(np.int64)
     for g in range(len(slots_G)):
         for _ in range(int(left_G[g])):
             layer = int(np.argmin(slots_LG[:, g]))

@@ -128,7 +128,8 @@ def test_bytes_are_counted_whole() -> None:
 
 def ladder_of(gains: list[float], prices: list[float], budgets: tuple[float, ...]) -> Ladder:
     cost_KW = 2.0 - np.array([gains]).T
-    return Ladder(budgets, ((), ()), np.array([prices, prices]), (cost_KW, cost_KW), 0.0)
+    wide_FK = np.tile(cost_KW.T, (2, 1))
+    return Ladder(budgets, ((), ()), np.array([prices, prices]), (cost_KW, cost_KW), wide_FK, 0.0)
 
 
 @settings(max_examples=50, deadline=None)
