@@ -2,115 +2,41 @@
 
 Knows a group's trace and measurements, and asks `placement/policy.py` when to look and whether to
 switch. Knows nothing of how plans are found or applied. It never applies what it has not simulated
-on recorded traffic, and goes back when a switch measures worse than staying would have.
+on recorded traffic with times measured here, and goes back when a switch measures worse than
+staying would have. Where prefill and decode run under plans of their own, it looks at the phase
+that takes more time and leaves the other's plan alone.
 
 Every window ends in one `Entry`: apply, leave it, not enough data, or cannot; with its numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-import numpy as np
 
 from ..errors import LoadmasterError
 from ..placement.cluster import Cluster
 from ..placement.comparison import Comparison, compare
 from ..placement.plan import Plan
 from ..placement.planner import PlanResult, plan
-from ..placement.policy import Observation, Policy
+from ..placement.policy import Decision, Observation
 from ..placement.rebalance import rebalance
 from ..traces.drift import drift
 from ..traces.merge import concatenate
-from ..traces.spec import ModelSpec
 from ..traces.trace import RoutingTrace
-from .demo_measure import RECORDED, predicted
-from .expert_fit import ExpertFit, fit_kernel, machine, scale_to_live
-from .step_log import Measurements
-from .switch import ApplyReport
+from .advice import new_experts, resized, with_phase
+from .decisions import Answer, Control, ControlledGroup, Entry, Standing
+from .demo_measure import RECORDED
+from .expert_fit import ExpertFit
+from .live_times import LiveTimes, Promise, stalls
+from .tables import PhasePlans
+from .windows import Taken, Window, take_window
 
-Answer = Literal["apply", "leave it", "not enough data", "cannot"]
-
-_FEWEST_STEPS_TO_FIT = 6
-
-
-class ControlledGroup(Protocol):
-    """What the controller needs of a group; `workers.group.Group` is one."""
-
-    @property
-    def plan(self) -> Plan: ...
-
-    @property
-    def epoch(self) -> int: ...
-
-    @property
-    def step(self) -> int: ...
-
-    @property
-    def model_spec(self) -> ModelSpec: ...
-
-    def record(self, on: bool) -> None: ...
-
-    def trace(self, *, take: bool = False) -> RoutingTrace: ...
-
-    def measurements(self, after_step: int = 0) -> Measurements: ...
-
-    def apply(self, plan: Plan, decode: Plan | None = None, *, epoch: int | None = None
-              ) -> ApplyReport: ...
-
-
-@dataclass(frozen=True)
-class Control:
-    """How the loop runs.
-
-    window_steps: steps per window. windows_kept: how many windows a plan is made from.
-    candidates: `rebalance` moves a few experts from the plan in force, `replan` starts afresh.
-    max_moves: budget of one switch; None = rebalance's own. planning_shares_cores: the planner's
-    CPU time is taken from the ranks (one machine), so it counts as a cost of looking.
-    worse_by: share of a step by which a switch may measure worse than promised before it is undone.
-    advise_only: decide and log, change nothing.
-    """
-
-    policy: Policy = field(default_factory=Policy)
-    window_steps: int = 32
-    windows_kept: int = 2
-    candidates: Literal["rebalance", "replan"] = "rebalance"
-    max_moves: int | None = None
-    effort: str = "fast"
-    planning_shares_cores: bool = False
-    worse_by: float = 0.01
-    advise_only: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One decision, with what it was based on."""
-
-    step: int
-    answer: Answer
-    reason: str
-    numbers: dict[str, float]
-    rolled_back: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class _Promise:
-    """A switch that has been made and not yet judged."""
-
-    before: Plan
-    gain_us: float
-    cluster: Cluster          # with the times measured before the switch
-    error: float              # of those times, relative
+_FEWEST_STEPS = 6      # to fit this machine's times, or to judge a switch
 
 
 class Controller:
@@ -120,7 +46,7 @@ class Controller:
         self,
         group: ControlledGroup,
         cluster: Cluster,
-        control: Control = Control(),
+        control: Control = Control(),  # noqa: B008  (frozen)
         *,
         kernel: ExpertFit | None = None,
         log: Path | None = None,
@@ -135,218 +61,260 @@ class Controller:
         self._log = log
         self._on_entry = on_entry
         self.entries: list[Entry] = []
+        self._spec = group.model_spec
+        self._times = LiveTimes(self._spec, cluster, kernel)
         self._windows: list[RoutingTrace] = []
         self._planned_for: RoutingTrace | None = None
-        self._kernel = kernel
-        self._seen_step = group.step
-        self._last_look = group.step
+        self._standing = Standing.of(group)
+        self._taken_step = self._seen_step = self._last_look = self._standing.step
+        self._tokens_since_switch = 0
         self._rollbacks = 0
-        self._promise: _Promise | None = None
+        self._promise: Promise | None = None
         self._us_per_byte = 1e-3          # until a switch has been measured: 1 GB/s
-        self._spec = group.model_spec
+        self._recording = False
+        self._trouble = ""
+        self._began = 0.0                 # CPU time of this process when the tick began
+
+    # ---- the loop --------------------------------------------------------------------------
 
     def run(self, windows: int | None = None, *, poll_s: float = 0.2) -> list[Entry]:
-        """Tick after every window, `windows` times or until interrupted. Recording goes on."""
-        self._group.record(True)
+        """Tick after every window, `windows` times or until interrupted. Recording goes on.
+
+        A group that does not answer is asked again; that it did not is an entry.
+        """
         done = 0
         while windows is None or done < windows:
-            while self._group.step - self._seen_step < self._control.window_steps:
+            if self.due():
+                self.tick()
+                done += 1
+            else:
                 time.sleep(poll_s)
-            self.tick()
-            done += 1
         return self.entries
+
+    def due(self) -> bool:
+        """Whether a window has passed. Turns recording on, and on again after a group lost it."""
+        try:
+            if not self._recording:
+                self._group.record(True)
+                self._recording = True
+            step = Standing.of(self._group).step
+        except LoadmasterError as error:
+            if str(error) != self._trouble:     # said once, not at every poll
+                self._trouble = str(error)
+                self._note("cannot", self._trouble, {})
+            return False
+        self._trouble = ""
+        if step < self._seen_step:              # a new coordinator counts afresh
+            self._taken_step = self._seen_step = self._last_look = step
+            self._recording = False
+        return step - self._seen_step >= self._control.window_steps
 
     def tick(self) -> Entry:
         """Take the window that has passed since the last tick, and decide."""
-        measured = self._group.measurements(self._seen_step)
-        self._seen_step = self._group.step
+        self._began = time.process_time()
         try:
-            window = self._group.trace(take=True)
+            self._standing = Standing.of(self._group)
+            self._seen_step = self._standing.step
         except LoadmasterError as error:
-            return self._note("not enough data", str(error), {})
-        measured = measured.take(np.isin(measured.step, np.unique(_steps_of(window))))
-        self._keep(window)
+            return self._note("cannot", str(error), {})
         try:
-            return self._decide(window, measured)
+            taken = take_window(self._group, self._taken_step)
+        except LoadmasterError as error:
+            self._recording = False
+            return self._note("not enough data", str(error), {})
+        self._taken_step = taken.last_step
+        try:
+            return self._decide(taken)
         except LoadmasterError as error:
             return self._note("cannot", str(error), {})
 
     # ---- deciding --------------------------------------------------------------------------
 
-    def _decide(self, window: RoutingTrace, measured: Measurements) -> Entry:
-        cluster, numbers = self._calibrated(window, measured)
-        if self._promise is not None:
-            undone = self._judge_promise(self._promise, window, measured, numbers)
-            self._promise = None
-            if undone is not None:
-                return undone
-        seen = self._observe(window, numbers)
+    def _decide(self, taken: Taken) -> Entry:
+        standing = self._standing
+        traffic = self._adapted(taken)
+        under = taken.whole.of_epoch(standing.epoch)
+        phase = under.busier_phase() if standing.plans.apart else None
+        live = under.of_phase(phase)
+        self._keep(traffic, live)
+        numbers = self._figures(traffic, live)
+        undone = self._settle(under, numbers)
+        if undone is not None:
+            return undone
+        if self._control.policy.name != "never" and live.steps >= _FEWEST_STEPS:
+            numbers["fit_error"] = self._times.measure(live, _plan_of(standing.plans, phase))
+        seen = self._observe(traffic, numbers)
         first = self._control.policy.decide(seen)
         if first.action == "keep":
             answer: Answer = "not enough data" if "not enough data" in first.reason else "leave it"
             return self._note(answer, first.reason, numbers)
-        self._last_look = self._group.step
-        began = time.process_time()
-        found = self._candidate(cluster)
-        planning_us = (time.process_time() - began) * 1e6
-        current = self._group.plan
-        table = compare(
-            {"now": current, "new": found.plan}, self._judging(), cluster, steps=RECORDED,
-            model=self._spec, current="now", seed=self._control.seed,
-        )
-        moves = len(current.moves_to(found.plan))
-        seen = self._with_gain(seen, table, moves, planning_us, numbers)
-        second = self._control.policy.decide(seen)
+        if not self._times.measured:
+            return self._note(
+                "not enough data", f"{live.steps} steps measured under the plan in force, "
+                f"{_FEWEST_STEPS} in one window are needed to know this machine's times", numbers,
+            )
+        target, second = self._look(seen, phase, numbers)
         if second.action != "switch":
             return self._note("leave it", second.reason, numbers)
         if not self._control.advise_only:
-            self._switch(current, found.plan, numbers)
+            self._switch(target, phase, numbers)
         return self._note("apply", second.reason, numbers)
 
-    def _observe(self, window: RoutingTrace, numbers: dict[str, float]) -> Observation:
+    def _adapted(self, taken: Taken) -> RoutingTrace:
+        """The window's traffic. Where the number of ranks changed, only what ran since; all that
+        was known of the ranks before is forgotten."""
+        current = self._standing.plans.prefill
+        cluster = resized(self._cluster, current.num_devices, current.slots_per_device)
+        if not self._times.adapt(cluster):
+            return taken.trace
+        self._windows, self._planned_for, self._promise = [], None, None
+        self._tokens_since_switch = 0
+        return taken.whole.of_epoch(self._standing.epoch).trace
+
+    def _figures(self, traffic: RoutingTrace, live: Window) -> dict[str, float]:
+        numbers = {"tokens": float(traffic.num_tokens), "steps": float(live.steps)}
+        if live.steps:
+            numbers["critical_us"] = float(live.measured.critical_us.mean())
+        dropped = float(live.measured.dropped.sum())
+        if dropped:
+            numbers["dropped_share"] = dropped / (dropped + float(live.measured.tokens.sum()))
+        return numbers
+
+    def _observe(self, traffic: RoutingTrace, numbers: dict[str, float]) -> Observation:
         bits, floor = None, 0.0
-        if self._planned_for is not None:
-            moved = drift(self._planned_for, window, seed=self._control.seed, shuffles=50)
+        asked = self._control.policy.name != "never"
+        if asked and self._planned_for is not None and traffic.num_tokens:
+            moved = drift(self._planned_for, traffic, seed=self._control.seed, shuffles=50)
             bits, floor = moved.bits, moved.floor_bits or 0.0
             numbers |= {"drift_bits": bits, "drift_floor_bits": floor}
-        tokens = sum(w.num_tokens for w in self._windows)
         return Observation(
-            step=self._group.step,
+            step=self._standing.step,
             last_look_step=self._last_look,
-            tokens_since_switch=tokens,
+            tokens_since_switch=self._tokens_since_switch,
             drift_bits=bits,
             drift_floor_bits=floor,
             rollbacks=self._rollbacks,
         )
 
-    def _candidate(self, cluster: Cluster) -> PlanResult:
+    def _look(
+        self, seen: Observation, phase: int | None, numbers: dict[str, float]
+    ) -> tuple[PhasePlans, Decision]:
+        """A candidate for one phase (None: both), and whether to switch to it."""
+        standing = self._standing.plans
+        self._last_look = self._standing.step
+        cluster, current = self._times.cluster, _plan_of(standing, phase)
+        traffic = concatenate(self._windows)
+        if phase is not None and traffic.phase is not None:
+            traffic = traffic.select(traffic.phase == phase)
+        planning, judging = traffic.split(0.5, by="request", seed=self._control.seed)
+        began = time.process_time()
+        found = self._candidate(current, planning, cluster)
+        numbers["planning_us"] = (time.process_time() - began) * 1e6
+        table = compare(
+            {"now": current, "new": found.plan}, judging, cluster, steps=RECORDED,
+            model=self._spec, current="now", seed=self._control.seed,
+        )
+        target = with_phase(standing, found.plan, phase)
+        moves = len(new_experts(standing, target))
+        return target, self._control.policy.decide(self._with_gain(seen, table, moves, numbers))
+
+    def _candidate(self, current: Plan, traffic: RoutingTrace, cluster: Cluster) -> PlanResult:
         """A better plan for the older part of the traffic kept; the newer part judges it."""
-        trace, current = self._planning(), self._group.plan
-        if self._control.candidates == "replan":
+        control, model = self._control, self._spec
+        if control.candidates == "replan":
             return plan(
-                trace, cluster, objective="time", model=self._spec, steps=RECORDED,
-                dispatch=current.dispatch, seed=self._control.seed, effort=self._control.effort,
+                traffic, cluster, objective="time", model=model, steps=RECORDED,
+                dispatch=current.dispatch, seed=control.seed, effort=control.effort,
             )
         return rebalance(
-            current, trace, cluster, objective="time", model=self._spec, steps=RECORDED,
-            max_moves=self._control.max_moves, seed=self._control.seed,
-            effort=self._control.effort,
+            current, traffic, cluster, objective="time", model=model, steps=RECORDED,
+            max_moves=control.max_moves, seed=control.seed, effort=control.effort,
         )
 
     def _with_gain(
-        self,
-        seen: Observation,
-        table: Comparison,
-        moves: int,
-        planning_us: float,
-        numbers: dict[str, float],
+        self, seen: Observation, table: Comparison, moves: int, numbers: dict[str, float]
     ) -> Observation:
+        """The gain against what a switch costs: sending experts, and looking where that takes
+        the ranks' time."""
         now, new = table.row("now"), table.row("new")
         gain = now.metric - new.metric
         low = -new.change_high_percent / 100.0 * now.metric
         move_bytes = moves * float(self._spec.bytes_per_expert_E()[0])
         move_us = move_bytes * self._us_per_byte
-        if self._control.planning_shares_cores:
-            move_us += planning_us
+        looking_us = (time.process_time() - self._began) * 1e6
+        cost_us = move_us + (looking_us if self._control.planning_shares_cores else 0.0)
         numbers |= {
             "step_now_us": now.metric, "step_new_us": new.metric, "gain_us": gain,
             "gain_low_us": low, "moves": float(moves), "move_bytes": move_bytes,
-            "move_us": move_us, "planning_us": planning_us,
+            "move_us": move_us, "looking_us": looking_us, "cost_us": cost_us,
         }
         return dataclasses.replace(
-            seen, gain_us=gain, gain_low_us=low, move_us=move_us, moves=moves
+            seen, gain_us=gain, gain_low_us=low, move_us=cost_us, moves=moves
         )
 
     # ---- acting ----------------------------------------------------------------------------
 
-    def _switch(self, before: Plan, target: Plan, numbers: dict[str, float]) -> None:
-        report = self._group.apply(target, epoch=self._group.epoch)
-        steps = self._group.measurements(self._seen_step)
-        stall_us = float(steps.stage_us.max(axis=1, initial=0.0).sum()) if len(steps.step) else 0.0
-        if report.moved_bytes and stall_us:
-            self._us_per_byte = stall_us / report.moved_bytes
-        numbers |= {"stage_us": stall_us, "commit_us": report.commit_us}
-        error = numbers.get("fit_error", 0.0)
-        self._promise = _Promise(before, numbers["gain_us"], self._cluster, error)
+    def _switch(self, target: PhasePlans, phase: int | None, numbers: dict[str, float]) -> None:
+        standing = self._standing
+        report = self._group.apply(target.prefill, target.decode, epoch=standing.epoch)
+        self._promise = Promise(
+            standing.plans, report.epoch, phase, numbers["gain_us"], self._times.cluster,
+            self._times.error,
+        )
         self._planned_for = concatenate(self._windows)
-        self._windows = []
+        self._windows, self._tokens_since_switch = [], 0
+        with contextlib.suppress(LoadmasterError):      # it is done, measured or not
+            numbers |= stalls(self._group.measurements(standing.step), report)
+            if report.moved_bytes and numbers["staging_us"]:
+                self._us_per_byte = numbers["staging_us"] / report.moved_bytes
 
-    def _judge_promise(
-        self,
-        promise: _Promise,
-        window: RoutingTrace,
-        measured: Measurements,
-        numbers: dict[str, float],
-    ) -> Entry | None:
-        """The critical path measured, against what the plan before would have cost on the same
-        tokens by the times measured under it. Goes back when that is clearly less."""
-        if not len(measured.step):
+    def _settle(self, under: Window, numbers: dict[str, float]) -> Entry | None:
+        """Judge the last switch, once, on the first window that can; go back if it was worse."""
+        promise = self._promise
+        if promise is None:
             return None
-        kept_us = predicted(
-            promise.before, window, promise.cluster, self._spec, None
-        ).critical_path_us
-        realised_us = kept_us - float(measured.critical_us.mean())
+        if promise.epoch != self._standing.epoch:       # someone switched again meanwhile
+            self._promise = None
+            return None
+        live = under.of_phase(promise.phase)
+        if live.steps < min(_FEWEST_STEPS, self._control.window_steps):
+            return None
+        self._promise = None                            # whatever comes of judging it
+        realised_us, kept_us = promise.realised(live, self._spec)
         numbers |= {"promised_gain_us": promise.gain_us, "realised_gain_us": realised_us}
         if realised_us >= -(self._control.worse_by + promise.error) * kept_us:
             self._rollbacks = 0
             return None
         self._rollbacks += 1
-        if not self._control.advise_only:
-            self._group.apply(promise.before, epoch=self._group.epoch)
-        self._windows = []
-        self._last_look = self._group.step      # the back-off counts from here
+        self._last_look = self._standing.step           # the back-off counts from here
+        before = promise.before
+        self._group.apply(before.prefill, before.decode, epoch=self._standing.epoch)
+        self._windows, self._tokens_since_switch = [], 0
         reason = (
             f"measured worse than promised: {realised_us:.0f} us a step where "
             f"{promise.gain_us:.0f} were promised; the plan before is back in force"
         )
         return self._note("leave it", reason, numbers, rolled_back=True)
 
-    # ---- what is known ---------------------------------------------------------------------
+    # ---- small things ----------------------------------------------------------------------
 
-    def _keep(self, window: RoutingTrace) -> None:
-        self._windows = [*self._windows, window][-self._control.windows_kept :]
-        if self._planned_for is None:
-            self._planned_for = window
-
-    def _planning(self) -> RoutingTrace:
-        whole = concatenate(self._windows)
-        return whole.split(0.5, by="request", seed=self._control.seed)[0]
-
-    def _judging(self) -> RoutingTrace:
-        whole = concatenate(self._windows)
-        return whole.split(0.5, by="request", seed=self._control.seed)[1]
-
-    def _calibrated(
-        self, window: RoutingTrace, measured: Measurements
-    ) -> tuple[Cluster, dict[str, float]]:
-        """The cluster with this machine's measured expert times, once there are enough steps."""
-        numbers = {"tokens": float(window.num_tokens), "steps": float(len(measured.step))}
-        if len(measured.step):
-            numbers["critical_us"] = float(measured.critical_us.mean())
-        whole = len(np.unique(_steps_of(window))) == len(measured.step)
-        one_plan = len(set(measured.epoch.tolist())) == 1
-        if not whole or not one_plan or len(measured.step) < _FEWEST_STEPS_TO_FIT:
-            return self._cluster, numbers
-        if self._kernel is None:
-            self._kernel = fit_kernel(self._spec)
-        fit = scale_to_live(self._kernel, measured, window, self._group.plan, self._cluster)
-        numbers["fit_error"] = fit.live_error
-        hardware = machine(fit, self._spec, self._cluster.hardware)
-        self._cluster = self._cluster.model_copy(update={"hardware": hardware})
-        return self._cluster, numbers
+    def _keep(self, traffic: RoutingTrace, live: Window) -> None:
+        if traffic.num_tokens:
+            self._windows = [*self._windows, traffic][-self._control.windows_kept :]
+            self._planned_for = traffic if self._planned_for is None else self._planned_for
+        self._tokens_since_switch += live.trace.num_tokens
 
     def _note(
         self, answer: Answer, reason: str, numbers: dict[str, float], *, rolled_back: bool = False
     ) -> Entry:
-        entry = Entry(self._group.step, answer, reason, dict(numbers), rolled_back)
+        entry = Entry(self._standing.step, answer, reason, dict(numbers), rolled_back)
         self.entries.append(entry)
-        if self._log is not None:
-            with open(self._log, "a", encoding="utf-8") as out:
+        if self._log is not None:      # a full disk ends the log, not the loop
+            with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as out:
                 out.write(json.dumps(entry.to_dict()) + "\n")
         self._on_entry(entry)
         return entry
 
 
-def _steps_of(trace: RoutingTrace) -> Any:
-    assert trace.step is not None
-    return trace.step
+def _plan_of(plans: PhasePlans, phase: int | None) -> Plan:
+    return plans.prefill if phase is None else plans.of(phase)

@@ -61,8 +61,8 @@ def popularity(hot: list[int]) -> np.ndarray:
 class ScriptedGroup:
     """Serves one window per call of `serve`; `slower` makes steps under later plans slower."""
 
-    def __init__(self, plan: Plan, slower: float = 1.0) -> None:
-        self.plan, self.epoch, self.step = plan, 1, 0
+    def __init__(self, plan: Plan, slower: float = 1.0, decode: Plan | None = None) -> None:
+        self.plan, self.decode, self.epoch, self.step = plan, decode or plan, 1, 0
         self.model_spec = SPEC
         self.slower = slower
         self.applied: list[Plan] = []
@@ -76,6 +76,10 @@ class ScriptedGroup:
         self._us.append(us * (self.slower if self.epoch > 1 else 1.0))
         self._tokens = loads.tokens_WLG
         self.step += STEPS
+
+    def status(self) -> dict[str, Any]:
+        return {"plan": self.plan, "decode_plan": self.decode, "epoch": self.epoch,
+                "step": self.step, "model_spec": SPEC}
 
     def record(self, on: bool) -> None:
         return
@@ -105,7 +109,7 @@ class ScriptedGroup:
             raise LoadmasterError(f"made under epoch {epoch}, in force is {self.epoch}")
         moves = self.plan.moves_to(plan)
         self.applied.append(plan)
-        self.plan, self.epoch = plan, self.epoch + 1
+        self.plan, self.decode, self.epoch = plan, decode or plan, self.epoch + 1
         return ApplyReport(self.epoch, tuple(moves), 12288 * len(moves), 0, 1, 0.0, 0.0)
 
 

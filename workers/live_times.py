@@ -1,0 +1,93 @@
+"""What live steps say about time: this machine's expert times, a switch's stalls, its worth.
+
+Knows measured steps and their trace. Knows nothing of when to look or what to switch to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..placement.cluster import Cluster
+from ..placement.plan import Plan
+from ..traces.spec import ModelSpec
+from .demo_measure import predicted
+from .expert_fit import ExpertFit, fit_kernel, machine, scale_to_live
+from .step_log import Measurements
+from .switch import ApplyReport
+from .tables import PhasePlans
+from .windows import Window
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A switch that has been made and not yet judged."""
+
+    before: PhasePlans
+    epoch: int                # the switch's; under another one there is nothing to judge
+    phase: int | None         # whose steps were to gain; None: all
+    gain_us: float
+    cluster: Cluster          # with the times measured before the switch
+    error: float              # of those times, relative
+
+    def realised(self, live: Window, model: ModelSpec) -> tuple[float, float]:
+        """(us gained per step, us the plan before would have taken): the critical path measured,
+        against what the plan before would have cost on the same tokens by the times measured
+        under it."""
+        before = self.before.prefill if self.phase is None else self.before.of(self.phase)
+        kept_us = predicted(before, live.trace, self.cluster, model, None).critical_path_us
+        return kept_us - float(live.measured.critical_us.mean()), kept_us
+
+
+class LiveTimes:
+    """The cluster with expert times as live steps show them."""
+
+    def __init__(self, model: ModelSpec, cluster: Cluster, kernel: ExpertFit | None) -> None:
+        """kernel: how long experts take here; None = timed at the first measurement."""
+        self._model, self._kernel = model, kernel
+        self._given = cluster
+        self.cluster = cluster
+        self.measured = False
+        self.error = 0.0
+
+    def adapt(self, cluster: Cluster) -> bool:
+        """Take over other devices; whether their number changed, so that times are unknown."""
+        if cluster.devices == self.cluster.devices:
+            return False
+        changed = cluster.num_devices != self.cluster.num_devices
+        hardware = self._given.hardware if changed else self.cluster.hardware
+        self.cluster = cluster.model_copy(update={"hardware": hardware})
+        self.measured = self.measured and not changed
+        return changed
+
+    def measure(self, live: Window, plan: Plan) -> float:
+        """Fit the times to steps served under this plan; the fit's relative error."""
+        if self._kernel is None:
+            self._kernel = fit_kernel(self._model)
+        fit = scale_to_live(self._kernel, live.measured, live.trace, plan, self.cluster)
+        hardware = machine(fit, self._model, self.cluster.hardware)
+        self.cluster = self.cluster.model_copy(update={"hardware": hardware})
+        self.measured, self.error = True, fit.live_error
+        return fit.live_error
+
+
+def stalls(steps: Measurements, report: ApplyReport) -> dict[str, float]:
+    """What serving felt of a switch, from the steps around it.
+
+    stage_us: spent on moving experts inside steps that served. staging_us: the same, or the wall
+    time of all staging where nothing was served meanwhile. commit_us: by how much the committing
+    step was longer than the median of the others.
+    """
+    felt_us = float(steps.stage_us[steps.staging].max(axis=1, initial=0.0).sum())
+    commit = steps.staging & (steps.epoch == report.epoch)
+    commit_us = 0.0
+    if commit.any() and not steps.staging.all():
+        plain_us = float(np.median(steps.step_wall_us[~steps.staging]))
+        commit_us = max(0.0, float(steps.step_wall_us[commit][0]) - plain_us)
+    return {
+        "stage_us": felt_us,
+        "staging_us": felt_us or report.stage_us,
+        "commit_us": commit_us,
+        "commit_step_us": report.commit_us,
+    }
