@@ -116,7 +116,8 @@ class Controller:
             self._standing = Standing.of(self._group)
             self._seen_step = self._standing.step
         except LoadmasterError as error:
-            return self._note("cannot", str(error), {})
+            self._trouble = str(error)
+            return self._note("cannot", self._trouble, {})
         try:
             taken = take_window(self._group, self._taken_step)
         except LoadmasterError as error:

@@ -6,8 +6,11 @@ so every decision can be checked; the live loop is measured in `benchmarks/live.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.trace import RoutingTrace
 from loadmaster.workers.controller import Control, Controller
+from loadmaster.workers.coordinator import Coordinator
 from loadmaster.workers.expert_fit import ExpertFit
 from loadmaster.workers.step_log import Measurements
 from loadmaster.workers.switch import ApplyReport
@@ -69,9 +73,11 @@ class ScriptedGroup:
         self._trace: RoutingTrace | None = None
         self._us: list[np.ndarray] = []
 
-    def serve(self, popularity_E: np.ndarray, seed: int) -> None:
-        self._trace = routing(popularity_E, self.step, seed)
-        loads = step_loads(self._trace, RECORDED.sample(self._trace), self.plan, CLUSTER)
+    def serve(self, popularity_E: np.ndarray, seed: int, ranks: int = RANKS) -> None:
+        trace = routing(popularity_E, self.step, seed)
+        self._trace = dataclasses.replace(trace, source=trace.request % ranks)
+        cluster = Cluster.preset("cpu", devices_per_node=ranks, slots_per_device=8)
+        loads = step_loads(self._trace, RECORDED.sample(self._trace), self.plan, cluster)
         us = START_US + ACTIVE_US * loads.active_WLG + TOKEN_US * loads.tokens_WLG
         self._us.append(us * (self.slower if self.epoch > 1 else 1.0))
         self._tokens = loads.tokens_WLG
@@ -90,13 +96,13 @@ class ScriptedGroup:
         return self._trace
 
     def measurements(self, after_step: int = 0) -> Measurements:
-        us = self._us[-1] if after_step < self.step else np.zeros((0, LAYERS, RANKS))
+        us = self._us[-1] if after_step < self.step else np.zeros((0, *self._us[-1].shape[1:]))
         steps = np.arange(self.step - len(us), self.step) + 1
         zero_WLG = np.zeros(us.shape, np.int64)
-        zero_WG = np.zeros((len(us), RANKS))
+        zero_WG = np.zeros((len(us), us.shape[2]))
         tokens = self._tokens if len(us) else zero_WLG
         return Measurements(
-            step=steps, epoch=np.full(len(us), self.epoch), rows=np.full((len(us), RANKS), 64),
+            step=steps, epoch=np.full(len(us), self.epoch), rows=zero_WG.astype(np.int64) + 64,
             expert_cpu_us=us, tokens=tokens, remote_copies=zero_WLG, dropped=zero_WLG,
             peak=zero_WLG[:, :, 0], step_wall_us=us.sum(axis=(1, 2)), step_cpu_us=zero_WG,
             stage_us=zero_WG, staging=np.zeros(len(us), bool),
@@ -256,3 +262,163 @@ def test_run_ticks_once_per_window(windows: int) -> None:
     group.record = lambda on: (record(on), group.serve(popularity(SPREAD), 0))[0]  # type: ignore
     controller._on_entry = lambda entry: group.serve(popularity(SPREAD), entry.step)
     assert len(controller.run(windows, poll_s=0.01)) == windows
+
+
+# ---- the group changes under the controller -------------------------------------------------
+
+
+def test_a_decode_plan_stays_apart_through_a_switch_and_its_undoing() -> None:
+    decode = Plan(slots=plan_in_order().slots[:, ::-1].copy(), num_experts=EXPERTS)
+
+    class Phased(ScriptedGroup):
+        def trace(self, *, take: bool = False) -> RoutingTrace:
+            trace = super().trace()
+            return dataclasses.replace(trace, phase=np.zeros(trace.num_tokens, np.uint8))
+
+    group = Phased(plan_in_order(), slower=1.8, decode=decode)
+    controller = drive(group, [SPREAD] + [CROWDED] * 2, Control(EAGER, max_moves=8))
+    assert controller.entries[-1].answer == "apply"
+    assert not group.plan.same_slots(plan_in_order()) and group.decode.same_slots(decode)
+    group.serve(popularity(CROWDED), 9)
+    assert controller.tick().rolled_back
+    assert group.plan.same_slots(plan_in_order()) and group.decode.same_slots(decode)
+
+
+def test_after_a_change_of_ranks_the_loop_goes_on() -> None:
+    group = ScriptedGroup(plan_in_order())
+    controller = drive(group, [CROWDED] * 2, Control(Policy("never")))
+    controller._control = Control(EAGER, max_moves=8)
+    fewer = np.full((LAYERS, 2, 8), -1, int)
+    fewer[:] = np.arange(EXPERTS).reshape(2, 8)
+    group.plan = group.decode = Plan(slots=fewer, num_experts=EXPERTS)
+    group.epoch += 1
+    for seed in range(3):
+        group.serve(popularity(CROWDED), seed, ranks=2)
+        controller.tick()
+    assert [e.answer for e in controller.entries[2:]].count("apply") == 1
+    assert group.plan.num_devices == 2
+
+
+def test_a_promise_that_cannot_be_judged_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = ScriptedGroup(plan_in_order())
+    controller = drive(group, [SPREAD] + [CROWDED] * 2, Control(EAGER, max_moves=8))
+    assert controller._promise is not None
+
+    def fails(*arguments: object) -> None:
+        raise LoadmasterError("no such trace")
+
+    monkeypatch.setattr("loadmaster.workers.live_times.predicted", fails)
+    group.serve(popularity(CROWDED), 7)
+    assert controller.tick().answer == "cannot"
+    group.serve(popularity(CROWDED), 8)
+    assert controller.tick().answer == "leave it"
+
+
+def test_a_promise_ends_with_its_epoch() -> None:
+    group = ScriptedGroup(plan_in_order(), slower=1.8)
+    controller = drive(group, [SPREAD] + [CROWDED] * 2, Control(EAGER, max_moves=8))
+    assert controller.entries[-1].answer == "apply"
+    group.apply(plan_in_order())        # by someone else
+    group.serve(popularity(CROWDED), 7)
+    entry = controller.tick()
+    assert not entry.rolled_back and "realised_gain_us" not in entry.numbers
+
+
+def test_tokens_count_from_the_switch_and_not_only_those_kept() -> None:
+    policy = Policy("net_benefit", every_steps=1, fewest_tokens=4 * STEPS * STEP_TOKENS)
+    controller = drive(ScriptedGroup(plan_in_order()), [SPREAD] * 5, Control(policy))
+    assert [e.answer for e in controller.entries] == ["not enough data"] * 3 + ["leave it"] * 2
+
+
+def test_looking_is_paid_for_where_it_takes_the_ranks_time() -> None:
+    costs = []
+    for shared in (False, True):
+        group = ScriptedGroup(plan_in_order())
+        control = Control(EAGER, max_moves=8, planning_shares_cores=shared)
+        numbers = drive(group, [CROWDED] * 2, control).entries[0].numbers
+        costs.append(numbers["cost_us"] - numbers["move_us"])
+        assert numbers["looking_us"] > numbers["planning_us"] > 0
+    assert costs[0] == 0.0 and costs[1] > 1000.0
+
+
+def test_a_group_that_does_not_answer_for_a_while_does_not_end_the_loop() -> None:
+    group = ScriptedGroup(plan_in_order())
+    controller = Controller(group, CLUSTER, Control(EAGER, window_steps=STEPS), kernel=KERNEL)
+    answers = iter([True, False, False, False])
+    honest, fine = group.status, ScriptedGroup.measurements
+
+    def status() -> dict[str, Any]:
+        if not next(answers, True):
+            raise LoadmasterError("the coordinator is away")
+        return honest()
+
+    def measurements(after_step: int = 0) -> Measurements:
+        group.measurements = lambda after_step=0: fine(group, after_step)  # type: ignore
+        raise LoadmasterError("away again")
+
+    group.status, group.measurements = status, measurements  # type: ignore[method-assign]
+    group.serve(popularity(SPREAD), 0)
+    controller._on_entry = lambda entry: group.serve(popularity(SPREAD), entry.step)
+    assert controller.due()
+    found = controller.run(2, poll_s=0.001)
+    assert [e.reason for e in found[:2]] == ["the coordinator is away", "away again"]
+    assert [e.answer for e in found] == ["cannot", "not enough data", "leave it"]
+
+
+class ThreadGroup:
+    """A coordinator in this process, as the controller wants to see it."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._leader = coordinator
+        self.model_spec = coordinator.model_spec
+        self.status, self.measurements = coordinator.status, coordinator.measurements
+
+    def record(self, on: bool) -> None:
+        self._leader.configure(recording=on)
+
+    def trace(self, *, take: bool = False) -> RoutingTrace:
+        found = self._leader.trace(take)
+        if found is None:
+            raise LoadmasterError("nothing has been recorded")
+        return found
+
+    def apply(self, plan: Plan, decode: Plan | None = None, *, epoch: int | None = None) -> Any:
+        return self._leader.apply(plan, decode, epoch)
+
+
+def test_under_continuous_load_times_are_measured_and_switches_judged(
+    checkpoint: Callable[[str], Path], start_threads: Callable[..., Coordinator],
+    random_prompts: Callable[..., list[list[int]]],
+) -> None:
+    coordinator = start_threads(checkpoint("qwen3_moe"))
+    stop = threading.Event()
+
+    def load(seed: int) -> None:
+        prompts = random_prompts(seed, 16)
+        while not stop.is_set():
+            numbers = coordinator.submit(prompts, 2)
+            coordinator.wait_all(numbers, 30.0)
+            coordinator.forget(numbers)
+
+    threads = [threading.Thread(target=load, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        group = ThreadGroup(coordinator)
+        plan = coordinator.status()["plan"]
+        cluster = Cluster.preset(
+            "cpu", devices_per_node=plan.num_devices, slots_per_device=plan.slots_per_device + 1
+        )
+        policy = Policy("every_n", every_steps=1, fewest_tokens=1)
+        control = Control(policy, window_steps=12, candidates="replan")
+        entries = Controller(group, cluster, control, kernel=KERNEL).run(6, poll_s=0.01)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    enough = [e for e in entries if e.numbers["steps"] >= 6 and not e.rolled_back]
+    assert enough and all(e.numbers["fit_error"] > 0.0 for e in enough), entries
+    switched = [i for i, e in enumerate(entries) if e.answer == "apply"]
+    assert switched and all("stage_us" in entries[i].numbers for i in switched)
+    judged = [e for e in entries[switched[0] + 1 :] if "realised_gain_us" in e.numbers]
+    assert judged, entries
