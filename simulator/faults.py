@@ -116,8 +116,9 @@ class LostDevices:
 
     detect_us: until it is noticed. replan_us: until the emergency plan is there; then the missing
     weights are loaded (from survivors, else from host memory) and serving goes on. back_after_us:
-    the devices return, are loaded under the plan that was in force before, and serve again.
-    replan: (plan, lost devices, cluster) -> plan for the survivors.
+    the devices return, are loaded under the plan made for them, and serve again; those that another
+    loss keeps away stay empty. replan: (plan, lost devices, cluster) -> plan for the survivors;
+    None = `survivors_plan`.
     """
 
     at_us: float
@@ -127,7 +128,7 @@ class LostDevices:
     replan_us: float = 1e6
     back_after_us: float | None = None
     group: int = 0
-    replan: Replan = field(default=survivors_plan, compare=False)
+    replan: Replan | None = field(default=None, compare=False)
 
     def start(self, run: Run) -> None:
         for device in self.devices:
@@ -152,7 +153,6 @@ class LostDevices:
             return
         lost = self.lost(run)
         group = run.loop.groups[self.group]
-        before = run.in_force.of(self.group).plan
         orphans = run.in_force.lose(self.group, lost)
         group.at_boundary(lambda _now: self._recover(run, lost))
         group.interrupt("devices lost")
@@ -161,29 +161,40 @@ class LostDevices:
                         f"{retried} requests start over")
         if self.back_after_us is not None:
             yield run.loop.env.timeout(round(self.back_after_us * 1e3))
-            group.at_boundary(lambda _now: self._return(run, lost, before))
+            group.at_boundary(lambda _now: self._return(run, lost))
 
     def _recover(self, run: Run, lost: frozenset[int]) -> int:
         """Put the emergency plan in force; the group stands still until it is loaded."""
         current = run.in_force.of(self.group).plan
-        plan = self.replan(current, run.in_force.of(self.group).lost, run.router.cluster)
+        plan = self._survivors(run, current)
         pause_us, text = _load(run, current, plan, self.group)
         pause_ns = round((self.detect_us + self.replan_us + pause_us) * 1e3)
         run.log("emergency plan", text, pause_ns)
         return pause_ns
 
-    def _return(self, run: Run, lost: frozenset[int], before: Plan) -> int:
+    def _return(self, run: Run, lost: frozenset[int]) -> int:
         current = run.in_force.of(self.group).plan
-        run.in_force.regain(self.group, lost)
-        pause_us, text = _load(run, current, before, self.group)
-        run.loop.groups[self.group].lanes.regain_devices(lost)
-        run.log("back", f"devices {sorted(lost)}; {text}", round(pause_us * 1e3))
+        back = run.in_force.regain(self.group, lost)
+        plan = self._survivors(run, run.in_force.whole_plan[self.group])
+        pause_us, text = _load(run, current, plan, self.group)
+        run.loop.groups[self.group].lanes.regain_devices(back)
+        run.log("back", f"devices {sorted(back)}; {text}", round(pause_us * 1e3))
         return round(pause_us * 1e3)
+
+    def _survivors(self, run: Run, plan: Plan) -> Plan:
+        """The plan for the devices that are there."""
+        lost = run.in_force.of(self.group).lost
+        if not lost:
+            return plan
+        if self.replan is not None:
+            return self.replan(plan, lost, run.router.cluster)
+        return survivors_plan(plan, lost, run.router.cluster, run.router.model)
 
 
 def _load(run: Run, current: Plan, plan: Plan, group: int) -> tuple[float, str]:
     """Switch to `plan` at once; (microseconds of loading, what was loaded)."""
     lost = run.in_force.of(group).lost
+    plan = run.in_force.standing(group, plan)
     moves = current.moves_to(plan)
     cost = move_cost(moves, current, run.router.model, run.router.cluster, unavailable=lost)
     run.moved_bytes += cost.bytes

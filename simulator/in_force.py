@@ -7,13 +7,14 @@ every expert on the devices that are there. Knows nothing of when or why.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InfeasibleError, LoadmasterError
-from ..placement.plan import Plan
+from ..placement.plan import EMPTY, Plan
 from .routed import Condition, StepRouter
 from .streams import stream
 
@@ -28,10 +29,12 @@ class InForce:
         self.router = router
         self.conditions = [Condition(plan)]
         self.number_of_group = [0] * groups
+        self.whole_plan = [plan] * groups     # with every device there: what lost ones come back to
         self.exchange_us_of_group = [0.0] * groups     # of all steps so far
         self.jitter_G = np.zeros(router.cluster.num_devices)
         self._slow: list[dict[object, FloatArray]] = [{} for _ in range(groups)]
         self._nic: list[dict[object, FloatArray]] = [{} for _ in range(groups)]
+        self._lost: list[Counter[int]] = [Counter() for _ in range(groups)]
         self._uncovered = [0] * groups
         self._jitter_stream = stream(seed, "jitter")
 
@@ -47,30 +50,46 @@ class InForce:
             )
 
     def switch_plan(self, group: int, plan: Plan) -> None:
-        """Put a plan in force.
+        """Put in force what of a plan stands on the devices that are there.
 
         Raises InputError if it is for another model or cluster, InfeasibleError if it leaves an
         expert without a copy on the devices that are there.
         """
         self.router.check(plan)
-        condition = dataclasses.replace(self.of(group), plan=plan)
-        if missing := condition.uncovered():
+        standing = self.standing(group, plan)
+        self._set(group, dataclasses.replace(self.of(group), plan=standing))
+        if standing is not plan or not self.of(group).lost:
+            self.whole_plan[group] = plan
+
+    def standing(self, group: int, plan: Plan) -> Plan:
+        """The plan with the slots of lost devices empty; itself where they are.
+
+        Raises InfeasibleError if that leaves an expert without a copy.
+        """
+        lost = sorted(self.of(group).lost)
+        if not (plan.slots[:, lost] != EMPTY).any():
+            return plan
+        if missing := Condition(plan, lost=frozenset(lost)).uncovered():
             raise InfeasibleError(
                 f"the new plan leaves {missing} experts without a copy on a live device: keep "
                 "copies on other nodes, or bring devices back"
             )
-        self._set(group, condition)
+        slots = plan.slots.copy()
+        slots[:, lost] = EMPTY
+        return dataclasses.replace(plan, slots=slots, evidence=None)
 
     def lose(self, group: int, devices: Collection[int]) -> int:
         """Devices are gone; returns how many experts now lack a live copy."""
-        lost = self.of(group).lost | frozenset(devices)
-        self._set(group, dataclasses.replace(self.of(group), lost=lost))
+        self._lost[group].update(devices)
+        self._set(group, dataclasses.replace(self.of(group), lost=self.of(group).lost | {*devices}))
         return self._uncovered[group]
 
-    def regain(self, group: int, devices: Collection[int]) -> None:
-        """Devices are back, empty."""
-        lost = self.of(group).lost - frozenset(devices)
-        self._set(group, dataclasses.replace(self.of(group), lost=lost))
+    def regain(self, group: int, devices: Collection[int]) -> frozenset[int]:
+        """A loss is over; returns the devices that no other loss keeps away. They are empty."""
+        self._lost[group].subtract(devices)
+        back = frozenset(g for g in devices if self._lost[group][g] <= 0)
+        self._set(group, dataclasses.replace(self.of(group), lost=self.of(group).lost - back))
+        return back
 
     def slow(self, group: int, cause: object, slowdown_G: FloatArray | None) -> None:
         """A cause slows devices (None = no longer); causes multiply."""

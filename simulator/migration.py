@@ -14,14 +14,15 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import InputError, UsageError
+from ..errors import InfeasibleError, InputError, UsageError
 from ..placement.cost import MoveCost, move_cost
 from ..placement.plan import Plan
-from .engine import Process
+from .engine import BoundaryAction, Process
 from .serve import Run
 
 Mode = Literal["stop", "layers", "hidden"]
 MODES = ("stop", "layers", "hidden")
+Refused = Callable[[InfeasibleError], None]
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,44 @@ def begin_switch(
     group: int = 0,
     link_share: float = 0.8,
     done: Callable[[], None] | None = None,
+    refused: Refused | None = None,
 ) -> None:
-    """Start changing to `plan` at the next step boundary; `done()` once it is in force."""
+    """Start changing to `plan` at the next step boundary; `done()` once it is in force.
+
+    refused(error) hears of a plan that devices lost meanwhile have made impossible, and the switch
+    ends; None = raise it.
+    """
     serving = run.loop.groups[group]
     finish = done or _nothing
     if mode == "stop":
-        serving.at_boundary(lambda _now: _stop(run, plan, group, finish))
+        serving.at_boundary(_heeding(refused, lambda _now: _stop(run, plan, group, finish)))
     elif mode == "layers":
-        serving.at_boundary(lambda _now: _next_layer(run, plan, group, 0, finish))
+        serving.at_boundary(
+            _heeding(refused, lambda _now: _next_layer(run, plan, group, 0, finish, refused))
+        )
     else:
-        run.loop.env.process(_hide(run, plan, group, link_share, finish))
+        run.loop.env.process(_hide(run, plan, group, link_share, finish, refused))
+
+
+def _heeding(refused: Refused | None, action: BoundaryAction) -> BoundaryAction:
+    """The action; what cannot be is told to `refused`, where there is one."""
+    if refused is None:
+        return action
+
+    def heeding(now_ns: int) -> int:
+        try:
+            return action(now_ns)
+        except InfeasibleError as error:
+            refused(error)
+            return 0
+
+    return heeding
 
 
 def switch_cost(run: Run, plan: Plan, group: int) -> MoveCost:
     """What changing from the plan in force to `plan` sends."""
     condition = run.in_force.of(group)
-    moves = condition.plan.moves_to(plan)
+    moves = condition.plan.moves_to(run.in_force.standing(group, plan))
     return move_cost(moves, condition.plan, run.router.model, run.router.cluster,
                      unavailable=condition.lost)
 
@@ -92,11 +115,12 @@ def _stop(run: Run, plan: Plan, group: int, done: Callable[[], None]) -> int:
 
 
 def _next_layer(
-    run: Run, plan: Plan, group: int, layer: int, done: Callable[[], None]
+    run: Run, plan: Plan, group: int, layer: int, done: Callable[[], None],
+    refused: Refused | None,
 ) -> int:
     """Move one layer's experts, then let a step run; layers that do not change are skipped."""
     current = run.in_force.of(group).plan
-    target = _widened(plan, current)
+    target = _widened(run.in_force.standing(group, plan), current)
     while layer < plan.num_layers and np.array_equal(
         _widened(current, plan).slots[layer], target.slots[layer]
     ):
@@ -113,13 +137,14 @@ def _next_layer(
     pause_ns = round(cost.us * 1e3)
     _commit(run, mixed, group, f"layer {layer}: {cost.moves} experts, {cost.bytes} bytes", pause_ns)
     run.loop.groups[group].after_step(
-        lambda _now: _next_layer(run, plan, group, layer + 1, done)
+        _heeding(refused, lambda _now: _next_layer(run, plan, group, layer + 1, done, refused))
     )
     return pause_ns
 
 
 def _hide(
-    run: Run, plan: Plan, group: int, link_share: float, done: Callable[[], None]
+    run: Run, plan: Plan, group: int, link_share: float, done: Callable[[], None],
+    refused: Refused | None,
 ) -> Process:
     """Send weights whenever no exchange uses the links; commit at the boundary after the last.
 
@@ -142,7 +167,7 @@ def _hide(
         done()
         return 0
 
-    run.loop.groups[group].at_boundary(commit)
+    run.loop.groups[group].at_boundary(_heeding(refused, commit))
 
 
 def _commit(run: Run, plan: Plan, group: int, detail: str, pause_ns: int) -> None:

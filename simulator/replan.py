@@ -15,12 +15,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, UsageError
+from ..errors import InfeasibleError, InputError, UsageError
 from ..placement.comparison import compare
 from ..placement.plan import Plan
 from ..placement.planner import plan as make_plan
 from ..placement.policy import Observation, Policy
 from ..placement.rebalance import rebalance
+from ..placement.survivors import survivors_plan
 from ..traces.drift import drift
 from ..traces.merge import concatenate
 from ..traces.steps import StepSampler
@@ -123,13 +124,17 @@ class _Watcher:
         except InputError as error:
             run.log("leave it", f"not enough data: {error}")
             return
+        except InfeasibleError as error:
+            run.log("cannot", str(error))
+            return
         second = spec.policy.decide(seen)
         run.log("apply" if second.action == "switch" else "leave it", second.reason)
         if spec.planning_us > 0:
             run.loop.groups[spec.group].at_boundary(lambda _now: round(spec.planning_us * 1e3))
         if second.action == "switch":
             self.switching = True
-            begin_switch(run, candidate, spec.mode, group=spec.group, done=self._switched)
+            begin_switch(run, candidate, spec.mode, group=spec.group, done=self._switched,
+                         refused=self._refused)
 
     def _observe(self, window: RoutingTrace) -> Observation:
         assert self.planned_for is not None
@@ -152,6 +157,9 @@ class _Watcher:
             found = rebalance(current, known, router.cluster, model=router.model, steps=spec.steps,
                               max_moves=spec.max_moves, seed=self.run.seed,
                               effort=spec.effort).plan
+        lost = self.run.in_force.of(spec.group).lost
+        if lost:
+            found = survivors_plan(found, lost, router.cluster, router.model)
         table = compare({"now": current, "new": found}, judging, router.cluster, steps=spec.steps,
                         model=router.model, current="now", seed=self.run.seed)
         now, new = table.row("now"), table.row("new")
@@ -162,6 +170,11 @@ class _Watcher:
             gain_low_us=-new.change_high_percent / 100.0 * now.metric,
             move_us=move_us, moves=cost.moves,
         )
+
+    def _refused(self, error: InfeasibleError) -> None:
+        """Devices were lost while weights were on their way."""
+        self.run.log("cannot", str(error))
+        self.switching = False
 
     def _switched(self) -> None:
         self.switching = False

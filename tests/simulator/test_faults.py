@@ -13,6 +13,7 @@ from loadmaster.placement.plan import Plan
 from loadmaster.placement.survivors import survivors_plan
 from loadmaster.simulator.batching import BatchLimits
 from loadmaster.simulator.faults import FlappingNic, Jitter, LostDevices, SlowDevice, thermal
+from loadmaster.simulator.migration import PlanSwitch
 from loadmaster.simulator.serve import Serving, simulate
 
 from .conftest import EXPERTS, LAYERS, contiguous_plan, steady_workload
@@ -149,3 +150,47 @@ def test_survivors_keep_what_they_hold_and_cover_the_rest(seed, lost) -> None:
 def test_a_fault_that_cannot_be_names_its_field(cluster, trace, model, fault, message) -> None:
     with pytest.raises((InputError, UsageError), match=message):
         run(contiguous_plan(), cluster, trace, model, fault)
+
+
+LOST = LostDevices(3e3, devices=(1,), detect_us=100.0, replan_us=100.0)
+
+
+@pytest.mark.parametrize("mode", ["stop", "layers", "hidden"])
+def test_a_switch_gives_lost_devices_no_work(roomy, trace, model, mode) -> None:
+    """The plan switched to holds copies on device 1, which is gone."""
+    plan = contiguous_plan(slots=4)
+    load = steady_workload(requests=60)
+    gone = run(plan, roomy, trace, model, LOST, load=load)
+    after = run(plan, roomy, trace, model, LOST, PlanSwitch(plan, 6e3, mode), load=load)
+    worked_us = [r.device_busy_G[1] * r.duration_us for r in (gone, after)]
+    assert worked_us[1] == pytest.approx(worked_us[0])
+    assert "switch" in kinds(after)
+
+
+def test_devices_come_back_to_a_plan_without_those_still_lost(roomy, trace, model) -> None:
+    """Device 1 returns while 2 is gone; then 2 does, and everything is as it was."""
+    plan = contiguous_plan(slots=4)
+    first = LostDevices(2e3, devices=(1,), detect_us=50.0, replan_us=50.0, back_after_us=4e3)
+    second = LostDevices(4e3, devices=(2,), detect_us=50.0, replan_us=50.0, back_after_us=6e3)
+    seen = []
+
+    class Watch:
+        def start(self, run) -> None:
+            run.loop.groups[0].on_step.append(lambda: seen.append(run.in_force.of(0)))
+
+    result = run(plan, roomy, trace, model, first, second, Watch(),
+                 load=steady_workload(requests=60))
+    assert kinds(result) == ["lost", "emergency plan"] * 2 + ["back"] * 2
+    for condition in seen:
+        assert (condition.plan.slots[:, sorted(condition.lost)] == -1).all()
+    assert frozenset({2}) in {c.lost for c in seen}
+    assert not seen[-1].lost and seen[-1].plan.same_slots(plan)
+
+
+def test_a_device_lost_twice_is_back_after_both(roomy, trace, model) -> None:
+    plan = contiguous_plan(slots=4)
+    both = [LostDevices(2e3, devices=(1,), detect_us=0.0, replan_us=0.0, back_after_us=2e3),
+            LostDevices(3e3, devices=(1,), detect_us=0.0, replan_us=0.0, back_after_us=6e3)]
+    result = run(plan, roomy, trace, model, *both, load=steady_workload(requests=60))
+    details = [e.detail.split(";")[0] for e in result.events if e.kind == "back"]
+    assert details == ["devices []", "devices [1]"]

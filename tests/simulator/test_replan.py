@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loadmaster.errors import UsageError
+from loadmaster.errors import InfeasibleError, UsageError
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.policy import Policy
 from loadmaster.simulator.batching import BatchLimits
+from loadmaster.simulator.faults import LostDevices
 from loadmaster.simulator.replan import Replanning, compare_policies, sample_requests
 from loadmaster.simulator.serve import Serving, simulate
 from loadmaster.simulator.token_source import TokenSource
@@ -121,3 +122,35 @@ def test_what_cannot_be_is_refused(day, trace, model, cluster) -> None:
         with pytest.raises(UsageError, match="Replanning"):
             simulate(fits_front(), day.head(5), cluster, trace=trace, model=model,
                      happenings=[Replanning(policy("never"), **(SHARED | bad))])
+
+
+def test_after_a_loss_candidates_are_for_the_survivors(trace, model) -> None:
+    """A plan from nothing for all devices becomes one for those that are left."""
+    node = Cluster.preset("h100", devices_per_node=4, slots_per_device=3)
+    seen = []
+
+    class Watch:
+        def start(self, run) -> None:
+            run.loop.groups[0].on_step.append(lambda: seen.append(run.in_force.of(0)))
+
+    spec = Replanning(policy("every_n"), mode="stop", candidates="replan", method="eplb", **SHARED)
+    lost = LostDevices(2e3, devices=(1,), detect_us=10.0, replan_us=10.0)
+    result = simulate(contiguous_plan(slots=3), steady_workload(150), node, trace=trace,
+                      model=model, serving=SERVING, happenings=[lost, spec, Watch()])
+    assert {"apply", "leave it"} & {e.kind for e in result.events if e.at_us > 3e3}
+    assert (seen[-1].plan.slots[:, 1] == -1).all()
+
+
+def test_a_candidate_that_cannot_be_is_left_and_said(trace, model) -> None:
+    node = Cluster.preset("h100", devices_per_node=4, slots_per_device=3)
+
+    def cannot(*args, **kwargs):
+        raise InfeasibleError("no room")
+
+    spec = Replanning(policy("every_n"), candidates="replan", method="eplb", **SHARED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loadmaster.simulator.replan.survivors_plan", cannot)
+        lost = LostDevices(2e3, devices=(1,), detect_us=10.0, replan_us=10.0)
+        result = simulate(contiguous_plan(slots=3), steady_workload(150), node, trace=trace,
+                          model=model, serving=SERVING, happenings=[lost, spec])
+    assert ("cannot", "no room") in [(e.kind, e.detail) for e in result.events]
