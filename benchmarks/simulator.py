@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import simulator_fits
+import simulator_live
+import simulator_oracle
 import simulator_queues
 import simulator_serving
 import simulator_speed
@@ -25,6 +27,9 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "moe_gemm_h100": simulator_fits.moe_gemm_h100,
     "speed": simulator_speed.speed,
     "serving": simulator_serving.serving,
+    "live": simulator_live.live,
+    "oracle": simulator_oracle.oracle,
+    "orderings": simulator_oracle.orderings,
 }
 
 

@@ -77,7 +77,10 @@ def _judged(
     measured = {name: np.concatenate([m.critical_us for m in served[name]]) for name in unseen}
     found = agreement(predicted, measured)
     return {
-        "holds": found.median_error <= 0.10 and not found.misordered and len(unseen) >= 6,
+        "holds": bool(
+            found.median_error <= 0.10 and not found.misordered and found.pairs > 0
+            and len(unseen) >= 6
+        ),
         **found.to_dict(),
         "fit": {"start_us": fit.start_us, "active_us": fit.active_us, "token_us": fit.token_us,
                 "residual_spread": float(np.log(fit.residual_MG).std()),
