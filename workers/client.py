@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
 from ..errors import LoadmasterError
 from .requests import RequestState, UnknownRequestError
@@ -30,6 +30,10 @@ class CoordinatorLostError(LoadmasterError):
     """The coordinator died with this call; what it had begun, its successor finishes or undoes."""
 
 
+class CoordinatorGoneError(CoordinatorLostError):
+    """The coordinator is dead and none will follow it: the group was stopped or killed."""
+
+
 class Line:
     """Calls one group's coordinator; its errors come out as they went in."""
 
@@ -37,16 +41,34 @@ class Line:
         self._group, self._actor = group, actor
 
     def ask(self, method: str, *args: Any, **options: Any) -> Any:
-        """Call once. Raises CoordinatorLostError when it dies meanwhile."""
+        """Call once. Raises CoordinatorLostError when it dies meanwhile, CoordinatorGoneError
+        when there is none and none will come."""
         try:
             return ray.get(getattr(self._actor, method).remote(*args, **options))
         except RayTaskError as error:
-            cause = error.cause
-            raise cause if isinstance(cause, LoadmasterError) else error from None
+            raise self._cause(method, error) from None
         except RayActorError as error:
-            raise CoordinatorLostError(
-                f"the coordinator of group {self._group!r} died: {str(error).splitlines()[0]}"
-            ) from error
+            raise self._lost(error) from error
+
+    def _cause(self, method: str, error: RayTaskError) -> Exception:
+        """What went wrong there, as its caller should see it."""
+        cause = error.cause
+        if isinstance(cause, TimeoutError) and not isinstance(cause, LoadmasterError):
+            return LoadmasterError(
+                f"group {self._group!r} did not get to {method!r} in the time it gives it: what "
+                "was asked may still happen; `status` says how the group stands"
+            )
+        return cause if isinstance(cause, LoadmasterError) else error
+
+    def _lost(self, error: RayActorError) -> CoordinatorLostError:
+        if isinstance(error, ActorDiedError):
+            return CoordinatorGoneError(
+                f"the coordinator of group {self._group!r} is dead and will not come back: the "
+                f"group was stopped or killed ({str(error).splitlines()[0]})"
+            )
+        return CoordinatorLostError(
+            f"the coordinator of group {self._group!r} died: {str(error).splitlines()[0]}"
+        )
 
     def ask_again(self, method: str, *args: Any, **options: Any) -> Any:
         """Call something that changes nothing, again if the coordinator dies, until it is back."""
@@ -54,6 +76,8 @@ class Line:
         while True:
             try:
                 return self.ask(method, *args, **options)
+            except CoordinatorGoneError:
+                raise
             except CoordinatorLostError:
                 if time.monotonic() > deadline:
                     raise
@@ -64,6 +88,8 @@ class Line:
             try:
                 ray.get(self._actor.status.remote(), timeout=5.0)
                 return
+            except ActorDiedError as error:
+                raise self._lost(error) from error
             except (RayActorError, GetTimeoutError):
                 time.sleep(0.5)
             except RayTaskError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from .submit import print_result
 
 def run() -> None:
     """Run the command line with this process's arguments; `out/` holds what is brought back."""
+    # A job that is stopped gets SIGTERM: as Ctrl-C, so that a verb ends what it has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         code = 0

@@ -28,8 +28,12 @@ RESULT_MARK = "LOADMASTER-RESULT "
 _LINE_BYTES = 60_000
 _FLOORS = ("traces", "kernels", "placement", "simulator", "workers")
 _KEPT = {".py", ".yaml", ".json", ".html", ".safetensors", ".md", ".typed", ".txt"}
+_JOIN = ("run", "apply")      # verbs that look for a cluster, or start one
 _POLL_S = 1.0
 _READY_S = 60.0
+_SILENCE_S = 60.0             # of the dashboard, until we give up following
+_SAY_S = 15.0                 # of the job, until we say that it is there
+STOP_GRACE_S = 30
 
 
 @dataclass(frozen=True)
@@ -52,24 +56,35 @@ def submit(
     """Run `loadmaster ARGUMENTS` on the cluster whose dashboard is at `address`, and wait.
 
     inputs: files and folders among the arguments, sent along. outputs: files among the arguments,
-    brought back. on_line: called with each line of the job's log. Ctrl-C stops the job. Raises
-    UsageError for a cluster without a token or a missing input, LoadmasterError when the job could
+    brought back. on_line: called with each line of the job's log, and now and then with how long
+    the job has been silent. Ctrl-C stops the job, and waits until it has cleaned up; a dashboard
+    that does not answer for a while does not. Raises UsageError for a cluster without a token, a
+    missing input or a place where no output can be written, LoadmasterError when the job could
     not run at all; a verb that failed is in `exit_code`.
     """
+    for path in outputs:
+        if not path.parent.is_dir():
+            raise UsageError(f"{path}: there is no folder {path.parent}: make it first")
     client = _client(address)
     with tempfile.TemporaryDirectory(prefix="loadmaster-job-") as folder:
         work, package = Path(folder) / "work", Path(folder) / "loadmaster"
-        command = _pack(arguments, inputs, outputs, work)
+        command = _pack(_joining(arguments), inputs, outputs, work)
         _copy_package(package)
         entrypoint = "python -m loadmaster.workers.job_entry " + shlex.join(command)
-        environment = {"working_dir": str(work), "py_modules": [str(package)]}
+        environment = {
+            "working_dir": str(work), "py_modules": [str(package)],
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_GRACE_S)},
+        }
         job = _send(client, entrypoint, environment)
-        try:
-            log = _follow(client, job, on_line)
-        except BaseException:
-            client.stop_job(job)
-            raise
+        log = follow(client, job, on_line)
     return _finish(client, job, log, outputs)
+
+
+def _joining(arguments: Sequence[str]) -> list[str]:
+    """The arguments; live workers of a job are to run on its cluster, not on one of their own."""
+    named = any(a == "--address" or a.startswith("--address=") for a in arguments)
+    joins = bool(arguments) and arguments[0] in _JOIN and not named
+    return [*arguments, "--address", "auto"] if joins else list(arguments)
 
 
 def _client(address: str) -> Any:
@@ -85,7 +100,7 @@ def _client(address: str) -> Any:
         return jobs.JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         raise LoadmasterError(
-            f"no Ray dashboard answers at {address}: {str(error).splitlines()[0]}"
+            f"no Ray dashboard answers at {address}: {_first_line(error)}"
         ) from error
 
 
@@ -103,7 +118,7 @@ def _send(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:
                     "agent's port? (ray start --dashboard-agent-listen-port)" if no_agent else ""
                 )
                 raise LoadmasterError(
-                    f"the cluster did not take the job: {str(error).splitlines()[0]}{hint}"
+                    f"the cluster did not take the job: {_first_line(error)}{hint}"
                 ) from error
             time.sleep(_POLL_S)
 
@@ -119,16 +134,37 @@ def _pack(
     for number, path in enumerate(inputs):
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder to send")
-        target = f"in/{number}/{path.name}"
+        target = f"in/{number}/{path.resolve().name}"
         (work / "in" / str(number)).mkdir()
         if path.is_dir():
             shutil.copytree(path, work / target)
         else:
             shutil.copy(path, work / target)
-        names[str(path)] = target
+        names[os.path.abspath(path)] = target
     for number, path in enumerate(outputs):
-        names[str(path)] = f"out/{number}-{path.name}"
-    return [names.get(a, a) for a in arguments]
+        names[os.path.abspath(path)] = _out_name(number, path)
+    return [*arguments[:1], *(_renamed(a, names) for a in arguments[1:])]
+
+
+def _out_name(number: int, path: Path) -> str:
+    return f"out/{number}-{path.name}"
+
+
+def _renamed(argument: str, names: dict[str, str]) -> str:
+    """The argument, or `--option=argument`, as the job sees it: a file that travels, however it
+    was written, or one inside a folder that travels, under its new name."""
+    option, equals, value = argument.partition("=")
+    if argument.startswith("--") and equals:
+        return f"{option}={_renamed(value, names)}"
+    if not argument or argument.startswith("-"):
+        return argument
+    whole = os.path.abspath(argument)
+    for own, name in names.items():
+        if whole == own:
+            return name
+        if whole.startswith(own + os.sep):
+            return name + whole[len(own) :]
+    return argument
 
 
 def _copy_package(target: Path) -> None:
@@ -146,20 +182,78 @@ def _copy_package(target: Path) -> None:
                 shutil.copy(path, copy)
 
 
-def _follow(client: Any, job: str, on_line: Callable[[str], None]) -> str:
-    """Hand on the job's log as it grows; all of it, once the job has ended."""
-    shown = 0
-    while True:
-        ended = client.get_job_status(job).is_terminal()
-        log: str = client.get_job_logs(job)
-        whole = log if ended else log[: log.rfind("\n") + 1]
-        for line in whole[shown:].splitlines():
+def follow(
+    client: Any, job: str, on_line: Callable[[str], None], *, poll_s: float = _POLL_S
+) -> str:
+    """Hand on the job's log as it grows; all of it, once the job has ended.
+
+    Ctrl-C stops the job. Raises LoadmasterError, and leaves the job alone, when the dashboard has
+    not answered for a minute.
+    """
+    reader = _LogReader(client, job, on_line)
+    try:
+        while not reader.read():
+            time.sleep(poll_s)
+    except KeyboardInterrupt:
+        _stop(client, job, reader, poll_s)
+        raise
+    return reader.log
+
+
+class _LogReader:
+    """Reads a job's log through a dashboard that may fail to answer for a while."""
+
+    def __init__(self, client: Any, job: str, on_line: Callable[[str], None]) -> None:
+        self._client, self._job, self._on_line = client, job, on_line
+        self._shown = 0
+        self._answered = self._spoke = self._began = time.monotonic()
+        self.log = ""
+
+    def read(self) -> bool:
+        """Hand on what is new; whether the job has ended."""
+        try:
+            status = self._client.get_job_status(self._job)
+            self.log = self._client.get_job_logs(self._job)
+        except (OSError, RuntimeError) as error:      # requests' errors are OSErrors
+            if time.monotonic() - self._answered > _SILENCE_S:
+                raise LoadmasterError(
+                    f"the dashboard has not answered for {_SILENCE_S:.0f} s: {_first_line(error)}; "
+                    f"job {self._job} goes on (ray job logs --follow {self._job})"
+                ) from error
+            return False
+        self._answered = time.monotonic()
+        ended = bool(status.is_terminal())
+        self._hand_on(self.log if ended else self.log[: self.log.rfind("\n") + 1])
+        if not ended and time.monotonic() - self._spoke > _SAY_S:
+            self.say(f"job {self._job}: {status}, {time.monotonic() - self._began:.0f} s so far")
+        return ended
+
+    def _hand_on(self, whole: str) -> None:
+        for line in whole[self._shown :].splitlines():
             if not line.startswith(RESULT_MARK):
-                on_line(line)
-        shown = len(whole)
-        if ended:
-            return log
-        time.sleep(_POLL_S)
+                self.say(line)
+        self._shown = len(whole)
+
+    def say(self, line: str) -> None:
+        """A line for whoever waits."""
+        self._spoke = time.monotonic()
+        self._on_line(line)
+
+
+def _stop(client: Any, job: str, reader: _LogReader, poll_s: float) -> None:
+    """Stop the job, and stay until it has ended what it had started."""
+    reader.say(f"stopping job {job}: it gets {STOP_GRACE_S} s to end what it has started")
+    try:
+        client.stop_job(job)
+        deadline = time.monotonic() + STOP_GRACE_S + 5.0
+        while not reader.read() and time.monotonic() < deadline:
+            time.sleep(poll_s)
+    except (LoadmasterError, OSError, RuntimeError) as error:
+        reader.say(f"job {job} may still run ({_first_line(error)}): ray job stop {job}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _finish(client: Any, job: str, log: str, outputs: Sequence[Path]) -> JobResult:
@@ -172,7 +266,7 @@ def _finish(client: Any, job: str, log: str, outputs: Sequence[Path]) -> JobResu
     with zipfile.ZipFile(io.BytesIO(base64.b64decode(rest))) as archive:
         held = set(archive.namelist())
         for number, path in enumerate(outputs):
-            name = f"{number}-{path.name}"
+            name = _out_name(number, path).removeprefix("out/")
             if name in held:
                 part = path.with_name(f".{path.name}.part")
                 part.write_bytes(archive.read(name))

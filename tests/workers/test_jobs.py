@@ -15,8 +15,9 @@ import pytest
 from loadmaster.errors import LoadmasterError, UsageError
 from loadmaster.placement.plan import Plan
 from loadmaster.workers import run_folder
+from loadmaster.workers import submit as submitting
 from loadmaster.workers.jobs import RayExecutor
-from loadmaster.workers.submit import _pack, print_result, submit
+from loadmaster.workers.submit import _joining, _pack, follow, print_result, submit
 
 
 def slow_square(number: int) -> int:
@@ -54,6 +55,101 @@ def test_inputs_travel_and_arguments_name_them_as_the_job_sees_them(tmp_path: Pa
     assert (tmp_path / "work/in/0/trace/manifest.json").read_text() == "{}"
     with pytest.raises(UsageError, match="no such file or folder to send"):
         _pack([], [tmp_path / "gone"], [], tmp_path / "other")
+
+
+def test_paths_are_known_however_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "manifest.json").write_text("{}")
+    command = _pack(
+        ["plan", "./t", "t/", str(tmp_path / "t"), "t/manifest.json", "--out=./p.json", "--seed=3"],
+        [Path("./t")], [Path("p.json")], tmp_path / "work",
+    )
+    assert command == [
+        "plan", "in/0/t", "in/0/t", "in/0/t", "in/0/t/manifest.json", "--out=out/0-p.json",
+        "--seed=3",
+    ]
+
+
+def test_a_verb_is_never_taken_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plan").write_text("{}")
+    assert _pack(["plan", "./plan"], [Path("plan")], [], Path("work")) == ["plan", "in/0/plan"]
+
+
+def test_live_workers_of_a_job_join_its_cluster() -> None:
+    assert _joining(["run", "--ranks", "2"]) == ["run", "--ranks", "2", "--address", "auto"]
+    assert _joining(["apply", "p", "--address", "x:1"]) == ["apply", "p", "--address", "x:1"]
+    assert _joining(["apply", "p", "--address=x:1"]) == ["apply", "p", "--address=x:1"]
+    assert _joining(["plan", "t"]) == ["plan", "t"]
+
+
+def test_a_result_without_a_folder_to_go_to_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no folder .*gone"):
+        submit("http://127.0.0.1:1", ["plan"], outputs=[tmp_path / "gone" / "plan.json"])
+
+
+class FakeStatus:
+    def __init__(self, ended: bool) -> None:
+        self.is_terminal = lambda: ended
+
+    def __str__(self) -> str:
+        return "RUNNING"
+
+
+class FakeJobs:
+    """A dashboard that plays a script: a log, an error, or a Ctrl-C at each look."""
+
+    def __init__(self, script: list[str | BaseException]) -> None:
+        self._script = script
+        self.stopped = False
+
+    def get_job_status(self, job: str) -> FakeStatus:
+        last = len(self._script) == 1
+        now = self._script[0] if last else self._script.pop(0)
+        if isinstance(now, BaseException):
+            raise now
+        self._log = now
+        return FakeStatus(last)
+
+    def get_job_logs(self, job: str) -> str:
+        return self._log
+
+    def stop_job(self, job: str) -> None:
+        self.stopped = True
+
+
+def test_a_dashboard_that_stumbles_does_not_stop_the_job() -> None:
+    lines: list[str] = []
+    jobs = FakeJobs(["a\n", ConnectionError("gone"), RuntimeError("status code 502"), "a\nb\nc"])
+    assert follow(jobs, "j", lines.append, poll_s=0.0) == "a\nb\nc"
+    assert lines == ["a", "b", "c"] and not jobs.stopped
+
+
+def test_a_dashboard_gone_for_long_leaves_the_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting, "_SILENCE_S", 0.01)
+    jobs = FakeJobs(["a\n", ConnectionError("gone")])
+    with pytest.raises(LoadmasterError, match=r"job j goes on"):
+        follow(jobs, "j", lambda line: None, poll_s=0.005)
+    assert not jobs.stopped
+
+
+def test_ctrl_c_stops_the_job_and_shows_how_it_ends() -> None:
+    lines: list[str] = []
+    jobs = FakeJobs(["a\n", KeyboardInterrupt(), "a\n", "a\nended\n"])
+    with pytest.raises(KeyboardInterrupt):
+        follow(jobs, "j", lines.append, poll_s=0.0)
+    assert jobs.stopped
+    assert lines == ["a", "stopping job j: it gets 30 s to end what it has started", "ended"]
+
+
+def test_a_silent_job_is_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting, "_SAY_S", -1.0)
+    lines: list[str] = []
+    follow(FakeJobs(["", "", "end\n"]), "j", lines.append, poll_s=0.0)
+    assert lines == ["job j: RUNNING, 0 s so far"] * 2 + ["end"]
 
 
 def test_a_cluster_elsewhere_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
