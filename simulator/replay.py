@@ -2,7 +2,8 @@
 
 The same steps in the same order for every plan, so differences are paired; bands and verdict are
 `placement.comparison`'s. A request begins with the first step that holds one of its tokens and ends
-with the last; with arrival times, a step waits until all its requests are there. Knows traces,
+with the last; with arrival times it begins when it arrives, and a step waits until all its requests
+are there. Knows traces,
 plans and step times. Knows nothing of admission or KV memory: what ran together in the recording
 runs together here.
 """
@@ -115,9 +116,12 @@ def replay(
         Composition(tokens, home_T[tokens]) for tokens in map(cut.tokens_of, range(len(cut)))
     ]
     request, first_R, last_R = _spans(trace, cut)
-    ready_W = _ready(request, first_R, len(cut), arrival_us)
+    arrival_R = None if arrival_us is None else _arrivals(request, arrival_us)
+    ready_W = np.zeros(len(cut))
+    if arrival_R is not None:
+        np.maximum.at(ready_W, first_R, arrival_R)
     played = {
-        name: _play(router, plan, compositions, ready_W, first_R, last_R)
+        name: _play(router, plan, compositions, ready_W, first_R, last_R, arrival_R)
         for name, plan in plans.items()
     }
     comparison = compare(
@@ -134,6 +138,7 @@ def _play(
     ready_W: FloatArray,
     first_R: IntArray,
     last_R: IntArray,
+    arrival_R: FloatArray | None,
 ) -> ReplayedPlan:
     router.check(plan)
     condition = Condition(plan)
@@ -143,8 +148,8 @@ def _play(
     for w, (ready, duration) in enumerate(zip(ready_W.tolist(), step_W.tolist(), strict=True)):
         clock = max(clock, ready) + duration
         end_W[w] = clock
-    begin_W = np.maximum(ready_W, end_W - step_W)
-    latency_R = end_W[last_R] - begin_W[first_R]
+    begin_R = (end_W - step_W)[first_R] if arrival_R is None else arrival_R
+    latency_R = end_W[last_R] - begin_R
     latency, step_time = Distribution.of(latency_R), Distribution.of(step_W)
     assert latency and step_time
     return ReplayedPlan(
@@ -191,18 +196,12 @@ def _spans(trace: RoutingTrace, cut: Steps) -> tuple[IntArray, IntArray, IntArra
     return request, step_A[first_at], step_A[len(step_A) - 1 - last_at]
 
 
-def _ready(
-    request: IntArray, first_R: IntArray, steps: int, arrival_us: Mapping[int, float] | None
-) -> FloatArray:
-    """[W] when all requests of a step have arrived."""
-    ready_W = np.zeros(steps)
-    if arrival_us is None:
-        return ready_W
+def _arrivals(request: IntArray, arrival_us: Mapping[int, float]) -> FloatArray:
+    """[R] when each request arrived."""
     missing = [r for r in request.tolist() if r not in arrival_us]
     if missing:
         raise InputError(f"arrival_us has no time for request {missing[0]} of the trace")
     times = np.array([arrival_us[r] for r in request.tolist()], np.float64)
     if not np.isfinite(times).all() or (times < 0).any():
         raise InputError("arrival_us must be finite and >= 0")
-    np.maximum.at(ready_W, first_R, times)
-    return ready_W
+    return times

@@ -75,6 +75,11 @@ def test_a_step_waits_for_its_requests(trace, cluster, fat) -> None:
     played = delayed.plans["p"]
     assert played.step_end_us[step] - played.step_us[step] == pytest.approx(1e6)
     np.testing.assert_array_equal(played.step_us, on_time.plans["p"].step_us)
+    waited = on_time.plans["p"]
+    ends = [recorded.step[recorded.request == r].max() for r in on_time.request]
+    np.testing.assert_allclose(
+        waited.request_latency_us, waited.step_end_us[ends], err_msg="all were there from 0 on"
+    )
     del late[3]
     with pytest.raises(InputError, match="no time for request 3"):
         replay({"p": contiguous_plan()}, recorded, cluster, model=fat, arrival_us=late)
