@@ -33,6 +33,11 @@ from .whatif_grid import Grid, Scenario, cell_text
 from .workload import Workload
 
 BANK = BankSpec(samples=4)
+FIGURES = (
+    "latency_mean_us", "latency_p99_us", "ttft_p50_us", "ttft_p99_us", "tpot_p50_us",
+    "step_mean_us", "output_tokens_per_s", "goodput_requests_per_s", "imbalance_mean", "devices",
+    "expert_bytes_per_device",
+)
 Progress = Callable[[int, int], None]
 
 
@@ -89,9 +94,8 @@ class WhatIf:
 
         Ties keep the grid's order. Raises InputError on an unknown figure.
         """
+        require_figure(figure)
         done = [c for c in self.cells if c.error is None]
-        if done and figure not in done[0].figures:
-            raise InputError(f"no figure {figure!r}; there are: {', '.join(done[0].figures)}")
         sign = -1.0 if figure.endswith("_per_s") else 1.0
 
         def key(cell: Cell) -> float:
@@ -144,12 +148,16 @@ def run_whatif(
     executor: Executor | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    rank_by: str = "latency_mean_us",
 ) -> WhatIf:
     """Run every cell that `resume` does not hold yet.
 
+    rank_by: the figure that `WhatIf.ranked` will be asked for; an unknown one is an InputError
+    before the first cell runs, not after the last.
     resume: a file of finished cells, one JSON line each, made if absent; cells of other studies in
     it are left alone, failed cells are tried again. progress(done, all) after each cell.
     """
+    require_figure(rank_by)
     cells = study.grid.cells()
     digest = study.digest()
     finished = {} if resume is None else _finished(Path(resume), digest)
@@ -165,19 +173,27 @@ def run_whatif(
 
 
 def run_cell(study: Study, fields: dict[str, Any]) -> Cell:
-    """Plan and serve one scenario; a user's error becomes the cell's `error`."""
+    """Plan and serve one scenario; whatever stops it becomes the cell's `error`."""
     try:
         scenario = study.grid.scenario(fields)
         return Cell(fields, _figures(study, scenario))
     except LoadmasterError as error:
         return Cell(fields, {}, str(error))
+    except Exception as error:
+        return Cell(fields, {}, f"{type(error).__name__}: {error}")
+
+
+def require_figure(name: str) -> None:
+    """Raises InputError unless cells have such a figure."""
+    if name not in FIGURES:
+        raise InputError(f"no figure {name!r}; there are: {', '.join(FIGURES)}")
 
 
 def _figures(study: Study, scenario: Scenario) -> dict[str, float | None]:
     known, unseen = study.trace.split(0.5, seed=study.grid.seed)
     cluster = _cluster(scenario, study.trace)
     plan = make_plan(known, cluster, method=scenario.method, dispatch=scenario.dispatch,
-                     seed=study.grid.seed).plan
+                     seed=study.grid.seed, model=study.model).plan
     overlap = None if scenario.overlap == "none" else Overlap(scenario.overlap)
     serving = Serving(
         BatchLimits(scenario.step_tokens, min(scenario.max_requests, scenario.step_tokens)),

@@ -12,13 +12,14 @@ runs, so that it does not stop the others; an unknown field is an error at once.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import InputError
 from .faults import FlappingNic, Jitter, LostDevices, SlowDevice
@@ -138,7 +139,7 @@ class Grid(BaseModel):
         return [_fault(scenario.failure, fields) for fields in self.failures[scenario.failure]]
 
 
-FAULTS = {
+FAULTS: dict[str, type[Any]] = {
     "slow_device": SlowDevice, "jitter": Jitter, "flapping_nic": FlappingNic,
     "lost_devices": LostDevices,
 }
@@ -146,13 +147,20 @@ FAULTS = {
 
 def _fault(name: str, fields: dict[str, Any]) -> Any:
     kind = fields.get("kind")
-    if kind not in FAULTS:
+    if not isinstance(kind, str) or kind not in FAULTS:
         raise InputError(f"failures.{name}: kind {kind!r}; there are: {', '.join(FAULTS)}")
-    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "kind"}
+    rest = {k: v for k, v in fields.items() if k != "kind"}
+    known = [f.name for f in dataclasses.fields(FAULTS[kind]) if f.name != "replan"]
+    if unknown := sorted(set(rest) - set(known)):
+        raise InputError(
+            f"failures.{name}: {kind}.{unknown[0]}: no such field; there are: {', '.join(known)}"
+        )
     try:
-        return FAULTS[kind](**rest)
-    except TypeError as error:
-        raise InputError(f"failures.{name}: {error}") from error
+        return TypeAdapter(FAULTS[kind]).validate_python(rest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (kind, *first["loc"])))
+        raise InputError(f"failures.{name}: {where}: {first['msg']}") from error
 
 
 def grid_schema() -> dict[str, Any]:

@@ -9,7 +9,8 @@ import json
 import pytest
 
 from loadmaster.errors import InputError
-from loadmaster.simulator.whatif import Cell, Study, WhatIf, run_whatif
+from loadmaster.placement.planner import plan as make_plan
+from loadmaster.simulator.whatif import FIGURES, Cell, Study, WhatIf, run_whatif
 from loadmaster.simulator.whatif_grid import Grid, grid_schema
 
 from .conftest import steady_workload
@@ -105,6 +106,56 @@ def test_failures_of_the_grid_happen(trace, model) -> None:
                               axes={"failure": ["none", "slow"]}))
     well, slow = (c.figures["step_mean_us"] for c in result.cells)
     assert slow > well
+
+
+@pytest.mark.parametrize(
+    ("fault", "names"),
+    [
+        ({"kind": "slow_device", "device": 0, "factor": "x"}, "slow_device.factor"),
+        ({"kind": "slow_device", "device": 0, "factor": 2.0, "at_us": "now"}, "slow_device.at_us"),
+        ({"kind": "lost_devices", "at_us": 1.0, "devices": 3}, "lost_devices.devices"),
+        ({"kind": "jitter", "sigma": 0.1, "colour": 1}, "jitter.colour: no such field"),
+        ({"kind": ["jitter"]}, "kind"),
+        ({"kind": "jitter"}, "jitter.sigma"),
+    ],
+)
+def test_a_bad_fault_is_named_in_its_cell_only(trace, model, fault, names) -> None:
+    result = run_whatif(study(trace, model, failures={"bad": [fault]},
+                              axes={"failure": ["bad", "none"]}))
+    assert names in result.cells[0].error and "failures.bad" in result.cells[0].error
+    assert result.cells[1].error is None
+
+
+def test_a_cell_that_breaks_says_so_and_stops_no_other(trace, model, monkeypatch) -> None:
+    def breaks(*args, method, **kwargs):
+        if method == "eplb":
+            raise ZeroDivisionError("by nought")
+        return make_plan(*args, method=method, **kwargs)
+
+    monkeypatch.setattr("loadmaster.simulator.whatif.make_plan", breaks)
+    result = run_whatif(study(trace, model, axes={"method": ["eplb", "contiguous"]}))
+    assert [c.error for c in result.cells] == ["ZeroDivisionError: by nought", None]
+    assert set(FIGURES) == set(result.cells[1].figures)
+
+
+def test_an_unknown_figure_is_refused_before_anything_runs(trace, model) -> None:
+    def never(_done, _all) -> None:
+        raise AssertionError("a cell ran")
+
+    with pytest.raises(InputError, match="no figure 'beauty'"):
+        run_whatif(study(trace, model, axes={"load": [1.0]}), rank_by="beauty", progress=never)
+
+
+def test_cells_are_planned_for_time(trace, model, monkeypatch) -> None:
+    seen = []
+
+    def watches(*args, **kwargs):
+        seen.append(kwargs["model"])
+        return make_plan(*args, **kwargs)
+
+    monkeypatch.setattr("loadmaster.simulator.whatif.make_plan", watches)
+    run_whatif(study(trace, model, axes={"load": [1.0]}))
+    assert seen == [model]
 
 
 def test_the_front_keeps_what_nothing_beats() -> None:
