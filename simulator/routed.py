@@ -17,6 +17,7 @@ from ..errors import InputError, UsageError
 from ..placement.cluster import Cluster
 from ..placement.cost import PORTS as COST_PORTS
 from ..placement.cost import step_cost
+from ..placement.evaluate import check_model, check_slots
 from ..placement.overlap import Overlap
 from ..placement.plan import DispatchSpec, Plan
 from ..placement.traffic import StepLoads, check_fit, step_loads
@@ -102,6 +103,8 @@ class StepRouter:
     def check(self, plan: Plan) -> None:
         """Raises InputError when the plan is for another model or cluster."""
         check_fit(self.trace, plan, self.cluster)
+        check_model(self.model, plan)
+        check_slots(plan, self.cluster, "the plan")
 
     def loads(
         self, steps: Sequence[Composition], plan: Plan, dispatch: DispatchSpec | None = None

@@ -186,6 +186,18 @@ def test_a_plan_for_another_cluster_or_model_is_refused(workload, cluster, trace
         run(contiguous_plan(), workload, cluster, trace, unsized)
 
 
+def test_a_plan_made_for_other_sizes_or_more_slots_is_refused(
+    plan, workload, cluster, trace, model
+) -> None:
+    ours = dataclasses.replace(plan, model_digest=model.digest())
+    simulate(ours, workload.head(1), cluster, trace=trace, model=model, routing="every_step")
+    wider = model.model_copy(update={"hidden": 2 * model.hidden})
+    with pytest.raises(InputError, match="was made for model"):
+        simulate(ours, workload, cluster, trace=trace, model=wider)
+    with pytest.raises(InputError, match="fills 4 slots of device 0"):
+        simulate(contiguous_plan(slots=4), workload, cluster, trace=trace, model=model)
+
+
 def test_a_domain_the_trace_lacks_is_named(plan, workload, cluster, trace, model) -> None:
     load = workload.with_domains(("front", "poetry"), [(0.0, (1, 1))])
     with pytest.raises(InputError, match="'poetry' is not in the trace"):
