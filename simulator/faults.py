@@ -47,13 +47,13 @@ class SlowDevice:
         run.loop.env.process(self._play(run))
 
     def _play(self, run: Run) -> Process:
-        slow_G = _one(run, self.device, self.factor)
+        slow_G, cause = _one(run, self.device, self.factor), run.in_force.new_cause()
         yield from _wait_until(run, self.at_us)
-        run.in_force.slow(self.group, self, slow_G)
+        run.in_force.slow(self.group, cause, slow_G)
         run.log("slow", f"device {self.device} takes {self.factor:g} times as long")
         if self.until_us is not None:
             yield from _wait_until(run, self.until_us)
-            run.in_force.slow(self.group, self, None)
+            run.in_force.slow(self.group, cause, None)
             run.log("recovered", f"device {self.device} at full speed")
 
 
@@ -97,16 +97,16 @@ class FlappingNic:
         run.loop.env.process(self._play(run))
 
     def _play(self, run: Run) -> Process:
-        share_G = _one(run, self.device, self.share)
+        share_G, cause = _one(run, self.device, self.share), run.in_force.new_cause()
         yield from _wait_until(run, self.at_us)
         run.log("nic flaps", f"device {self.device} at {self.share:g} of its rate at times")
         while not run.loop.finished:
             if self.until_us is not None and run.loop.now_ns >= self.until_us * 1e3:
                 run.log("recovered", f"network port of device {self.device}")
                 return
-            run.in_force.throttle(self.group, self, share_G)
+            run.in_force.throttle(self.group, cause, share_G)
             yield run.loop.env.timeout(round(self.down_us * 1e3))
-            run.in_force.throttle(self.group, self, None)
+            run.in_force.throttle(self.group, cause, None)
             yield run.loop.env.timeout(round((self.period_us - self.down_us) * 1e3))
 
 

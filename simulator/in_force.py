@@ -7,6 +7,7 @@ every expert on the devices that are there. Knows nothing of when or why.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Collection
 
@@ -27,13 +28,16 @@ class InForce:
     def __init__(self, router: StepRouter, plan: Plan, *, groups: int, seed: int) -> None:
         router.check(plan)
         self.router = router
-        self.conditions = [Condition(plan)]
+        self.conditions: list[Condition] = []
+        self._number_of: dict[tuple[object, ...], int] = {}
+        self._number(Condition(plan))
         self.number_of_group = [0] * groups
         self.whole_plan = [plan] * groups     # with every device there: what lost ones come back to
         self.exchange_us_of_group = [0.0] * groups     # of all steps so far
         self.jitter_G = np.zeros(router.cluster.num_devices)
-        self._slow: list[dict[object, FloatArray]] = [{} for _ in range(groups)]
-        self._nic: list[dict[object, FloatArray]] = [{} for _ in range(groups)]
+        self._causes = itertools.count()
+        self._slow: list[dict[int, FloatArray]] = [{} for _ in range(groups)]
+        self._nic: list[dict[int, FloatArray]] = [{} for _ in range(groups)]
         self._lost: list[Counter[int]] = [Counter() for _ in range(groups)]
         self._uncovered = [0] * groups
         self._jitter_stream = stream(seed, "jitter")
@@ -91,12 +95,16 @@ class InForce:
         self._set(group, dataclasses.replace(self.of(group), lost=self.of(group).lost - back))
         return back
 
-    def slow(self, group: int, cause: object, slowdown_G: FloatArray | None) -> None:
+    def new_cause(self) -> int:
+        """A number for something that slows or throttles; equal faults are two causes."""
+        return next(self._causes)
+
+    def slow(self, group: int, cause: int, slowdown_G: FloatArray | None) -> None:
         """A cause slows devices (None = no longer); causes multiply."""
         slowdown = _combined(self._slow[group], cause, slowdown_G)
         self._set(group, dataclasses.replace(self.of(group), slowdown_G=slowdown))
 
-    def throttle(self, group: int, cause: object, nic_share_G: FloatArray | None) -> None:
+    def throttle(self, group: int, cause: int, nic_share_G: FloatArray | None) -> None:
         """A cause takes part of devices' network ports (None = no longer); causes multiply."""
         share = _combined(self._nic[group], cause, nic_share_G)
         self._set(group, dataclasses.replace(self.of(group), nic_share_G=share))
@@ -113,13 +121,28 @@ class InForce:
         return float((slow_LG.max(axis=1) - compute_LG.max(axis=1)).sum())
 
     def _set(self, group: int, condition: Condition) -> None:
-        self.conditions.append(condition)
-        self.number_of_group[group] = len(self.conditions) - 1
+        self.number_of_group[group] = self._number(condition)
         self._uncovered[group] = condition.uncovered()
+
+    def _number(self, condition: Condition) -> int:
+        """The condition's number: what comes again is what it was, not one more.
+
+        Plans count as one where they are one object; `conditions` keeps each alive.
+        """
+        slow_G, share_G = condition.slowdown_G, condition.nic_share_G
+        key = (
+            id(condition.plan), condition.lost,
+            None if slow_G is None else slow_G.tobytes(),
+            None if share_G is None else share_G.tobytes(),
+        )
+        number = self._number_of.setdefault(key, len(self.conditions))
+        if number == len(self.conditions):
+            self.conditions.append(condition)
+        return number
 
 
 def _combined(
-    causes: dict[object, FloatArray], cause: object, value_G: FloatArray | None
+    causes: dict[int, FloatArray], cause: int, value_G: FloatArray | None
 ) -> FloatArray | None:
     """Set or drop one cause; the product of those that are left, None when there are none."""
     if value_G is None:
@@ -128,5 +151,5 @@ def _combined(
         causes[cause] = value_G
     if not causes:
         return None
-    product: FloatArray = np.prod(list(causes.values()), axis=0)
+    product: FloatArray = np.prod([causes[c] for c in sorted(causes)], axis=0)
     return product

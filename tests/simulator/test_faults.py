@@ -194,3 +194,22 @@ def test_a_device_lost_twice_is_back_after_both(roomy, trace, model) -> None:
     result = run(plan, roomy, trace, model, *both, load=steady_workload(requests=60))
     details = [e.detail.split(";")[0] for e in result.events if e.kind == "back"]
     assert details == ["devices []", "devices [1]"]
+
+
+def test_two_equal_faults_count_twice(cluster, trace, model) -> None:
+    plan = contiguous_plan()
+    twice, once = SlowDevice(0, 2.0), SlowDevice(0, 4.0)
+    double = run(plan, cluster, trace, model, twice, SlowDevice(0, 2.0))
+    assert double.step_time == run(plan, cluster, trace, model, once).step_time
+
+
+def test_a_port_that_flaps_for_long_makes_two_conditions(cluster, trace, model) -> None:
+    seen = []
+
+    class Watch:
+        def start(self, run) -> None:
+            seen.append(run)
+
+    run(contiguous_plan(), cluster, trace, model, FlappingNic(0, 0.5, 200.0, 100.0), Watch(),
+        routing="bank")
+    assert len(seen[0].in_force.conditions) == 2
