@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from .cli_progress import PlainProgress
+
 
 def out() -> Console:
     """Results, on stdout. Wide enough for a table when the output is a file."""
@@ -107,8 +109,12 @@ def metric(name: str) -> str:
     return name.replace("_us", ", us").replace("_", " ")
 
 
-def progress_bar() -> Progress:
-    """A progress bar on stderr; nothing where stderr is no terminal."""
+def progress_bar() -> Progress | PlainProgress:
+    """A progress bar on stderr; plain lines, now and then, where stderr is no terminal."""
+    from .cli_progress import PlainProgress
+
+    if not sys.stderr.isatty():
+        return PlainProgress()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(

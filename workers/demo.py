@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import LoadmasterError, UsageError
+from ..errors import UsageError
 from ..placement.cluster import Cluster
 from ..placement.comparison import Comparison, compare
 from ..placement.plan import Plan
@@ -42,6 +42,7 @@ from .demo_measure import (
 )
 from .expert_fit import ExpertFit, fit_kernel, machine, scale_to_live
 from .group import Group
+from .output_folder import new_run_folder
 from .reference import reference_model_dir
 from .step_log import Measurements
 from .switch import ApplyReport
@@ -142,7 +143,7 @@ def run_demo(
     say = progress or (lambda said, done, total: None)
     if ranks < 2:
         raise UsageError(f"--ranks {ranks}: placement needs at least 2 ranks")
-    folder = _run_folder(out)
+    folder = new_run_folder(out, "demo")
     planning = traffic.mixed(size.plan_steps * STEP_TOKENS, seed)
     judging = traffic.mixed_then_shifting(size.judge_steps * STEP_TOKENS, seed + 1000)
     decoding = traffic.mixed(size.decode_prompts * traffic.PROMPT_TOKENS, seed + 2000)
@@ -330,22 +331,6 @@ def _verdict(before: Figures, after: Figures, gain: Gain, comparison: Comparison
         f"{row.change_percent:+.1f} % as predicted"
     )
     return f"apply auto: {said}" if row.change_high_percent < 0 else f"leave it: {said}"
-
-
-def _run_folder(out: Path | None) -> Path:
-    if out is None:
-        base = Path("loadmaster-runs")
-        number = 1 + max(
-            (int(p.name[5:]) for p in base.glob("demo-*") if p.name[5:].isdigit()), default=0
-        )
-        out = base / f"demo-{number}"
-    if out.exists():
-        raise UsageError(f"{out} exists: name another run folder with --out")
-    try:
-        out.mkdir(parents=True)
-    except OSError as error:
-        raise LoadmasterError(f"{out}: cannot be created: {error.strerror}") from error
-    return out
 
 
 def _leave(
