@@ -100,7 +100,7 @@ class Lanes:
     ) -> None:
         self.limits, self.log = limits, log
         self.prompt, self.output = workload.prompt_tokens.tolist(), workload.output_tokens.tolist()
-        self.kv_free_G = None
+        self.kv_free_G, self.kv_room_G = None, limits.kv_tokens_per_device
         if limits.kv_tokens_per_device is not None:
             self.kv_free_G = list(limits.kv_tokens_per_device)
         self.requests_G = [0] * num_devices
@@ -196,6 +196,15 @@ class Lanes:
     def regain_devices(self, devices: Collection[int]) -> None:
         """Devices that serve again; they are empty."""
         self.alive = sorted({*self.alive, *devices})
+
+    def set_kv_room(self, tokens_G: tuple[int, ...]) -> None:
+        """Another plan leaves other room; a device that holds more than it has admits none."""
+        if self.kv_free_G is not None and self.kv_room_G is not None:
+            self.kv_free_G = [
+                free + new - old
+                for free, new, old in zip(self.kv_free_G, tokens_G, self.kv_room_G, strict=True)
+            ]
+            self.kv_room_G = tokens_G
 
     def _admit(self, prefill: Prefill, now_ns: int) -> bool:
         request = prefill.request

@@ -198,8 +198,7 @@ def _load(run: Run, current: Plan, plan: Plan, group: int) -> tuple[float, str]:
     moves = current.moves_to(plan)
     cost = move_cost(moves, current, run.router.model, run.router.cluster, unavailable=lost)
     run.moved_bytes += cost.bytes
-    run.in_force.switch_plan(group, plan)
-    run.loop.groups[group].epoch += 1
+    run.switch_plan(group, plan)
     from_host = int(cost.host_bytes_G.sum())
     return cost.us, f"{cost.moves} experts, {cost.bytes} bytes moved, {from_host} from the host"
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ..errors import InfeasibleError, LoadmasterError
 from ..placement.plan import EMPTY, Plan
+from .memory import MemorySpec, kv_tokens_per_device
 from .routed import Condition, StepRouter
 from .streams import stream
 
@@ -25,9 +26,12 @@ FloatArray = npt.NDArray[np.float64]
 class InForce:
     """Numbered conditions, and which one holds in which group."""
 
-    def __init__(self, router: StepRouter, plan: Plan, *, groups: int, seed: int) -> None:
+    def __init__(
+        self, router: StepRouter, plan: Plan, *, groups: int, seed: int,
+        memory: MemorySpec | None = None,
+    ) -> None:
         router.check(plan)
-        self.router = router
+        self.router, self.memory = router, memory
         self.conditions: list[Condition] = []
         self._number_of: dict[tuple[object, ...], int] = {}
         self._number(Condition(plan))
@@ -57,13 +61,23 @@ class InForce:
         """Put in force what of a plan stands on the devices that are there.
 
         Raises InputError if it is for another model or cluster, InfeasibleError if it leaves an
-        expert without a copy on the devices that are there.
+        expert without a copy on the devices that are there, or does not leave the KV cache's room.
         """
         self.router.check(plan)
         standing = self.standing(group, plan)
+        self.kv_room_G(standing)
         self._set(group, dataclasses.replace(self.of(group), plan=standing))
         if standing is not plan or not self.of(group).lost:
             self.whole_plan[group] = plan
+
+    def kv_room_G(self, plan: Plan) -> tuple[int, ...] | None:
+        """[G] tokens of KV cache beside a plan's experts; None = memory is not counted.
+
+        Raises InfeasibleError when the experts and other weights alone are too much.
+        """
+        if self.memory is None:
+            return None
+        return kv_tokens_per_device(plan, self.router.cluster, self.router.model, self.memory)
 
     def standing(self, group: int, plan: Plan) -> Plan:
         """The plan with the slots of lost devices empty; itself where they are.

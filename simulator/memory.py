@@ -46,6 +46,18 @@ def expert_bytes_G(plan: Plan, model: ModelSpec) -> npt.NDArray[np.int64]:
     return held
 
 
+def require_experts_fit(plan: Plan, cluster: Cluster, model: ModelSpec) -> None:
+    """Raises InfeasibleError naming the first device whose memory the plan's experts exceed."""
+    for g, held in enumerate(expert_bytes_G(plan, model).tolist()):
+        own, whole = cluster.devices[g].expert_memory_bytes, cluster.hardware.memory_bytes
+        name, most = ("memory_bytes", whole) if own is None else ("expert_memory_bytes", own)
+        if held > most:
+            raise InfeasibleError(
+                f"device {g}: the plan's experts need {held:,} bytes, {name} allows {most:,}: use "
+                "fewer slots or more devices"
+            )
+
+
 def kv_tokens_per_device(
     plan: Plan, cluster: Cluster, model: ModelSpec, memory: MemorySpec
 ) -> tuple[int, ...]:
@@ -53,15 +65,9 @@ def kv_tokens_per_device(
 
     Raises InfeasibleError when a device cannot even hold its experts.
     """
+    require_experts_fit(plan, cluster, model)
     limit = round(cluster.hardware.memory_bytes * memory.usable)
     held_G = expert_bytes_G(plan, model)
-    for g, device in enumerate(cluster.devices):
-        own = device.expert_memory_bytes
-        if own is not None and held_G[g] > own:
-            raise InfeasibleError(
-                f"device {g}: the plan's experts need {held_G[g]:,} bytes, expert_memory_bytes "
-                f"allows {own:,}: use fewer slots or more devices"
-            )
     free_G = limit - memory.other_bytes - held_G
     if (free_G < 0).any():
         g = int(np.argmin(free_G))

@@ -171,8 +171,7 @@ def _hide(
 
 
 def _commit(run: Run, plan: Plan, group: int, detail: str, pause_ns: int) -> None:
-    run.in_force.switch_plan(group, plan)
-    run.loop.groups[group].epoch += 1
+    run.switch_plan(group, plan)
     run.log("switch", detail, pause_ns)
 
 

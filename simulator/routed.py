@@ -26,6 +26,7 @@ from ..traces.steps import Steps
 from ..traces.trace import RoutingTrace
 from .bulk_loads import bulk_loads, counts_in_bulk
 from .composition import Composition
+from .memory import require_experts_fit
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -101,10 +102,13 @@ class StepRouter:
         self.expert_bytes_E = model.bytes_per_expert_E()
 
     def check(self, plan: Plan) -> None:
-        """Raises InputError when the plan is for another model or cluster."""
+        """Raises InputError when the plan is for another model or cluster, InfeasibleError when
+        a device's memory cannot hold its experts.
+        """
         check_fit(self.trace, plan, self.cluster)
         check_model(self.model, plan)
         check_slots(plan, self.cluster, "the plan")
+        require_experts_fit(plan, self.cluster, self.model)
 
     def loads(
         self, steps: Sequence[Composition], plan: Plan, dispatch: DispatchSpec | None = None

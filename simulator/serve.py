@@ -26,7 +26,7 @@ from .composition import Composition
 from .engine import ServingLoop
 from .every_step import EveryStep
 from .in_force import InForce
-from .memory import MemorySpec, kv_tokens_per_device
+from .memory import MemorySpec
 from .result import (
     Distribution,
     Event,
@@ -77,6 +77,15 @@ class Run:
         self.moved_bytes = 0
         self.notes: list[str] = []
 
+    def switch_plan(self, group: int, plan: Plan) -> None:
+        """Put a plan in force, with the KV memory it leaves; raises as `InForce.switch_plan`."""
+        self.in_force.switch_plan(group, plan)
+        serving = self.loop.groups[group]
+        serving.epoch += 1
+        room_G = self.in_force.kv_room_G(self.in_force.of(group).plan)
+        if room_G is not None:
+            serving.lanes.set_kv_room(room_G)
+
     def log(self, kind: str, detail: str, pause_ns: int = 0) -> None:
         """Note something that happened now."""
         self.events.append(Event(self.loop.env.now / 1e3, kind, detail, pause_ns / 1e3))
@@ -114,7 +123,9 @@ def simulate(
     requests, serving = as_workload(workload), serving or Serving()
     spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
     router = StepRouter(trace, cluster, model, dispatch=spec, overlap=serving.overlap)
-    in_force = InForce(router, plan, groups=serving.groups, seed=seed)
+    in_force = InForce(
+        router, plan, groups=serving.groups, seed=seed, memory=serving.memory
+    )
     source = TokenSource(trace, requests, seed=seed)
     timer: StepBank | EveryStep
     if routing == "every_step":
@@ -126,7 +137,9 @@ def simulate(
         )
     else:
         raise UsageError(f"unknown routing {routing!r}: bank or every_step")
-    limits = _limits(plan, cluster, model, serving)
+    limits = serving.limits
+    if (room_G := in_force.kv_room_G(plan)) is not None:
+        limits = dataclasses.replace(limits, kv_tokens_per_device=room_G)
     loop = ServingLoop(
         requests, timer, limits, num_devices=cluster.num_devices, groups=serving.groups
     )
@@ -136,16 +149,6 @@ def simulate(
         happening.start(run)
     loop.run()
     return _result(run, timer, slo)
-
-
-def _limits(
-    plan: Plan, cluster: Cluster, model: ModelSpec, serving: Serving
-) -> BatchLimits:
-    """The step's limits, with what the plan's replicas leave for the KV cache."""
-    if serving.memory is None:
-        return serving.limits
-    room = kv_tokens_per_device(plan, cluster, model, serving.memory)
-    return dataclasses.replace(serving.limits, kv_tokens_per_device=room)
 
 
 def _result(run: Run, timer: StepBank | EveryStep, slo: Slo | None) -> SimulationResult:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
-from loadmaster.errors import UsageError
+from loadmaster.errors import InfeasibleError, UsageError
 from loadmaster.placement.cost import move_cost
 from loadmaster.placement.plan import Plan
 from loadmaster.simulator.batching import BatchLimits
+from loadmaster.simulator.memory import MemorySpec
 from loadmaster.simulator.migration import PlanSwitch, switch_economics
 from loadmaster.simulator.serve import Serving, simulate
 
-from .conftest import EXPERTS, contiguous_plan, steady_workload
+from .conftest import EXPERTS, LAYERS, contiguous_plan, steady_workload
 
 SERVING = Serving(BatchLimits(step_tokens=128, max_requests=32))
 
@@ -106,3 +108,36 @@ def test_an_unknown_way_is_refused(cluster, trace, model) -> None:
     with pytest.raises(UsageError, match=r"PlanSwitch\.mode 'slowly'"):
         run(contiguous_plan(), cluster, trace, model,
             PlanSwitch(contiguous_plan(), 0.0, "slowly"))  # type: ignore[arg-type]
+
+
+def with_room(cluster, model, slots: int, tokens: int):
+    """Devices whose memory holds so many slots of experts and KV tokens of 1,000 bytes."""
+    room = LAYERS * slots * int(model.bytes_per_expert_E()[0]) + tokens * 1000
+    hardware = cluster.hardware.model_copy(update={"memory_bytes": room})
+    return cluster.with_slots(4).model_copy(update={"hardware": hardware})
+
+
+def test_a_switch_to_more_replicas_takes_room_from_the_kv_cache(cluster, trace, model) -> None:
+    small = with_room(cluster, model, 3, 400)
+    serving = dataclasses.replace(SERVING, memory=MemorySpec(kv_bytes_per_token=1000, usable=1.0))
+    lanes = []
+
+    class Watch:
+        def start(self, run) -> None:
+            lanes.append(run.loop.groups[0].lanes)
+
+    def serve(slots):
+        switch = PlanSwitch(contiguous_plan(slots=slots), at_us=2e3)
+        return simulate(contiguous_plan(), steady_workload(), small, trace=trace, model=model,
+                        happenings=[switch, Watch()], routing="every_step", serving=serving)
+
+    serve(3)
+    assert lanes[0].kv_free_G == [400] * 4
+    with pytest.raises(InfeasibleError, match="device 0: the plan's experts need"):
+        serve(4)
+
+
+def test_experts_beyond_a_devices_memory_are_refused_without_kv_too(cluster, trace, model) -> None:
+    small = with_room(cluster, model, 3, 1)
+    with pytest.raises(InfeasibleError, match="memory_bytes allows"):
+        run(contiguous_plan(slots=4), small, trace, model)
