@@ -108,19 +108,19 @@ def _print_advice(
 ) -> None:
     show.print_verdict((f"{name}: " if name else "") + advice.verdict)
     rows = [_advice_row(advice, row.name, nodes) for row in advice.comparison.rows]
-    rows += [("  " + n, *(["cannot"] + [None] * 9)) for n in advice.cannot]
+    rows += [("  " + n, *(["cannot"] + [None] * 7)) for n in advice.cannot]
     columns = ("plan", show.metric(advice.comparison.metric_name), "change, %", "p99 imbalance",
                "node copies" if nodes > 1 else "device copies", "bound", "gap", "seconds",
-               "replicas", "moves", "pays back after")
-    shown = columns if advice.moving else columns[:-2]
-    show.print_table("* = use this", shown, [row[: len(shown)] for row in rows])
+               "replicas")
+    show.print_table("* = use this", columns, rows)
+    _print_moving(advice.moving)
     _print_moves(advice.results)
     priced = any(moving.us is not None for moving in advice.moving.values())
     show.print_notes((
         *advice.notes[:1],
         "bound: no plan can be better on the planning steps; gap: how far above it this one is",
-        *([f"pays back after: steps until the transfer is earned back, at the low end of the gain; "
-           f"--horizon {advice.horizon_steps:,.0f}"] if priced else []),
+        *([f"pays back after: steps until the sure gain, the low end of its band, has earned the "
+           f"transfer back; at most --horizon {advice.horizon_steps:,.0f}"] if priced else []),
         *advice.notes[1:], *notes,
     ))
     _print_written(advice.chosen, target)
@@ -129,7 +129,6 @@ def _print_advice(
 def _advice_row(advice: Advice, name: str, nodes: int) -> tuple[Any, ...]:
     row = advice.comparison.row(name)
     result, judged = advice.results.get(name), advice.comparison.evaluations[name]
-    moving = advice.moving.get(name)
     return (
         ("* " if name == advice.chosen else "  ") + name, row.metric,
         show.band(row.change_percent, row.change_low_percent, row.change_high_percent),
@@ -140,16 +139,26 @@ def _advice_row(advice: Advice, name: str, nodes: int) -> tuple[Any, ...]:
         None if result is None else f"{result.evidence.gap:.2%}",
         None if result is None else result.seconds,
         advice.plans[name].spare_slots,
-        *_moving_cells(moving),
     )
 
 
-def _moving_cells(moving: Moving | None) -> tuple[Any, Any]:
-    if moving is None:
-        return None, None
-    steps = moving.pays_back_after_steps
-    size = "" if moving.bytes is None else f", {show.size(moving.bytes)}"
-    return f"{moving.moves:,}{size}", None if steps is None else f"{steps:,.0f} steps"
+def _print_moving(moving: dict[str, Moving]) -> None:
+    """What coming from the current plan to each other one takes."""
+    if not moving:
+        return
+    rows = []
+    for name, taken in moving.items():
+        steps = taken.pays_back_after_steps
+        rows.append((
+            "  " + name, taken.moves, f"{taken.share:.1%}",
+            None if taken.bytes is None else show.size(taken.bytes),
+            None if taken.us is None else taken.us / 1e3, taken.sure_gain_us,
+            None if steps is None else f"{steps:,.0f} steps",
+        ))
+    show.print_table(
+        "from the current plan", ("plan", "experts to send", "of its slots", "bytes",
+                                  "transfer, ms", "sure gain, us", "pays back after"), rows,
+    )
 
 
 def _print_moves(results: dict[str, PlanResult]) -> None:
@@ -200,13 +209,13 @@ def _print_loads(advice: LoadAdvice, target: Path | None, notes: tuple[str, ...]
     rows: list[tuple[Any, ...]] = [
         (("* " if name == advice.chosen else "  ") + name, found.evidence.objective,
          found.evidence.bound, f"{found.evidence.gap:.2%}", found.seconds,
-         found.plan.spare_slots, _moving_cells(advice.moving.get(name))[0])
+         found.plan.spare_slots)
         for name, found in advice.results.items()
     ]
-    rows += [("  " + name, "cannot", *[None] * 5) for name in advice.cannot]
-    columns = ("plan", "imbalance", "bound", "gap", "seconds", "replicas", "moves")
-    shown = columns if advice.moving else columns[:-1]
-    show.print_table("* = use this", shown, [row[: len(shown)] for row in rows])
+    rows += [("  " + name, "cannot", *[None] * 4) for name in advice.cannot]
+    columns = ("plan", "imbalance", "bound", "gap", "seconds", "replicas")
+    show.print_table("* = use this", columns, rows)
+    _print_moving(advice.moving)
     _print_moves(advice.results)
     show.print_notes((
         "bound: no plan can be better on these loads; gap: how far above it this one is",

@@ -16,7 +16,7 @@ from ..errors import InputError, UsageError
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
 from ..traces.trace import RoutingTrace
-from .attempts import USUAL_METHODS, Attempts, MethodProgress, try_methods, try_rebalance
+from .attempts import REBALANCE, USUAL_METHODS, Attempts, MethodProgress, try_methods, try_rebalance
 from .cluster import Cluster
 from .comparison import Comparison, ComparisonRow, compare
 from .evaluate import check_slots
@@ -56,13 +56,13 @@ class Advice:
     def notes(self) -> tuple[str, ...]:
         """What to know beside the table."""
         fired = [name for name, result in self.results.items() if result.truncated]
-        found = self.results.get(self.chosen)
+        told = {self.chosen, REBALANCE}
         return (
             f"judged on {self.judged_on}",
             *(f"{name}: cannot ({why})" for name, why in self.cannot.items()),
             *([f"time limit fired: {', '.join(fired)} may improve with more time"] if fired
               else []),
-            *(() if found is None else found.evidence.notes),
+            *(n for name, r in self.results.items() if name in told for n in r.evidence.notes),
             *self.comparison.notes,
         )
 
@@ -188,6 +188,10 @@ def _choice(
         refused = refused or f"{said}, but {why}"
     if refused:
         return CURRENT, f"leave it: {refused}"
+    if REBALANCE in moving and not moving[REBALANCE].moves:
+        return CURRENT, (
+            "leave it: no moves within the budget show a gain on requests they were not searched on"
+        )
     return CURRENT, table.verdict
 
 

@@ -88,8 +88,7 @@ def try_rebalance(
     """The best plan within a budget of moves, as the only attempt. options go to `rebalance`."""
     watched: Executor | None = executor
     if progress is not None:
-        # Every layer is searched twice: at several budgets, then at the one it is given.
-        watched = _Watched(executor or LayerThreads(), progress, 2 * current.num_layers)
+        watched = _Watched(executor or LayerThreads(), progress)
     found = rebalance(current, source, cluster, executor=watched, **options)
     return Attempts({REBALANCE: found}, {})
 
@@ -114,16 +113,15 @@ class TimeLimit:
 
 
 class _Watched:
-    """An executor that says how many results have come."""
+    """An executor that says how many results have come, pass by pass."""
 
-    def __init__(self, inner: Executor, progress: MethodProgress, total: int) -> None:
-        self._inner, self._progress, self._total = inner, progress, total
-        self._done = 0
+    def __init__(self, inner: Executor, progress: MethodProgress) -> None:
+        self._inner, self._progress = inner, progress
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        for result in self._inner.map(function, items):
-            self._done += 1
-            self._progress(REBALANCE, min(self._done, self._total), self._total, None)
+        work = list(items)
+        for done, result in enumerate(self._inner.map(function, work), 1):
+            self._progress(REBALANCE, done, len(work), None)
             yield result
 
 

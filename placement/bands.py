@@ -30,6 +30,7 @@ FloatArray = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
 MOST_BLOCKS = 600            # longer traces are averaged over runs of neighbouring steps
 LEAST_TURNOVER = 0.05        # of the mix of requests must change within the trace
+TELLING_TURNOVER, TELLING_BLOCKS = 0.5, 10   # below either, redrawing requests tells more
 PARTS_H = np.linspace(0.0, 0.995, 200)
 
 
@@ -54,8 +55,8 @@ class StepMix:
 
     @property
     def tells(self) -> bool:
-        """Whether these steps can tell how far their mean may be off."""
-        return len(self.basis_BI) >= 3 and self.turnover >= LEAST_TURNOVER
+        """Whether the steps' own scatter is the best there is to tell how far off their mean is."""
+        return len(self.basis_BI) >= TELLING_BLOCKS and self.turnover >= TELLING_TURNOVER
 
     @property
     def distinct_mixes(self) -> float:
@@ -91,11 +92,11 @@ def mean_noise(
 ) -> FloatArray | None:
     """[B] draws of (mean a new trace of this kind would have) - (true mean); None = cannot be told.
 
-    None where the trace holds too few steps or its requests hardly turn over: see `resampling.py`.
+    None where the trace holds too few steps or its requests hardly turn over.
     """
-    if not mix.tells:
-        return None
     blocks = len(mix.basis_BI)
+    if blocks < 3 or mix.turnover < LEAST_TURNOVER:
+        return None
     value_B = np.bincount(mix.block_W, weights=value_W) / np.bincount(mix.block_W)
     part_I = (mix.basis_BI.T @ (value_B - value_B.mean())) ** 2
     rng = np.random.default_rng(seed)

@@ -5,7 +5,7 @@ paired. One key ranks plans everywhere, the planner's own (`search.choose`): the
 times the least imbalance, and where copies cost bytes, the fewest copies among those within slack.
 
 Bands: a parametric bootstrap over requests, because neighbouring steps share theirs (`bands.py`);
-where the same requests are in flight throughout, an ordinary one (`resampling.py`).
+where requests turn over too little for that, an ordinary one (`resampling.py`).
 """
 
 from __future__ import annotations

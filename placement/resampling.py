@@ -1,6 +1,6 @@
 """Other steps that the same kind of requests could have made: an ordinary bootstrap over requests.
 
-For traces in which all requests are in flight throughout, so that the steps alone cannot tell how
+For traces in which most requests are in flight throughout, so that the steps alone hardly tell how
 others would do. A draw takes as many requests as the trace has, with replacement, and cuts them
 into steps the way the trace was cut. Knows requests and steps. Knows nothing of plans.
 Deterministic for a seed.
@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 FEWEST_REQUESTS = 5          # fewer say nothing about others
-DRAWS, FEWEST_DRAWS = 200, 50
+DRAWS, FEWEST_DRAWS = 200, 100
 MOST_CHOICES = 1 << 25       # expert choices of all draws together; steps are thinned to keep to it
 
 

@@ -146,7 +146,8 @@ def hold_contest(
     """Judge every plan on the sampler's steps; where those cannot tell noise, on redrawn ones."""
     steps = sampler.sample(bench.trace, max_steps)
     judged = [bench.judged(name, plan, steps, bench.executor) for name, plan in plans.items()]
-    metric_PW, copies_PW = (np.stack([found[i] for found in judged]) for i in (1, 2))
+    metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
+    copies_PW = np.stack([copies_W for _, _, copies_W in judged])
     kept = ~np.isnan(metric_PW).any(axis=0)
     metric_PW, copies_PW = metric_PW[:, kept], copies_PW[:, kept]
     mix = step_mix(bench.trace, steps, np.flatnonzero(kept))
@@ -179,9 +180,8 @@ def redrawn_noise(
         return None
     threads = bench.executor or LayerThreads()
     judged = [bench.judged(name, plan, redrawn.steps, threads) for name, plan in plans.items()]
-    metric_PB, copies_PB = (
-        np.stack([redrawn.means(found[i]) for found in judged]) for i in (1, 2)
-    )
+    metric_PB = np.stack([redrawn.means(metric_W) for _, metric_W, _ in judged])
+    copies_PB = np.stack([redrawn.means(copies_W) for _, _, copies_W in judged])
 
     def noise_of(mean_PB: FloatArray) -> Noise:
         return lambda weight_P: redrawn.noise(weight_P @ mean_PB)

@@ -108,7 +108,7 @@ def test_a_budget_of_bytes_or_moves_is_kept_and_moves_are_in_order(routing: Rout
     assert 0 < advice.moving["rebalance"].moves <= 3
     row = next(r for r in advice.to_dict()["rows"] if r["name"] == "rebalance")
     assert row["ordered_moves"] == [list(m) for m in advice.results["rebalance"].moves]
-    assert seen[-1] == ("rebalance", 4, 4) and len(seen) == 4
+    assert seen and {(name, of >= done >= 1) for name, done, of in seen} == {("rebalance", True)}
     with pytest.raises(UsageError, match="name the current one"):
         advise(routing, EVEN, max_moves=3, steps=STEPS)
 
