@@ -88,7 +88,7 @@ class Arrivals:
 
     def scaled(self, factor: float) -> Self:
         """The same requests at `factor` times the rate."""
-        if factor <= 0:
+        if not (np.isfinite(factor) and factor > 0):
             raise UsageError(f"a rate can be scaled by a positive factor only; got {factor}")
         return type(self)(
             np.rint(self.time_us / factor).astype(np.int64), self.prompt_tokens,
@@ -105,9 +105,11 @@ def gamma(
     Gaps, prompts and outputs come from three streams of the seed: another length distribution
     leaves the times alone.
     """
-    if requests < 1 or rate_per_s <= 0 or cv < 0:
+    sound = np.isfinite([rate_per_s, cv]).all()
+    if requests < 1 or not sound or rate_per_s <= 0 or cv < 0:
         raise UsageError(
-            f"need requests >= 1, rate_per_s > 0, cv >= 0; got {requests}, {rate_per_s}, {cv}"
+            "need requests >= 1, rate_per_s > 0, cv >= 0, both finite; got "
+            f"{requests}, {rate_per_s}, {cv}"
         )
     gaps, prompts, outputs = (
         np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loadmaster.errors import InputError
+from loadmaster.errors import InputError, UsageError
 from loadmaster.simulator.token_source import TokenSource
 from loadmaster.simulator.workload import Workload, as_workload
-from loadmaster.traces.arrivals import poisson
+from loadmaster.traces.arrivals import gamma, poisson
 
 from .conftest import skewed_trace, steady_workload
 
@@ -21,7 +21,7 @@ from .conftest import skewed_trace, steady_workload
         (([5.0, 4.0], [1, 1], [1, 1]), "arrival_us: request 1: 4.0 is before"),
         (([0.0, np.nan], [1, 1], [1, 1]), "arrival_us: request 1: nan"),
         (([0.0, 1.0], [1, 0], [1, 1]), "prompt_tokens: request 1: 0 is below 1"),
-        (([0.0], [1], [1, 2]), "output_tokens lists 2 requests, arrival_us 1"),
+        (([0.0], [1], [1, 2]), "output_tokens lists 2 requests, the arrivals 1"),
         (([0.0], [1.5], [1]), "prompt_tokens must be whole numbers"),
     ],
 )
@@ -89,3 +89,46 @@ def test_an_answer_reads_on_where_the_prompt_stopped() -> None:
     read_on = source.prompt(2, prompt, 3)
     answers = [int(source.answers(np.array([2]), np.array([w]))[0]) for w in range(3)]
     assert answers == read_on.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arrival_ns", "prompt", "output", "message"),
+    [
+        ([5000, 1000], [1, 1], [1, 1], "arrival_ns: request 1: 1000 is before"),
+        ([-7, 1000], [1, 1], [1, 1], "arrival_ns: request 0: -7 is negative"),
+        ([0, 1000], [1, 0], [1, 1], "prompt_tokens: request 1: 0 is below 1"),
+        ([0, 1000], [1, 1], [-3, 1], "output_tokens: request 0: -3 is below 1"),
+        ([0, 1000], [1], [1, 1], "prompt_tokens lists 1 requests"),
+        ([0.5, 1000.0], [1, 1], [1, 1], "whole nanoseconds"),
+        (np.zeros(0, np.int64), [], [], "at least one request"),
+    ],
+)
+def test_a_workload_made_by_hand_is_checked_too(arrival_ns, prompt, output, message) -> None:
+    with pytest.raises(InputError, match=message):
+        Workload(np.array(arrival_ns), np.array(prompt), np.array(output))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.head(0),
+        lambda w: w.head(-1),
+        lambda w: w.until(float("nan")),
+        lambda w: w.scaled(float("nan")),
+        lambda w: w.scaled(1e-300),
+        lambda w: w.with_burst(0.0, float("nan"), 2),
+        lambda w: w.with_domains(("a", "b"), [(0.0, (float("nan"), 1.0))]),
+        lambda w: w.with_domains(("a", "b"), [(float("nan"), (1.0, 1.0))]),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused(change) -> None:
+    with pytest.raises(InputError, match=r"head|until|rate|burst|shares"):
+        change(Workload.from_arrays([0.0, 5.0], [1, 2], [3, 4]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_rate_that_is_no_number_is_refused(bad) -> None:
+    with pytest.raises(UsageError, match="rate_per_s"):
+        gamma(3, bad)
+    with pytest.raises(UsageError, match="positive factor"):
+        gamma(3, 1.0).scaled(bad)
