@@ -78,6 +78,7 @@ class StepBank:
         self._draws = stream(seed, "steps")
         self._drawn: list[int] = []
         self._first: list[tuple[Key, int]] = []
+        self._jitter_us = self._own_us = 0.0    # beside the cells' own times
         requests = len(workload)
         self.window_start = [requests * i // spec.windows for i in range(spec.windows)]
         self.window_ns = [int(workload.arrival_ns[r]) for r in self.window_start]
@@ -99,9 +100,11 @@ class StepBank:
         if len(self._first) < KEPT_STEPS:
             self._first.append((nearest_key, sample))
         self.in_force.exchange_us_of_group[group.index] += nearest.exchange_us[sample]
-        step_us += self.in_force.jitter_us(nearest.routed.compute_us[sample])
-        step_us += self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
-        return max(1, round(step_us * 1e3))
+        jitter_us = self.in_force.jitter_us(nearest.routed.compute_us[sample])
+        own_us = self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
+        self._jitter_us += jitter_us
+        self._own_us += own_us
+        return max(1, round((step_us + jitter_us + own_us) * 1e3))
 
     def _corners(self, batch: Batch, group: ServingGroup) -> list[tuple[Key, float]]:
         """The prepared sizes around a batch, with parts that sum to 1."""
@@ -198,6 +201,7 @@ class StepBank:
         usage = Usage(self.router.model.num_layers, self.router.cluster.num_devices)
         for key in sorted(self.cells):
             usage.add(self.cells[key].routed, self.cells[key].used)
+        usage.add_beside(self._jitter_us, self._own_us)
         first = [(float(c.used @ c.routed.step_us), k) for k, c in self.cells.items() if k[0] == 0]
         heaviest = sorted(first, key=lambda row: (-row[0], row[1]))[:KEPT_STEPS]
         kept = [self._compositions(key)[0] for _, key in heaviest]

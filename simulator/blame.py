@@ -45,8 +45,9 @@ class Blame:
     """Where the time of a mean step goes.
 
     shares: parts of the step, summing to 1: compute (at perfect balance), placement, dispatch (both
-    waits for the slowest device), network (exchange that no overlap hides), other (outside the
-    expert layers). Negative network: overlap hides more than the exchange's own time.
+    waits for the slowest device), jitter (what devices' random slowness adds), network (exchange
+    that no overlap hides), other (outside the expert layers). Negative network:
+    overlap hides more than the exchange's own time.
     """
 
     step_us: float
@@ -78,7 +79,7 @@ class Usage:
     def __init__(self, num_layers: int, num_devices: int) -> None:
         shape = (num_layers, num_devices)
         self.weight = 0.0
-        self.step_us = 0.0
+        self.step_us = self.jitter_us = 0.0
         self.layer_us, self.dispatch_us, self.combine_us, self.slowest_us = (
             np.zeros(num_layers) for _ in range(4)
         )
@@ -112,6 +113,11 @@ class Usage:
             self.port_LX[layers[sent], port[sent]] += w
             self.imbalance.append((routed.imbalance[n], w))
 
+    def add_beside(self, jitter_us: float, own_us: float) -> None:
+        """Time beside the routed steps': jitter of devices, and work outside the expert layers."""
+        self.jitter_us += jitter_us
+        self.step_us += jitter_us + own_us
+
     def blame(self, split: WaitSplit | None) -> Blame:
         """The mean step's account. `split` as judged on some of the steps; None = all placement's.
 
@@ -126,13 +132,15 @@ class Usage:
         wait_us = critical_us - ideal_us
         dispatch_part = split.dispatch_part if split else 0.0
         layers_us = float(self.layer_us.sum()) * per_step
+        jitter_us = self.jitter_us * per_step
         values, weights = self._imbalance()
         shares = {
             "compute": ideal_us / step_us,
             "placement": wait_us * (1.0 - dispatch_part) / step_us,
             "dispatch": wait_us * dispatch_part / step_us,
+            "jitter": jitter_us / step_us,
             "network": (layers_us - critical_us) / step_us,
-            "other": max(0.0, 1.0 - layers_us / step_us),
+            "other": max(0.0, 1.0 - (layers_us + jitter_us) / step_us),
         }
         slowest_G = self.slowest_LG.sum(axis=0) * per_step / len(self.layer_us)
         return Blame(

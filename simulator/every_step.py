@@ -38,8 +38,9 @@ class EveryStep:
         exchange_us = routed.dispatch_us[0].sum() + routed.combine_us[0].sum()
         self.in_force.exchange_us_of_group[group.index] += float(exchange_us)
         own_us = self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
-        step_us = float(routed.step_us[0]) + self.in_force.jitter_us(routed.compute_us[0])
-        return max(1, round((step_us + own_us) * 1e3))
+        jitter_us = self.in_force.jitter_us(routed.compute_us[0])
+        self.usage.add_beside(jitter_us, own_us)
+        return max(1, round((float(routed.step_us[0]) + jitter_us + own_us) * 1e3))
 
     def compose(self, batch: Batch, group: ServingGroup) -> Composition:
         """The tokens of the batch and their home ranks."""

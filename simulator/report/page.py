@@ -98,7 +98,7 @@ def _where_time_goes(results: Mapping[str, SimulationResult]) -> str:
         for name, r in results.items()
     ]
     bars = stacked_bars(shares, title="Per cent of a mean step: experts at perfect balance, "
-                                      "waits blamed on placement and dispatch, network, other")
+                                      "waits for placement, dispatch and jitter, network, other")
     return f"<h2>Where a step's time goes</h2>{bars}{rows_of(header, rows)}"
 
 

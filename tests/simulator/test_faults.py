@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -213,3 +215,15 @@ def test_a_port_that_flaps_for_long_makes_two_conditions(cluster, trace, model) 
     run(contiguous_plan(), cluster, trace, model, FlappingNic(0, 0.5, 200.0, 100.0), Watch(),
         routing="bank")
     assert len(seen[0].in_force.conditions) == 2
+
+
+@pytest.mark.parametrize("routing", ["every_step", "bank"])
+def test_jitter_and_own_time_are_in_the_account(cluster, trace, model, routing) -> None:
+    """The mean step of the account is the one that ran, and its shares still add up."""
+    serving = dataclasses.replace(SERVING, other_us_per_token=5.0)
+    result = run(contiguous_plan(), cluster, trace, model, Jitter(0.5), routing=routing,
+                 serving=serving)
+    blame = result.blame
+    assert blame.step_us == pytest.approx(result.step_time.mean, rel=1e-4)
+    assert blame.shares["jitter"] > 0 and blame.shares["other"] > 0
+    assert sum(blame.shares.values()) == pytest.approx(1.0)
