@@ -83,9 +83,9 @@ def run(
     if ranks < 1:
         raise UsageError(f"--ranks {ranks}: a group needs at least one rank")
     rule = _rule(capacity_rule, capacity_factor)
-    advised = _Advised(control, control_dry_run, control_every, control_window, control_slots, out)
+    advised = _Advised(control, control_dry_run, control_every, control_window, control_slots, out,
+                       shares_cores=address is None)
     advised.check()
-    _interruptible()
     group = Group.start(
         model, load_plan(plan), ranks=ranks, name=name, dtype=dtype,
         decode_plan=load_plan(decode_plan), traffic=traffic, record_to=record_to, address=address,
@@ -99,8 +99,9 @@ class _Advised:
 
     def __init__(
         self, name: str | None, dry_run: bool, every: int, window: int, slots: int | None,
-        out: Path | None,
+        out: Path | None, *, shares_cores: bool,
     ) -> None:
+        self._shares_cores = shares_cores
         self._name, self._dry_run, self._every, self._window = name, dry_run, every, window
         self._slots, self._out = slots, out
 
@@ -131,11 +132,11 @@ class _Advised:
 
         policy = Policy(CONTROLS[self._name], every_steps=self._every)  # type: ignore[arg-type]
         log = new_run_folder(self._out, "run") / "control.jsonl"
-        show.err().print(f"control {self._name}: every decision goes to {log}", markup=False)
+        print_line(f"control {self._name}: every decision goes to {log}")
         return Controller(
             group, roomy_cluster(group.status(), self._slots),
             Control(policy, window_steps=self._window, advise_only=self._dry_run,
-                    planning_shares_cores=True),
+                    planning_shares_cores=self._shares_cores),
             log=log, on_entry=_tell,
         )
 
@@ -154,6 +155,7 @@ def _serve(group: Group, advised: _Advised, *, recording: bool, rule: CapacityRu
     from .workers.watch import watch
 
     try:
+        _interruptible()
         if recording:
             group.record(True)
         _greet(group)
@@ -177,7 +179,7 @@ def _greet(group: Group) -> None:
     )
     show.err().print(
         f"from another shell: loadmaster apply PLAN --name {group.name}; "
-        f"from Python: loadmaster.Group.find({group.name!r})", markup=False,
+        f"from Python: loadmaster.Group.find({group.name!r})", markup=False, soft_wrap=True,
     )
 
 
@@ -210,7 +212,8 @@ def _rule(name: str | None, factor: float | None) -> CapacityRule | None:
 
 
 def _interruptible() -> None:
-    """SIGTERM as Ctrl-C: the group is ended either way."""
+    """SIGTERM as Ctrl-C: the group is ended either way. Ray sets handlers of its own as it
+    starts, so this comes after."""
     import signal
 
     for ended_by in (signal.SIGINT, signal.SIGTERM):
