@@ -7,6 +7,7 @@ layer at a time. Knows traces and steps. Knows nothing of devices, plans or sear
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,10 +61,14 @@ class LayerTraffic:
 
     def request_RE(self) -> FloatArray:
         """[R, E] load of each request of the planning part; windows where there is no trace."""
-        if self.load_WE is not None:
-            return self.load_WE
+        return self._request_RE if self.load_WE is None else self.load_WE
+
+    @functools.cached_property
+    def _request_RE(self) -> FloatArray:
         assert self.trace is not None and self.planning is not None
-        tokens = np.unique(self.planning.token)
+        used_T = np.zeros(self.trace.num_tokens, bool)
+        used_T[self.planning.token] = True
+        tokens = np.flatnonzero(used_T)
         _, place = np.unique(self.trace.request_T()[tokens], return_inverse=True)
         row = place.astype(np.int64) % MOST_REQUESTS
         load = np.zeros((int(row.max()) + 1, self.num_experts))

@@ -16,9 +16,12 @@ Knows loads. Knows nothing of devices beyond their total speed, of plans or of s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .compiled import compiled
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -92,10 +95,7 @@ def request_kinds(load_RE: FloatArray, prior: Prior = PRIOR) -> list[FloatArray]
         return []
     centre_KE = share[_far_apart(share, prior.kinds)]
     for _ in range(KMEANS_ROUNDS):
-        square_RK = (
-            (share**2).sum(axis=1)[:, None] - 2.0 * share @ centre_KE.T + (centre_KE**2).sum(axis=1)
-        )
-        nearest_R = np.argmin(square_RK, axis=1)
+        nearest_R = _nearest(share, np.ascontiguousarray(centre_KE.T))
         members = [share[nearest_R == k] for k in range(len(centre_KE))]
         members = [m for m in members if len(m)]
         centre_KE = np.stack([m.mean(axis=0) for m in members])
@@ -103,6 +103,21 @@ def request_kinds(load_RE: FloatArray, prior: Prior = PRIOR) -> list[FloatArray]
 
 
 KMEANS_ROUNDS = 8
+
+
+@compiled
+def _nearest(share_RE: Any, centre_EK: Any) -> Any:
+    """[R] the centre closest to each row. Sums in a fixed order, so that no two machines differ."""
+    nearest_R = np.zeros(len(share_RE), np.int64)
+    square_K = np.empty(centre_EK.shape[1])
+    for r in range(len(share_RE)):
+        square_K[:] = 0.0
+        for e in range(len(centre_EK)):
+            for k in range(len(square_K)):
+                apart = share_RE[r, e] - centre_EK[e, k]
+                square_K[k] += apart * apart
+        nearest_R[r] = np.argmin(square_K)
+    return nearest_R
 
 
 def _far_apart(share: FloatArray, count: int) -> list[int]:
