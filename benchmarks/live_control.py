@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,8 @@ from loadmaster.placement.plan import Plan
 from loadmaster.placement.planner import plan
 from loadmaster.placement.policy import Policy
 from loadmaster.traces.trace import RoutingTrace
-from loadmaster.workers.controller import Control, Controller
+from loadmaster.workers.controller import Controller
+from loadmaster.workers.decisions import Control
 from loadmaster.workers.demo_measure import predicted
 from loadmaster.workers.expert_fit import RECORDED, ExpertFit, fit_kernel, machine, scale_to_live
 from loadmaster.workers.group import Group, contiguous
@@ -25,9 +28,9 @@ from loadmaster.workers.settings import served_spec
 RANKS, SLOTS = 4, 10
 PROMPT_TOKENS = 512
 WINDOW_STEPS = 8
-# Twenty windows: all domains, then code, then another language, then all domains again.
-DAY = [DOMAINS] * 5 + [("code",)] * 5 + [("japanese", "chinese")] * 5 + [DOMAINS] * 5
-FLAT_WINDOWS = 5
+IN_FLIGHT_STEPS = 8      # of prompts handed in before
+# Some windows each of: all domains, then code, then another language, then all domains again.
+DAY = (DOMAINS, ("code",), ("japanese", "chinese"), DOMAINS)
 MOVES_BAR = 0.15
 
 
@@ -44,10 +47,10 @@ def cluster_of(ranks: int) -> Cluster:
     return Cluster.preset("cpu", devices_per_node=ranks, slots_per_device=SLOTS)
 
 
-def widened(standing: Plan) -> Plan:
-    """The plan with empty slots up to SLOTS on each rank."""
+def widened(standing: Plan, slots_each: int = SLOTS) -> Plan:
+    """The plan with empty slots, so many on each rank in all."""
     layers, ranks, width = standing.slots.shape
-    slots = np.full((layers, ranks, SLOTS), -1, np.int16)
+    slots = np.full((layers, ranks, slots_each), -1, np.int16)
     slots[:, :, :width] = standing.slots
     return Plan(slots=slots, num_experts=standing.num_experts, dispatch=standing.dispatch)
 
@@ -72,30 +75,84 @@ def recorded(
 # ---- the day ---------------------------------------------------------------------------------
 
 
-def controller() -> dict[str, Any]:
+class Day(threading.Thread):
+    """Serves one window's prompts again and again until it is given the next's.
+
+    Two batches are always on their way, so that there is work while the controller looks, stages
+    and commits. Windows are the same for every policy.
+    """
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(daemon=True)
+        self._group = group
+        self._lock = threading.Lock()
+        self._parts: list[tuple[list[list[int]], list[str]]] = []
+        self._ends = threading.Event()
+        self.errors: list[str] = []
+        self.answered = 0
+
+    def window(self, domains: Sequence[str], number: int) -> None:
+        """From the next batch on, serve this window."""
+        prompts, labels = window_prompts(domains, number)
+        half = len(prompts) // 2
+        with self._lock:
+            self._parts = [(prompts[:half], labels[:half]), (prompts[half:], labels[half:])]
+
+    def __enter__(self) -> Day:
+        self._second = threading.Thread(target=self._serve, args=(1,), daemon=True)
+        self.start()
+        self._second.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ends.set()
+        self.join()
+        self._second.join()
+
+    def run(self) -> None:
+        """One of the two batches."""
+        self._serve(0)
+
+    def _serve(self, part: int) -> None:
+        while not self._ends.is_set():
+            with self._lock:
+                prompts, labels = self._parts[part]
+            try:
+                self._group.generate(prompts, 1, labels)
+                self.answered += len(prompts)
+            except Exception as error:
+                self.errors.append(f"{type(error).__name__}: {error}")
+                time.sleep(0.5)
+
+
+def controller(*, windows_each: int = 5) -> dict[str, Any]:
     """Net benefit against never and every-n with full re-planning, on the same traffic."""
     spec = served_spec(reference_model_dir(), "bfloat16")
     kernel = fit_kernel(spec)
     start = _plan_for_mixed(kernel)
-    never = _day(start, kernel, Control(Policy("never"), window_steps=WINDOW_STEPS))
-    every = _day(
-        start, kernel,
-        Control(Policy("every_n", every_steps=1, fewest_tokens=1), window_steps=WINDOW_STEPS,
-                candidates="replan", planning_shares_cores=True),
-    )
-    ours = _day(
-        start, kernel,
-        Control(Policy("net_benefit", every_steps=WINDOW_STEPS, fewest_tokens=4 * STEP_TOKENS,
-                       horizon_steps=5.0 * WINDOW_STEPS), window_steps=WINDOW_STEPS),
-    )
+    days = {name: _day(start, kernel, control, windows_each) for name, control in {
+        "never": Control(Policy("never"), window_steps=WINDOW_STEPS),
+        "every_n": Control(
+            Policy("every_n", every_steps=1, fewest_tokens=1), window_steps=WINDOW_STEPS,
+            candidates="replan",
+        ),
+        "net_benefit": Control(
+            Policy("net_benefit", every_steps=WINDOW_STEPS, fewest_tokens=4 * STEP_TOKENS,
+                   horizon_steps=float(windows_each * WINDOW_STEPS)),
+            window_steps=WINDOW_STEPS,
+        ),
+    }.items()}
     decode = _decode_day(start, kernel)
-    flat = sum(ours["moves_by_window"][:FLAT_WINDOWS])
+    never, every, ours = days.values()
+    flat = sum(ours["moves_by_window"][:windows_each])
     share = ours["moves"] / max(every["moves"], 1)
+    whole = all(day["errors"] == [] for day in days.values())
     return {
-        "never": never, "every_n": every, "net_benefit": ours, "decode_moves": decode,
-        "moves_share": share, "flat_moves": flat,
-        "holds": ours["total_ms"] < never["total_ms"] and ours["total_ms"] < every["total_ms"]
-        and share <= MOVES_BAR and flat == 0 and decode == 0,
+        **days, "decode_moves": decode, "moves_share": share, "flat_moves": flat,
+        "holds": bool(
+            whole and ours["total_ms"] < never["total_ms"] and ours["total_ms"] < every["total_ms"]
+            and share <= MOVES_BAR and flat == 0 and decode == 0
+        ),
     }
 
 
@@ -115,33 +172,56 @@ def _group(name: str, start: Plan | None) -> Group:
     return Group.start(reference_model_dir(), standing, ranks=RANKS, name=name)
 
 
-def _day(start: Plan, kernel: ExpertFit, control: Control) -> dict[str, Any]:
-    """Serve the day under a policy: critical-path expert time plus what migration took."""
-    with _group(f"day-{control.policy.name.replace('_', '-')}", start) as group:
-        group.prefill(*window_prompts(DOMAINS, 998), step_tokens=STEP_TOKENS)
+def _day(start: Plan, kernel: ExpertFit, control: Control, each: int) -> dict[str, Any]:
+    """Serve the day under a policy. Every window counts as WINDOW_STEPS full steps at the mean
+    critical path measured in it, whatever was served while the controller looked; to that comes
+    what switches cost the steps that carried them (the controller's figures)."""
+    with _group(f"day-{control.policy.name.replace('_', '-')}", start) as group, Day(group) as day:
+        day.window(DOMAINS, 998)
+        _await_steps(group, 2)
         group.record(True)
         loop = Controller(group, cluster_of(RANKS), control, kernel=kernel)
         critical_us, moves = [], []
-        stall_us = 0.0
-        for number, domains in enumerate(DAY):
-            first, before = group.step, group.plan
-            group.prefill(*window_prompts(domains, number), step_tokens=STEP_TOKENS)
-            served = group.measurements(first)
-            entry = loop.tick()
-            critical_us.append(float(served.critical_us.sum()))
-            stall_us += entry.numbers.get("stage_us", 0.0) + entry.numbers.get("commit_us", 0.0)
+        for number, domains in enumerate(d for d in DAY for _ in range(each)):
+            before = group.plan
+            day.window(domains, number)
+            critical_us.append(WINDOW_STEPS * _window_us(group))
+            loop.tick()
             moves.append(len(before.moves_to(group.plan)))
-        answers = [e.answer for e in loop.entries]
+    felt = [e.numbers for e in loop.entries]
+    stall_us = sum(n.get("stage_us", 0.0) + n.get("commit_us", 0.0) for n in felt)
     return {
         "total_ms": (sum(critical_us) + stall_us) / 1e3,
         "critical_ms": sum(critical_us) / 1e3,
         "stall_ms": stall_us / 1e3,
+        "looking_ms": sum(n.get("looking_us", 0.0) for n in felt) / 1e3,
         "moves": sum(moves),
         "moves_by_window": moves,
         "critical_ms_by_window": [round(us / 1e3, 1) for us in critical_us],
-        "answers": answers,
+        "answers": [e.answer for e in loop.entries],
         "reasons": [e.reason for e in loop.entries],
+        "answered": day.answered,
+        "errors": day.errors[:3],
     }
+
+
+def _window_us(group: Group) -> float:
+    """Serve a window; the mean critical path of its full steps."""
+    first = group.step
+    _await_steps(group, IN_FLIGHT_STEPS + WINDOW_STEPS)     # what was under way is not yet of it
+    steps = group.measurements(first + IN_FLIGHT_STEPS)
+    full = steps.rows.sum(axis=1) >= 0.9 * STEP_TOKENS
+    if not full.any():
+        raise RuntimeError("no full step in a window: the load does not keep up")
+    return float(steps.critical_us[full].mean())
+
+
+def _await_steps(group: Group, steps: int) -> None:
+    until, deadline = group.step + steps, time.monotonic() + 300.0
+    while group.step < until:
+        if time.monotonic() > deadline:
+            raise RuntimeError("no steps for five minutes")
+        time.sleep(0.02)
 
 
 def _decode_day(start: Plan, kernel: ExpertFit) -> int:
@@ -177,12 +257,8 @@ def two_ranks_wall(*, rounds: int = 8) -> dict[str, Any]:
     spec = served_spec(reference_model_dir(), "bfloat16")
     kernel = fit_kernel(spec)
     domains = ("code",)
-    width = spec.num_experts // 2
-    slots = width + 2
-    base = contiguous(spec, 2)
-    padded = np.full((spec.num_layers, 2, slots), -1, np.int16)
-    padded[:, :, :width] = base.slots
-    standing = Plan(slots=padded, num_experts=spec.num_experts, dispatch=base.dispatch)
+    slots = spec.num_experts // 2 + 2
+    standing = widened(contiguous(spec, 2), slots)
     with Group.start(reference_model_dir(), standing, ranks=2, name="two-ranks") as group:
         _pin(group.status()["pids"])
         cluster = Cluster.preset("cpu", devices_per_node=2, slots_per_device=slots)
@@ -192,24 +268,31 @@ def two_ranks_wall(*, rounds: int = 8) -> dict[str, Any]:
             effort="normal",
         ).plan
         judged, _ = recorded(group, domains, kernel, cluster, seed=5)
-        walls: dict[str, list[float]] = {"contiguous": [], "auto": []}
-        paths: dict[str, list[float]] = {"contiguous": [], "auto": []}
-        prompts, labels = window_prompts(domains, 5)
-        for turn in range(rounds):
-            order = ("contiguous", "auto") if turn % 2 else ("auto", "contiguous")
-            for name in order:
-                group.apply(standing if name == "contiguous" else better)
-                first = group.step
-                group.prefill(prompts, labels, step_tokens=STEP_TOKENS)
-                steps = group.measurements(first)
-                whole = steps.rows.sum(axis=1) >= 0.9 * STEP_TOKENS
-                walls[name].append(float(steps.step_wall_us[whole].mean()))
-                paths[name].append(float(steps.critical_us[whole].mean()))
+        walls, paths = _in_turns(group, {"contiguous": standing, "auto": better}, rounds)
         gain_us = (
             predicted(standing, judged, fitted, spec, None).critical_path_us
             - predicted(better, judged, fitted, spec, None).critical_path_us
         )
     return _wall_verdict(walls, paths, gain_us)
+
+
+def _in_turns(
+    group: Group, plans: dict[str, Plan], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Mean wall time and critical path of full steps, us, by plan and round."""
+    prompts, labels = window_prompts(("code",), 5)
+    walls: dict[str, list[float]] = {name: [] for name in plans}
+    paths: dict[str, list[float]] = {name: [] for name in plans}
+    for turn in range(rounds):
+        for name in list(plans) if turn % 2 else list(plans)[::-1]:
+            group.apply(plans[name])
+            first = group.step
+            group.prefill(prompts, labels, step_tokens=STEP_TOKENS)
+            steps = group.measurements(first)
+            whole = steps.rows.sum(axis=1) >= 0.9 * STEP_TOKENS
+            walls[name].append(float(steps.step_wall_us[whole].mean()))
+            paths[name].append(float(steps.critical_us[whole].mean()))
+    return walls, paths
 
 
 def _wall_verdict(
@@ -227,7 +310,7 @@ def _wall_verdict(
         "measured_gain": measured, "measured_band": [low, high], "predicted_gain": promised,
         "step_wall_ms": {k: float(np.mean(v)) / 1e3 for k, v in walls.items()},
         "critical_ms": {k: float(np.mean(v)) / 1e3 for k, v in paths.items()},
-        "holds": near and np.sign(measured) == np.sign(promised),
+        "holds": bool(near and np.sign(measured) == np.sign(promised)),
     }
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from loadmaster.errors import LoadmasterError
 from loadmaster.placement.plan import Plan
 from loadmaster.traces.spec import ModelSpec
 from loadmaster.workers.group import Group
@@ -75,6 +74,11 @@ class Tally:
     failed: int = 0
     errors: list[str] = field(default_factory=list)
 
+    @property
+    def clean(self) -> bool:
+        """Requests were answered, all of them, and rightly."""
+        return self.answered > 0 and self.wrong == 0 and self.failed == 0
+
     def to_dict(self) -> dict[str, Any]:
         return {"answered": self.answered, "wrong": self.wrong, "failed": self.failed,
                 "errors": self.errors[:3]}
@@ -110,9 +114,9 @@ class Load:
         while not self._stop.is_set():
             try:
                 got = self._group.generate(prompts, self._new_tokens)
-            except LoadmasterError as error:
+            except Exception as error:      # whatever it is, these requests were not answered
                 self.tally.failed += len(prompts)
-                self.tally.errors.append(str(error))
+                self.tally.errors.append(f"{type(error).__name__}: {error}")
                 time.sleep(0.5)
                 continue
             self.tally.answered += len(got)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from loadmaster.placement.plan import Plan
 from loadmaster.workers.group import Group
 from loadmaster.workers.random_checkpoint import save_random_checkpoint
 from loadmaster.workers.settings import Limits
+from loadmaster.workers.step_log import Measurements
 
 SLOWDOWN_BAR, COMMIT_BAR = 1.25, 2.0
 
@@ -65,7 +67,7 @@ def failed_requests(group: Group, *, switches: int = 20) -> dict[str, Any]:
         "switches": switches,
         "moved_bytes": moves[-1],
         "moved_bytes_holds": all(m["holds"] for m in moves),
-        "holds": tally.failed == 0 and tally.wrong == 0,
+        "holds": tally.clean,
     }
 
 
@@ -91,8 +93,14 @@ def switch_slowdown(group: Group, *, switches: int = 10) -> dict[str, Any]:
     """Steps while experts move against steps beside them, on this group's model."""
     prompts, _ = text_prompts(64, 512)
     want = group.generate(prompts, 2)
-    with Load(group, prompts, 2, want):
-        return _slowdown(group, switches, lambda plan, seed: swapped_plan(plan, 0.5, seed))
+    with Load(group, prompts, 2, want) as load:
+        found = _slowdown(group, switches, lambda plan, seed: swapped_plan(plan, 0.5, seed))
+    return _with_tally(found, load)
+
+
+def _with_tally(found: dict[str, Any], load: Load) -> dict[str, Any]:
+    tally = load.tally
+    return {**found, **tally.to_dict(), "holds": found["holds"] and tally.clean}
 
 
 def large_switch_slowdown(*, ranks: int = 4, switches: int = 3) -> dict[str, Any]:
@@ -106,41 +114,63 @@ def large_switch_slowdown(*, ranks: int = 4, switches: int = 3) -> dict[str, Any
         ) as group:
             prompts = random_prompts(64, 512, 256)
             want = group.generate(prompts, 2)
-            with Load(group, prompts, 2, want):
+            with Load(group, prompts, 2, want) as load:
                 found = _slowdown(group, switches, lambda plan, seed: swapped_plan(plan, 0.2, seed))
+    found = _with_tally(found, load)
     return {"checkpoint_gib": size_bytes / 2**30, **found}
 
 
+@dataclass
+class _Samples:
+    """What the switches showed: ratios to the plain steps around each, and wall times."""
+
+    ratios: list[float] = field(default_factory=list)
+    commits: list[float] = field(default_factory=list)
+    staging_us: list[float] = field(default_factory=list)
+    plain_us: list[float] = field(default_factory=list)
+
+    def add(self, m: Measurements, epoch: int) -> None:
+        """The steps around one switch; only full ones are compared."""
+        full = m.rows.sum(axis=1) >= 0.9 * STEP_TOKENS
+        commit = m.epoch == epoch
+        commit[np.flatnonzero(commit)[1:]] = False
+        staging, plain = m.staging & ~commit & full, ~m.staging & ~commit & full
+        if not staging.any() or not plain.any():
+            return
+        paired = np.median(m.step_wall_us[plain])
+        self.ratios.append(float(np.median(m.step_wall_us[staging]) / paired))
+        self.commits.extend((m.step_wall_us[commit & full] / paired).tolist())
+        self.staging_us.extend(m.step_wall_us[staging].tolist())
+        self.plain_us.extend(m.step_wall_us[plain].tolist())
+
+
 def _slowdown(group: Group, switches: int, next_plan: Any) -> dict[str, Any]:
-    ratios, commits, staged_us, plain_us = [], [], [], []
+    seen = _Samples()
     for switch in range(switches):
         first = group.step
         report = group.apply(next_plan(group.plan, switch))
-        steps_needed = report.stage_steps + 4
-        last = group.step
-        while group.step < last + steps_needed:
+        ends = group.step + report.stage_steps + 4
+        deadline = time.monotonic() + 120.0
+        while group.step < ends:
+            if time.monotonic() > deadline:
+                return {"holds": False, "reason": "the load stopped: no steps for two minutes"}
             time.sleep(0.05)
-        m = group.measurements(first)
-        full = m.rows.sum(axis=1) >= 0.9 * STEP_TOKENS
-        commit = m.epoch == report.epoch
-        commit[np.flatnonzero(commit)[1:]] = False
-        staging = m.staging & ~commit & full
-        plain = ~m.staging & ~commit & full
-        if not staging.any() or not plain.any():
-            continue
-        paired = np.median(m.step_wall_us[plain])
-        ratios.append(float(np.median(m.step_wall_us[staging]) / paired))
-        commits.extend((m.step_wall_us[commit & full] / paired).tolist())
-        staged_us.extend(m.step_wall_us[staging].tolist())
-        plain_us.extend(m.step_wall_us[plain].tolist())
-    stage, commit_ratio = float(np.median(ratios)), float(np.median(commits))
+        seen.add(group.measurements(first), report.epoch)
+    if not seen.ratios or not seen.commits:
+        return {
+            "holds": False,
+            "reason": f"of {switches} switches, {len(seen.ratios)} had full steps staging and "
+            f"beside, {len(seen.commits)} a full committing step: nothing to compare",
+        }
+    stage, commit = float(np.median(seen.ratios)), float(np.median(seen.commits))
     return {
         "median_while_staging": stage,
-        "median_commit": commit_ratio,
-        "staging_steps": len(staged_us),
-        "plain_median_ms": float(np.median(plain_us)) / 1e3,
-        "staging_p99_ms": float(np.quantile(staged_us, 0.99)) / 1e3,
-        "staging_worst_ms": max(staged_us) / 1e3,
-        "commit_worst": max(commits),
-        "holds": stage <= SLOWDOWN_BAR and commit_ratio <= COMMIT_BAR,
+        "median_commit": commit,
+        "switches_compared": len(seen.ratios),
+        "staging_steps": len(seen.staging_us),
+        "plain_median_ms": float(np.median(seen.plain_us)) / 1e3,
+        "staging_p99_ms": float(np.quantile(seen.staging_us, 0.99)) / 1e3,
+        "staging_worst_ms": max(seen.staging_us) / 1e3,
+        "commit_worst": max(seen.commits),
+        "holds": stage <= SLOWDOWN_BAR and commit <= COMMIT_BAR,
     }

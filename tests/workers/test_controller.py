@@ -25,8 +25,9 @@ from loadmaster.placement.traffic import step_loads
 from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.trace import RoutingTrace
-from loadmaster.workers.controller import Control, Controller
+from loadmaster.workers.controller import Controller
 from loadmaster.workers.coordinator import Coordinator
+from loadmaster.workers.decisions import Control
 from loadmaster.workers.expert_fit import ExpertFit
 from loadmaster.workers.step_log import Measurements
 from loadmaster.workers.switch import ApplyReport
