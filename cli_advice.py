@@ -146,7 +146,7 @@ def _print_moving(moving: dict[str, Moving]) -> None:
     """What coming from the current plan to each other one takes."""
     if not moving:
         return
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for name, taken in moving.items():
         steps = taken.pays_back_after_steps
         rows.append((
@@ -155,10 +155,11 @@ def _print_moving(moving: dict[str, Moving]) -> None:
             None if taken.us is None else taken.us / 1e3, taken.sure_gain_us,
             None if steps is None else f"{steps:,.0f} steps",
         ))
-    show.print_table(
-        "from the current plan", ("plan", "experts to send", "of its slots", "bytes",
-                                  "transfer, ms", "sure gain, us", "pays back after"), rows,
-    )
+    columns = ("plan", "experts to send", "of its slots", "bytes", "transfer, ms",
+               "sure gain, us", "pays back after")
+    known = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    show.print_table("from the current plan", [columns[i] for i in known],
+                     [[row[i] for i in known] for row in rows])
 
 
 def _print_moves(results: dict[str, PlanResult]) -> None:

@@ -41,7 +41,7 @@ class LoadAdvice:
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know beside the table."""
-        fired = [name for name, result in self.results.items() if result.truncated]
+        fired = [n for n, result in self.results.items() if result.truncated and n != CURRENT]
         return (
             *(f"{name}: cannot ({why})" for name, why in self.cannot.items()),
             *([f"time limit fired: {', '.join(fired)} may improve with more time"] if fired
@@ -90,7 +90,8 @@ def advise_loads(
     standing: dict[str, PlanResult] = {}
     if current is not None:
         check_slots(current, cluster, "the current plan")
-        standing[CURRENT] = rebalance(current, profile, cluster, max_moves=0, **asked)
+        unhurried = asked | {"time_limit_s": None}      # no moves, so nothing is searched
+        standing[CURRENT] = rebalance(current, profile, cluster, max_moves=0, **unhurried)
     if (max_moves, max_bytes) == (None, None):
         tried = try_methods(profile, cluster, methods, current=current, executor=executor,
                             progress=progress, **asked)
@@ -116,5 +117,5 @@ def _verdict(best: str, ranked: dict[str, PlanResult], moving: dict[str, Moving]
         said = f"leave it: no plan is flatter than the current one, {said[len(best) + 2:]}"
     elif CURRENT in ranked:
         said += f", {ranked[CURRENT].evidence.objective:.4f} under the current plan"
-        said = f"{moving[best]}; {said}"
+        said += f"; {moving[best]}"
     return f"{said}; how single steps fare cannot be told from average loads"

@@ -30,7 +30,7 @@ FloatArray = npt.NDArray[np.float64]
 CONFIDENCE = 0.95
 MOST_BLOCKS = 600            # longer traces are averaged over runs of neighbouring steps
 LEAST_TURNOVER = 0.05        # of the mix of requests must change within the trace
-TELLING_TURNOVER, TELLING_BLOCKS = 0.5, 10   # below either, redrawing requests tells more
+TELLING_MIXES = 10           # with fewer independent ones, redrawing requests tells more
 PARTS_H = np.linspace(0.0, 0.995, 200)
 
 
@@ -56,7 +56,7 @@ class StepMix:
     @property
     def tells(self) -> bool:
         """Whether the steps' own scatter is the best there is to tell how far off their mean is."""
-        return len(self.basis_BI) >= TELLING_BLOCKS and self.turnover >= TELLING_TURNOVER
+        return self.distinct_mixes >= TELLING_MIXES
 
     @property
     def distinct_mixes(self) -> float:

@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 FEWEST_REQUESTS = 5          # fewer say nothing about others
-DRAWS, FEWEST_DRAWS = 200, 100
+DRAWS = 100
 MOST_CHOICES = 1 << 25       # expert choices of all draws together; steps are thinned to keep to it
 
 
@@ -72,18 +72,17 @@ def redraw(
     order = np.argsort(request_T, kind="stable").astype(np.int64)
     start = np.searchsorted(request_T[order], np.arange(requests + 1))
     choices = len(whole.token) * trace.num_layers * trace.top_k
-    draws = int(np.clip(MOST_CHOICES // max(choices, 1), FEWEST_DRAWS, DRAWS))
-    most = max(1, min(len(whole), len(whole) * MOST_CHOICES // max(draws * choices, 1)))
+    most = max(1, min(len(whole), len(whole) * MOST_CHOICES // max(DRAWS * choices, 1)))
     rng = np.random.default_rng([seed, 5])
     found: list[Steps] = []
     draw: list[int] = []
-    for _ in range(draws):
+    for _ in range(DRAWS):
         drawn = np.sort(rng.integers(0, requests, requests))
         cut = _cut(trace, sampler, drawn, order, start, len(whole))
         if cut is not None:
             found.append(_thinned(cut, most))
             draw += [len(found) - 1] * len(found[-1])
-    if len(found) < FEWEST_DRAWS // 2:
+    if len(found) < DRAWS // 4:
         return None
     sizes = np.concatenate([np.diff(s.offset) for s in found])
     token = np.concatenate([s.token for s in found])
