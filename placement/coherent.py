@@ -19,14 +19,32 @@ from ..traces.steps import Steps
 from .chain import chain_cost, place_clusters
 from .cluster import Cluster
 from .cost import step_cost
+from .evidence import Settings
 from .layer_job import LayerAnswer, Score
 from .plan import DispatchSpec, Plan
 from .planning_steps import PlanningSteps
 from .traffic import step_loads
-from .whole_model import WholeModel
+from .whole_model import WholeModel, pairs_fit, whole_model
 
 FloatArray = npt.NDArray[np.float64]
 SlotArray = npt.NDArray[np.int16]
+
+
+def linked(
+    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings, *, align: bool
+) -> tuple[list[LayerAnswer], tuple[str, ...]]:
+    """Answers under `coherent` traffic: devices renamed where allowed, layers timed together."""
+    notes: tuple[str, ...] = ()
+    if align and can_align(settings.cluster) and data.trace is not None and pairs_fit(data):
+        model = whole_model(
+            data, settings.cluster, "auto", settings.seed, settings.effort, settings.deadline
+        )
+        slots_LGC, note = aligned(stacked([a.slots_GC for a in answers]), model)
+        answers = [replace(a, slots_GC=slots_LGC[layer]) for layer, a in enumerate(answers)]
+        notes = (note,)
+    if settings.objective == "time" and settings.model is not None:
+        answers = together(answers, data, settings.cluster, settings.dispatch, settings.model)
+    return answers, notes
 
 
 def can_align(cluster: Cluster) -> bool:
@@ -70,10 +88,7 @@ def together(
     model: ModelSpec,
 ) -> list[LayerAnswer]:
     """The answers with every layer's time as it is behind the one before it."""
-    width = max(a.slots_GC.shape[1] for a in answers)
-    slots = np.full((len(answers), cluster.num_devices, width), -1, np.int16)
-    for layer, answer in enumerate(answers):
-        slots[layer, :, : answer.slots_GC.shape[1]] = answer.slots_GC
+    slots = stacked([a.slots_GC for a in answers])
     whole = Plan(slots=slots, num_experts=data.num_experts, dispatch=dispatch)
     planning = _layer_us(whole, data, data.planning, cluster, model)
     validation = _layer_us(whole, data, data.validation, cluster, model)
@@ -90,6 +105,14 @@ def together(
         )
         for layer, answer in enumerate(answers)
     ]
+
+
+def stacked(layers: list[SlotArray]) -> SlotArray:
+    """[L, G, C] layers padded to the widest with empty slots."""
+    slots = np.full((len(layers), len(layers[0]), max(x.shape[1] for x in layers)), -1, np.int16)
+    for layer, slots_GC in enumerate(layers):
+        slots[layer, :, : slots_GC.shape[1]] = slots_GC
+    return slots
 
 
 def _layer_us(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from ..traces.trace import RoutingTrace
 from .affinity import affinity
 from .bounds import checked_gap
 from .cluster import Cluster
-from .coherent import aligned, can_align, together
+from .coherent import linked, stacked
 from .dispatch import default_slack
 from .dispatch_policies import policy_of
 from .evaluate import check_slots
@@ -38,7 +38,7 @@ from .plan import DispatchSpec, Evidence, Plan, Provenance
 from .planning_steps import MOST_STEPS, MOST_TIMED_STEPS, PlanningSteps, planning_steps
 from .polish import search_and_polish
 from .search import EFFORTS
-from .whole_model import Laid, Method, pairs_fit, whole_model
+from .whole_model import Laid, Method, whole_model
 
 WHOLE_MODEL_METHODS: dict[str, Method] = {"affinity": affinity, "moetuner": moetuner}
 METHODS = (*LAYER_METHODS, *WHOLE_MODEL_METHODS, "auto")
@@ -120,29 +120,12 @@ def plan(
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
     notes = rooms.notes if laid is None else (*rooms.notes, *laid.notes)
     if cluster.traffic.mode == "coherent":
-        answers, said = _linked(answers, data, settings, align=method == "auto" and not current)
+        answers, said = linked(answers, data, settings, align=method == "auto" and not current)
         notes = (*notes, *said)
     evidence = evidence_of(answers, data, settings, notes)
     made = assemble(answers, data, settings, method, trace_digest(trace), evidence)
     truncated = any(a.truncated for a in answers) or (laid is not None and laid.truncated)
     return PlanResult(made, evidence, time.perf_counter() - started, truncated)
-
-
-def _linked(
-    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings, *, align: bool
-) -> tuple[list[LayerAnswer], tuple[str, ...]]:
-    """Answers under `coherent` traffic: devices renamed where allowed, layers timed together."""
-    notes: tuple[str, ...] = ()
-    if align and can_align(settings.cluster) and data.trace is not None and pairs_fit(data):
-        model = whole_model(
-            data, settings.cluster, "auto", settings.seed, settings.effort, settings.deadline
-        )
-        slots_LGC, note = aligned(_stacked([a.slots_GC for a in answers]), model)
-        answers = [replace(a, slots_GC=slots_LGC[layer]) for layer, a in enumerate(answers)]
-        notes = (note,)
-    if settings.objective == "time" and settings.model is not None:
-        answers = together(answers, data, settings.cluster, settings.dispatch, settings.model)
-    return answers, notes
 
 
 def lay(
@@ -241,7 +224,7 @@ def assemble(
     """The plan itself."""
     from .. import __version__
 
-    slots_LGC = _stacked([a.slots_GC for a in answers])
+    slots_LGC = stacked([a.slots_GC for a in answers])
     made = Plan(
         slots=slots_LGC,
         num_experts=data.num_experts,
@@ -257,14 +240,6 @@ def assemble(
     )
     _check_memory(made, settings)
     return made
-
-
-def _stacked(layers: list[SlotArray]) -> SlotArray:
-    """[L, G, C] layers padded to the widest with empty slots."""
-    slots = np.full((len(layers), len(layers[0]), max(x.shape[1] for x in layers)), -1, np.int16)
-    for layer, slots_GC in enumerate(layers):
-        slots[layer, :, : slots_GC.shape[1]] = slots_GC
-    return slots
 
 
 def _check_memory(made: Plan, settings: Settings) -> None:

@@ -2,7 +2,7 @@
 
 Balance of tokens is not balance of time: every active copy reads its weights, on a slow device
 more slowly, and each device pays its start. So a device's level is its time, and replicas may be
-dropped as well as added. `anneal_time.py` holds the loops.
+dropped as well as added. `anneal_time.py` and `step_times.py` hold the loops.
 
 Exchanges enter by the device that gets most tokens, at their price in bytes; what else they depend
 on, and the counts, `step_cost` says when candidates are judged. Knows one layer's task. Knows
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..traces.spec import ModelSpec
-from .anneal_time import ALIKE, FLAT, ONE, DeviceTimes, Layout, anneal
+from .anneal_time import anneal
 from .annealing import Annealing, SearchSpace, moves_price
 from .cluster import Cluster
 from .compiled import random_state
@@ -28,6 +28,7 @@ from .pack import pack_heaviest_first
 from .plan import DispatchSpec
 from .planning_steps import MOST_STEPS
 from .replicate import copies_by_load
+from .step_times import ALIKE, FLAT, ONE, DeviceTimes, Layout
 from .tables import interpolate
 
 FloatArray = npt.NDArray[np.float64]

@@ -11,7 +11,7 @@ from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.coherent import aligned, can_align
 from loadmaster.placement.evaluate import evaluate
 from loadmaster.placement.planner import plan
-from loadmaster.placement.planning_steps import planning_steps
+from loadmaster.placement.planning_steps import MOST_TIMED_STEPS, planning_steps
 from loadmaster.placement.whole_model import WholeModel, hop_prices
 from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
@@ -92,7 +92,7 @@ def test_a_plan_for_coherent_traffic_sends_less_than_one_made_for_another() -> N
 @pytest.mark.parametrize("method", ["auto", "greedy", "affinity", "moetuner"])
 def test_evidence_holds_the_time_of_the_layers_together(method: str) -> None:
     made = plan(TRACE, CLUSTER, steps=STEPS, model=MODEL, method=method, effort="fast")
-    data = planning_steps(TRACE, STEPS)
+    data = planning_steps(TRACE, STEPS, most_steps=MOST_TIMED_STEPS)
     assert data.planning is not None
     judged = evaluate(made.plan, TRACE, CLUSTER, steps=data.planning, model=MODEL)
     assert judged.step_time_us is not None
