@@ -101,6 +101,7 @@ class Recorder:
         self._step: _OpenStep | None = None
         self._tokens = self._steps = self._dummy_steps = self._abandoned_steps = 0
         self._refused_tokens = 0
+        self._given = 0     # tokens, in the order stored, that were asked for as new ones
         self._closed = False
 
     @property
@@ -179,18 +180,27 @@ class Recorder:
             self._tokens += step.tokens
             self._steps += 1
 
-    def trace(self) -> RoutingTrace:
+    def trace(self, *, new: bool = False) -> RoutingTrace:
         """Everything recorded so far by this rank, up to the last whole step, in memory.
 
+        new: only what came since it was last asked for so; a long recording is not read again.
         What could not be written after an error is not in it.
         """
         parts = list(self._full)
+        skip = self._given if new else 0
         if self._folder is not None and self._background is not None:
             self._background.wait()
             stored = open_trace(self._folder, verify=False)
-            parts.append(stored.read_as_stored(rank=self.rank))
+            ends = np.cumsum([shard.tokens for shard in stored.shards_of(self.rank)])
+            whole = int(np.searchsorted(ends, skip, side="right"))     # shards given out entirely
+            skip -= int(ends[whole - 1]) if whole else 0
+            parts.append(stored.read_as_stored(rank=self.rank, skip_shards=whole))
         parts.append(self._buffer.as_trace(self._names(), copy=True))
-        return without_unlabelled(concatenate(parts))
+        trace = concatenate(parts)
+        if new:
+            trace = trace.select(np.arange(skip, trace.num_tokens))
+            self._given += trace.num_tokens
+        return without_unlabelled(trace)
 
     def close(self) -> RecordingSummary:
         """Write what is left and say what was recorded. A disk error is in `failure`, not raised.

@@ -122,14 +122,15 @@ class StoredTrace:
 
     def read_as_stored(
         self, layers: Sequence[int] | None = None, columns: Sequence[str] | None = None,
-        rank: int | None = None,
+        rank: int | None = None, *, skip_shards: int = 0,
     ) -> RoutingTrace:
-        """As `read`, with the domain that recordings keep for tokens without a label."""
+        """As `read`, with the domain that recordings keep for tokens without a label, and without
+        the first shards of those asked for."""
         manifest = self.manifest
         wanted = list(range(manifest.num_layers)) if layers is None else list(layers)
         names = list(manifest.columns) if columns is None else list(columns)
         self._check_request(wanted, names)
-        shards = self._shards_by_rank(rank)
+        shards = self.shards_of(rank)[skip_shards:]
         several = len({_rank_of(s) for s in shards}) > 1 and "step" in manifest.columns
         read = [*names, "step"] if several and "step" not in names else names
         parts = [
@@ -148,7 +149,7 @@ class StoredTrace:
             trace = in_step_order(trace)
         return trace if read == names else replace(trace, step=None)
 
-    def _shards_by_rank(self, rank: int | None) -> list[Shard]:
+    def shards_of(self, rank: int | None) -> list[Shard]:
         """This rank's shards, or all, by rank and number: no matter in which order they came."""
         shards = [s for s in self.manifest.shards if rank is None or _rank_of(s) == rank]
         return sorted(shards, key=lambda s: (_rank_of(s), len(s.name), s.name))

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from loadmaster.errors import InputError, LoadmasterError, UsageError
 from loadmaster.traces.manifest import read_manifest
+from loadmaster.traces.merge import concatenate
 from loadmaster.traces.record import Recorder
+from loadmaster.traces.shard_file import read_shard
 from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.store import TraceWriter, load_trace
 
@@ -60,6 +62,33 @@ def test_steps_come_back_in_order(spec: ModelSpec, tmp_path: Path, where: str) -
     assert (summary.tokens, summary.steps, summary.failure) == (89, 6, None)
     if where == "folder":
         assert load_trace(tmp_path / "t").digest() == trace.digest()
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_what_is_new_is_given_once_and_old_shards_are_not_read_again(
+    spec: ModelSpec, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = None if where == "memory" else tmp_path / "t"
+    recorder = Recorder(target, spec, buffer_tokens=5)
+    read: list[str] = []
+
+    def counted(path: Path, *arguments: object) -> object:
+        read.append(path.name)
+        return read_shard(path, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("loadmaster.traces.store.read_shard", counted)
+    parts = []
+    for window in range(4):
+        for step in range(3 * window, 3 * window + 3):
+            feed(recorder, step, 2)
+        parts.append(recorder.trace(new=True))
+    assert [p.num_tokens for p in parts] == [6] * 4
+    joined: Any = concatenate(parts)
+    whole: Any = recorder.trace()
+    assert np.array_equal(joined.step, whole.step) and np.array_equal(joined.ids, whole.ids)
+    if where == "folder":
+        assert read.count("shard-00000.parquet") == 2       # once new, once with the whole
+    recorder.close()
 
 
 def test_dummy_and_aborted_passes_are_recorded_nowhere(spec: ModelSpec) -> None:
