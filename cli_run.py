@@ -151,7 +151,6 @@ def _tell(entry: Entry) -> None:
 
 def _serve(group: Group, advised: _Advised, *, recording: bool, rule: CapacityRule | None) -> None:
     """Until interrupted or broken; then say what there is to say, and end the group."""
-    from .workers.client import CoordinatorGoneError
     from .workers.watch import watch
 
     try:
@@ -161,13 +160,25 @@ def _serve(group: Group, advised: _Advised, *, recording: bool, rule: CapacityRu
         _greet(group)
         watch(group, advised.controller(group))
     except KeyboardInterrupt:
-        show.err().print(f"ending group {group.name!r}", markup=False)
+        _ending(group, rule)
+    except BaseException:
+        _ending(group, rule)
+        raise
+
+
+def _ending(group: Group, rule: CapacityRule | None) -> None:
+    """End the group, whatever it can or cannot tell any more. A second SIGTERM changes nothing."""
+    import signal
+
+    from .workers.client import CoordinatorGoneError
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print_line(f"ending group {group.name!r}")
+    try:
+        _report(group, rule)
     finally:
-        try:
-            _report(group, rule)
-        finally:
-            with contextlib.suppress(CoordinatorGoneError):
-                group.stop()
+        with contextlib.suppress(CoordinatorGoneError):
+            group.stop()
 
 
 def _greet(group: Group) -> None:

@@ -87,6 +87,7 @@ class Day(threading.Thread):
         self._group = group
         self._lock = threading.Lock()
         self._parts: list[tuple[list[list[int]], list[str]]] = []
+        self.window(DOMAINS, 998)
         self._ends = threading.Event()
         self.errors: list[str] = []
         self.answered = 0
@@ -177,7 +178,6 @@ def _day(start: Plan, kernel: ExpertFit, control: Control, each: int) -> dict[st
     critical path measured in it, whatever was served while the controller looked; to that comes
     what switches cost the steps that carried them (the controller's figures)."""
     with _group(f"day-{control.policy.name.replace('_', '-')}", start) as group, Day(group) as day:
-        day.window(DOMAINS, 998)
         _await_steps(group, 2)
         group.record(True)
         loop = Controller(group, cluster_of(RANKS), control, kernel=kernel)

@@ -229,10 +229,10 @@ class _LogReader:
         return ended
 
     def _hand_on(self, whole: str) -> None:
-        for line in whole[self._shown :].splitlines():
+        new, self._shown = whole[self._shown :], len(whole)
+        for line in new.splitlines():
             if not line.startswith(RESULT_MARK):
                 self.say(line)
-        self._shown = len(whole)
 
     def say(self, line: str) -> None:
         """A line for whoever waits."""

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +231,26 @@ def test_a_verb_runs_as_a_job_and_its_plan_comes_back(head: str, tmp_path: Path)
     broken = submit(head, ["plan-show", str(tmp_path / "no.json")], on_line=lines.append)
     assert broken.exit_code == 1
     assert any("no such plan file" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_a_group_in_a_job_runs_on_its_cluster_and_ends_with_it(
+    head: str, checkpoint: Callable[[str], Path]
+) -> None:
+    model = checkpoint("qwen3_moe")
+    lines: list[str] = []
+
+    def until_it_serves(line: str) -> None:
+        lines.append(line)
+        if "serves" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        submit(head, ["run", "--model", str(model), "--ranks", "1", "--name", "in-a-job"],
+               inputs=[model], on_line=until_it_serves)
+    said = "\n".join(lines)
+    assert "Connecting to existing Ray cluster" in said or "Started a local" not in said
+    assert "stopping job" in said and "ending group 'in-a-job'" in said, said
 
 
 # ---- where groups leave their address ------------------------------------------------------
