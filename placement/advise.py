@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, UsageError
+from ..errors import InputError
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
 from ..traces.trace import RoutingTrace
-from .attempts import REBALANCE, USUAL_METHODS, Attempts, MethodProgress, try_methods, try_rebalance
+from .attempts import REBALANCE, USUAL_METHODS, attempt
 from .cluster import Cluster
 from .comparison import Comparison, ComparisonRow, compare
 from .evaluate import check_slots
 from .moving import HORIZON_STEPS, Moving, price_moves
 from .plan import DispatchSpec, Plan
-from .planner import Executor, PlanResult
+from .planner import PlanResult
 from .verdict import metric_text, verdict_of
 
 CURRENT = "current"
@@ -101,8 +101,6 @@ def advise(
     objective: str | None = None,
     balance_slack: float | None = None,
     seed: int = 0,
-    executor: Executor | None = None,
-    progress: MethodProgress | None = None,
     **options: Any,
 ) -> Advice:
     """Plan by every method on 70 % of the requests, judge on the rest, choose.
@@ -110,39 +108,24 @@ def advise(
     The reference is `current`, else contiguous. It is chosen unless a plan beats it beyond the
     noise and, with sizes known, earns its moves back within `horizon_steps`: a switch must earn its
     place. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
-    `current`. `options` go to `plan` (effort, time_limit_s for all methods together).
-    Where the trace is too short to hold requests back, judged where planned, and said. Raises
-    UsageError on a budget without `current`, InfeasibleError where no method finds a plan.
+    `current`. `options` go to `attempt` (effort, executor, progress, time_limit_s). Judged where
+    planned, and said, where the trace is too short to hold requests back. Raises UsageError on a
+    budget without `current`, InfeasibleError where no method finds a plan.
     """
     if current is not None:
         check_slots(current, cluster, "the current plan")
     planning, judging, judged_on = hold_back(trace, steps, seed)
-    asked = {"dispatch": dispatch, "steps": steps, "model": model, "objective": objective,
-             "balance_slack": balance_slack, "seed": seed}
-    tried = _tried(planning, cluster, methods, current, (max_moves, max_bytes),
-                   executor=executor, progress=progress, **asked, **options)
-    plans = {name: result.plan for name, result in tried.results.items()}
-    plans = plans if current is None else {CURRENT: current, **plans}
+    asked: dict[str, Any] = dict(dispatch=dispatch, steps=steps, model=model, seed=seed,
+                                 objective=objective, balance_slack=balance_slack)
+    tried = attempt(planning, cluster, methods, current, (max_moves, max_bytes), **asked, **options)
+    plans = {} if current is None else {CURRENT: current}
+    plans |= {name: result.plan for name, result in tried.results.items()}
     reference = CURRENT if current is not None else _reference(plans)
-    table = compare(plans, judging, cluster, current=reference, **asked)  # type: ignore[arg-type]
+    table = compare(plans, judging, cluster, current=reference, **asked)
     moving = {} if current is None else _moving(table, plans, cluster, model)
     chosen, verdict = _choice(table, moving, horizon_steps, in_force=current is not None)
     return Advice(verdict, chosen, table, tried.results, plans, judged_on, tried.cannot, moving,
                   horizon_steps)
-
-
-def _tried(
-    planning: RoutingTrace, cluster: Cluster, methods: Sequence[str], current: Plan | None,
-    budget: tuple[int | None, int | None], **options: Any,
-) -> Attempts:
-    """Every method; or, within a budget of (moves, bytes), the one way that keeps to it."""
-    if budget == (None, None):
-        return try_methods(planning, cluster, methods, current=current, **options)
-    if current is None:
-        raise UsageError("a budget of moves counts them away from a plan: name the current one")
-    return try_rebalance(
-        current, planning, cluster, max_moves=budget[0], max_bytes=budget[1], **options
-    )
 
 
 def _moving(

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UsageError
 from ..traces.profile import Profile
 from ..traces.spec import ModelSpec
 from .advise import CURRENT
-from .attempts import USUAL_METHODS, MethodProgress, try_methods, try_rebalance
+from .attempts import USUAL_METHODS, MethodProgress, attempt
 from .cluster import Cluster
 from .evaluate import check_slots
 from .moving import Moving, price_moves
@@ -92,14 +91,8 @@ def advise_loads(
         check_slots(current, cluster, "the current plan")
         unhurried = asked | {"time_limit_s": None}      # no moves, so nothing is searched
         standing[CURRENT] = rebalance(current, profile, cluster, max_moves=0, **unhurried)
-    if (max_moves, max_bytes) == (None, None):
-        tried = try_methods(profile, cluster, methods, current=current, executor=executor,
-                            progress=progress, **asked)
-    elif current is None:
-        raise UsageError("a budget of moves counts them away from a plan: name the current one")
-    else:
-        tried = try_rebalance(current, profile, cluster, max_moves=max_moves, max_bytes=max_bytes,
-                              executor=executor, progress=progress, **asked)
+    tried = attempt(profile, cluster, methods, current, (max_moves, max_bytes),
+                    executor=executor, progress=progress, **asked)
     results = standing | tried.results
     ranked = dict(sorted(results.items(), key=lambda found: found[1].evidence.objective))
     moving = {} if current is None else {

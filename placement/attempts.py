@@ -76,6 +76,20 @@ def try_methods(
     )
 
 
+def attempt(
+    source: Source, cluster: Cluster, methods: Sequence[str], current: Plan | None,
+    budget: tuple[int | None, int | None], **options: Any,
+) -> Attempts:
+    """Every method; or, within a budget of (moves, bytes), the one way that keeps to it."""
+    if budget == (None, None):
+        return try_methods(source, cluster, methods, current=current, **options)
+    if current is None:
+        raise UsageError("a budget of moves counts them away from a plan: name the current one")
+    return try_rebalance(
+        current, source, cluster, max_moves=budget[0], max_bytes=budget[1], **options
+    )
+
+
 def try_rebalance(
     current: Plan,
     source: Source,
