@@ -5,7 +5,6 @@ Runs the reference model on local ranks. Returns figures and leaves a run folder
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -20,14 +19,11 @@ from ..placement.cluster import Cluster
 from ..placement.comparison import Comparison, compare
 from ..placement.plan import Plan
 from ..placement.planner import PlanResult, plan
-from ..simulator.report.page import Table, render_report, write_report
-from ..simulator.report.views import plan_views
 from ..simulator.result import SimulationResult
 from ..simulator.serve import Serving, simulate
 from ..simulator.workload import Workload
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
-from ..traces.store import save_trace
 from ..traces.trace import RoutingTrace
 from . import demo_traffic as traffic
 from .demo_measure import (
@@ -40,6 +36,7 @@ from .demo_measure import (
     predicted,
     recording_overhead,
 )
+from .demo_report import leave
 from .expert_fit import ExpertFit, fit_kernel, machine, scale_to_live
 from .group import Group
 from .output_folder import new_run_folder
@@ -186,7 +183,7 @@ def run_demo(
         simulated=simulated, ranks=ranks, cores=os.cpu_count() or 1,
         seconds=time.perf_counter() - started, folder=folder,
     )
-    _leave(result, folder, recorded, before.trace, plans, cluster)
+    leave(result, folder, recorded, before.trace, plans, cluster)
     return result
 
 
@@ -331,35 +328,3 @@ def _verdict(before: Figures, after: Figures, gain: Gain, comparison: Comparison
         f"{row.change_percent:+.1f} % as predicted"
     )
     return f"apply auto: {said}" if row.change_high_percent < 0 else f"leave it: {said}"
-
-
-def _leave(
-    result: DemoResult, folder: Path, recorded: RoutingTrace, judged: RoutingTrace,
-    plans: dict[str, Plan], cluster: Cluster,
-) -> None:
-    """The run folder: trace, plans, cluster, summary and report."""
-    save_trace(recorded, folder / "trace")
-    for name, made in plans.items():
-        made.save(folder / f"{name}.plan.json")
-    (folder / "cluster.yaml").write_text(cluster.to_yaml(), encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
-    page = render_report(
-        title="Loadmaster demo", verdict=result.verdict, results=result.simulated,
-        views=plan_views(plans, judged, cluster, steps=RECORDED),
-        tables=[
-            _table("Prefill", result.before, result.predicted, result.measured),
-            _table("Decode", result.decode_before, result.decode_predicted,
-                   result.decode_measured),
-        ],
-        notes=(result.decode_verdict,
-               "loads and traffic: the recorded steps replayed under each plan"),
-    )
-    write_report(folder / "report.html", page)
-
-
-def _table(title: str, *columns: Figures) -> Table:
-    rows = tuple(
-        (name.replace("_", " "), *("-" if v is None else f"{v:,.3f}" for v in values))
-        for name, *values in ((n, *(getattr(c, n) for c in columns)) for n in vars(columns[0]))
-    )
-    return Table(title, ("", "before", "predicted", "measured"), rows)
