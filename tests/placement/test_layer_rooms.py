@@ -81,10 +81,10 @@ def test_every_layer_holds_every_expert_and_every_device_its_memory(
 
 
 def test_layers_ask_for_no_more_than_can_be_dealt_to_them_together() -> None:
-    """Device 0 can give each layer 4 of its 30; all that two skewed layers want is not there."""
+    """Device 3 holds one copy in all: two skewed layers cannot both have 4 from every device."""
     load = np.ones((3, 8)) * 10
-    load[:2] = [70, 9, 2, 2, 1, 1, 1, 1]
-    for copies in ([30, 30, 8], [30, 30, 1], [30, 9, 9, 1]):
+    load[:2] = [70, 60, 50, 1, 1, 1, 1, 1]
+    for copies in ([12, 12, 12, 1], [30, 30, 8], [30, 30, 1], [30, 9, 9, 1]):
         slots_LG = layer_rooms(load, cluster_of(list(copies)), MODEL).slots_LG
         assert (slots_LG.sum(axis=1) >= 8).all() and (slots_LG <= 4).all()
         assert (slots_LG.sum(axis=0) <= copies).all()
