@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .activation import ExpertActivation
+from .dispatch_table import DispatchTable
+from .load_record import LoadRecord
 
 SlotTensors = dict[str, Tensor]
 """One expert: `gate_up` [2I, H] and `down` [H, I]; with biases, `gate_up_bias` and `down_bias`."""
@@ -43,6 +45,18 @@ class SlotShape:
         return shapes
 
 
+class RowOrder(NamedTuple):
+    """Kept assignments sorted by slot, token order inside; all int64.
+
+    order_A: assignment of each row. offset_S: [S + 1] first row of each slot. row_TK: row of each
+    assignment, -1 where it is left out.
+    """
+
+    order_A: Tensor
+    offset_S: Tensor
+    row_TK: Tensor
+
+
 class SlotBackend(Protocol):
     """Weights of S slots in the form one backend computes on."""
 
@@ -61,8 +75,38 @@ class SlotBackend(Protocol):
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         """Rows sorted by slot through their experts, unweighted, into `out_AH`."""
 
-    def layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
-        """The whole layer: sort, gather, compute and combine into `out_TH`.
 
-        slot_TK int64 holds slots in [-1, S); -1 is left out. gate_TK is float32.
-        """
+class HostBackend(SlotBackend, Protocol):
+    """A backend whose rows `routing.py` sorts."""
+
+    def layer(self, x_TH: Tensor, order: RowOrder, gate_TK: Tensor, out_TH: Tensor) -> None:
+        """The whole sorted layer: gather, compute and combine into `out_TH`. gate_TK: float32."""
+
+
+class RoutingBackend(SlotBackend, Protocol):
+    """A backend that routes by itself, where its tensors live; nothing waits for the device."""
+
+    def layer_from_ids(
+        self,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        gate_TK: Tensor,
+        table: DispatchTable | None,
+        quota_S: Tensor | None,
+        record: LoadRecord | None,
+        out_TH: Tensor,
+    ) -> None:
+        """The whole layer from chosen experts; without a table they are slots."""
+
+    def layer_from_logits(
+        self,
+        x_TH: Tensor,
+        logits_TE: Tensor,
+        k: int,
+        normalize: bool,
+        table: DispatchTable | None,
+        quota_S: Tensor | None,
+        record: LoadRecord | None,
+        out_TH: Tensor,
+    ) -> None:
+        """The whole layer from router logits."""

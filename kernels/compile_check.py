@@ -23,7 +23,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import triton_product_kernels, triton_routing_kernels
-from .tile_configs import GROUP_TILES, Tile, Tiles, default_tiles, fit_tiles, tuned_tiles
+from .tile_configs import (
+    GROUP_TILES,
+    Tile,
+    TileKey,
+    Tiles,
+    default_tiles,
+    fit_tiles,
+    spread_tiles,
+    tuned_tiles,
+)
 
 HOPPER = GPUTarget("cuda", 90, 32)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -31,7 +40,7 @@ _INTEGERS = "*i32"
 # Argument types by name; what is not here is an int32 array.
 _ARGUMENT_TYPES = {
     **dict.fromkeys(("x", "weights", "biases", "act", "y", "out", "logits"), "*{float}"),
-    **dict.fromkeys(("tokens", "experts", "blocks", "segments", "row_limit"), "i32"),
+    **dict.fromkeys(("tokens", "experts", "blocks", "segments", "row_limit", "rows"), "i32"),
     **dict.fromkeys(("hidden", "intermediate"), "i32"),
     **dict.fromkeys(("stride_x", "stride_y", "stride_out", "stride_logits"), "i64"),
     **dict.fromkeys(("limit", "alpha"), "fp32"),
@@ -47,6 +56,8 @@ class Build:
     """One compiled kernel and its machine code in numbers."""
 
     kernel: str
+    float_type: str
+    aligned: bool  # sizes and strides are multiples of 16
     constants: dict[str, Any]
     warps: int
     stages: int
@@ -56,10 +67,16 @@ class Build:
     warp_products: int  # HMMA: the older one
     asynchronous_copies: int  # LDGSTS
     spills: int  # LDL and STL: registers that went to memory
+    chained_products: int  # products that go on from an earlier block's sum
 
 
 def compile_kernel(
-    name: str, constants: dict[str, Any], warps: int, stages: int, float_type: str = "bf16"
+    name: str,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    float_type: str = "bf16",
+    aligned: bool = True,
 ) -> Build:
     """Compile one kernel for sm_90 and read its machine code."""
     routing = hasattr(triton_routing_kernels, name)
@@ -73,7 +90,7 @@ def compile_kernel(
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") or argument in _DIVISIBLE
+        if kind.startswith("*") or (aligned and argument in _DIVISIBLE and kind != "constexpr")
     }
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes),
@@ -83,6 +100,8 @@ def compile_kernel(
     registers, code = _read_machine_code(compiled.asm["cubin"])
     return Build(
         kernel=name,
+        float_type=float_type,
+        aligned=aligned,
         constants=constants,
         warps=warps,
         stages=stages,
@@ -92,17 +111,35 @@ def compile_kernel(
         warp_products=len(re.findall(r"\bHMMA\b", code)),
         asynchronous_copies=len(re.findall(r"\bLDGSTS\b", code)),
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        chained_products=_chained_products(compiled.asm["ttir"]),
     )
 
 
-def product_builds(tiles: Tiles, kind: str = "silu", bias: bool = False) -> Iterator[Build]:
-    """Both products with the given blocks, as the layer launches them."""
-    common: dict[str, Any] = {"HAS_BIAS": bias, "EVEN": True, "UPCAST": False, "PRECISION": "ieee"}
-    common["GROUP"] = GROUP_TILES
-    up = {"K": 8, "KIND": kind, "GATHER": True, **common, **_blocks(tiles.up)}
-    yield compile_kernel("up_swiglu", up, tiles.up.warps, tiles.up.stages)
-    down = {"SCATTER": True, **common, **_blocks(tiles.down)}
-    yield compile_kernel("down_scatter", down, tiles.down.warps, tiles.down.stages)
+def product_builds(
+    tiles: Tiles,
+    kind: str = "silu",
+    bias: bool = False,
+    *,
+    even: bool = True,
+    moved: bool = True,
+    float_type: str = "bf16",
+    aligned: bool = True,
+    **sizes: int,
+) -> Iterator[Build]:
+    """Both products with the given blocks, as the layer launches them.
+
+    even: sizes are multiples of the depth. moved: rows are gathered and scattered, as in a layer,
+    or lie in order, as for `grouped_experts`. sizes: hidden or intermediate of 1, which Triton
+    compiles in.
+    """
+    common: dict[str, Any] = {"HAS_BIAS": bias, "EVEN": even, "UPCAST": False}
+    common |= {"PRECISION": "ieee", "GROUP": GROUP_TILES, **sizes}
+    up = {"K": 8, "KIND": kind, "GATHER": moved, **common, **_blocks(tiles.up)}
+    yield compile_kernel("up_swiglu", up, tiles.up.warps, tiles.up.stages, float_type, aligned)
+    down = {"SCATTER": moved, **common, **_blocks(tiles.down)}
+    yield compile_kernel(
+        "down_scatter", down, tiles.down.warps, tiles.down.stages, float_type, aligned
+    )
 
 
 def routing_builds(experts: int, block_tokens: int, block_tiles: int) -> Iterator[Build]:
@@ -115,21 +152,43 @@ def routing_builds(experts: int, block_tokens: int, block_tiles: int) -> Iterato
     scan = {"EP": experts, "SP": experts, "BLOCK_ROWS": 64, "BLOCK_TILES": block_tiles}
     for quotas in (True, False):
         yield compile_kernel("scan", scan | {"HAS_QUOTAS": quotas, "RECORD": True}, 4, 3)
-    place = {"K": 8, "EP": experts, "BLOCK_T": block_tokens, "ONE_BLOCK": False}
-    yield compile_kernel("place", place, 8, 3)
+    for one_block in (True, False):
+        place = {"K": 8, "EP": experts, "BLOCK_T": block_tokens, "ONE_BLOCK": one_block}
+        yield compile_kernel("place", place, 8, 3)
     yield compile_kernel("reduce", {"K": 8, "BLOCK_H": 1024}, 4, 3)
+    yield compile_kernel("clear_tail", {"BLOCK_ROWS": 64, "BLOCK_H": 128}, 4, 3)
 
 
 def all_builds() -> Iterator[Build]:
-    """Every kernel with every block size in use, and the two odd activations."""
-    in_use = [default_tiles(rows) for rows in (16, 32, 64, 128)]
+    """Every kernel with every block size in use, and what else a launch may ask of it."""
+    usual = [default_tiles(rows) for rows in (16, 32, 64, 128)]
+    idle = TileKey("", "", "", 1, 1, active_experts=1, rows_p90=1)
+    in_use = usual + [spread_tiles(tiles, idle) for tiles in usual]
     in_use += [tiles for _, tiles in tuned_tiles()]
     for tiles in dict.fromkeys(fit_tiles(tiles, 2) for tiles in in_use):
         yield from product_builds(tiles)
+    for tiles in (usual[0], usual[-1]):
+        yield from product_builds(fit_tiles(tiles, 2), float_type="fp16")
+        yield from product_builds(fit_tiles(tiles, 2), even=False)
+        yield from product_builds(fit_tiles(tiles, 2), moved=False)
+    for bits, float_type in ((2, "bf16"), (4, "fp32")):
+        for tiles in dict.fromkeys(fit_tiles(tiles, bits, aligned=False) for tiles in in_use):
+            yield from product_builds(tiles, even=False, float_type=float_type, aligned=False)
+    for tiles in dict.fromkeys(fit_tiles(tiles, 4) for tiles in in_use):
+        yield from product_builds(tiles, float_type="fp32")
+    smallest = fit_tiles(usual[0], 2, aligned=False)
+    yield from product_builds(smallest, even=False, aligned=False, hidden=1, intermediate=1)
     for kind in triton_product_kernels.ACTIVATIONS[1:]:
         yield from product_builds(default_tiles(64), kind, bias=kind == "gptoss_clamped")
     yield from routing_builds(128, 32, 32)
     yield from routing_builds(512, 8, 8)
+
+
+def _chained_products(code: str) -> int:
+    """Products in Triton's own code whose accumulator is not a constant zero."""
+    constants = set(re.findall(r"(%\S+) = arith\.constant dense<0\.0", code))
+    totals = re.findall(r"tt\.dot %\S+, %\S+, (%[\w.]+)", code)
+    return sum(total not in constants for total in totals)
 
 
 def _blocks(tile: Tile) -> dict[str, int]:

@@ -15,6 +15,7 @@ from .cpu_float import compiled, erf, exp, store, times_sigmoid, to_float
 Array = Any  # numpy arrays inside compiled loops; numba infers their types
 _F32 = np.float32
 
+
 @compiled
 def choose_top_k(logit_TE: Array, normalize: bool, gate_TK: Array, id_TK: Array) -> None:
     """The best experts of every token, best first, and their softmax gates.
@@ -98,8 +99,8 @@ def fill_slots(
             left_S[s] -= 1
     for s in range(slots):
         e = slot_expert_S[s]
-        if left_S[s] != 0:
-            wrong = min(wrong, e) if 0 <= e < experts else 0
+        if left_S[s] != 0 and 0 <= e < experts:
+            wrong = min(wrong, e)
     return wrong if wrong < experts else -1
 
 

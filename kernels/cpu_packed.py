@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from .activation import gate_rows_first, gated_rows, stored_rows
-from .backend import SlotShape, SlotTensors
+from .backend import RowOrder, SlotShape, SlotTensors
 from .cpu_float import as_array
 from .cpu_loops import combine_rows
 from .huge_pages import use_huge_pages
-from .routing import sort_on_host
 from .scratch import SCRATCH
 
 # Rows of one pair of products: enough to read the weights rarely, few enough for the cache.
@@ -166,18 +165,18 @@ class PackedSlots:
                 x[: len(x_AH) - first] = x_AH[first:]
             self._run_strip(strip, x, out_AH)
 
-    def layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
+    def layer(self, x_TH: Tensor, order: RowOrder, gate_TK: Tensor, out_TH: Tensor) -> None:
         hidden, x_TH = self.shape.hidden, x_TH.contiguous()
-        order_A, offset_S, row_TK = sort_on_host(slot_TK, self.shape.slots)
-        token_A = order_A.div_(max(slot_TK.shape[1], 1), rounding_mode="floor")
+        token_A = order.order_A.div(max(gate_TK.shape[1], 1), rounding_mode="floor")
         y_AH = SCRATCH.take("y", len(token_A), hidden, self.shape.dtype)
-        for strip in row_strips(np.diff(offset_S).tolist()):
+        for strip in row_strips(order.offset_S.diff().tolist()):
             first, last, reach = strip_span(strip)
             x = SCRATCH.take("x", reach - first, hidden, self.shape.dtype)
             torch.index_select(x_TH, 0, token_A[first:last], out=x[: last - first])
             self._run_strip(strip, x, y_AH)
         sum_H = np.empty(hidden, np.float32)
-        combine_rows(as_array(y_AH), as_array(row_TK), as_array(gate_TK), sum_H, as_array(out_TH))
+        row_TK, gates = as_array(order.row_TK), as_array(gate_TK)
+        combine_rows(as_array(y_AH), row_TK, gates, sum_H, as_array(out_TH))
 
     def _run_strip(self, strip: list[RowBlock], x: Tensor, out_AH: Tensor) -> None:
         """Products of one strip; x starts at the strip's first row and covers its padding.

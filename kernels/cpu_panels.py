@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .activation import compiled_activation, gate_rows_first, stored_rows
-from .backend import SlotShape, SlotTensors
+from .backend import RowOrder, SlotShape, SlotTensors
 from .cpu_float import as_array
 from .cpu_loops import combine_rows
 from .cpu_panel_loops import CHUNK_ROWS, expert_rows
 from .cpu_tiles import HAS_MATRIX_UNITS, PANEL, padded_columns
 from .panels import Panels, factor_dtype, narrowed, panels_available
-from .routing import sort_on_host
 from .scratch import SCRATCH
 from .slot_table import SlotTable
 
@@ -90,12 +89,13 @@ class PanelSlots:
         if y_AH is not out_AH:
             out_AH.copy_(y_AH)
 
-    def layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
-        order_A, offset_S, row_TK = sort_on_host(slot_TK, self.shape.slots)
+    def layer(self, x_TH: Tensor, order: RowOrder, gate_TK: Tensor, out_TH: Tensor) -> None:
+        order_A, offset_S = as_array(order.order_A), as_array(order.offset_S)
         y_AH = SCRATCH.take("y", len(order_A), self.shape.hidden, self.shape.dtype)
-        self._expert_rows(x_TH, as_array(order_A), max(slot_TK.shape[1], 1), offset_S, y_AH)
+        self._expert_rows(x_TH, order_A, max(gate_TK.shape[1], 1), offset_S, y_AH)
+        row_TK, gates = as_array(order.row_TK), as_array(gate_TK)
         sum_H = np.empty(self.shape.hidden, np.float32)
-        combine_rows(as_array(y_AH), as_array(row_TK), as_array(gate_TK), sum_H, as_array(out_TH))
+        combine_rows(as_array(y_AH), row_TK, gates, sum_H, as_array(out_TH))
 
     def _expert_rows(
         self, x: Tensor, order_A: NDArray[Any], choices: int, offset_S: NDArray[Any], y_AH: Tensor

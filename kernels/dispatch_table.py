@@ -28,7 +28,7 @@ class DispatchTable:
             first.setdefault(expert, position)
         self.experts = filled[-1][0] + 1
         if len(first) != self.experts:
-            missing = min(set(range(self.experts)) - set(first))
+            missing = next(e for e, held in enumerate(first) if e != held)
             raise InputError(f"expert {missing} stands in no slot")
         self.has_replicas = len(filled) > len(first)
         self.slot_expert_S = list(slot_expert_S)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 
 class LoadRecord:
     """logical_E and physical_S, int64; `enabled` int32 [1], nonzero = count."""
@@ -18,6 +20,20 @@ class LoadRecord:
         self.logical_E = torch.zeros(experts, dtype=torch.int64, device=device)
         self.physical_S = torch.zeros(slots, dtype=torch.int64, device=device)
         self.enabled = torch.ones(1, dtype=torch.int32, device=device)
+
+    def check(self, experts: int, slots: int, device: torch.device) -> None:
+        """Raise InputError unless it is for a layer of this size, there.
+
+        A kernel adds at every expert and slot of the layer, whatever the record's size.
+        """
+        held = (self.logical_E.numel(), self.physical_S.numel())
+        where = {self.logical_E.device, self.physical_S.device, self.enabled.device}
+        if held != (experts, slots) or where != {device}:
+            raise InputError(
+                f"the load record holds {held[0]} experts and {held[1]} slots on "
+                f"{', '.join(sorted(map(str, where)))}; the layer has {experts} experts and "
+                f"{slots} slots on {device}"
+            )
 
     def switch(self, on: bool) -> None:
         """Count from the next layer on, or stop counting."""

@@ -12,7 +12,6 @@ out everywhere: not counted, not sorted, not computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 from . import cpu_loops
 from .activation import COMPILED_DTYPES
+from .backend import RowOrder
 from .cpu_float import as_array
 from .load_record import LoadRecord
 
@@ -95,9 +95,9 @@ def assign_slots(
 
     quota_S: [S] whole tokens this home rank sends to each slot. slot_expert_S: [S] the expert in
     each slot, -1 = empty. Within an expert, assignments in token order fill its slots in
-    ascending slot order. Negative ids, and ids >= num_experts where that is given, get -1.
-    Runs on the CPU, where quotas are made. Raises InputError unless the quotas of every expert
-    sum to its assignments.
+    ascending slot order. Negative ids, and ids >= num_experts where that is given, get -1; without
+    it an id past the table's experts is refused. Runs on the CPU, where quotas are made. Raises
+    InputError unless the quotas of every expert sum to its assignments.
     """
     ids, table, quota, experts = _checked_ids(ids_TK, slot_expert_S, quota_S, num_experts)
     slot_TK = torch.empty_like(ids)
@@ -146,6 +146,8 @@ def route(
     """
     device = ids_TK.device
     ids, table, quota, experts = _checked_ids(ids_TK, slot_expert_S, quota_S, num_experts)
+    if record is not None:
+        record.check(experts, len(table), device)
     slot, order, row = (torch.empty_like(ids) for _ in range(3))
     offset_S = torch.empty(len(table) + 1, dtype=torch.int64)
     logical_E = torch.empty(experts, dtype=torch.int64)
@@ -190,11 +192,26 @@ def _checked_ids(
         check_integers("quotas", quota_S)
     ids = ids_TK.detach().cpu().long().contiguous()
     table = slot_expert_S.cpu().long().contiguous()
-    empty = torch.empty(0, dtype=torch.int64)
-    quota = empty if quota_S is None else quota_S.cpu().long().contiguous()
-    if num_experts is None:
-        num_experts = int(torch.cat((ids.flatten(), table, torch.tensor([-1]))).max()) + 1
-    return ids, table, quota, num_experts
+    experts = max(int(table.max()) + 1 if len(table) else 0, 0)
+    if num_experts is None and ids.numel() and int(ids.max()) >= experts:
+        raise InputError(f"id {int(ids.max())} is past the slot table's {experts} experts")
+    experts = experts if num_experts is None else num_experts
+    if quota_S is None:
+        return ids, table, torch.empty(0, dtype=torch.int64), experts
+    quota = quota_S.cpu().long().contiguous()
+    _check_quotas(quota, table, experts)
+    return ids, table, quota, experts
+
+
+def _check_quotas(quota: Tensor, table: Tensor, experts: int) -> None:
+    """Quotas stand on slots that hold an expert of the layer, and are not negative."""
+    misplaced = (quota < 0) | ((quota > 0) & ((table < 0) | (table >= experts)))
+    if misplaced.any():
+        slot = int(misplaced.nonzero()[0, 0])
+        raise InputError(
+            f"slot {slot} has a quota of {int(quota[slot])} but holds expert {int(table[slot])} of "
+            f"{experts} (-1: none); quotas are >= 0, and 0 where no such expert stands"
+        )
 
 
 def _quota_error(expert: int, ids: Tensor, quota: Tensor, table: Tensor) -> InputError:
@@ -221,27 +238,26 @@ def sort_rows(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     slots = slot_TK.long().contiguous()
     if slots.numel() and int(slots.max()) >= num_slots:
         raise InputError(f"slot {int(slots.max())} is past the table of {num_slots} slots")
-    if slots.device.type == "cpu":
-        order_A, offset_S, row_TK = sort_on_host(slots, num_slots)
-        return order_A, torch.from_numpy(np.diff(offset_S)), row_TK
-    row_TK = torch.full_like(slots, -1)
-    order_A = torch.argsort(slots.view(-1), stable=True)
-    order_A = order_A[int((slots < 0).sum()) :]
-    row_TK.view(-1)[order_A] = torch.arange(len(order_A), device=slots.device)
-    return order_A, torch.bincount(slots[slots >= 0], minlength=num_slots), row_TK
+    order_A, offset_S, row_TK = row_order(slots, num_slots)
+    return order_A, offset_S.diff(), row_TK
 
 
-def sort_on_host(
-    slot_TK: Tensor, num_slots: int
-) -> tuple[Tensor, np.ndarray[Any, np.dtype[np.int64]], Tensor]:
-    """`sort_rows` of checked int64 CPU slots; offset_S [S + 1], rows before each, for counts."""
-    order_A = torch.empty(slot_TK.numel(), dtype=torch.int64)
-    row_TK = torch.empty_like(slot_TK)
-    offset_S = np.empty(num_slots + 1, np.int64)
-    cpu_loops.sort_slots(
-        as_array(slot_TK.view(-1)), as_array(order_A), offset_S, as_array(row_TK.view(-1))
-    )
-    return order_A[: offset_S[-1]], offset_S, row_TK
+def row_order(slot_TK: Tensor, num_slots: int) -> RowOrder:
+    """`sort_rows` of checked int64 slots."""
+    offset_S = torch.zeros(num_slots + 1, dtype=torch.int64, device=slot_TK.device)
+    if slot_TK.device.type == "cpu":
+        order_A, row_TK = torch.empty(slot_TK.numel(), dtype=torch.int64), torch.empty_like(slot_TK)
+        cpu_loops.sort_slots(
+            as_array(slot_TK.view(-1)), as_array(order_A), as_array(offset_S),
+            as_array(row_TK.view(-1)),
+        )
+        return RowOrder(order_A[: int(offset_S[-1])], offset_S, row_TK)
+    row_TK = torch.full_like(slot_TK, -1)
+    order_A = torch.argsort(slot_TK.view(-1), stable=True)
+    order_A = order_A[int((slot_TK < 0).sum()) :]
+    row_TK.view(-1)[order_A] = torch.arange(len(order_A), device=slot_TK.device)
+    offset_S[1:] = torch.bincount(slot_TK[slot_TK >= 0], minlength=num_slots).cumsum(0)
+    return RowOrder(order_A, offset_S, row_TK)
 
 
 def combine(y_TKH: Tensor, gate_TK: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -265,15 +281,19 @@ def combine_rows(
     """Sum every token's expert outputs from wherever they lie: [T, H] in y's dtype.
 
     row_TK: the row of y that answers choice k of token t, negative = nothing to add (its gate is
-    not read). Sums in float32, choice 0 first, and rounds once; a token's bits depend on its own
-    rows and gates only, and NaN stays in its token.
+    not read); a row past y is refused on the CPU and adds nothing on a GPU. Sums in float32,
+    choice 0 first, and rounds once; a token's bits depend on its own rows and gates only, and NaN
+    stays in its token.
     """
     if y_AH.dim() != 2 or row_TK.dim() != 2 or gate_TK.shape != row_TK.shape:
         raise InputError(
             f"combine needs y [A, H], rows [T, K] and gates [T, K]; got {tuple(y_AH.shape)}, "
             f"{tuple(row_TK.shape)} and {tuple(gate_TK.shape)}"
         )
+    check_integers("rows", row_TK)
     hidden = y_AH.shape[1]
+    if y_AH.device.type == "cpu" and row_TK.numel() and int(row_TK.max()) >= len(y_AH):
+        raise InputError(f"row {int(row_TK.max())} is past the {len(y_AH)} rows of y")
     if out is None:
         out = torch.empty(len(row_TK), hidden, dtype=y_AH.dtype, device=y_AH.device)
     elif tuple(out.shape) != (len(row_TK), hidden) or out.dtype != y_AH.dtype:
@@ -282,8 +302,6 @@ def combine_rows(
             f"{(len(row_TK), hidden)} {y_AH.dtype}"
         )
     if y_AH.device.type == "cpu" and y_AH.dtype in COMPILED_DTYPES:
-        if row_TK.numel() and int(row_TK.max()) >= len(y_AH):
-            raise InputError(f"row {int(row_TK.max())} is past the {len(y_AH)} rows of y")
         cpu_loops.combine_rows(
             as_array(y_AH.detach().contiguous()),
             as_array(row_TK.long().contiguous()),
@@ -296,10 +314,11 @@ def combine_rows(
         return out
     wide = torch.promote_types(torch.float32, y_AH.dtype)
     total = torch.zeros(len(row_TK), hidden, dtype=wide, device=y_AH.device)
-    for k in range(row_TK.shape[1]):
-        row = row_TK[:, k, None]
-        term = y_AH[row_TK[:, k].clamp(min=0)].to(wide) * gate_TK[:, k, None].to(wide)
-        total += torch.where(row >= 0, term, 0.0)
+    rows = row_TK.long()
+    for k in range(rows.shape[1] if len(y_AH) else 0):
+        real = (rows[:, k] >= 0) & (rows[:, k] < len(y_AH))
+        term = y_AH[torch.where(real, rows[:, k], 0)].to(wide) * gate_TK[:, k, None].to(wide)
+        total += torch.where(real[:, None], term, 0.0)
     return out.copy_(total)
 
 

@@ -15,12 +15,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..errors import InputError
+
 TUNED_FILE = Path(__file__).with_name("tile_configs.json")
 # What one Hopper multiprocessor holds: shared memory for blocks of threads, and registers.
 SHARED_BYTES = 227 * 1024
 REGISTERS = 65536
 # Tiles of rows that walk all column blocks together (see `_work_item` of the product kernels).
 GROUP_TILES = 16
+# Multiprocessors of an H100 or H200 (SXM), and the narrowest block its matrix instruction fills.
+PROCESSORS = 132
+LEAST_COLUMNS = 64
+# Sizes that are multiples of this are loaded 16 bytes at a time.
+ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -99,14 +106,42 @@ def default_tiles(rows_p90: int) -> Tiles:
     return Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 3))
 
 
-def fit_tiles(tiles: Tiles, element_bytes: int) -> Tiles:
-    """The same blocks with depth scaled to the element size and stages that fit a Hopper SM.
+def spread_tiles(tiles: Tiles, key: TileKey) -> Tiles:
+    """Narrow column blocks where wide ones would leave multiprocessors without work.
 
-    Depth depends on the element size alone, so a row is summed alike in every batch.
+    Which columns a program computes changes no bit: each is its own chain of products.
     """
+    tiles_of_rows = max(key.active_experts, 1) * -(-max(key.rows_p90, 1) // tiles.up.rows)
+
+    def spread(tile: Tile, columns: int) -> Tile:
+        idle = tiles_of_rows * -(-columns // tile.columns) < PROCESSORS
+        return replace(tile, columns=LEAST_COLUMNS, warps=4) if idle else tile
+
+    return Tiles(spread(tiles.up, key.intermediate), spread(tiles.down, key.hidden))
+
+
+def fit_tiles(tiles: Tiles, element_bytes: int, *, aligned: bool = True) -> Tiles:
+    """The same blocks, fitted to the element size and to what a Hopper SM holds.
+
+    float32 is multiplied from registers, so its blocks are smaller. aligned: both sizes are
+    multiples of ALIGNED; elsewhere single elements are loaded through registers, and half the
+    depth keeps them there. Depth depends on element size and alignment alone, so a row is summed
+    alike in every batch.
+    """
+    wide = element_bytes == 4
     fitted = []
     for tile, weight_tiles in ((tiles.up, 2), (tiles.down, 1)):
         tile = replace(tile, depth=max(tile.depth * 2 // element_bytes, 16))
+        if wide:
+            tile = replace(tile, rows=min(tile.rows, 64))
+        if not aligned:
+            narrow = wide or tile.rows > 64
+            tile = replace(
+                tile,
+                depth=min(tile.depth, 32),
+                columns=LEAST_COLUMNS if narrow else tile.columns,
+                warps=8 if wide or tile.rows >= 64 else tile.warps,
+            )
         while tile.stages > 1 and tile.shared_bytes(weight_tiles, element_bytes) > SHARED_BYTES:
             tile = replace(tile, stages=tile.stages - 1)
         fitted.append(tile)
@@ -122,7 +157,7 @@ def choose_tiles(key: TileKey) -> Tiles:
         == (key.device, key.triton, key.dtype)
     ]
     if not entries:
-        return default_tiles(key.rows_p90)
+        return spread_tiles(default_tiles(key.rows_p90), key)
     return min(entries, key=lambda entry: entry[0].distance(key))[1]
 
 
@@ -134,12 +169,39 @@ def tuned_tiles() -> tuple[tuple[TileKey, Tiles], ...]:
     return parse_tiles(TUNED_FILE.read_text())
 
 
+def save_tiles(entries: Sequence[tuple[TileKey, Tiles]], measured_on: str) -> None:
+    """Write the tuned file; what this process chooses from now on comes from it."""
+    text = format_tiles(entries, measured_on)
+    parse_tiles(text)
+    TUNED_FILE.write_text(text)
+    tuned_tiles.cache_clear()
+
+
 def parse_tiles(text: str) -> tuple[tuple[TileKey, Tiles], ...]:
-    """Read what `format_tiles` wrote."""
-    return tuple(
+    """Read what `format_tiles` wrote.
+
+    Raises InputError where both products do not cut the same rows (they share a tile map), or
+    where entries of one device, Triton version and dtype differ in depth: a row's bits would then
+    depend on its batch.
+    """
+    entries = tuple(
         (TileKey(**entry["key"]), Tiles(Tile(*entry["up"]), Tile(*entry["down"])))
         for entry in json.loads(text)["entries"]
     )
+    depths: dict[tuple[str, str, str], int] = {}
+    for key, tiles in entries:
+        if tiles.up.rows != tiles.down.rows:
+            raise InputError(
+                f"tuned blocks of {key}: up cuts {tiles.up.rows} rows and down "
+                f"{tiles.down.rows}; both must cut the same"
+            )
+        depth = depths.setdefault((key.device, key.triton, key.dtype), tiles.up.depth)
+        if {tiles.up.depth, tiles.down.depth} != {depth}:
+            raise InputError(
+                f"tuned blocks of {key}: depths {tiles.up.depth} and {tiles.down.depth} beside "
+                f"{depth}; one device and dtype has one depth"
+            )
+    return entries
 
 
 def format_tiles(entries: Sequence[tuple[TileKey, Tiles]], measured_on: str) -> str:

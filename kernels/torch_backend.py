@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .activation import gate_rows_first, gated_rows, stored_rows
-from .backend import SlotShape, SlotTensors
-from .routing import combine_rows, sort_rows
+from .backend import RowOrder, SlotShape, SlotTensors
+from .routing import combine_rows
 from .slot_table import SlotTable
 
 # A product of fewer rows takes other code with other bits (measured on torch 2.13 CPU: float32
@@ -60,12 +60,11 @@ class TorchSlots:
                 out_AH[rows] = self._run_slot(x_AH[rows], self._table.rows[slot])[:count]
                 start += count
 
-    def layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
-        order_A, count_S, row_TK = sort_rows(slot_TK, self.shape.slots)
-        x_AH = x_TH[order_A // max(slot_TK.shape[1], 1)]
+    def layer(self, x_TH: Tensor, order: RowOrder, gate_TK: Tensor, out_TH: Tensor) -> None:
+        x_AH = x_TH[order.order_A // max(gate_TK.shape[1], 1)]
         y_AH = torch.empty_like(x_AH)
-        self.run(x_AH, count_S, y_AH)
-        combine_rows(y_AH, row_TK, gate_TK, out=out_TH)
+        self.run(x_AH, order.offset_S.diff(), y_AH)
+        combine_rows(y_AH, order.row_TK, gate_TK, out=out_TH)
 
     def _run_slot(self, x_AH: Tensor, row: int) -> Tensor:
         if len(x_AH) < LEAST_ROWS:

@@ -20,7 +20,7 @@ from .backend import SlotShape, SlotTensors
 from .dispatch_table import DispatchTable
 from .load_record import LoadRecord
 from .slot_table import SlotTable
-from .tile_configs import GROUP_TILES, Tile
+from .tile_configs import ALIGNED, GROUP_TILES, Tile
 from .triton_routing import FUSION, Routed, TileMap, TritonRouter, padded_size
 
 INTERPRETED: bool = not isinstance(kernels.reduce, triton.runtime.jit.JITFunction)
@@ -70,19 +70,37 @@ class TritonSlots:
         self._slot_row.copy_(torch.tensor(self._table.rows, dtype=torch.int32))
 
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
-        x_AH = _inner_contiguous(x_AH)
+        x_AH = self._aligned_rows(x_AH)
         if count_S.device.type == "cpu":
             self._router.watch.saw(count_S.tolist())
         totals = torch.zeros(padded_size(self.shape.slots), dtype=torch.int32, device=x_AH.device)
-        totals[: self.shape.slots] = count_S
+        # Capped while 64 bits wide: what counts say may not wrap into something that fits.
+        totals[: self.shape.slots] = count_S.clamp(0, len(x_AH))
         tiles, _ = self._router.scan(totals, len(x_AH), self._identity, None, None)
-        self._products(x_AH, None, 1, tiles, out_AH)
+        y_AH = out_AH if out_AH.stride(1) == 1 else torch.empty_like(x_AH)
+        self._products(x_AH, None, 1, tiles, y_AH)
+        if count_S.device.type != "cpu":  # elsewhere the entry saw that the counts add up
+            clear_tail(y_AH, tiles.row_end)
+        if y_AH is not out_AH:
+            out_AH.copy_(y_AH)
 
-    def layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
-        if not slot_TK.numel():
+    def layer_from_ids(
+        self,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        gate_TK: Tensor,
+        table: DispatchTable | None,
+        quota_S: Tensor | None,
+        record: LoadRecord | None,
+        out_TH: Tensor,
+    ) -> None:
+        """Replicas by quota, counts and the whole layer without leaving the device."""
+        if not ids_TK.numel():
             out_TH.zero_()
             return
-        routed = self._router.route(None, slot_TK, gate_TK, False, self._identity, None, None)
+        table = self._identity if table is None else table
+        quota_P = _segment_quotas(quota_S, table, ids_TK.numel())
+        routed = self._router.route(None, ids_TK, gate_TK, False, table, quota_P, record)
         self._routed_layer(x_TH, routed, out_TH)
 
     def layer_from_logits(
@@ -102,19 +120,24 @@ class TritonSlots:
         table = self._identity if table is None else table
         ids_TK = torch.empty(len(x_TH), k, dtype=torch.int32, device=x_TH.device)
         gate_TK = torch.empty(len(x_TH), k, dtype=torch.float32, device=x_TH.device)
-        quota_P = None
-        if quota_S is not None:
-            quota_P = quota_S.to(torch.int32)[table.segment_slot.long()]
+        quota_P = _segment_quotas(quota_S, table, ids_TK.numel())
         logits_TE = _inner_contiguous(logits_TE)
         routed = self._router.route(logits_TE, ids_TK, gate_TK, normalize, table, quota_P, record)
         self._routed_layer(x_TH, routed, out_TH)
+
+    def _aligned_rows(self, x: Tensor) -> Tensor:
+        """Rows that are loaded as the blocks expect (`fit_tiles`); copied where they lie askew."""
+        if self.shape.hidden % ALIGNED or self.shape.intermediate % ALIGNED:
+            return _inner_contiguous(x)
+        askew = x.stride(-1) != 1 or x.stride(0) % ALIGNED or x.data_ptr() % 16
+        return x.clone(memory_format=torch.contiguous_format) if askew else x
 
     def _routed_layer(self, x_TH: Tensor, routed: Routed, out_TH: Tensor) -> None:
         choices = routed.where_TK.shape[1]
         y_AH = torch.empty(
             routed.where_TK.numel(), self.shape.hidden, dtype=x_TH.dtype, device=x_TH.device
         )
-        self._products(_inner_contiguous(x_TH), routed.source_A, choices, routed.tiles, y_AH)
+        self._products(self._aligned_rows(x_TH), routed.source_A, choices, routed.tiles, y_AH)
         reduce_rows(y_AH, routed.where_TK, routed.gate_TK, out_TH)
 
     def _products(
@@ -197,6 +220,7 @@ def reduce_rows(y_AH: Tensor, where_TK: Tensor, gate_TK: Tensor, out_TH: Tensor)
         where_TK.contiguous(),
         gate_TK.contiguous(),
         target,
+        len(y_AH),
         hidden,
         y_AH.stride(0),
         target.stride(0),
@@ -206,6 +230,27 @@ def reduce_rows(y_AH: Tensor, where_TK: Tensor, gate_TK: Tensor, out_TH: Tensor)
     )
     if target is not out_TH:
         out_TH.copy_(target)
+
+
+def clear_tail(y_AH: Tensor, row_end: Tensor) -> None:
+    """Zero what lies past the last segment's rows, without reading where that is."""
+    kernels.clear_tail[(-(-len(y_AH) // 64),)](
+        y_AH,
+        row_end,
+        len(y_AH),
+        len(row_end),
+        y_AH.shape[1],
+        y_AH.stride(0),
+        BLOCK_ROWS=64,
+        BLOCK_H=128,
+    )
+
+
+def _segment_quotas(quota_S: Tensor | None, table: DispatchTable, rows: int) -> Tensor | None:
+    """Quotas in the table's order; no segment takes more than all rows, whatever its quota says."""
+    if quota_S is None:
+        return None
+    return quota_S.clamp(0, rows).to(torch.int32)[table.segment_slot.long()]
 
 
 def _grid(x: Tensor, tile: Tile, weight_tiles: int, most_tiles: int, columns: int) -> tuple[int]:

@@ -3,12 +3,15 @@
     up_swiglu     gathers rows, gate and up products in two accumulators, activation
     down_scatter  second product; every row is written once, to its own place
     reduce        a token's rows, weighted and summed in float32 in its own top-k order
+    clear_tail    zeroes the rows that no slot's count reached
 
 Knows pointers, strides and block sizes only; `triton_backend.py` allocates and launches.
 
 Exactness: in both products weights stand on the M side and tokens on the N side, at every
 batch size, so the same matrix instruction walks K in the same order whatever the tile. Nothing is
 added atomically; gates are applied in `reduce`, where rows from other ranks are applied too.
+float32 is multiplied outside the matrix units, one fused product after another: there every block
+of depth is a chain of its own (`_add_product`), or a deep sum would err by more than 1e-6.
 """
 
 # mypy: disallow-untyped-decorators=False
@@ -44,6 +47,19 @@ def _gated(
         up = tl.where(up > limit, limit, up)
         up = tl.where(up < -limit, -limit, up)
         return (up + 1.0) * gate * _sigmoid(alpha * gate)
+
+
+@triton.jit
+def _add_product(
+    a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr, FRESH: tl.constexpr
+) -> tl.tensor:
+    """total + a b. FRESH: summed from zero, then added; else one chain from `total` on."""
+    if FRESH:
+        part = tl.dot(a, b, input_precision=PRECISION)
+        # A plain sum would be folded back into the product's own accumulator.
+        return tl.fma(part, tl.full(part.shape, 1.0, tl.float32), total)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -97,6 +113,7 @@ def up_swiglu(
     EVEN: H is a multiple of BLOCK_K, so the loop needs no mask; rows and columns past their end
     read the first one instead and are not stored.
     """
+    FRESH: tl.constexpr = weights.dtype.element_ty == tl.float32
     tiles = tl.load(tile_count)
     columns = (intermediate + BLOCK_N - 1) // BLOCK_N
     m = tl.arange(0, BLOCK_ROWS)
@@ -115,10 +132,10 @@ def up_swiglu(
             token = tl.load(source + token) // K
         x_at = x + token.to(tl.int64)[None, :] * stride_x + k[:, None]
         within = column < intermediate
-        base = weights + weight_row * (2 * intermediate) * hidden
         offset = tl.where(within, column, 0).to(tl.int64)[:, None] * hidden + k[None, :]
-        gate_at = base + offset
-        up_at = base + intermediate.to(tl.int64) * hidden + offset
+        # 64 bits wide from weight_row: a size of 1 is a plain number here, with no type to widen.
+        gate_at = weights + 2 * weight_row * intermediate * hidden + offset
+        up_at = weights + (2 * weight_row + 1) * intermediate * hidden + offset
         gate = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
         for start in range(0, hidden, BLOCK_K):
@@ -135,8 +152,8 @@ def up_swiglu(
                 x_tile = x_tile.to(tl.float32)
                 gate_tile = gate_tile.to(tl.float32)
                 up_tile = up_tile.to(tl.float32)
-            gate = tl.dot(gate_tile, x_tile, gate, input_precision=PRECISION)
-            up = tl.dot(up_tile, x_tile, up, input_precision=PRECISION)
+            gate = _add_product(gate_tile, x_tile, gate, PRECISION, FRESH)
+            up = _add_product(up_tile, x_tile, up, PRECISION, FRESH)
             x_at += BLOCK_K
             gate_at += BLOCK_K
             up_at += BLOCK_K
@@ -181,6 +198,7 @@ def down_scatter(
     weights [rows, H, I]. Every row of y is written by one tile, once per column block. Gates
     are left to `reduce`, so that rows computed here and on another rank round alike.
     """
+    FRESH: tl.constexpr = weights.dtype.element_ty == tl.float32
     tiles = tl.load(tile_count)
     columns = (hidden + BLOCK_N - 1) // BLOCK_N
     m = tl.arange(0, BLOCK_ROWS)
@@ -211,7 +229,7 @@ def down_scatter(
             if UPCAST:
                 act_tile = act_tile.to(tl.float32)
                 weight_tile = weight_tile.to(tl.float32)
-            total = tl.dot(weight_tile, act_tile, total, input_precision=PRECISION)
+            total = _add_product(weight_tile, act_tile, total, PRECISION, FRESH)
             act_at += BLOCK_K
             weight_at += BLOCK_K
         if HAS_BIAS:
@@ -231,6 +249,7 @@ def reduce(
     where: tl.tensor,
     gates: tl.tensor,
     out: tl.tensor,
+    rows: tl.tensor,
     hidden: tl.tensor,
     stride_y: tl.tensor,
     stride_out: tl.tensor,
@@ -239,7 +258,8 @@ def reduce(
 ) -> None:
     """out[t] = sum over k of gates[t, k] * y[where[t, k]], float32, choice 0 first.
 
-    A negative `where` adds nothing and is not read; each token is one program per column block.
+    A `where` outside [0, rows) adds nothing and is not read; each token is one program per column
+    block.
     """
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -248,7 +268,34 @@ def reduce(
     for choice in tl.static_range(K):
         row = tl.load(where + t * K + choice).to(tl.int64)
         gate = tl.load(gates + t * K + choice)
-        kept = inside & (tl.broadcast_to(row, BLOCK_H) >= 0)
+        wide = tl.broadcast_to(row, BLOCK_H)
+        kept = inside & (wide >= 0) & (wide < rows)
         value = tl.load(y + row * stride_y + h, mask=kept, other=0.0).to(tl.float32)
         total += tl.where(kept, gate * value, 0.0)
     tl.store(out + t * stride_out + h, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def clear_tail(
+    y: tl.tensor,
+    row_end: tl.tensor,
+    rows: tl.tensor,
+    segments: tl.tensor,
+    hidden: tl.tensor,
+    stride_y: tl.tensor,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+) -> None:
+    """Zero the rows of y past the last segment's end, so that nobody reads what lay there before.
+
+    Counts on the device are not read back: where they sum to less, this is all that can be done.
+    """
+    end = tl.load(row_end + segments - 1)
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    past = (row >= end) & (row < rows)
+    if (tl.program_id(0) + 1) * BLOCK_ROWS > end:
+        for start in range(0, hidden, BLOCK_H):
+            h = start + tl.arange(0, BLOCK_H)
+            at = y + row.to(tl.int64)[:, None] * stride_y + h[None, :]
+            zero = tl.zeros([BLOCK_ROWS, BLOCK_H], y.dtype.element_ty)
+            tl.store(at, zero, mask=past[:, None] & (h < hidden)[None, :])

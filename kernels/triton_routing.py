@@ -13,18 +13,21 @@ import torch
 import triton
 from torch import Tensor
 
+from ..errors import InputError
 from . import triton_routing_kernels as kernels
 from .backend import SlotShape
 from .dispatch_table import DispatchTable
 from .histogram_watch import HistogramWatch
 from .load_record import LoadRecord
-from .tile_configs import TileKey, Tiles, choose_tiles, fit_tiles
+from .tile_configs import ALIGNED, TileKey, Tiles, choose_tiles, fit_tiles
 
 # Cells (tokens x experts, tiles x segments) one program holds.
 _SCAN_CELLS = 4096
 _ROUTE_WARPS = 8
 # Said at every launch with floating point: Triton's default is about to change.
 FUSION = {"enable_fp_fusion": True}
+# Rows are numbered in 32 bits, and the last tile may reach past them.
+MOST_ROWS = 2**31 - 1024
 
 
 class TileMap(NamedTuple):
@@ -67,6 +70,9 @@ class TritonRouter:
     ) -> Routed:
         """Gates and ids (where logits are given), and the row of every assignment."""
         (tokens, choices), device = ids_TK.shape, ids_TK.device
+        if ids_TK.numel() > MOST_ROWS:
+            raise InputError(f"{ids_TK.numel()} assignments in one step; at most {MOST_ROWS} fit")
+        ids_TK = ids_TK.contiguous()
         experts = table.experts
         padded = padded_size(experts)
         block_tokens = max(min(_SCAN_CELLS // padded, 64), 8)
@@ -176,7 +182,8 @@ class TritonRouter:
             active_experts=active,
             rows_p90=rows_p90,
         )
-        return fit_tiles(choose_tiles(key), shape.dtype.itemsize)
+        aligned = not (shape.hidden % ALIGNED or shape.intermediate % ALIGNED)
+        return fit_tiles(choose_tiles(key), shape.dtype.itemsize, aligned=aligned)
 
 
 def padded_size(count: int) -> int:

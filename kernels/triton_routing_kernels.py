@@ -29,6 +29,13 @@ def _sort_key(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _known(expert: tl.tensor, experts: tl.tensor) -> tl.tensor:
+    """Ids of any width as int32, what lies outside [0, E) as -1: compared before it is narrowed."""
+    wide = expert.to(tl.int64)
+    return tl.where((wide >= 0) & (wide < experts), wide, -1).to(tl.int32)
+
+
+@triton.jit
 def route(
     logits: tl.tensor,
     ids: tl.tensor,
@@ -78,7 +85,7 @@ def route(
             chosen = tl.where((k == choice)[None, :], tl.exp(value - highest)[:, None], chosen)
             tl.store(ids + slot, best.to(ids.dtype.element_ty), mask=live)
         else:
-            best = tl.load(ids + slot, mask=live, other=-1).to(tl.int32)
+            best = _known(tl.load(ids + slot, mask=live, other=0), experts)
             picked = e[None, :] == best[:, None]
         real = picked & live[:, None] & (e < experts)[None, :]
         counts += tl.sum(real.to(tl.int32), 0)
@@ -91,7 +98,7 @@ def route(
         gate = tl.where(poisoned[:, None], float("nan"), gate)
         at = t.to(tl.int64)[:, None] * K + k[None, :]
         tl.store(gates + at, gate, mask=live[:, None] & (k < K)[None, :])
-    tl.store(block_counts + block * EP + e, counts)
+    tl.store(block_counts + block.to(tl.int64) * EP + e, counts)
     if RECORD:  # noqa: SIM102 - one is known when compiling, the other only on the device
         if tl.load(recording) != 0:
             tl.atomic_add(load + e, counts.to(tl.int64), mask=(e < experts) & (counts > 0))
@@ -111,7 +118,7 @@ def scan_blocks(
     carry = tl.zeros([BLOCK_E], tl.int32)
     for first in range(0, blocks, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        at = b[:, None] * EP + e[None, :]
+        at = b.to(tl.int64)[:, None] * EP + e[None, :]
         inside = (b < blocks)[:, None] & (e < EP)[None, :]
         count = tl.load(block_counts + at, mask=inside, other=0)
         before = tl.cumsum(count, 0) - count + carry[None, :]
@@ -147,29 +154,31 @@ def scan(
 
     Without quotas segment i is expert i, all of it. With quotas a segment takes its quota, never
     more than is left, and an expert's last segment takes the rest: no row is lost or computed by
-    another expert even where quotas do not add up. Rows end at row_limit whatever the totals say.
+    another expert even where quotas do not add up. Rows end at row_limit whatever totals and
+    quotas say: both are capped before they are summed, and the sums are 64 bits wide.
     Writes expert_start [EP], row_end [segments], and with RECORD adds the rows each slot computed
     to load [slots] int64.
     """
     e = tl.arange(0, EP)
     p = tl.arange(0, SP)
-    total = tl.maximum(tl.load(totals + e), 0)
-    start_e = tl.cumsum(total, 0) - total
+    total = tl.minimum(tl.maximum(tl.load(totals + e), 0), row_limit)
+    start_e = tl.minimum(tl.cumsum(total.to(tl.int64), 0) - total, row_limit).to(tl.int32)
     real = p < segments
     if HAS_QUOTAS:
         expert = tl.load(segment_expert + p, mask=real, other=0)
         first = tl.load(segment_first + p, mask=real, other=0)
-        quota = tl.load(quotas + p, mask=real, other=0)
-        quota = tl.where(quota < 0, 0, quota)
-        before_all = tl.cumsum(quota, 0) - quota
-        before = before_all - tl.gather(before_all, first, 0)
         held = tl.gather(total, expert, 0)
+        quota = tl.load(quotas + p, mask=real, other=0)
+        quota = tl.minimum(tl.maximum(quota, 0), held)
+        before_all = tl.cumsum(quota.to(tl.int64), 0) - quota
+        before = before_all - tl.gather(before_all, first, 0)
+        before = tl.minimum(before, held).to(tl.int32)
         # The first segment of the next expert is not one of this expert's.
         following = tl.load(segment_first + p + 1, mask=p + 1 < segments, other=-1)
         is_last = following != first
         rows = tl.where(is_last, held - before, tl.minimum(quota, held - before))
-        rows = tl.where(real & (rows > 0), rows, 0)
-        start = tl.gather(start_e, expert, 0) + tl.minimum(before, held)
+        rows = tl.where(real, rows, 0)
+        start = tl.minimum(tl.gather(start_e, expert, 0), row_limit - before) + before
     else:
         expert = p
         rows = tl.where(real, tl.gather(total, tl.minimum(p, EP - 1), 0), 0)
@@ -220,16 +229,16 @@ def place(
     mine = tl.zeros([BLOCK_T, EP], tl.int32)
     for choice in tl.static_range(K):
         at = t.to(tl.int64) * K + choice
-        expert = tl.load(ids + at, mask=t < tokens, other=-1).to(tl.int32)
+        expert = _known(tl.load(ids + at, mask=t < tokens, other=0), experts)
         mine += ((e[None, :] == expert[:, None]) & live).to(tl.int32)
     begin = tl.load(expert_start + e)
     if not ONE_BLOCK:
-        begin += tl.load(block_counts + block * EP + e)
+        begin += tl.load(block_counts + block.to(tl.int64) * EP + e)
     # The next free row of every expert, as token t finds it.
     free = tl.cumsum(mine, 0) - mine + begin[None, :]
     for choice in tl.static_range(K):
         at = t.to(tl.int64) * K + choice
-        expert = tl.load(ids + at, mask=t < tokens, other=-1).to(tl.int32)
+        expert = _known(tl.load(ids + at, mask=t < tokens, other=0), experts)
         picked = (e[None, :] == expert[:, None]) & live
         row = tl.sum(tl.where(picked, free, 0), 1)
         kept = tl.sum(picked.to(tl.int32), 1) > 0

@@ -7,20 +7,20 @@ routing, plans or ranks: `grouped.py` checks inputs and calls `run*`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .activation import ExpertActivation
-from .backend import SlotBackend, SlotShape
+from .backend import HostBackend, RoutingBackend, RowOrder, SlotBackend, SlotShape
 from .cpu_packed import PackedSlots, packed_available
 from .cpu_panels import PanelSlots, panels_preferred
-from .dispatch_table import DispatchTable
-from .load_record import LoadRecord
 from .panels import panels_available
 from .torch_backend import TorchSlots
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "torch", "packed", "panels", "triton")
 
 
@@ -49,6 +49,9 @@ class ExpertWeights:
         other names force one, for tests and benchmarks. Ranks give a row the same bits where they
         have the same backend: on processors of one kind.
         """
+        if dtype not in DTYPES:
+            known = ", ".join(str(each) for each in DTYPES)
+            raise InputError(f"experts cannot be held as {dtype}; use one of {known}")
         if min(slots, hidden, intermediate) < 1:
             raise InputError(
                 "slots, hidden and intermediate must be >= 1; "
@@ -59,7 +62,7 @@ class ExpertWeights:
             hidden=hidden,
             intermediate=intermediate,
             dtype=dtype,
-            device=torch.device(device),
+            device=with_index(torch.device(device)),
             activation=activation,
             bias=bias,
         )
@@ -172,31 +175,26 @@ class ExpertWeights:
         """Compute checked rows; callers use `grouped_experts`."""
         self._backend.run(x_AH, count_S, out_AH)
 
-    def run_layer(self, x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, out_TH: Tensor) -> None:
-        """Compute a checked layer; callers use `moe_layer`."""
-        self._backend.layer(x_TH, slot_TK, gate_TK, out_TH)
+    @property
+    def router(self) -> RoutingBackend | None:
+        """The backend, if it routes by itself; callers use `moe_layer` and its sister."""
+        routes = hasattr(self._backend, "layer_from_ids")
+        return cast(RoutingBackend, self._backend) if routes else None
 
-    def run_from_logits(
-        self,
-        x_TH: Tensor,
-        logits_TE: Tensor,
-        k: int,
-        normalize: bool,
-        table: DispatchTable | None,
-        quota_S: Tensor | None,
-        record: LoadRecord | None,
-        out_TH: Tensor,
-    ) -> bool:
-        """Compute a checked layer from logits, if the backend routes by itself; else False."""
-        fused = getattr(self._backend, "layer_from_logits", None)
-        if fused is None:
-            return False
-        fused(x_TH, logits_TE, k, normalize, table, quota_S, record, out_TH)
-        return True
+    def run_layer(self, x_TH: Tensor, order: RowOrder, gate_TK: Tensor, out_TH: Tensor) -> None:
+        """Compute a checked and sorted layer, where `router` is None; callers use `moe_layer`."""
+        cast(HostBackend, self._backend).layer(x_TH, order, gate_TK, out_TH)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.slots:
             raise InputError(f"slot {slot} is past the table of {self.slots} slots")
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device as tensors name theirs: "cuda" alone means the current one, and equals none."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def _choose_backend(shape: SlotShape, name: str) -> SlotBackend:

@@ -228,7 +228,7 @@ def test_refuses_a_layer_whose_parts_do_not_fit() -> None:
         moe_layer(x, ids, gate[:, :1], _weights())
     with pytest.raises(InputError, match=r"ids and gates must both be \[T, K\]"):
         moe_layer(x, ids[:4], gate[:4], _weights())
-    with pytest.raises(InputError, match="slot 4 is past the table of 3 slots"):
+    with pytest.raises(InputError, match="id 4 is past the table of 3 experts"):
         moe_layer(x, ids + 4, gate, _weights())
     with pytest.raises(InputError, match=r"ids are torch\.float32; they must be integers"):
         moe_layer(x, ids.float(), gate, _weights())
@@ -238,6 +238,14 @@ def test_refuses_a_layer_whose_parts_do_not_fit() -> None:
         moe_layer(x, ids, gate, _weights(), slot_TK=ids + 9)
     with pytest.raises(InputError, match="slot_TK is"):
         moe_layer(x, ids, gate, _weights(), slot_TK=ids[:, :1])
+    with pytest.raises(InputError, match="give slot_TK, or what slots are made from"):
+        moe_layer(x, ids, gate, _weights(), slot_TK=ids, quota_S=torch.tensor([10, 0, 0]))
+    with pytest.raises(InputError, match=r"quotas are torch\.float32"):
+        moe_layer(x, ids, gate, _weights(), quota_S=torch.tensor([10.0, 0.0, 0.0]))
+    with pytest.raises(InputError, match="out requires grad"):
+        moe_layer(x, ids, gate, _weights(), out=torch.zeros(5, 8, requires_grad=True))
+    with pytest.raises(InputError, match="out is expanded"):
+        moe_layer(x, ids, gate, _weights(), out=torch.zeros(1, 8).expand(5, 8))
 
 
 def test_refuses_unknown_backends_and_empty_sizes() -> None:
@@ -245,6 +253,9 @@ def test_refuses_unknown_backends_and_empty_sizes() -> None:
     sizes["activation"] = ExpertActivation("silu")
     with pytest.raises(InputError, match="'cuda' is not known; use one of auto, torch, packed"):
         ExpertWeights.allocate(1, 8, 8, backend="cuda", **sizes)
+    for dtype in (torch.int32, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(InputError, match=f"cannot be held as {dtype}"):
+            ExpertWeights.allocate(1, 8, 8, **{**sizes, "dtype": dtype})
     with pytest.raises(InputError, match="must be >= 1; got 1, 0, 8"):
         ExpertWeights.allocate(1, 0, 8, **sizes)
     with pytest.raises(InputError, match=r"'packed' cannot run torch\.float64"):

@@ -12,6 +12,7 @@ from loadmaster.kernels.routing import (
     combine,
     combine_rows,
     histogram,
+    route,
     sort_by_slot,
     sort_rows,
     top_k,
@@ -122,14 +123,24 @@ class TestAssignSlots:
             in_token_order = slot.flatten()[ids.flatten() == expert]
             assert torch.equal(in_token_order, in_token_order.sort().values)
 
-    @pytest.mark.parametrize("quota", [[1, 1], [2, 2], [3, 0], [0, 0], [-1, 4]])
+    @pytest.mark.parametrize("quota", [[1, 1], [2, 2], [3, 0], [0, 0]])
     def test_refuses_quotas_that_do_not_match(self, quota: list[int]) -> None:
         with pytest.raises(InputError, match="compute the quotas from these ids"):
             assign_slots(torch.tensor([[0], [0], [1]]), torch.tensor(quota), torch.tensor([0, 1]))
 
     def test_refuses_an_expert_without_a_slot(self) -> None:
-        with pytest.raises(InputError, match="expert 5 has 1 assignments but quotas for 0"):
-            assign_slots(torch.tensor([[5]]), torch.tensor([0]), torch.tensor([0]))
+        with pytest.raises(InputError, match="expert 1 has 1 assignments but quotas for 0"):
+            assign_slots(torch.tensor([[1]]), torch.tensor([0, 0, 0]), torch.tensor([0, -1, 2]))
+
+    @pytest.mark.parametrize("expert", [5, 10**13, 2**63 - 1])
+    def test_refuses_ids_past_the_table(self, expert: int) -> None:
+        """Whatever the id: nothing of its size is ever allocated."""
+        ids, table = torch.tensor([[expert]]), torch.tensor([0])
+        with pytest.raises(InputError, match=f"id {expert} is past the slot table's 1 experts"):
+            assign_slots(ids, torch.tensor([1]), table)
+        with pytest.raises(InputError, match=f"id {expert} is past the slot table's 1 experts"):
+            route(ids, table)
+        assert route(ids, table, num_experts=1).slot_TK.tolist() == [[-1]]
 
     def test_refuses_numbers_that_are_not_whole(self) -> None:
         ids, table = torch.tensor([[0.5]]), torch.tensor([0])
@@ -143,8 +154,13 @@ class TestAssignSlots:
             sort_rows(ids, 1)
 
     def test_refuses_quota_on_an_empty_slot(self) -> None:
-        with pytest.raises(InputError, match="quotas"):
-            assign_slots(torch.tensor([[0]]), torch.tensor([1, 1]), torch.tensor([0, -1]))
+        ids = torch.tensor([[0]])
+        with pytest.raises(InputError, match="slot 1 has a quota of 1 but holds expert -1 of 1"):
+            assign_slots(ids, torch.tensor([1, 1]), torch.tensor([0, -1]))
+        with pytest.raises(InputError, match="slot 1 has a quota of 3 but holds expert 5 of 2"):
+            assign_slots(ids, torch.tensor([1, 3]), torch.tensor([0, 5]), num_experts=2)
+        with pytest.raises(InputError, match="slot 0 has a quota of -1 but holds expert 0 of 2"):
+            assign_slots(ids, torch.tensor([-1, 2]), torch.tensor([0, 1]))
 
 
 class TestSortBySlot:

@@ -1,9 +1,13 @@
 """Blocks come from the histogram and from what was tuned, never from a run-time search."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadmaster.errors import InputError
 from loadmaster.kernels import tile_configs
 from loadmaster.kernels.tile_configs import (
     SHARED_BYTES,
@@ -16,6 +20,7 @@ from loadmaster.kernels.tile_configs import (
     format_tiles,
     parse_tiles,
     rows_percentile,
+    save_tiles,
 )
 
 H100 = TileKey("H100", "3.9.0", "bfloat16", 2048, 768, 128, 256)
@@ -64,6 +69,8 @@ def test_fitted_blocks_fit_and_keep_one_depth(rows: int, element_bytes: int) -> 
     tiles = fit_tiles(default_tiles(rows), element_bytes)
     assert tiles.up.rows == tiles.down.rows
     assert tiles.up.depth == tiles.down.depth == 128 // element_bytes
+    askew = fit_tiles(default_tiles(rows), element_bytes, aligned=False)
+    assert askew.up.rows == askew.down.rows and askew.up.depth == askew.down.depth == 32
     assert tiles.up.shared_bytes(2, element_bytes) <= SHARED_BYTES
     assert tiles.down.shared_bytes(1, element_bytes) <= SHARED_BYTES
 
@@ -88,3 +95,44 @@ def test_the_nearest_tuned_entry_of_the_same_device_wins(monkeypatch: pytest.Mon
             6,
         )
         assert choose_tiles(key) == default_tiles(6)
+
+
+def test_few_tiles_are_spread_over_more_programs() -> None:
+    """One token of eight experts: 48 wide column blocks would leave 84 processors idle."""
+    one = replace(H100, active_experts=8, rows_p90=1)
+    tiles = choose_tiles(one)
+    assert (tiles.up.columns, tiles.down.columns) == (64, 64)
+    assert (tiles.up.warps, tiles.up.rows, tiles.up.depth) == (4, 16, 64)
+    many = replace(H100, active_experts=128, rows_p90=4)
+    assert choose_tiles(many) == default_tiles(4)
+
+
+def test_tuned_blocks_serve_the_process_that_wrote_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tiles.json"
+    monkeypatch.setattr(tile_configs, "TUNED_FILE", file)
+    tile_configs.tuned_tiles.cache_clear()
+    assert choose_tiles(H100) == default_tiles(256)
+    save_tiles([(H100, LARGE)], "by hand")
+    assert choose_tiles(H100) == LARGE
+    monkeypatch.undo()
+    tile_configs.tuned_tiles.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([(H100, Tiles(LARGE.up, SMALL.down))], "up cuts 128 rows and down 16"),
+        ([(H100, Tiles(LARGE.up, replace(LARGE.down, depth=32)))], "depths 64 and 32 beside 64"),
+        (
+            [(H100, LARGE), (H100, Tiles(*(replace(t, depth=32) for t in (SMALL.up, SMALL.down))))],
+            "depths 32 and 32 beside 64",
+        ),
+    ],
+)
+def test_refuses_tuned_blocks_that_would_change_bits(
+    entries: list[tuple[TileKey, Tiles]], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_tiles(format_tiles(entries, "by hand"))
