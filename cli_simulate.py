@@ -197,7 +197,7 @@ def whatif(
     with show.progress_bar() as bar:
         task = bar.add_task("scenarios", total=None)
         table = run_whatif(
-            study, executor=executor, resume=resume,
+            study, executor=executor, resume=resume, rank_by=rank_by,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if out_csv is not None:

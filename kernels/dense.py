@@ -20,6 +20,8 @@ from .scratch import SCRATCH
 class PanelLinear(nn.Module):
     """y = x W^T + b in bfloat16, summed in float32, the weights held as panels."""
 
+    weight: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()

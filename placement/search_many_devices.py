@@ -85,18 +85,17 @@ def _fill(
         load_G[ga] += amount
         load_G[gb] += tokens - amount
         return
-    level_R = np.empty(copies)
-    for r in range(copies):
-        g = device_S[slot_R[r]]
-        level_R[r] = load_G[g] / speed_G[g]
-    order = np.argsort(level_R)
-    below_load, below_speed, level = tokens, 0.0, 0.0
-    for i in range(copies):
-        if i > 0 and level_R[order[i]] >= level:
+    # The level of all copies' devices; those above it drop out, which lowers it.
+    level = np.inf
+    for _ in range(copies):
+        below_load, below_speed = tokens, 0.0
+        for r in range(copies):
+            g = device_S[slot_R[r]]
+            if load_G[g] <= level * speed_G[g]:
+                below_load += load_G[g]
+                below_speed += speed_G[g]
+        if below_speed == 0.0 or below_load >= level * below_speed:
             break
-        g = device_S[slot_R[order[i]]]
-        below_load += load_G[g]
-        below_speed += speed_G[g]
         level = below_load / below_speed
     for r in range(copies):
         g = device_S[slot_R[r]]

@@ -288,7 +288,8 @@ def test_the_entry_refuses_tables_and_logits_that_do_not_fit(
     with pytest.raises(InputError, match="give quota_S"):
         moe_layer_from_logits(x, logits, weights, table=table, **common)
     with pytest.raises(InputError, match=r"must be \[3\]"):
-        moe_layer_from_logits(x, logits, weights, table=table, quota_S=torch.tensor([1, 1]), **common)
+        short = torch.tensor([1, 1])
+        moe_layer_from_logits(x, logits, weights, table=table, quota_S=short, **common)
     with pytest.raises(InputError, match="holds 3 experts in 3 slots"):
         moe_layer_from_logits(x, logits, weights, **common)
     with pytest.raises(InputError, match=r"logits must be \[T, E\]"):

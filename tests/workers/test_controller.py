@@ -277,7 +277,7 @@ def test_a_decode_plan_stays_apart_through_a_switch_and_its_undoing() -> None:
             return dataclasses.replace(trace, phase=np.zeros(trace.num_tokens, np.uint8))
 
     group = Phased(plan_in_order(), slower=1.8, decode=decode)
-    controller = drive(group, [SPREAD] + [CROWDED] * 2, Control(EAGER, max_moves=8))
+    controller = drive(group, [SPREAD, CROWDED], Control(EAGER, max_moves=8))
     assert controller.entries[-1].answer == "apply"
     assert not group.plan.same_slots(plan_in_order()) and group.decode.same_slots(decode)
     group.serve(popularity(CROWDED), 9)
@@ -302,7 +302,7 @@ def test_after_a_change_of_ranks_the_loop_goes_on() -> None:
 
 def test_a_promise_that_cannot_be_judged_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     group = ScriptedGroup(plan_in_order())
-    controller = drive(group, [SPREAD] + [CROWDED] * 2, Control(EAGER, max_moves=8))
+    controller = drive(group, [SPREAD, CROWDED], Control(EAGER, max_moves=8))
     assert controller._promise is not None
 
     def fails(*arguments: object) -> None:
@@ -317,7 +317,7 @@ def test_a_promise_that_cannot_be_judged_is_let_go(monkeypatch: pytest.MonkeyPat
 
 def test_a_promise_ends_with_its_epoch() -> None:
     group = ScriptedGroup(plan_in_order(), slower=1.8)
-    controller = drive(group, [SPREAD] + [CROWDED] * 2, Control(EAGER, max_moves=8))
+    controller = drive(group, [SPREAD, CROWDED], Control(EAGER, max_moves=8))
     assert controller.entries[-1].answer == "apply"
     group.apply(plan_in_order())        # by someone else
     group.serve(popularity(CROWDED), 7)
