@@ -39,6 +39,9 @@ from .work import Chunk, StepResult, StepWork
 # Products of fewer rows may take other code paths with other bits: a packed step is never shorter.
 LEAST_ROWS = 16
 
+# Experts copied within memory after one step, to lie in one block again: a small part of a step.
+GATHER_BYTES = 16 << 20
+
 # transformers changes process-wide defaults while it builds a model; ranks may be threads.
 _BUILDING = threading.Lock()
 
@@ -219,6 +222,19 @@ class Rank:
                     dropped += 1
         return dropped
 
+    def _gather(self) -> None:
+        """Between switches, bring layers whose experts a switch scattered together again."""
+        scattered = any(store.scattered_bytes for store in self._stores)
+        if self._tables is None or self._staging.staged or not scattered:
+            return
+        budget = GATHER_BYTES
+        wanted_L = self._tables.experts_of(self.settings.rank)
+        for store, wanted in zip(self._stores, wanted_L, strict=True):
+            # Others are about to be retired: gathered now, they would leave empty slots behind.
+            if store.scattered_bytes and budget > 0 and store.experts == wanted:
+                budget -= store.scattered_bytes
+                store.gather()
+
     def fingerprints(self) -> Fingerprints:
         """The fingerprint of every expert in memory, computed now."""
         return {
@@ -273,6 +289,7 @@ class Rank:
         staged, corrupted = self._staging.run(work.stage, context.exchange, work.expected)
         if work.retire:
             self.retire()
+        self._gather()
         return StepResult(
             rank=self.settings.rank,
             step=work.step,

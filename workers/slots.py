@@ -2,6 +2,7 @@
 
 Knows expert tensors and the kernels' slots. Knows nothing of plans, epochs or other ranks. Blocks
 let new experts arrive beside the old ones: a plan switch then only changes which are asked for.
+Every block is a call of the kernels, so that afterwards they are gathered into one.
 """
 
 from __future__ import annotations
@@ -75,6 +76,25 @@ class ExpertStore:
         if slot is not None:
             self._free.append(slot)
             self._free.sort()
+
+    @property
+    def scattered_bytes(self) -> int:
+        """What `gather` would copy; 0 where all experts lie in one block."""
+        if len(self._blocks) < 2:
+            return 0
+        return len(self._slot_of) * self._blocks[0].bytes_per_slot
+
+    def gather(self) -> None:
+        """Bring all experts into one block, ascending, with no slot to spare."""
+        if len(self._blocks) < 2:
+            return
+        held = self.experts
+        block = self._allocate(max(len(held), 1))
+        for index, expert in enumerate(held):
+            block.load_slot(index, self.get(expert))
+        self._blocks = [block]
+        self._slot_of = {expert: index for index, expert in enumerate(held)}
+        self._free = list(range(len(held), block.slots))
 
     def physical(self, experts: IntArray) -> IntArray:
         """The physical slot of each of these experts; 0 for an empty slot, which gets no rows."""

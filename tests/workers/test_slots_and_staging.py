@@ -67,6 +67,21 @@ def test_experts_in_several_blocks_compute_as_in_one() -> None:
     assert torch.equal(apart.compute(rows, count), whole.compute(rows, count))
 
 
+def test_gathered_experts_lie_in_one_block_and_compute_the_same() -> None:
+    apart = store([5, 1])
+    for number in (3, 0):
+        apart.put(number, expert(number))
+    apart.drop(1)
+    assert apart.scattered_bytes == 3 * sum(t.nbytes for t in expert(0).values())
+    apart.gather()
+    assert (apart.experts, apart.capacity, apart.scattered_bytes) == ([0, 3, 5], 3, 0)
+    assert apart.physical(np.array([5, 0, -1, 3])).tolist() == [2, 0, 0, 1]
+    rows = torch.randn(9, 32, generator=torch.Generator().manual_seed(9)).bfloat16()
+    count = np.array([3, 2, 4])
+    assert torch.equal(apart.compute(rows, count), store([0, 3, 5]).compute(rows, count))
+    assert fingerprint(apart.get(5)) == fingerprint(expert(5))
+
+
 def test_asking_for_an_expert_that_is_not_held_is_an_error() -> None:
     with pytest.raises(LoadmasterError, match=r"expert 4 is not held.*\[0, 1\]"):
         store([0, 1]).get(4)
