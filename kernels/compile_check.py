@@ -9,14 +9,17 @@ Knows nothing of tensors or launches.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -70,15 +73,20 @@ class Build:
     chained_products: int  # products that go on from an earlier block's sum
 
 
-def compile_kernel(
-    name: str,
-    constants: dict[str, Any],
-    warps: int,
-    stages: int,
-    float_type: str = "bf16",
-    aligned: bool = True,
-) -> Build:
+class Launch(NamedTuple):
+    """What a kernel is compiled for. aligned: sizes and strides are multiples of 16."""
+
+    name: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    float_type: str = "bf16"
+    aligned: bool = True
+
+
+def compile_launch(launch: Launch) -> Build:
     """Compile one kernel for sm_90 and read its machine code."""
+    name, constants, warps, stages, float_type, aligned = launch
     routing = hasattr(triton_routing_kernels, name)
     function = getattr(triton_routing_kernels if routing else triton_product_kernels, name)
     signature = {
@@ -115,7 +123,7 @@ def compile_kernel(
     )
 
 
-def product_builds(
+def product_launches(
     tiles: Tiles,
     kind: str = "silu",
     bias: bool = False,
@@ -125,7 +133,7 @@ def product_builds(
     float_type: str = "bf16",
     aligned: bool = True,
     **sizes: int,
-) -> Iterator[Build]:
+) -> Iterator[Launch]:
     """Both products with the given blocks, as the layer launches them.
 
     even: sizes are multiples of the depth. moved: rows are gathered and scattered, as in a layer,
@@ -135,53 +143,58 @@ def product_builds(
     common: dict[str, Any] = {"HAS_BIAS": bias, "EVEN": even, "UPCAST": False}
     common |= {"PRECISION": "ieee", "GROUP": GROUP_TILES, **sizes}
     up = {"K": 8, "KIND": kind, "GATHER": moved, **common, **_blocks(tiles.up)}
-    yield compile_kernel("up_swiglu", up, tiles.up.warps, tiles.up.stages, float_type, aligned)
+    yield Launch("up_swiglu", up, tiles.up.warps, tiles.up.stages, float_type, aligned)
     down = {"SCATTER": moved, **common, **_blocks(tiles.down)}
-    yield compile_kernel(
-        "down_scatter", down, tiles.down.warps, tiles.down.stages, float_type, aligned
-    )
+    yield Launch("down_scatter", down, tiles.down.warps, tiles.down.stages, float_type, aligned)
 
 
-def routing_builds(experts: int, block_tokens: int, block_tiles: int) -> Iterator[Build]:
+def routing_launches(experts: int, block_tokens: int, block_tiles: int) -> Iterator[Launch]:
     """Everything beside the products, for one padded number of experts."""
     route = {"K": 8, "KP": 8, "EP": experts, "BLOCK_T": block_tokens, "RECORD": True}
     for from_logits in (True, False):
         choice = {"FROM_LOGITS": from_logits, "NORMALIZE": True}
-        yield compile_kernel("route", route | choice, 8, 3)
-    yield compile_kernel("scan_blocks", {"EP": experts, "BLOCK_B": 128, "BLOCK_E": 16}, 4, 3)
+        yield Launch("route", route | choice, 8, 3)
+    yield Launch("scan_blocks", {"EP": experts, "BLOCK_B": 128, "BLOCK_E": 16}, 4, 3)
     scan = {"EP": experts, "SP": experts, "BLOCK_ROWS": 64, "BLOCK_TILES": block_tiles}
     for quotas in (True, False):
-        yield compile_kernel("scan", scan | {"HAS_QUOTAS": quotas, "RECORD": True}, 4, 3)
+        yield Launch("scan", scan | {"HAS_QUOTAS": quotas, "RECORD": True}, 4, 3)
     for one_block in (True, False):
         place = {"K": 8, "EP": experts, "BLOCK_T": block_tokens, "ONE_BLOCK": one_block}
-        yield compile_kernel("place", place, 8, 3)
-    yield compile_kernel("reduce", {"K": 8, "BLOCK_H": 1024}, 4, 3)
-    yield compile_kernel("clear_tail", {"BLOCK_ROWS": 64, "BLOCK_H": 128}, 4, 3)
+        yield Launch("place", place, 8, 3)
+    yield Launch("reduce", {"K": 8, "BLOCK_H": 1024}, 4, 3)
+    yield Launch("clear_tail", {"BLOCK_ROWS": 64, "BLOCK_H": 128}, 4, 3)
 
 
-def all_builds() -> Iterator[Build]:
+def all_launches() -> Iterator[Launch]:
     """Every kernel with every block size in use, and what else a launch may ask of it."""
     usual = [default_tiles(rows) for rows in (16, 32, 64, 128)]
     idle = TileKey("", "", "", 1, 1, active_experts=1, rows_p90=1)
     in_use = usual + [spread_tiles(tiles, idle) for tiles in usual]
     in_use += [tiles for _, tiles in tuned_tiles()]
     for tiles in dict.fromkeys(fit_tiles(tiles, 2) for tiles in in_use):
-        yield from product_builds(tiles)
+        yield from product_launches(tiles)
     for tiles in (usual[0], usual[-1]):
-        yield from product_builds(fit_tiles(tiles, 2), float_type="fp16")
-        yield from product_builds(fit_tiles(tiles, 2), even=False)
-        yield from product_builds(fit_tiles(tiles, 2), moved=False)
+        yield from product_launches(fit_tiles(tiles, 2), float_type="fp16")
+        yield from product_launches(fit_tiles(tiles, 2), even=False)
+        yield from product_launches(fit_tiles(tiles, 2), moved=False)
     for bits, float_type in ((2, "bf16"), (4, "fp32")):
         for tiles in dict.fromkeys(fit_tiles(tiles, bits, aligned=False) for tiles in in_use):
-            yield from product_builds(tiles, even=False, float_type=float_type, aligned=False)
+            yield from product_launches(tiles, even=False, float_type=float_type, aligned=False)
     for tiles in dict.fromkeys(fit_tiles(tiles, 4) for tiles in in_use):
-        yield from product_builds(tiles, float_type="fp32")
+        yield from product_launches(tiles, float_type="fp32")
     smallest = fit_tiles(usual[0], 2, aligned=False)
-    yield from product_builds(smallest, even=False, aligned=False, hidden=1, intermediate=1)
+    yield from product_launches(smallest, even=False, aligned=False, hidden=1, intermediate=1)
     for kind in triton_product_kernels.ACTIVATIONS[1:]:
-        yield from product_builds(default_tiles(64), kind, bias=kind == "gptoss_clamped")
-    yield from routing_builds(128, 32, 32)
-    yield from routing_builds(512, 8, 8)
+        yield from product_launches(default_tiles(64), kind, bias=kind == "gptoss_clamped")
+    yield from routing_launches(128, 32, 32)
+    yield from routing_launches(512, 8, 8)
+
+
+def all_builds() -> Iterator[Build]:
+    """Every launch compiled, in order, on all cores: each takes seconds."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        yield from pool.map(compile_launch, all_launches())
 
 
 def _chained_products(code: str) -> int:

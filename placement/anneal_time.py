@@ -67,6 +67,8 @@ def _propose(layout: Layout, held: Holders, slowest: int, state: RandomState) ->
     """
     g1 = slowest if next_random(state) < 0.7 else next_below(state, len(layout.speed_G))
     first, last = layout.start_G[g1], layout.start_G[g1 + 1]
+    if first == last:      # no slots there: a change of nothing into itself, which no rule allows
+        return 0, held.expert_S[0], -1, held.expert_S[0]
     s1 = first + next_below(state, last - first)
     e1 = held.expert_S[s1]
     if e1 < 0:

@@ -70,16 +70,16 @@ def _assert_as_meant(build: dict[str, Any]) -> None:
 SCRIPT = """
 import json
 from dataclasses import asdict
-from loadmaster.kernels.compile_check import product_builds
+from loadmaster.kernels.compile_check import compile_launch, product_launches
 from loadmaster.kernels.tile_configs import default_tiles, fit_tiles
 few = default_tiles(16)
 smallest = fit_tiles(few, 2, aligned=False)
-builds = [
-    next(product_builds(few)),
-    next(product_builds(smallest, even=False, aligned=False, hidden=1, intermediate=1)),
-    *product_builds(fit_tiles(few, 4), float_type="fp32"),
+launches = [
+    next(product_launches(few)),
+    next(product_launches(smallest, even=False, aligned=False, hidden=1, intermediate=1)),
+    *product_launches(fit_tiles(few, 4), float_type="fp32"),
 ]
-print("\\n".join(json.dumps(asdict(build)) for build in builds))
+print("\\n".join(json.dumps(asdict(compile_launch(one))) for one in launches))
 """
 
 
