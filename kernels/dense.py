@@ -28,7 +28,7 @@ class PanelLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # Says shape and type to those who ask; its numbers are in the panels.
         self.weight = torch.empty_like(weight, device="meta")
-        self._panels = Panels(1, *weight.shape, weight.dtype)
+        self._panels = Panels(1, self.out_features, self.in_features, weight.dtype)
         self._panels.set(0, weight)
         if linear.bias is not None:
             self._panels.bias[0, : self.out_features] = linear.bias.detach().float().numpy()

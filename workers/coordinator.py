@@ -37,6 +37,7 @@ Answer = TypeVar("Answer")
 
 HEARTBEAT_S = 0.8
 _FAILURES_IN_A_ROW = 3
+_REBUILDS = 3              # attempts to stand again after one failure
 _NUMBERS_PER_LIFE = 10**9
 
 
@@ -85,7 +86,9 @@ class Coordinator:
         if standing.unfinished is not None:
             if standing.committing:
                 self._plans, self._epoch = standing.unfinished, standing.unfinished_epoch
-            self._journal.write("done" if standing.committing else "abort", self._epoch)
+            self._journal.try_write(
+                "done" if standing.committing else "abort", standing.unfinished_epoch
+            )
         self._crew.take_over(Tables.of(self._plans, self._epoch))
         self._scheduler = Scheduler(self._fleet.ranks, self.settings.limits)
         return self._begin()
@@ -415,14 +418,14 @@ class Coordinator:
         switch.note(results, wall_us)
         if switch.failed:
             self._crew.all("abort")
-            self._journal.write("abort", switch.epoch)
+            self._journal.try_write("abort", switch.epoch)
             self._switch = None
             switch.aborted()
 
     def _finish_switch(self, switch: PlanSwitch, wall_us: float) -> None:
         with self._changed:
             self._plans, self._epoch = switch.plans, switch.epoch
-        self._journal.write("done", switch.epoch)
+        self._journal.try_write("done", switch.epoch)
         self._switch, self._committing = None, False
         switch.committed(wall_us)
         self._metrics.switched(switch.epoch)
@@ -436,8 +439,7 @@ class Coordinator:
         known = error.ranks if isinstance(error, RankLostError) else ()
         noticed_at = time.time()
         try:
-            plans, epoch = self._plans_after_failure()
-            recovered = self._crew.recover(known, reason, plans, epoch)
+            recovered = self._rebuilt(known, reason)
             self._reform(recovered)
         except Exception as second:
             self._break(f"{reason}; and the group could not be rebuilt: {second}")
@@ -447,6 +449,18 @@ class Coordinator:
         if self._failures >= _FAILURES_IN_A_ROW:
             self._fail_requests(f"{self._failures} steps in a row failed, the last with: {reason}")
         return True
+
+    def _rebuilt(self, known: Sequence[int], reason: str) -> Recovered:
+        """The group as it stands again; a rank that dies meanwhile is one more to replace."""
+        plans, epoch = self._plans_after_failure()
+        for attempt in range(_REBUILDS):
+            try:
+                return self._crew.recover(known, reason, plans, epoch)
+            except (RankLostError, OverdueError, ExchangeError) as error:
+                if attempt == _REBUILDS - 1:
+                    raise
+                known = error.ranks if isinstance(error, RankLostError) else ()
+        raise AssertionError("unreachable")
 
     def _plans_after_failure(self) -> tuple[PhasePlans, int]:
         """Roll forward when a commit had begun: every surviving rank holds what it needs."""
@@ -464,11 +478,11 @@ class Coordinator:
             self._finish_switch(switch, 0.0)
         if recovered.plans.prefill.num_devices != self._plans.prefill.num_devices:
             if self._switch is not None:
-                self._journal.write("abort", self._switch.epoch)
+                self._journal.try_write("abort", self._switch.epoch)
                 self._switch.aborted("the number of ranks changed: plan again for those there are")
                 self._switch = None
-            self._journal.write("stage", recovered.epoch, recovered.plans)
-            self._journal.write("done", recovered.epoch)
+            self._journal.try_resize(recovered.epoch, recovered.plans)
+            self._journal.try_write("done", recovered.epoch)
         elif self._switch is not None:
             self._switch.begin(self._crew.all("held"), self._crew.fingerprints)
         with self._changed:

@@ -31,7 +31,7 @@ from .metrics import RayMetrics
 from .requests import RequestState
 from .settings import GroupSettings, Limits, RankSettings, served_spec
 from .step_log import Measurements
-from .switch import ApplyReport
+from .switch import ApplyReport, check_plans
 from .tables import PhasePlans
 from .text import Prompt, as_tokens
 from .work import ReplayedRouting
@@ -103,15 +103,20 @@ class Group:
         what dispatch knows of nodes and speeds; None = one node of equal CPU devices. address: an
         existing Ray cluster; None = the one joined already, or a new one on this machine.
         replace_timeout_s: how long to try before a lost rank counts as lost for good.
-        Raises InputError on a checkpoint that cannot be served, UsageError on a name in use.
+        Raises InputError on a checkpoint that cannot be served, PlanError on plans that are not
+        for it, UsageError on a name in use.
         """
         run_folder.check_name(name)
+        if ranks < 1:
+            raise UsageError(f"a group needs at least one rank, not {ranks}")
         spec = served_spec(model_dir, dtype)
         plan = plan or contiguous(spec, ranks)
         if dispatch is not None:
             plan = with_dispatch(plan, dispatch)
         if plan.num_devices != ranks:
             raise UsageError(f"the plan is for {plan.num_devices} devices, the group has {ranks}")
+        plans = PhasePlans.both(plan, decode_plan)
+        check_plans(plans, PhasePlans.both(contiguous(spec, ranks)), spec)
         cluster = cluster or Cluster.preset(
             "cpu", devices_per_node=ranks, slots_per_device=plan.slots_per_device, traffic=traffic
         )
@@ -126,7 +131,7 @@ class Group:
                 )
                 for g in range(ranks)
             ),
-            plans=PhasePlans.both(plan, decode_plan),
+            plans=plans,
             model_spec=spec,
             journal="",
             limits=limits or Limits(),
@@ -140,7 +145,7 @@ class Group:
         settings = dataclasses.replace(settings, journal=str(journal or folder / "journal"))
         actor = ray.remote(CoordinatorActor).options(
             name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=32,
-            max_restarts=-1,
+            max_restarts=-1, scheduling_strategy=_this_node(),
         ).remote(settings, cpus_per_rank, gpus_per_rank)
         group = cls(name, actor)
         try:
@@ -369,6 +374,13 @@ def with_dispatch(plan: Plan, dispatch: str | DispatchSpec) -> Plan:
     """The same slots under another dispatch."""
     spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
     return dataclasses.replace(plan, dispatch=spec)
+
+
+def _this_node() -> Any:
+    """Where the group is started from: its coordinator's journal lies on this machine's disk."""
+    scheduling = importlib.import_module("ray.util.scheduling_strategies")
+    node = ray.get_runtime_context().get_node_id()
+    return scheduling.NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def _find(name: str) -> Any:

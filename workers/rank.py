@@ -84,6 +84,7 @@ class Rank:
         self._tables: Tables | None = None
         self._meeting: Rendezvous | None = None
         self._recorder: Recorder | None = None
+        self._refused: RecordingSummary | None = None     # why there is none, and what that lost
         self._hidden_TH: Tensor = torch.empty(0)
 
     def load(self) -> Loaded:
@@ -396,25 +397,42 @@ class Rank:
         Recording again goes on after them. None when nothing was recorded.
         """
         recorder, self._recorder = self._recorder, None
+        refused, self._refused = self._refused, None
         if recorder is None:
-            return None
+            return refused
         self.settings = dataclasses.replace(
             self.settings, resume_recording=self.settings.record_to is not None
         )
         return recorder.close()
 
+    def _open_recorder(self, work: StepWork) -> bool:
+        """Whether there is a recorder now. Where its files cannot be begun, serving goes on, and
+        `close_recording` says what was lost."""
+        target = self.settings.record_to
+        lost = 0 if self._refused is None else self._refused.lost_tokens
+        failure = None if self._refused is None else self._refused.failure
+        if failure is None:
+            try:
+                self._recorder = Recorder(
+                    None if target is None else Path(target),
+                    self.model_spec,
+                    rank=self.settings.rank,
+                    ranks=self.settings.ranks,
+                    resume=self.settings.resume_recording,
+                )
+                return True
+            except (LoadmasterError, OSError) as error:
+                failure = str(error)
+        lost += sum(len(chunk.tokens) for chunk in work.chunks)
+        self._refused = RecordingSummary(0, 0, 0, 0, lost, failure)
+        return False
+
     def _begin_recording(self, work: StepWork) -> Recorder | None:
         if not work.record or not work.chunks:
             return None
-        if self._recorder is None:
-            target = self.settings.record_to
-            self._recorder = Recorder(
-                None if target is None else Path(target),
-                self.model_spec,
-                rank=self.settings.rank,
-                ranks=self.settings.ranks,
-                resume=self.settings.resume_recording,
-            )
+        if self._recorder is None and not self._open_recorder(work):
+            return None
+        assert self._recorder is not None
         self._recorder.domain_names = work.domain_names
         sizes = [len(c.tokens) for c in work.chunks]
 

@@ -52,6 +52,7 @@ class Crew:
         self._fleet = fleet
         self._ranks: list[RankSettings] = list(settings.ranks)
         self._generation = 0
+        self._shrunk: tuple[PhasePlans, int] | None = None    # what fewer ranks were to serve under
         self.fingerprints: Fingerprints = {}
         self.loaded: Any = None
 
@@ -140,6 +141,9 @@ class Crew:
 
         Raises InfeasibleError when the survivors cannot hold every expert.
         """
+        if self._shrunk is not None and plans.prefill.num_devices != self._fleet.ranks:
+            plans, epoch = self._shrunk      # the recovery before this one got as far as that
+            known_lost = ()                  # said in the old numbering
         lost = sorted({*known_lost, *self._fleet.silent(SIGN_OF_LIFE_S)})
         for rank in lost:
             self._fleet.kill(rank)
@@ -158,6 +162,7 @@ class Crew:
         self, gone: list[int], reason: str, plans: PhasePlans, epoch: int
     ) -> Recovered:
         smaller = without_ranks(plans, gone, self._settings.most_slots)
+        self._shrunk = smaller, epoch
         self._keep([g for g in range(self._fleet.ranks) if g not in gone])
         tables = Tables.of(smaller, epoch)
         self._rehydrate(range(self._fleet.ranks), tables)
@@ -178,18 +183,37 @@ class Crew:
             target = without_ranks(plans, left, self._settings.most_slots)
         if target is None:
             target = with_more_ranks(plans, ranks)
+        self._ranks += self._join(range(now, ranks))
         if left:
             self._keep(list(range(ranks)))
-        for rank in range(now, ranks):
-            one = dataclasses.replace(self._ranks[0], rank=rank, resume_recording=False)
-            self._fleet.add(one, self._settings.replace_timeout_s)
-            self._ranks.append(one)
-            self._fleet.gather([self._fleet.call(rank, "load")], self._settings.start_timeout_s)
         self._renumber()
         tables = Tables.of(target, epoch)
         self._rehydrate(range(ranks), tables)
         self._form(tables)
         return Recovered("resized", (), tuple(left), target, epoch)
+
+    def _join(self, ranks: range) -> list[RankSettings]:
+        """New ranks, started and loaded. Where one does not come up none stays, and all serve on.
+
+        Raises PlanError then: it is the wish that failed, not a rank of the group.
+        """
+        joining = [
+            dataclasses.replace(self._ranks[0], rank=rank, resume_recording=False)
+            for rank in ranks
+        ]
+        try:
+            for one in joining:
+                self._fleet.add(one, self._settings.replace_timeout_s)
+                self._fleet.gather(
+                    [self._fleet.call(one.rank, "load")], self._settings.start_timeout_s
+                )
+        except LoadmasterError as error:
+            self._fleet.keep(list(range(len(self._ranks))))
+            raise PlanError(
+                f"the group stays at {len(self._ranks)} ranks: {error}; make room in the cluster "
+                "or ask for fewer"
+            ) from error
+        return joining
 
     def _keep(self, ranks: list[int]) -> None:
         self._fleet.keep(ranks)

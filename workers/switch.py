@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from ..errors import LoadmasterError
+from ..placement.dispatch_policies import policy_of
 from ..placement.plan import Plan, PlanError
 from ..traces.spec import ModelSpec
 from .tables import PhasePlans, Tables
@@ -34,11 +35,13 @@ class ApplyReport:
 
 
 def check_plans(plans: PhasePlans, current: PhasePlans, model: ModelSpec) -> None:
-    """Raise PlanError when a plan is not one for this model and this group."""
+    """Raise PlanError when a plan is not one for this model and this group, UsageError on a
+    dispatch policy that means nothing."""
     here = current.prefill
     wanted = (here.num_layers, here.num_experts, here.num_devices)
     own = model.own_layer_indices()
     for plan in (plans.prefill, plans.decode):
+        policy_of(plan.dispatch)
         given = (plan.num_layers, plan.num_experts, plan.num_devices)
         if given != wanted:
             raise PlanError(
@@ -95,6 +98,7 @@ class PlanSwitch:
         self._missing: set[tuple[int, int, int]] = set()
         self._queue: list[tuple[Round, ...]] = []
         self._attempts = 1
+        self._begins = 0
         self._retried_bytes = 0
         self._stage_steps = 0
         self._stage_us = 0.0
@@ -106,6 +110,14 @@ class PlanSwitch:
 
         Called again after a rank was lost: what had arrived was thrown away and is sent again.
         """
+        self._begins += 1
+        if self._begins > _ATTEMPTS:
+            self.failed = (
+                f"staging was interrupted {_ATTEMPTS} times: the old plan stays in force; see why "
+                "ranks fail, then apply again"
+            )
+            self._queue = []
+            return
         layers = range(self.plans.prefill.num_layers)
         held = [[frozenset(row[layer]) for row in held_GL] for layer in layers]
         self._transfers = plan_transfers(held, self.plans.wanted_LG(), self._expert_bytes)

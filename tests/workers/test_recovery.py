@@ -229,6 +229,49 @@ def test_ranks_join_and_leave(
     assert serve(group, prompts, 12) == want
 
 
+def test_where_no_rank_can_join_the_group_serves_on_as_it_is(
+    start_threads: Start, checkpoint: Get, wanted: Any, serve: Make
+) -> None:
+    class Full(ThreadFleet):
+        def add(self, settings: RankSettings, timeout_s: float) -> None:
+            if self.ranks == 5:
+                raise RankLostError((settings.rank,), "no room")
+            super().add(settings, timeout_s)
+
+    prompts, want = wanted
+    fleet = Full()
+    group = start_threads(checkpoint("qwen3_moe"), fleet=fleet)
+    group.configure(digests=True)
+    with pytest.raises(LoadmasterError, match="stays at 4 ranks: no room"):
+        group.resize(6)
+    assert fleet.ranks == 4 and group.status()["recoveries"] == []
+    assert serve(group, prompts, 12) == want
+
+
+@pytest.mark.parametrize("replaceable", [True, False])
+def test_a_rank_may_die_while_another_is_replaced(
+    start_threads: Start, checkpoint: Get, wanted: Any, replaceable: bool
+) -> None:
+    class Twice(FrailFleet):
+        """Rank 1 dies as soon as the group forms again for the first time."""
+
+        formed = 0
+
+        def call(self, rank: int, method: str, *args: Any, **options: Any) -> Any:
+            if method == "meet" and rank == 1:
+                self.formed += 1
+                if self.formed == 2:
+                    self.kill(1)
+            return super().call(rank, method, *args, **options)
+
+    prompts, want = wanted
+    fleet = Twice("step", 2, 3, replaceable=replaceable)
+    group = start_threads(checkpoint("qwen3_moe"), fleet=fleet)
+    group.configure(digests=True)
+    assert finish(group, group.submit(prompts, 12)) == want
+    assert group.status()["plan"].num_devices == (4 if replaceable else 2)
+
+
 @pytest.mark.parametrize("committing", [False, True])
 def test_a_new_coordinator_finishes_or_undoes_what_a_dead_one_began(
     start_threads: Start, checkpoint: Get, wanted: Any, serve: Make, shuffled_plan: Make,
