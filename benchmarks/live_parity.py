@@ -206,7 +206,7 @@ def _replicas_of(experts: int, layers: int, ranks: int, seed: int, current: Plan
 
 
 def recording_overhead(
-    group: Group, prompts: Sequence[Sequence[int]], *, pairs: int = 80
+    group: Group, prompts: Sequence[Sequence[int]], *, pairs: int = 240
 ) -> dict[str, Any]:
     """Share of CPU time that recording adds, with the upper end of its 95 % band.
 

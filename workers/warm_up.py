@@ -14,6 +14,7 @@ import numpy as np
 from ..placement.cluster import Cluster
 from ..placement.evaluate import evaluate
 from ..placement.planner import plan
+from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
 from ..traces.synth import synth_trace
 from .coordinator import Coordinator
@@ -25,7 +26,7 @@ from .thread_fleet import ThreadFleet
 
 
 def warm_up() -> None:
-    """A prompt served by two ranks that are threads, and a small plan made and judged."""
+    """A prompt served by two ranks that are threads; a small plan made for either objective."""
     _serve()
     _plan()
 
@@ -56,8 +57,14 @@ def _plan() -> None:
     trace = synth_trace(layers=1, experts=8, top_k=2, tokens=4000, request_tokens=50)
     cluster = Cluster.preset("cpu", devices_per_node=4, slots_per_device=3)
     steps = StepSampler(tokens=64, concurrency=8)
-    made = plan(trace, cluster, steps=steps, effort="fast").plan
-    evaluate(made, trace, cluster, steps=steps)
+    model = ModelSpec(
+        num_layers=1, num_experts=8, top_k=2, hidden=128, intermediate=48, name="warm-up"
+    )
+    for objective, spec in (("balance", None), ("time", model)):
+        made = plan(
+            trace, cluster, steps=steps, effort="fast", objective=objective, model=spec
+        ).plan
+        evaluate(made, trace, cluster, steps=steps, model=spec)
 
 
 if __name__ == "__main__":
