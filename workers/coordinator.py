@@ -7,6 +7,7 @@ other threads hand in work and wait. What happens when ranks die is in `recovery
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import deque
@@ -15,14 +16,15 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ..errors import LoadmasterError
-from ..placement.plan import Plan
+from ..placement.plan import Plan, PlanError
 from ..traces.merge import concatenate, in_step_order
 from ..traces.record import RecordingSummary
 from ..traces.spec import ModelSpec
 from ..traces.trace import DECODE, PREFILL, RoutingTrace
 from .exchange_errors import ExchangeError
 from .fleet import Fleet, OverdueError, RankLostError
-from .journal import Journal
+from .heartbeat import ANSWER_S, QUICK_ANSWER_S, gather_watched, silent_for_certain
+from .journal import Journal, Switches
 from .metrics import NO_METRICS, Metrics
 from .recovery import Crew, Recovered
 from .requests import RequestBook, RequestState
@@ -31,11 +33,13 @@ from .settings import GroupSettings
 from .step_log import Measurements, StepLog
 from .switch import ApplyReport, PlanSwitch, check_plans
 from .tables import PhasePlans, Tables
+from .transfers import Round
 from .work import Chunk, ReplayedRouting, StepResult, StepWork
 
 Answer = TypeVar("Answer")
 
-HEARTBEAT_S = 0.8
+IDLE_S = 0.8               # how often an idle group's ranks are asked for signs of life
+_CAUSE_S = 0.8             # what ranks get to tell why a step failed
 _FAILURES_IN_A_ROW = 3
 _REBUILDS = 3              # attempts to stand again after one failure
 _NUMBERS_PER_LIFE = 10**9
@@ -51,7 +55,7 @@ class Coordinator:
         self._fleet = fleet
         self._metrics = metrics
         self._journal = Journal(settings.journal)
-        self._crew = Crew(settings, fleet)
+        self._crew = Crew(settings, fleet, self._journal.try_resize)
         self._scheduler = Scheduler(len(settings.ranks), settings.limits)
         self._changed = threading.Condition()
         self._book = RequestBook(self._changed, self._journal.begin_life() * _NUMBERS_PER_LIFE)
@@ -60,12 +64,13 @@ class Coordinator:
         self._epoch = 1
         self._step = 0
         self._last_phase = DECODE
-        self._recording = self._digests = self._all_logits = False
+        self._switches = Switches(step_tokens=settings.limits.step_tokens)
         self._switch: PlanSwitch | None = None
         self._committing = False
         self._recoveries: list[Recovered] = []
         self._failures = 0
         self._boundary: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._changes: deque[tuple[Callable[[], Any], Future[Any]]] = deque()   # one at a time
         self._stopping = False
         self._broken = ""
         self._thread: threading.Thread | None = None
@@ -78,7 +83,10 @@ class Coordinator:
         return self._begin()
 
     def resume(self) -> ModelSpec:
-        """Take over the ranks of a coordinator that died: finish or undo what it had begun."""
+        """Take over the ranks of a coordinator that died: finish or undo what it had begun.
+
+        Lost ranks are replaced, or done without. Where that cannot be, `status` says why.
+        """
         standing = self._journal.read()
         if standing.plans is not None:
             self._plans = standing.plans
@@ -89,8 +97,18 @@ class Coordinator:
             self._journal.try_write(
                 "done" if standing.committing else "abort", standing.unfinished_epoch
             )
-        self._crew.take_over(Tables.of(self._plans, self._epoch))
-        self._scheduler = Scheduler(self._fleet.ranks, self.settings.limits)
+        self._switch_to(standing.switches)
+        self._book.domain_names = list(standing.switches.domains)
+        try:
+            began = time.time()
+            lost, self._step = self._crew.take_over(self._plans)
+            recovered = self._rebuilt(lost, "the coordinator was replaced")
+            self._reform(recovered)
+            if lost:
+                self._recoveries.append(recovered.timed(began))
+        except Exception as error:
+            self._break(f"a new coordinator could not take the ranks over: {error}")
+            return self.model_spec
         return self._begin()
 
     def _begin(self) -> ModelSpec:
@@ -132,6 +150,7 @@ class Coordinator:
         with self._changed:
             self._require_serving()
             taken = self._book.take(prompts, max_new_tokens, domains, stop_tokens, replays)
+            self._note_domains()
             self._scheduler.add(taken)
             self._changed.notify_all()
         return [r.number for r in taken]
@@ -167,14 +186,31 @@ class Coordinator:
     ) -> None:
         """Change these from the next step on; None leaves one as it is."""
 
+        given = {
+            "recording": recording, "digests": digests, "all_logits": all_logits,
+            "step_tokens": step_tokens,
+        }
+        wanted = {name: value for name, value in given.items() if value is not None}
+
         def change() -> None:
-            self._recording = self._recording if recording is None else recording
-            self._digests = self._digests if digests is None else digests
-            self._all_logits = self._all_logits if all_logits is None else all_logits
-            if step_tokens is not None:
-                self._scheduler.set_step_tokens(step_tokens)
+            switches = dataclasses.replace(self._switches, **wanted)  # type: ignore[arg-type]
+            if switches != self._switches:
+                self._journal.try_switch(switches)
+                self._switch_to(switches)
 
         self._at_boundary(change)
+
+    def _switch_to(self, switches: Switches) -> None:
+        self._switches = switches
+        if switches.step_tokens is not None:
+            self._scheduler.set_step_tokens(switches.step_tokens)
+
+    def _note_domains(self) -> None:
+        """A successor must number domains as this one does: recordings hold the numbers."""
+        names = tuple(self._book.domain_names)
+        if names != self._switches.domains:
+            self._switches = dataclasses.replace(self._switches, domains=names)
+            self._journal.try_switch(self._switches)
 
     def trace(self, take: bool = False) -> RoutingTrace | None:
         """Everything recorded on all ranks, in step order; None when nothing was."""
@@ -186,7 +222,8 @@ class Coordinator:
         """Stop recording and finish the files; what each rank kept, and what it lost and why."""
 
         def end() -> list[RecordingSummary]:
-            self._recording = False
+            self._switches = dataclasses.replace(self._switches, recording=False)
+            self._journal.try_switch(self._switches)
             return [s for s in self._crew.all("close_recording") if s is not None]
 
         return self._at_boundary(end)
@@ -205,12 +242,16 @@ class Coordinator:
                 "epoch": self._epoch,
                 "step": self._step,
                 "requests": len(self._scheduler.requests),
+                "step_tokens": self._scheduler.limits.step_tokens,
+                "recording": self._switches.recording,
                 "switching": self._switch is not None,
+                "committing": self._committing,
                 "pids": self._fleet.pids,
                 "recoveries": list(self._recoveries),
                 "broken": self._broken,
                 "model_spec": self.model_spec,
                 "model_dir": self.settings.ranks[0].model_dir,
+                "cluster": self._crew.cluster,
             }
 
     # ---- plans -----------------------------------------------------------------------------
@@ -225,20 +266,9 @@ class Coordinator:
         one in force by now is an error. Raises PlanError for a plan that does not fit, before
         anything moves; LoadmasterError when staging failed: then the old plan is in force.
         """
-        future: Future[ApplyReport] = Future()
         plans = PhasePlans.both(plan, decode)
-
-        def begin() -> None:
-            if self._switch is not None:
-                with self._changed:                      # after the one under way
-                    self._boundary.append((begin, Future()))
-                return
-            try:
-                self._begin_switch(plans, epoch, future)
-            except LoadmasterError as error:
-                future.set_exception(error)
-
-        self._at_boundary(begin)
+        future: Future[ApplyReport] = Future()
+        self._hand_in(self._changes, lambda: self._begin_switch(plans, epoch, future), future)
         return future.result(timeout_s)
 
     def _begin_switch(
@@ -264,12 +294,22 @@ class Coordinator:
         empty; apply a plan to use them. plan: go to this one instead. Returns the plan in force.
         """
 
-        def change() -> Plan:
-            plans = None if plan is None else PhasePlans.both(plan)
-            self._reform(self._crew.resize(ranks, self._plans, plans, self._epoch + 1))
-            return self._plans.prefill
+        wanted = None if plan is None else PhasePlans.both(plan)
+        future: Future[Plan] = Future()
 
-        return self._at_boundary(change)
+        def change() -> None:
+            epoch = self._epoch + 1
+            plans = self._crew.plans_for(ranks, self._plans, wanted)
+            self._journal.resize(epoch, plans)
+            try:
+                self._reform(self._crew.resize(plans, epoch))
+            except PlanError:                   # as many ranks as before serve on
+                self._journal.try_write("abort", epoch)
+                raise
+            future.set_result(self._plans.prefill)
+
+        self._hand_in(self._changes, change, future)
+        return future.result(self.settings.start_timeout_s)
 
     # ---- the serving thread ----------------------------------------------------------------
 
@@ -288,38 +328,43 @@ class Coordinator:
             with self._changed:
                 if self._stopping:
                     return False
-                if self._has_work() or self._changed.wait_for(self._has_work, HEARTBEAT_S):
+                if self._has_work() or self._changed.wait_for(self._has_work, IDLE_S):
                     return not self._stopping
-            if self._fleet.silent(HEARTBEAT_S) and not self._recover(
-                RankLostError((), "a rank died while the group was idle")
+            lost = silent_for_certain(self._fleet)
+            if lost and not self._recover(
+                RankLostError(tuple(lost), "a rank died while the group was idle")
             ):
                 return False
 
     def _has_work(self) -> bool:
-        work = self._boundary or not self._scheduler.idle or self._switch is not None
-        return bool(work) or self._stopping
+        handed_in = self._boundary or self._changes
+        return bool(handed_in) or not self._scheduler.idle or self._switching or self._stopping
+
+    @property
+    def _switching(self) -> bool:
+        return self._switch is not None
 
     def _run_boundary(self) -> None:
         """Everything handed in so far; what is handed in meanwhile waits for the next boundary."""
         with self._changed:
             batch, self._boundary = self._boundary, deque()
         for work, future in batch:
-            try:
-                future.set_result(work())
-            except (RankLostError, ExchangeError) as error:
-                future.set_exception(error)
-                raise
-            except Exception as error:
-                future.set_exception(error)
+            _settle(future, work, answers=True)
+        while self._changes and not self._switching:
+            with self._changed:
+                work, future = self._changes.popleft()
+            _settle(future, work)
 
     def _run_step(self) -> None:
+        stage, commit = ((), None) if self._switch is None else self._next_of(self._switch)
         with self._changed:
             phase = self._next_phase()
             chunks_G = self._scheduler.next_step(phase=phase)
-            works = self._works(chunks_G, self._scheduler.take_release(), phase)
-        if works is None:
-            return
-        commit = works[0].commit
+            release_G = self._scheduler.take_release()
+            if not any(chunks_G) and not self._switching:
+                self._scheduler.put_back_release(release_G)
+                return
+            works = self._works(chunks_G, release_G, phase, stage, commit)
         if commit is not None:
             self._journal.write("commit", commit.epoch)
             self._committing = True
@@ -348,19 +393,28 @@ class Coordinator:
         self._last_phase = other if other in open_phases else self._last_phase
         return self._last_phase
 
+    def _next_of(self, switch: PlanSwitch) -> tuple[tuple[Round, ...], Tables | None]:
+        """What the next step carries of a switch: transfers, or the commit once every expert that
+        arrived has been read again and found as it was."""
+        stage = switch.next_stage()
+        commit = None if stage else switch.ready_to_commit()
+        if commit is None:
+            return stage, None
+        began = time.perf_counter()
+        wrong_G = self._crew.all("verify", switch.expected)
+        if switch.verified(wrong_G, (time.perf_counter() - began) * 1e6):
+            return (), commit
+        return switch.next_stage(), None
+
     def _works(
         self,
         chunks_G: list[tuple[Chunk, ...]],
         release_G: list[tuple[int, ...]],
         phase: int | None,
-    ) -> list[StepWork] | None:
-        """What each rank does next; None when there is nothing to do at all."""
-        switch = self._switch
-        if not any(chunks_G) and switch is None:
-            self._scheduler.put_back_release(release_G)
-            return None
-        stage = switch.next_stage() if switch is not None else ()
-        commit = switch.ready_to_commit() if switch is not None and not stage else None
+        stage: tuple[Round, ...],
+        commit: Tables | None,
+    ) -> list[StepWork]:
+        """What each rank does next."""
         self._step += 1
         return [
             StepWork(
@@ -369,12 +423,12 @@ class Coordinator:
                 phase=PREFILL if phase is None else phase,
                 chunks=chunks,
                 release=release,
-                record=self._recording,
+                record=self._switches.recording,
                 domain_names=tuple(self._book.domain_names),
-                digest=self._digests,
-                all_logits=self._all_logits,
+                digest=self._switches.digests,
+                all_logits=self._switches.all_logits,
                 stage=stage,
-                expected=switch.expected if switch is not None and stage else {},
+                expected=self._switch.expected if self._switch is not None and stage else {},
                 commit=commit,
                 retire=commit is not None,
             )
@@ -387,22 +441,17 @@ class Coordinator:
         A rank that gives none is lost; busy ones are waited for, up to the hard limit.
         """
         hard_s = self.settings.step_timeout_s
-        waited_s = 0.0
-        while True:
-            patience_s = min(self._log.overdue_s(hard_s), hard_s - waited_s)
-            try:
-                return self._fleet.gather(answers, patience_s)
-            except OverdueError as error:
-                waited_s += patience_s
-                silent = self._fleet.silent(HEARTBEAT_S)
-                if silent or waited_s >= hard_s:
-                    raise RankLostError(tuple(silent), f"a rank hangs: {error}") from error
-            except ExchangeError as error:
-                raise self._cause(answers, error) from error
+        try:
+            return gather_watched(
+                self._fleet, answers, hard_s, patience_s=self._log.overdue_s(hard_s),
+                answer_s=QUICK_ANSWER_S if self._log.knows_pace else ANSWER_S,
+            )
+        except ExchangeError as error:
+            raise self._cause(answers, error) from error
 
     def _cause(self, answers: list[Any], seen: Exception) -> Exception:
         """Why an exchange failed: the rank that failed first, where it can still tell."""
-        raised = self._fleet.failures(answers, HEARTBEAT_S)
+        raised = self._fleet.failures(answers, _CAUSE_S)
         return next((e for e in raised if not isinstance(e, ExchangeError)), seen)
 
     def _advance_switch(
@@ -478,10 +527,8 @@ class Coordinator:
             self._finish_switch(switch, 0.0)
         if recovered.plans.prefill.num_devices != self._plans.prefill.num_devices:
             if self._switch is not None:
-                self._journal.try_write("abort", self._switch.epoch)
                 self._switch.aborted("the number of ranks changed: plan again for those there are")
                 self._switch = None
-            self._journal.try_resize(recovered.epoch, recovered.plans)
             self._journal.try_write("done", recovered.epoch)
         elif self._switch is not None:
             self._switch.begin(self._crew.all("held"), self._crew.fingerprints)
@@ -494,11 +541,17 @@ class Coordinator:
     def _at_boundary(self, work: Callable[[], Answer]) -> Answer:
         """Run `work` in the serving thread between two steps."""
         future: Future[Answer] = Future()
+        self._hand_in(self._boundary, work, future)
+        return future.result(self.settings.start_timeout_s)
+
+    def _hand_in(
+        self, queue: deque[tuple[Callable[[], Any], Future[Any]]], work: Callable[[], Any],
+        future: Future[Any],
+    ) -> None:
         with self._changed:
             self._require_serving()
-            self._boundary.append((work, future))
+            queue.append((work, future))
             self._changed.notify_all()
-        return future.result(self.settings.start_timeout_s)
 
     def _require_serving(self) -> None:
         if self._broken:
@@ -514,8 +567,9 @@ class Coordinator:
     def _fail_all(self, reason: str) -> None:
         self._fail_requests(reason)
         with self._changed:
-            while self._boundary:
-                self._boundary.popleft()[1].set_exception(LoadmasterError(reason))
+            for queue in (self._boundary, self._changes):
+                while queue:
+                    queue.popleft()[1].set_exception(LoadmasterError(reason))
             if self._switch is not None:
                 self._switch.aborted(reason)
                 self._switch = None
@@ -527,3 +581,18 @@ class Coordinator:
             self._scheduler.drop_all()
             self._failures = 0
             self._changed.notify_all()
+
+
+def _settle(future: Future[Any], work: Callable[[], Any], *, answers: bool = False) -> None:
+    """Do what was handed in; its error is its caller's. A lost rank is everybody's: raised.
+
+    answers: the future gets what `work` returns; else `work` sees to that itself.
+    """
+    try:
+        found = work()
+        if answers:
+            future.set_result(found)
+    except Exception as error:
+        future.set_exception(error)
+        if isinstance(error, RankLostError | ExchangeError):
+            raise

@@ -6,6 +6,7 @@ coordinator's and the ranks' business.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -18,14 +19,15 @@ import numpy as np
 
 from ..errors import LoadmasterError, UsageError
 from ..placement.capacity import CapacityRule
-from ..placement.cluster import Cluster, Traffic
+from ..placement.cluster import Cluster, Payload, Traffic
 from ..placement.plan import DispatchSpec, Plan, Provenance
 from ..traces.record import RecordingSummary
 from ..traces.spec import ModelSpec
 from ..traces.trace import RoutingTrace
 from . import run_folder
-from .client import Line, Order, Stream, run
+from .client import CoordinatorGoneError, Line, Order, Stream, run
 from .coordinator import Coordinator
+from .journal import Journal, journal_lock
 from .launch import NAMESPACE, RayFleet, cluster_address, connect, end_group
 from .metrics import RayMetrics
 from .requests import RequestState
@@ -39,15 +41,22 @@ from .work import ReplayedRouting
 # Ray declares few of its types.
 ray: Any = importlib.import_module("ray")
 
+_PREDECESSOR_S = 10.0      # how long a coordinator that died may take to let go of the journal
 
 
 class CoordinatorActor(Coordinator):
     """The coordinator with a Ray fleet, as it lives in its own process."""
 
     def __init__(self, settings: GroupSettings, cpus_per_rank: float | None, gpus: float) -> None:
+        self._lock = journal_lock(settings.journal)
+        if not self._lock.take(_PREDECESSOR_S):
+            raise LoadmasterError(f"{settings.journal}: another group's coordinator writes there")
+        follows = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        if not follows:
+            Journal(settings.journal).clear()
         fleet = RayFleet(settings.name, cpus_per_rank, gpus)
         super().__init__(settings, fleet, RayMetrics(settings.name))
-        if ray.get_runtime_context().was_current_actor_reconstructed:
+        if follows:
             self.resume()
 
 
@@ -109,6 +118,12 @@ class Group:
         run_folder.check_name(name)
         if ranks < 1:
             raise UsageError(f"a group needs at least one rank, not {ranks}")
+        payload = _served_payload(traffic)
+        if gpus_per_rank:
+            raise UsageError(
+                "ranks compute on the CPU: GPUs set aside for them would stand idle; leave "
+                "gpus_per_rank at 0"
+            )
         spec = served_spec(model_dir, dtype)
         plan = plan or contiguous(spec, ranks)
         if dispatch is not None:
@@ -120,7 +135,6 @@ class Group:
         cluster = cluster or Cluster.preset(
             "cpu", devices_per_node=ranks, slots_per_device=plan.slots_per_device, traffic=traffic
         )
-        payload = Traffic.parse(traffic).payload
         settings = GroupSettings(
             name=name,
             ranks=tuple(
@@ -139,14 +153,20 @@ class Group:
             replace_timeout_s=replace_timeout_s,
         )
         connect(address)
-        if _find(name) is not None:
-            raise UsageError(f"a group named {name!r} is running: stop it, or take another name")
-        folder = run_folder.group_folder(name, fresh=True)
-        settings = dataclasses.replace(settings, journal=str(journal or folder / "journal"))
-        actor = ray.remote(CoordinatorActor).options(
-            name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, max_concurrency=32,
-            max_restarts=-1, scheduling_strategy=_this_node(),
-        ).remote(settings, cpus_per_rank, gpus_per_rank)
+        with run_folder.naming(name):
+            if _find(name) is not None:
+                raise UsageError(
+                    f"a group named {name!r} is running: stop it, or take another name"
+                )
+            folder = Path(journal or run_folder.group_folder(name) / "journal")
+            _require_unused(folder, name)
+            if journal is None:
+                run_folder.group_folder(name, fresh=True)
+            settings = dataclasses.replace(settings, journal=str(folder))
+            actor = ray.remote(CoordinatorActor).options(
+                name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0,
+                max_concurrency=32, max_restarts=-1, scheduling_strategy=_this_node(),
+            ).remote(settings, cpus_per_rank, gpus_per_rank)
         group = cls(name, actor)
         try:
             group._line.ask("start")
@@ -185,16 +205,16 @@ class Group:
         step_tokens: int = 4096,
     ) -> PrefillResult:
         """Run prompts through the model in steps of about `step_tokens` rows over all ranks."""
-        first = self._line.ask_again("status")["step"]
+        before = self._line.ask_again("status")
         self._line.ask_again("configure", digests=True, step_tokens=step_tokens)
         try:
             states = self._run(prompts, 1, domains)
         finally:
-            self._line.ask_again("configure", digests=False)
+            self._line.ask_again("configure", digests=False, step_tokens=before["step_tokens"])
         return PrefillResult(
             next_tokens=tuple(s.tokens[0] for s in states),
             digests=tuple(s.digest for s in states),
-            steps=self._line.ask_again("status")["step"] - first,
+            steps=self._line.ask_again("status")["step"] - before["step"],
             tokens=sum(len(self._tokens(p)) for p in prompts),
         )
 
@@ -283,7 +303,8 @@ class Group:
         return self._line.ask("end_recording")  # type: ignore[no-any-return]
 
     def trace(self, *, take: bool = False) -> RoutingTrace:
-        """What all ranks recorded so far, logical ids, in step order. take: and start afresh.
+        """What all ranks recorded so far, logical ids, in step order. take: only what came since
+        it was last taken.
 
         Raises LoadmasterError when nothing was recorded.
         """
@@ -344,7 +365,8 @@ class Group:
     def stop(self) -> None:
         """End the group's processes, and nothing else."""
         try:
-            self._line.ask_again("stop")
+            with contextlib.suppress(CoordinatorGoneError):      # ended all the same
+                self._line.ask_again("stop")
         finally:
             end_group(self.name)
             run_folder.remove(self.name)
@@ -374,6 +396,27 @@ def with_dispatch(plan: Plan, dispatch: str | DispatchSpec) -> Plan:
     """The same slots under another dispatch."""
     spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
     return dataclasses.replace(plan, dispatch=spec)
+
+
+def _require_unused(journal: Path, name: str) -> None:
+    """Raises UsageError where a coordinator of another Ray cluster on this machine writes."""
+    lock = journal_lock(journal)
+    if not lock.take():
+        raise UsageError(
+            f"{journal}: a group, on another Ray cluster of this machine, keeps its journal there; "
+            f"stop it, or take another name than {name!r}"
+        )
+    lock.release()
+
+
+def _served_payload(traffic: str) -> Payload:
+    """Raises UsageError for traffic that can be planned for and that live ranks do not speak."""
+    wanted = Traffic.parse(traffic)
+    if wanted.mode != "return_home" or wanted.payload not in ("per_expert", "per_rank"):
+        raise UsageError(
+            f"live ranks serve return_home/per_expert and return_home/per_rank, not {wanted}"
+        )
+    return wanted.payload
 
 
 def _this_node() -> Any:

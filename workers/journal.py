@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from ..errors import InputError, LoadmasterError
 from ..placement.plan import Plan
+from .locks import Lock
 from .tables import PhasePlans
 
 Phase = Literal["stage", "commit", "done", "abort"]
@@ -78,6 +79,11 @@ class _Read:
             self.switches = Switches(**values | {"domains": tuple(values["domains"])})
 
 
+def journal_lock(folder: str | Path) -> Lock:
+    """What whoever writes a journal holds for as long as it lives."""
+    return Lock(Path(folder) / "lock")
+
+
 class Journal:
     """The journal of one group. One process writes it at a time."""
 
@@ -125,12 +131,10 @@ class Journal:
         with contextlib.suppress(JournalError):
             self.write(phase, epoch)
 
-    def switch(self, switches: Switches) -> None:
-        """Note what is switched on from here on. Raises JournalError when that cannot be done."""
-        try:
+    def try_switch(self, switches: Switches) -> None:
+        """Note what is switched on from here on; a disk that is full must not stop the serving."""
+        with contextlib.suppress(OSError):
             self._append(_STATE, 0, dataclasses.asdict(switches))
-        except OSError as error:
-            raise JournalError(f"{self._path}: cannot be written: {error.strerror}") from error
 
     def begin_life(self) -> int:
         """A coordinator starts to lead this group; how many did so before it."""

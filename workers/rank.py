@@ -56,6 +56,7 @@ class RankState:
     settings: RankSettings
     epoch: int                    # 0: under no plan
     held_L: list[list[int]]
+    step: int                     # the last one it began
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Rank:
         self._recorder: Recorder | None = None
         self._refused: RecordingSummary | None = None     # why there is none, and what that lost
         self._hidden_TH: Tensor = torch.empty(0)
+        self._last_step = 0
 
     def load(self) -> Loaded:
         """Read the model without its experts. Raises InputError when it cannot be served.
@@ -152,7 +154,7 @@ class Rank:
     def state(self) -> RankState:
         """Which rank this is, under which epoch, and what it holds."""
         epoch = 0 if self._tables is None else self._tables.epoch
-        return RankState(self.settings, epoch, self.held())
+        return RankState(self.settings, epoch, self.held(), self._last_step)
 
     def leave(self) -> None:
         """Leave the group, if in one."""
@@ -264,6 +266,7 @@ class Rank:
     @torch.inference_mode()
     def _step(self, work: StepWork) -> StepResult:
         wall, cpu = time.perf_counter_ns(), time.process_time_ns()
+        self._last_step = work.step
         for request in work.release:
             self._caches.pop(request, None)
             self._digests.pop(request, None)
@@ -382,11 +385,11 @@ class Rank:
     def trace(self, *, take: bool = False) -> RoutingTrace | None:
         """What was recorded here so far; None when nothing was.
 
-        take: start afresh afterwards (recordings in memory only; files go on growing).
+        take: only what came since it was last taken, and memory is freed.
         """
         if self._recorder is None:
             return None
-        trace = self._recorder.trace()
+        trace = self._recorder.trace(new=take)
         if take and self.settings.record_to is None:
             self._recorder = None
         return trace

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, LoadmasterError
+from ..placement.cluster import Cluster
 from ..placement.plan import PlanError
 from .fleet import Fleet, RankLostError
+from .heartbeat import gather_watched, silent_for_certain
 from .membership import with_more_ranks, without_ranks
 from .settings import GroupSettings, RankSettings
 from .tables import PhasePlans, Tables
 
-SIGN_OF_LIFE_S = 1.0
 _SETTLE_S = 10.0
 
 Fingerprints = dict[tuple[int, int], str]
@@ -47,8 +48,13 @@ class Recovered:
 class Crew:
     """The ranks of one group."""
 
-    def __init__(self, settings: GroupSettings, fleet: Fleet) -> None:
+    def __init__(
+        self, settings: GroupSettings, fleet: Fleet,
+        announce: Callable[[int, PhasePlans], None] = lambda epoch, plans: None,
+    ) -> None:
+        """announce: told the epoch and plans of fewer ranks before any of them leaves for good."""
         self._settings = settings
+        self._announce = announce
         self._fleet = fleet
         self._ranks: list[RankSettings] = list(settings.ranks)
         self._generation = 0
@@ -56,10 +62,18 @@ class Crew:
         self.fingerprints: Fingerprints = {}
         self.loaded: Any = None
 
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster that the ranks stand in."""
+        return self._ranks[0].cluster
+
     def all(self, method: str, *args: Any, **options: Any) -> list[Any]:
         """Call a method of every rank and wait."""
-        answers = self._fleet.call_all(method, *args, **options)
-        return self._fleet.gather(answers, self._settings.start_timeout_s)
+        return self._answers(self._fleet.call_all(method, *args, **options))
+
+    def _answers(self, calls: list[Any]) -> list[Any]:
+        """What these calls came to; a rank that hangs meanwhile is lost."""
+        return gather_watched(self._fleet, calls, self._settings.start_timeout_s)
 
     # ---- standing up -----------------------------------------------------------------------
 
@@ -70,27 +84,40 @@ class Crew:
         self._rehydrate(range(self._fleet.ranks), tables)
         self._form(tables)
 
-    def take_over(self, tables: Tables) -> None:
-        """Lead ranks that a coordinator before this one started, lost ones replaced."""
+    def take_over(self, plans: PhasePlans) -> tuple[list[int], int]:
+        """Lead ranks that a coordinator before this one started, in no group yet: `recover` is
+        next. Which of them are lost, and the last step that one of them has run.
+
+        There are then as many as the plans have devices: a change of size begun is finished.
+        """
         states = self._fleet.attach(self._settings.start_timeout_s)
+        if not states:
+            raise LoadmasterError(
+                "no rank outlived the coordinator: stop the group and start it again"
+            )
         present = {s.settings.rank: s.settings for s in states}
-        size = states[0].settings.ranks if states else len(self._ranks)
+        size = states[0].settings.ranks
         first = self._ranks[0]
         self._ranks = [
             present.get(g, dataclasses.replace(first, rank=g, ranks=size)) for g in range(size)
         ]
-        lost = sorted(set(range(len(self._ranks))) - set(present))
-        for rank in lost:
-            self._replace(rank)
-        self.loaded = self.all("load")[0]
-        self.all("abort")
-        self._manifest()
-        self._rehydrate(range(self._fleet.ranks), tables)
-        self._form(tables)
+        held = sorted(present)
+        self.loaded = self._answers([self._fleet.call(g, "load") for g in held])[0]
+        self._answers([self._fleet.call(g, "abort") for g in held])
+        self._manifest(held)
+        lost, wanted = sorted(set(range(size)) - set(present)), plans.prefill.num_devices
+        if wanted < size:       # the lost ones first, then the last
+            leaving = (lost + held[::-1])[: size - wanted]
+            self._keep([g for g in range(size) if g not in leaving])
+            lost = [g for g, one in enumerate(self._ranks) if one.rank in lost]
+        elif wanted > size:
+            self._fit(wanted)
+        return lost, max(s.step for s in states)
 
-    def _manifest(self) -> None:
-        """Fingerprints of everything the ranks hold; replicas must agree."""
-        for rank, read in enumerate(self.all("fingerprints")):
+    def _manifest(self, ranks: Sequence[int]) -> None:
+        """Fingerprints of everything these ranks hold; replicas must agree."""
+        found = self._answers([self._fleet.call(g, "fingerprints") for g in ranks])
+        for rank, read in zip(ranks, found, strict=True):
             for key, digest in read.items():
                 if self.fingerprints.setdefault(key, digest) != digest:
                     raise LoadmasterError(
@@ -100,10 +127,8 @@ class Crew:
 
     def _rehydrate(self, ranks: Sequence[int] | range, tables: Tables) -> None:
         """These ranks read what the tables give them and they lack; nothing wrong is admitted."""
-        answers = [self._fleet.call(g, "hold", tables.experts_of(g)) for g in ranks]
-        for rank, read in zip(
-            ranks, self._fleet.gather(answers, self._settings.start_timeout_s), strict=True
-        ):
+        calls = [self._fleet.call(g, "hold", tables.experts_of(g)) for g in ranks]
+        for rank, read in zip(ranks, self._answers(calls), strict=True):
             for (layer, expert), digest in read.items():
                 known = self.fingerprints.setdefault((layer, expert), digest)
                 if known != digest:
@@ -116,18 +141,15 @@ class Crew:
         """All ranks meet at a fresh port under the next generation, and adopt the tables."""
         self._generation += 1
         generation = f"{self._generation}-{time.monotonic_ns()}"
-        timeout_s = self._settings.start_timeout_s
         hosts = self._fleet.hosts()
-        (port,) = self._fleet.gather(
-            [self._fleet.call(0, "host_meeting", hosts[0])], timeout_s
-        )
-        answers = [
+        (port,) = self._answers([self._fleet.call(0, "host_meeting", hosts[0])])
+        calls = [
             self._fleet.call(
                 g, "meet", (hosts[0], host), port, generation, self._settings.step_timeout_s
             )
             for g, host in enumerate(hosts)
         ]
-        self._fleet.gather(answers, timeout_s)
+        self._answers(calls)
         self.all("forget_requests")
         self.all("commit", tables)
         self.all("retire")
@@ -144,7 +166,7 @@ class Crew:
         if self._shrunk is not None and plans.prefill.num_devices != self._fleet.ranks:
             plans, epoch = self._shrunk      # the recovery before this one got as far as that
             known_lost = ()                  # said in the old numbering
-        lost = sorted({*known_lost, *self._fleet.silent(SIGN_OF_LIFE_S)})
+        lost = sorted({*known_lost, *silent_for_certain(self._fleet)})
         for rank in lost:
             self._fleet.kill(rank)
         survivors = [g for g in range(self._fleet.ranks) if g not in lost]
@@ -162,6 +184,7 @@ class Crew:
         self, gone: list[int], reason: str, plans: PhasePlans, epoch: int
     ) -> Recovered:
         smaller = without_ranks(plans, gone, self._settings.most_slots)
+        self._announce(epoch, smaller)
         self._shrunk = smaller, epoch
         self._keep([g for g in range(self._fleet.ranks) if g not in gone])
         tables = Tables.of(smaller, epoch)
@@ -169,28 +192,44 @@ class Crew:
         self._form(tables)
         return Recovered(reason, (), tuple(gone), smaller, epoch)
 
-    def resize(
-        self, ranks: int, plans: PhasePlans, target: PhasePlans | None, epoch: int
-    ) -> Recovered:
-        """Another number of ranks, at their own wish or for lack of them."""
-        now = self._fleet.ranks
+    def plans_for(
+        self, ranks: int, plans: PhasePlans, target: PhasePlans | None
+    ) -> PhasePlans:
+        """The plans of a group of that many ranks: the target, or those in force made to fit.
+
+        Raises PlanError where they are not for so many, InfeasibleError where they have no room.
+        """
         if ranks < 1:
             raise PlanError(f"a group needs at least one rank, not {ranks}")
-        if target is not None and target.prefill.num_devices != ranks:
-            raise PlanError(f"the plan is for {target.prefill.num_devices} devices, not {ranks}")
-        left: list[int] = list(range(ranks, now))
-        if target is None and left:
-            target = without_ranks(plans, left, self._settings.most_slots)
-        if target is None:
-            target = with_more_ranks(plans, ranks)
-        self._ranks += self._join(range(now, ranks))
+        if target is not None:
+            if target.prefill.num_devices != ranks:
+                raise PlanError(
+                    f"the plan is for {target.prefill.num_devices} devices, not {ranks}"
+                )
+            return target
+        left = list(range(ranks, self._fleet.ranks))
         if left:
-            self._keep(list(range(ranks)))
-        self._renumber()
-        tables = Tables.of(target, epoch)
+            return without_ranks(plans, left, self._settings.most_slots)
+        return with_more_ranks(plans, ranks)
+
+    def resize(self, plans: PhasePlans, epoch: int) -> Recovered:
+        """As many ranks as these plans have devices: the last ones leave, or new ones join.
+
+        Raises PlanError where none can join: then all is as it was.
+        """
+        ranks, now = plans.prefill.num_devices, self._fleet.ranks
+        self._fit(ranks)
+        tables = Tables.of(plans, epoch)
         self._rehydrate(range(ranks), tables)
         self._form(tables)
-        return Recovered("resized", (), tuple(left), target, epoch)
+        return Recovered("resized", (), tuple(range(ranks, now)), plans, epoch)
+
+    def _fit(self, ranks: int) -> None:
+        now = self._fleet.ranks
+        self._ranks += self._join(range(now, ranks))
+        if ranks < now:
+            self._keep(list(range(ranks)))
+        self._renumber()
 
     def _join(self, ranks: range) -> list[RankSettings]:
         """New ranks, started and loaded. Where one does not come up none stays, and all serve on.
@@ -204,9 +243,7 @@ class Crew:
         try:
             for one in joining:
                 self._fleet.add(one, self._settings.replace_timeout_s)
-                self._fleet.gather(
-                    [self._fleet.call(one.rank, "load")], self._settings.start_timeout_s
-                )
+                self._answers([self._fleet.call(one.rank, "load")])
         except LoadmasterError as error:
             self._fleet.keep(list(range(len(self._ranks))))
             raise PlanError(
@@ -240,8 +277,7 @@ class Crew:
             dataclasses.replace(one, rank=g, ranks=size, cluster=cluster)
             for g, one in enumerate(self._ranks)
         ]
-        answers = [self._fleet.call(g, "renumber", one) for g, one in enumerate(self._ranks)]
-        self._fleet.gather(answers, self._settings.start_timeout_s)
+        self._answers([self._fleet.call(g, "renumber", one) for g, one in enumerate(self._ranks)])
 
     def _try_replace(self, rank: int) -> bool:
         try:
@@ -255,6 +291,4 @@ class Crew:
             self._ranks[rank], resume_recording=self._ranks[rank].record_to is not None
         )
         self._fleet.replace(self._ranks[rank], self._settings.replace_timeout_s)
-        self._fleet.gather(
-            [self._fleet.call(rank, "load")], self._settings.start_timeout_s
-        )
+        self._answers([self._fleet.call(rank, "load")])

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import LoadmasterError, UsageError
+from .locks import Lock
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -44,6 +45,12 @@ def group_folder(name: str, *, fresh: bool = False) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def naming(name: str) -> Lock:
+    """Held while a group of that name is being started, so that two starts cannot both find it
+    free."""
+    return Lock(group_folder(name).parent / f".{name}.lock")
 
 
 def write_address(name: str, address: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .heartbeat import PATIENCE_S
 from .work import StepResult
 
 KEPT_STEPS = 4096
@@ -88,13 +89,18 @@ class StepLog:
         """The ranks are not what they were: judge the time of a step anew."""
         self._recent_us.clear()
 
+    @property
+    def knows_pace(self) -> bool:
+        """Whether enough steps have been seen to say how long one takes."""
+        return len(self._recent_us) >= _FEWEST_STEPS
+
     def overdue_s(self, longest_s: float) -> float:
         """After how long a step is suspicious: 5 x the p99 of recent ones and at least 1 s.
 
-        `longest_s` until a few steps have been seen.
+        Until a few steps have been seen, PATIENCE_S: asking a busy rank costs nothing.
         """
-        if len(self._recent_us) < _FEWEST_STEPS:
-            return longest_s
+        if not self.knows_pace:
+            return min(longest_s, PATIENCE_S)
         return min(longest_s, max(1.0, 5e-6 * float(np.quantile(self._recent_us, 0.99))))
 
     def after(self, step: int) -> Measurements:

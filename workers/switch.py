@@ -31,6 +31,7 @@ class ApplyReport:
     retried_bytes: int     # sent again after a corruption or a lost rank
     stage_steps: int
     stage_us: float        # wall time of the steps that staged, all they did included
+    verify_us: float       # wall time of reading all of it once more, before the commit
     commit_us: float       # wall time of the step that committed
 
 
@@ -101,7 +102,7 @@ class PlanSwitch:
         self._begins = 0
         self._retried_bytes = 0
         self._stage_steps = 0
-        self._stage_us = 0.0
+        self._stage_us = self._verify_us = 0.0
 
     def begin(
         self, held_GL: list[list[list[int]]], fingerprints: dict[tuple[int, int], str]
@@ -146,20 +147,31 @@ class PlanSwitch:
         return Tables.of(self.plans, self.epoch)
 
     def note(self, results: list[StepResult], wall_us: float) -> None:
-        """Take what arrived in a step; what arrived corrupted is sent again, up to three times."""
+        """Take what arrived in a step; what arrived corrupted is sent again, twice at most."""
         self._stage_steps += 1
         self._stage_us += wall_us
         for result in results:
             for layer, expert in result.staged:
                 self._missing.discard((layer, result.rank, expert))
-        wrong = sorted((r.rank, key) for r in results for key in r.corrupted)
+        self._send_again(sorted((r.rank, key) for r in results for key in r.corrupted))
+
+    def verified(self, wrong_G: list[list[tuple[int, int]]], wall_us: float) -> bool:
+        """Take what each rank found changed since it arrived; whether nothing was. What was
+        thrown away is sent again."""
+        wrong = sorted((rank, key) for rank, keys in enumerate(wrong_G) for key in keys)
+        self._missing |= {(layer, rank, expert) for rank, (layer, expert) in wrong}
+        self._verify_us = wall_us
+        self._send_again(wrong)
+        return not wrong
+
+    def _send_again(self, wrong: list[tuple[int, tuple[int, int]]]) -> None:
         if not wrong:
             return
         if self._attempts >= _ATTEMPTS:
             rank, (layer, expert) = wrong[0]
             self.failed = (
-                f"expert {expert} of layer {layer} arrived corrupted on rank {rank}, "
-                f"{_ATTEMPTS} times: the old plan stays in force"
+                f"expert {expert} of layer {layer} arrived corrupted on rank {rank}, or was so "
+                f"before it served, {_ATTEMPTS} times: the old plan stays in force"
             )
             return
         again = [t for t in self._transfers if (t.target, (t.layer, t.expert)) in wrong]
@@ -177,6 +189,7 @@ class PlanSwitch:
                 retried_bytes=self._retried_bytes,
                 stage_steps=self._stage_steps,
                 stage_us=self._stage_us,
+                verify_us=self._verify_us,
                 commit_us=wall_us,
             )
         )

@@ -71,6 +71,7 @@ def start_threads(
         stage_budget_bytes: int = 4 << 20,
         fleet: ThreadFleet | None = None,
         capacity: CapacityRule | None = None,
+        step_timeout_s: float = 30.0,
         **settings_too: Any,
     ) -> Coordinator:
         spec = served_spec(model_dir, dtype)
@@ -92,7 +93,7 @@ def start_threads(
             model_spec=spec,
             journal=str(tmp_path_factory.mktemp("journal")),
             limits=limits or Limits(step_tokens=64, chunk_tokens=32),
-            step_timeout_s=30.0,
+            step_timeout_s=step_timeout_s,
             stage_budget_bytes=stage_budget_bytes,
             **settings_too,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,42 @@ def test_a_corrupted_transfer_is_sent_again_and_counted_apart(
     assert report.retried_bytes >= size
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_bit_that_flips_between_arrival_and_commit_does_not_serve(
+    start_threads: Start, checkpoint: Get, shuffled_plan: Make, random_prompts: Make, serve: Make,
+    monkeypatch: pytest.MonkeyPatch, times: int,
+) -> None:
+    directory = checkpoint("qwen3_moe")
+    spec = served_spec(directory, "bfloat16")
+    group = start_threads(directory)
+    group.configure(digests=True)
+    prompts = random_prompts(8, 4)
+    want = serve(group, prompts, 4)
+    verify, flips = Staging.verify, []
+
+    def flip_first(self: Staging, expected: dict[tuple[int, int], str]) -> list[tuple[int, int]]:
+        if self.staged and len(flips) < times and len({f[0] for f in flips} | {id(self)}) == 1:
+            layer, expert = self.staged[0]
+            flips.append((id(self), layer, expert))
+            held = self._stores[layer].get(expert)
+            held["down"].view(torch.int16).flatten()[3] ^= 1
+            self._stores[layer].put(expert, held)
+        return verify(self, expected)
+
+    monkeypatch.setattr(Staging, "verify", flip_first)
+    target = shuffled_plan(spec, 1)
+    if times < 3:
+        report = group.apply(target)
+        assert report.retried_bytes == int(spec.bytes_per_expert_E()[0])
+        assert report.moved_bytes > report.retried_bytes
+    else:
+        with pytest.raises(LoadmasterError, match="the old plan stays in force"):
+            group.apply(target)
+        assert group.status()["epoch"] == 1
+    assert len(flips) == times
+    assert serve(group, prompts, 4) == want
+
+
 def test_a_transfer_that_stays_corrupted_aborts_and_the_old_plan_serves_on(
     start_threads: Start, checkpoint: Get, shuffled_plan: Make, random_prompts: Make, serve: Make,
     monkeypatch: pytest.MonkeyPatch,
@@ -240,3 +278,19 @@ def test_a_stopped_group_says_so(start_threads: Start, checkpoint: Get) -> None:
     group.stop()
     with pytest.raises(LoadmasterError, match="not serving"):
         group.submit([[1]], 1)
+
+
+def test_applies_that_wait_when_the_group_stops_are_told(
+    start_threads: Start, checkpoint: Get, shuffled_plan: Make
+) -> None:
+    directory = checkpoint("qwen3_moe")
+    group = start_threads(directory, stage_budget_bytes=64)
+    spec = served_spec(directory, "bfloat16")
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(group.apply, shuffled_plan(spec, seed)) for seed in (1, 2)]
+        while not (group.status()["switching"] and group._changes):
+            time.sleep(0.01)
+        group.stop()
+        for call in calls:
+            with pytest.raises(LoadmasterError, match="was stopped"):
+                call.result(10.0)

@@ -266,7 +266,7 @@ def test_a_rank_may_die_while_another_is_replaced(
 
     prompts, want = wanted
     fleet = Twice("step", 2, 3, replaceable=replaceable)
-    group = start_threads(checkpoint("qwen3_moe"), fleet=fleet)
+    group = start_threads(checkpoint("qwen3_moe"), fleet=fleet, step_timeout_s=5.0)
     group.configure(digests=True)
     assert finish(group, group.submit(prompts, 12)) == want
     assert group.status()["plan"].num_devices == (4 if replaceable else 2)
