@@ -16,7 +16,7 @@ import torch
 from kernels_cpu import CPU, PREFILL, medians_ms
 from torch import Tensor
 
-from loadmaster.kernels.bench import SILU, cold_weights, time_experts
+from loadmaster.kernels.bench import SILU, cold_layers, time_experts
 from loadmaster.kernels.grouped import ExpertWeights, moe_layer
 from loadmaster.kernels.routing import histogram, top_k
 from loadmaster.simulator.calibrate import fit_expert_table
@@ -57,9 +57,8 @@ def _fit_dtype(dtype: torch.dtype) -> dict[str, Any]:
         [row.tokens_per_expert for row in rows if row.active_experts == ACTIVE],
         [row.cpu_us / ACTIVE for row in rows if row.active_experts == ACTIVE],
     )
-    weights = cold_weights(
-        shape.hidden, shape.intermediate, dtype, CPU, "auto", SILU,
-        least_slots=shape.experts, seed=0,
+    weights, *_ = cold_layers(
+        shape.hidden, shape.intermediate, dtype, CPU, "auto", SILU, slots=shape.experts, seed=0
     )
     fitted = _measure(weights, dtype, FITTED_TOKENS)
     held = _measure(weights, dtype, HELD_TOKENS)

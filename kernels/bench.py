@@ -1,7 +1,7 @@
 """How long experts take here: tokens per expert x active experts, small steps and large.
 
-Times `grouped_experts` on random weights that are cold, as a layer finds them: more slots are
-filled than a cache holds and every run takes the next ones. CPU time of this process on a CPU,
+Times `grouped_experts` on random weights that are cold, as a layer finds them: more layers are
+filled than a cache holds and every run takes the next one. CPU time of this process on a CPU,
 event time on a GPU; settings are interleaved and medians reported. Knows nothing of plans,
 traces or fits: `simulator/calibrate.py` turns the rows into a profile.
 """
@@ -86,21 +86,22 @@ def time_experts(
     """
     if min(*tokens_per_expert, *active_experts, repeats) < 1:
         raise InputError("tokens per expert, active experts and repeats must all be >= 1")
-    weights = cold_weights(
+    slots = max(active_experts)
+    layers = cold_layers(
         hidden, intermediate, dtype, torch.device(device), backend, activation,
-        least_slots=2 * max(active_experts), seed=seed,
+        slots=slots, seed=seed,
     )
-    most = max(tokens_per_expert) * max(active_experts)
+    most = max(tokens_per_expert) * slots
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(most, hidden, generator=generator).to(dtype).to(weights.device)
+    x = torch.randn(most, hidden, generator=generator).to(dtype).to(layers[0].device)
     points = list(itertools.product(tokens_per_expert, active_experts))
     samples: dict[tuple[int, int], list[float]] = {point: [] for point in points}
-    next_slot = 0
+    order = itertools.cycle(itertools.product(range(0, slots, min(active_experts)), layers))
     for repeat in range(repeats + 1):
         for tokens, active in points:
-            slots = [(next_slot + i) % weights.slots for i in range(active)]
-            next_slot = (next_slot + active) % weights.slots
-            us = _time_once(x[: tokens * active], tokens, slots, weights)
+            first, weights = next(order)
+            chosen = [(first + i) % slots for i in range(active)]
+            us = _time_once(x[: tokens * active], tokens, chosen, weights)
             if repeat:  # the first round warms up
                 samples[tokens, active].append(us)
     return [
@@ -111,8 +112,8 @@ def time_experts(
             dtype=str(dtype).removeprefix("torch."),
             hidden=hidden,
             intermediate=intermediate,
-            backend=weights.backend,
-            device=str(weights.device),
+            backend=layers[0].backend,
+            device=str(layers[0].device),
             cpu_us=median(samples[tokens, active]),
             repeats=repeats,
         )
@@ -120,7 +121,7 @@ def time_experts(
     ]
 
 
-def cold_weights(
+def cold_layers(
     hidden: int,
     intermediate: int,
     dtype: torch.dtype,
@@ -128,26 +129,27 @@ def cold_weights(
     backend: str,
     activation: ExpertActivation,
     *,
-    least_slots: int,
+    slots: int,
     seed: int,
-) -> ExpertWeights:
-    """Random experts, at least `least_slots` and COLD_BYTES of them."""
-    expert_bytes = 3 * hidden * intermediate * dtype.itemsize
-    weights = ExpertWeights.allocate(
-        max(least_slots, -(-COLD_BYTES // expert_bytes)),
-        hidden,
-        intermediate,
-        dtype=dtype,
-        device=device,
-        activation=activation,
-        backend=backend,
-    )
+) -> list[ExpertWeights]:
+    """Layers of `slots` random experts each, COLD_BYTES of them and at least two.
+
+    Not one layer of very many: a call's cost before its first expert grows with the slots.
+    """
+    layer_bytes = 3 * hidden * intermediate * dtype.itemsize * slots
     generator = torch.Generator().manual_seed(seed)
-    for slot in range(weights.slots):
-        gate_up = torch.randn(2 * intermediate, hidden, generator=generator) * hidden**-0.5
-        down = torch.randn(hidden, intermediate, generator=generator) * intermediate**-0.5
-        weights.set_slot(slot, gate_up.to(dtype), down.to(dtype))
-    return weights
+    layers = []
+    for _ in range(max(2, -(-COLD_BYTES // layer_bytes))):
+        weights = ExpertWeights.allocate(
+            slots, hidden, intermediate, dtype=dtype, device=device, activation=activation,
+            backend=backend,
+        )
+        for slot in range(slots):
+            gate_up = torch.randn(2 * intermediate, hidden, generator=generator) * hidden**-0.5
+            down = torch.randn(hidden, intermediate, generator=generator) * intermediate**-0.5
+            weights.set_slot(slot, gate_up.to(dtype), down.to(dtype))
+        layers.append(weights)
+    return layers
 
 
 def microseconds(device: torch.device, run: Callable[[], object]) -> float:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from ..errors import LoadmasterError
 from ..placement.plan import Plan, PlanError
@@ -21,10 +20,11 @@ from ..traces.merge import concatenate, in_step_order
 from ..traces.record import RecordingSummary
 from ..traces.spec import ModelSpec
 from ..traces.trace import DECODE, PREFILL, RoutingTrace
+from .boundary import Answer, Boundary
 from .exchange_errors import ExchangeError
 from .fleet import Fleet, OverdueError, RankLostError
 from .heartbeat import ANSWER_S, QUICK_ANSWER_S, gather_watched, silent_for_certain
-from .journal import Journal, Switches
+from .journal import Journal, JournalError, Switches
 from .metrics import NO_METRICS, Metrics
 from .recovery import Crew, Recovered
 from .requests import RequestBook, RequestState
@@ -35,8 +35,6 @@ from .switch import ApplyReport, PlanSwitch, check_plans
 from .tables import PhasePlans, Tables
 from .transfers import Round
 from .work import Chunk, ReplayedRouting, StepResult, StepWork
-
-Answer = TypeVar("Answer")
 
 IDLE_S = 0.8               # how often an idle group's ranks are asked for signs of life
 _CAUSE_S = 0.8             # what ranks get to tell why a step failed
@@ -69,8 +67,7 @@ class Coordinator:
         self._committing = False
         self._recoveries: list[Recovered] = []
         self._failures = 0
-        self._boundary: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._changes: deque[tuple[Callable[[], Any], Future[Any]]] = deque()   # one at a time
+        self._boundary = Boundary(self._changed)
         self._stopping = False
         self._broken = ""
         self._thread: threading.Thread | None = None
@@ -268,7 +265,7 @@ class Coordinator:
         """
         plans = PhasePlans.both(plan, decode)
         future: Future[ApplyReport] = Future()
-        self._hand_in(self._changes, lambda: self._begin_switch(plans, epoch, future), future)
+        self._hand_in_change(lambda: self._begin_switch(plans, epoch, future), future)
         return future.result(timeout_s)
 
     def _begin_switch(
@@ -293,7 +290,6 @@ class Coordinator:
         Fewer: the last ranks leave, and survivors take over what only those held. More: they join
         empty; apply a plan to use them. plan: go to this one instead. Returns the plan in force.
         """
-
         wanted = None if plan is None else PhasePlans.both(plan)
         future: Future[Plan] = Future()
 
@@ -308,7 +304,7 @@ class Coordinator:
                 raise
             future.set_result(self._plans.prefill)
 
-        self._hand_in(self._changes, change, future)
+        self._hand_in_change(change, future)
         return future.result(self.settings.start_timeout_s)
 
     # ---- the serving thread ----------------------------------------------------------------
@@ -316,7 +312,7 @@ class Coordinator:
     def _serve(self) -> None:
         while self._wait_for_work():
             try:
-                self._run_boundary()
+                self._boundary.run(lambda: self._switching)
                 self._run_step()
             except Exception as error:
                 if not self._recover(error):
@@ -337,23 +333,12 @@ class Coordinator:
                 return False
 
     def _has_work(self) -> bool:
-        handed_in = self._boundary or self._changes
-        return bool(handed_in) or not self._scheduler.idle or self._switching or self._stopping
+        idle = self._scheduler.idle and not self._switching
+        return self._boundary.waiting or not idle or self._stopping
 
     @property
     def _switching(self) -> bool:
         return self._switch is not None
-
-    def _run_boundary(self) -> None:
-        """Everything handed in so far; what is handed in meanwhile waits for the next boundary."""
-        with self._changed:
-            batch, self._boundary = self._boundary, deque()
-        for work, future in batch:
-            _settle(future, work, answers=True)
-        while self._changes and not self._switching:
-            with self._changed:
-                work, future = self._changes.popleft()
-            _settle(future, work)
 
     def _run_step(self) -> None:
         stage, commit = ((), None) if self._switch is None else self._next_of(self._switch)
@@ -365,9 +350,6 @@ class Coordinator:
                 self._scheduler.put_back_release(release_G)
                 return
             works = self._works(chunks_G, release_G, phase, stage, commit)
-        if commit is not None:
-            self._journal.write("commit", commit.epoch)
-            self._committing = True
         began = time.perf_counter()
         answers = [self._fleet.call(g, "step", work) for g, work in enumerate(works)]
         results: list[StepResult] = self._await_step(answers)
@@ -402,9 +384,15 @@ class Coordinator:
             return stage, None
         began = time.perf_counter()
         wrong_G = self._crew.all("verify", switch.expected)
-        if switch.verified(wrong_G, (time.perf_counter() - began) * 1e6):
-            return (), commit
-        return switch.next_stage(), None
+        if not switch.verified(wrong_G, (time.perf_counter() - began) * 1e6):
+            return switch.next_stage(), None
+        try:
+            self._journal.write("commit", commit.epoch)
+        except JournalError as error:
+            switch.failed = f"{error}; the old plan stays in force"
+            return (), None
+        self._committing = True
+        return (), commit
 
     def _works(
         self,
@@ -540,18 +528,15 @@ class Coordinator:
 
     def _at_boundary(self, work: Callable[[], Answer]) -> Answer:
         """Run `work` in the serving thread between two steps."""
-        future: Future[Answer] = Future()
-        self._hand_in(self._boundary, work, future)
-        return future.result(self.settings.start_timeout_s)
-
-    def _hand_in(
-        self, queue: deque[tuple[Callable[[], Any], Future[Any]]], work: Callable[[], Any],
-        future: Future[Any],
-    ) -> None:
         with self._changed:
             self._require_serving()
-            queue.append((work, future))
-            self._changed.notify_all()
+            future = self._boundary.hand_in(work)
+        return future.result(self.settings.start_timeout_s)
+
+    def _hand_in_change(self, work: Callable[[], None], future: Future[Any]) -> None:
+        with self._changed:
+            self._require_serving()
+            self._boundary.hand_in_change(work, future)
 
     def _require_serving(self) -> None:
         if self._broken:
@@ -567,9 +552,7 @@ class Coordinator:
     def _fail_all(self, reason: str) -> None:
         self._fail_requests(reason)
         with self._changed:
-            for queue in (self._boundary, self._changes):
-                while queue:
-                    queue.popleft()[1].set_exception(LoadmasterError(reason))
+            self._boundary.fail(reason)
             if self._switch is not None:
                 self._switch.aborted(reason)
                 self._switch = None
@@ -582,17 +565,3 @@ class Coordinator:
             self._failures = 0
             self._changed.notify_all()
 
-
-def _settle(future: Future[Any], work: Callable[[], Any], *, answers: bool = False) -> None:
-    """Do what was handed in; its error is its caller's. A lost rank is everybody's: raised.
-
-    answers: the future gets what `work` returns; else `work` sees to that itself.
-    """
-    try:
-        found = work()
-        if answers:
-            future.set_result(found)
-    except Exception as error:
-        future.set_exception(error)
-        if isinstance(error, RankLostError | ExchangeError):
-            raise

@@ -58,7 +58,7 @@ class Crew:
         self._fleet = fleet
         self._ranks: list[RankSettings] = list(settings.ranks)
         self._generation = 0
-        self._shrunk: tuple[PhasePlans, int] | None = None    # what fewer ranks were to serve under
+        self._resized: tuple[PhasePlans, int] | None = None   # of a change of size that got so far
         self.fingerprints: Fingerprints = {}
         self.loaded: Any = None
 
@@ -163,8 +163,8 @@ class Crew:
 
         Raises InfeasibleError when the survivors cannot hold every expert.
         """
-        if self._shrunk is not None and plans.prefill.num_devices != self._fleet.ranks:
-            plans, epoch = self._shrunk      # the recovery before this one got as far as that
+        if self._resized is not None and plans.prefill.num_devices != self._fleet.ranks:
+            plans, epoch = self._resized     # what failed got as far as that
             known_lost = ()                  # said in the old numbering
         lost = sorted({*known_lost, *silent_for_certain(self._fleet)})
         for rank in lost:
@@ -185,7 +185,7 @@ class Crew:
     ) -> Recovered:
         smaller = without_ranks(plans, gone, self._settings.most_slots)
         self._announce(epoch, smaller)
-        self._shrunk = smaller, epoch
+        self._resized = smaller, epoch
         self._keep([g for g in range(self._fleet.ranks) if g not in gone])
         tables = Tables.of(smaller, epoch)
         self._rehydrate(range(self._fleet.ranks), tables)
@@ -219,6 +219,7 @@ class Crew:
         """
         ranks, now = plans.prefill.num_devices, self._fleet.ranks
         self._fit(ranks)
+        self._resized = plans, epoch
         tables = Tables.of(plans, epoch)
         self._rehydrate(range(ranks), tables)
         self._form(tables)

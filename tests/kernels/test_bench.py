@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loadmaster.errors import InputError
-from loadmaster.kernels.bench import COLD_BYTES, SILU, cold_weights, time_experts
+from loadmaster.kernels.bench import COLD_BYTES, SILU, cold_layers, time_experts
 from loadmaster.simulator.measured import expert_rows_from
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +39,11 @@ def test_rows_are_what_the_fit_reads() -> None:
 
 
 def test_weights_do_not_fit_a_cache() -> None:
-    weights = cold_weights(
-        512, 1024, torch.float32, torch.device("cpu"), "torch",
-        SILU, least_slots=4, seed=0,
+    layers = cold_layers(
+        512, 1024, torch.float32, torch.device("cpu"), "torch", SILU, slots=4, seed=0
     )
-    assert weights.slots * weights.bytes_per_slot >= COLD_BYTES
+    assert {weights.slots for weights in layers} == {4}
+    assert sum(weights.slots * weights.bytes_per_slot for weights in layers) >= COLD_BYTES
 
 
 def test_refuses_to_measure_nothing() -> None:

@@ -288,7 +288,7 @@ def test_applies_that_wait_when_the_group_stops_are_told(
     spec = served_spec(directory, "bfloat16")
     with ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(group.apply, shuffled_plan(spec, seed)) for seed in (1, 2)]
-        while not (group.status()["switching"] and group._changes):
+        while not (group.status()["switching"] and group._boundary.changes):
             time.sleep(0.01)
         group.stop()
         for call in calls:
