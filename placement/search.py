@@ -37,11 +37,13 @@ MOVES_PER_SLOT_MANY = 10
 BUDGETED = 5                 # times as many within a budget: most break it, and cost nothing
 FEWEST_MOVES_FEW, FEWEST_MOVES_MANY = 6_000, 2_500
 SCENARIOS_FEW, SCENARIOS_MANY = 192, 8    # fresh rows of each kind, each round: few are overfitted
+SCENARIOS_COPIES = 48        # the same where copies cost: rows ask for room that saves none
 HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
 BEND = 1.0                   # weight of squared overload: the tail counts more
 ROBUSTNESS_PRICE = 0.005     # imbalance at home that robustness may cost
 COPY_TOKENS = 4_096          # tokens whose copies are counted while searching
-COPY_WEIGHTS = (0.3, 1.0, 2.0)   # price of one copy per token against overload, a search each
+# Price of one copy per token against overload: a search each on few devices, one on many.
+COPY_WEIGHTS_FEW, COPY_WEIGHT = (1.0, 2.0, 4.0), 0.3
 
 
 def search_layer(task: LayerTask) -> LayerAnswer:
@@ -69,7 +71,7 @@ def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
         return start_GC
     if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
         return _average(task, loads, start_GC)
-    return _by_rows(task, loads, start_GC, COPY_WEIGHTS[0] if task.counts_copies else 0.0)
+    return _by_rows(task, loads, start_GC, COPY_WEIGHT if task.counts_copies else 0.0)
 
 
 def without_duplicates(slots_GC: SlotArray) -> SlotArray:
@@ -145,7 +147,8 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
     found = _by_rows(task, loads, start, 0.0)
     yield SEARCHED, found
     if task.counts_copies:
-        for weight in COPY_WEIGHTS[: 3 if loads.devices <= MOST_DEVICES else 1]:
+        few = loads.devices <= MOST_DEVICES
+        for weight in COPY_WEIGHTS_FEW if few else (COPY_WEIGHT,):
             yield f"search, copies {weight}", _by_rows(task, loads, found, weight)
     if task.objective == "time":
         yield from time_candidates(task, loads, _space(task, loads), found, EFFORTS[task.effort])
@@ -224,6 +227,8 @@ def _by_rows(
     home = home_rows(task.traffic.search_WE(), float(loads.speed_G.sum()))
     kinds = request_kinds(task.traffic.request_RE())
     scenarios = SCENARIOS_FEW if few else SCENARIOS_MANY
+    if copy_weight > 0.0:
+        scenarios = min(scenarios, SCENARIOS_COPIES)
     per_slot = MOVES_PER_SLOT_FEW if few else MOVES_PER_SLOT_MANY
     slots = int(np.asarray(space.slots_G).sum())
     least = FEWEST_MOVES_FEW if few else FEWEST_MOVES_MANY
