@@ -90,7 +90,7 @@ def _switch(group: Group, wanted: PhasePlans, epoch: int) -> dict[str, Any]:
     return {
         "epoch": report.epoch, "moves": len(report.moved), "move_bytes": report.moved_bytes,
         "retried_bytes": report.retried_bytes, "stage_steps": report.stage_steps,
-        "commit_us": report.commit_us, "applied": True,
+        "verify_us": report.verify_us, "commit_us": report.commit_us, "applied": True,
     }
 
 

@@ -4,8 +4,9 @@
     python benchmarks/live.py --only recovery      one section (may be given again)
     python benchmarks/live.py --small              few repeats: shows that it runs, proves little
 
-Give it a quiet machine: several figures are wall times. `soak` alone takes `--minutes`. A section
-that fails is recorded as {"holds": false, "error": ...}, and the exit code is then 1.
+Give it a quiet machine: several figures are wall times. All takes over an hour; every section's
+figures go to stderr as soon as it is done. `soak` alone takes `--minutes`. A section that fails is
+recorded as {"holds": false, "error": ...}, and the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.only is None or name in options.only:
             print(f"{name} ...", file=sys.stderr, flush=True)
             found[name] = measured(section)
+            print(f"{name}: {json.dumps(found[name])}", file=sys.stderr, flush=True)
             if not options.json:
                 print(f"{name}: {json.dumps(found[name])}", file=out, flush=True)
     if options.json:

@@ -24,6 +24,7 @@ from loadmaster.workers.group import Group
 from loadmaster.workers.random_checkpoint import save_random_checkpoint
 from loadmaster.workers.settings import Limits
 from loadmaster.workers.step_log import Measurements
+from loadmaster.workers.switch import ApplyReport
 
 SLOWDOWN_BAR, COMMIT_BAR = 1.25, 2.0
 
@@ -129,17 +130,19 @@ class _Samples:
     staging_us: list[float] = field(default_factory=list)
     plain_us: list[float] = field(default_factory=list)
 
-    def add(self, m: Measurements, epoch: int) -> None:
-        """The steps around one switch; only full ones are compared."""
+    def add(self, m: Measurements, report: ApplyReport) -> None:
+        """The steps around one switch; only full ones are compared. Reading what is staged once
+        more before the commit counts to the committing step."""
         full = m.rows.sum(axis=1) >= 0.9 * STEP_TOKENS
-        commit = m.epoch == epoch
+        commit = m.epoch == report.epoch
         commit[np.flatnonzero(commit)[1:]] = False
         staging, plain = m.staging & ~commit & full, ~m.staging & ~commit & full
         if not staging.any() or not plain.any():
             return
         paired = np.median(m.step_wall_us[plain])
         self.ratios.append(float(np.median(m.step_wall_us[staging]) / paired))
-        self.commits.extend((m.step_wall_us[commit & full] / paired).tolist())
+        committing_us = m.step_wall_us[commit & full] + report.verify_us
+        self.commits.extend((committing_us / paired).tolist())
         self.staging_us.extend(m.step_wall_us[staging].tolist())
         self.plain_us.extend(m.step_wall_us[plain].tolist())
 
@@ -155,7 +158,7 @@ def _slowdown(group: Group, switches: int, next_plan: Any) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 return {"holds": False, "reason": "the load stopped: no steps for two minutes"}
             time.sleep(0.05)
-        seen.add(group.measurements(first), report.epoch)
+        seen.add(group.measurements(first), report)
     if not seen.ratios or not seen.commits:
         return {
             "holds": False,

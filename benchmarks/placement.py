@@ -61,7 +61,7 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         found = SECTIONS[name]()
         seconds = time.perf_counter() - start
-        print(f"{name}: {found['holds']} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+        print(f"{name}: {seconds:.1f} s: {json.dumps(found)}", file=sys.stderr, flush=True)
         _nest(report, name, found)
         if not options.json:
             _show(name, found)

@@ -114,6 +114,7 @@ def shifted(known: RoutingTrace, other: RoutingTrace, spare: str) -> dict[str, f
         rows.append({
             "unseen": unseen(made.plan, other, cluster).imbalance_mean,
             "at_home": made.evidence.validation,
+            "shuffled": unseen(made.plan, other, cluster, order="shuffled").imbalance_mean,
             "eplb_even": unseen(rival, other, cluster, "even").imbalance_mean,
             "eplb_balanced": unseen(rival, other, cluster).imbalance_mean,
         })

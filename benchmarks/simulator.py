@@ -49,7 +49,7 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         report[name] = SECTIONS[name]()
         seconds = time.perf_counter() - start
-        print(f"{name}: {report[name]['holds']} ({seconds:.1f} s)", file=sys.stderr, flush=True)
+        print(f"{name}: {seconds:.1f} s: {json.dumps(report[name])}", file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps(report))
         return

@@ -76,8 +76,8 @@ def stalls(steps: Measurements, report: ApplyReport) -> dict[str, float]:
     """What serving felt of a switch, from the steps around it.
 
     stage_us: spent on moving experts inside steps that served. staging_us: the same, or the wall
-    time of all staging where nothing was served meanwhile. commit_us: by how much the committing
-    step was longer than the median of the others.
+    time of all staging where nothing was served meanwhile. commit_us: reading what arrived once
+    more, and by how much the committing step was longer than the median of the others.
     """
     felt_us = float(steps.stage_us[steps.staging].max(axis=1, initial=0.0).sum())
     commit = steps.staging & (steps.epoch == report.epoch)
@@ -88,6 +88,6 @@ def stalls(steps: Measurements, report: ApplyReport) -> dict[str, float]:
     return {
         "stage_us": felt_us,
         "staging_us": felt_us or report.stage_us,
-        "commit_us": commit_us,
+        "commit_us": report.verify_us + commit_us,
         "commit_step_us": report.commit_us,
     }

@@ -117,7 +117,7 @@ class ScriptedGroup:
         moves = self.plan.moves_to(plan)
         self.applied.append(plan)
         self.plan, self.decode, self.epoch = plan, decode or plan, self.epoch + 1
-        return ApplyReport(self.epoch, tuple(moves), 12288 * len(moves), 0, 1, 0.0, 0.0)
+        return ApplyReport(self.epoch, tuple(moves), 12288 * len(moves), 0, 1, 0.0, 0.0, 0.0)
 
 
 def plan_in_order() -> Plan:
