@@ -103,6 +103,8 @@ def _evidence_facts(evidence: Evidence) -> list[tuple[str, Any]]:
         (f"objective ({evidence.objective_name})", f"{evidence.objective:,.4f}"),
         (f"bound{kind}", f"{evidence.bound:,.4f}"),
         ("gap", f"{evidence.gap:.2%}"),
+        ("remote copies per token",
+         None if evidence.copies is None else f"{evidence.copies:,.3f}"),
         ("on held-back steps",
          None if evidence.validation is None else f"{evidence.validation:,.4f}"),
         ("judged on", evidence.steps),

@@ -297,6 +297,8 @@ def resolve_settings(
     slack = default_slack(cluster) if slack is None else slack
     if not 0.0 <= slack < 1.0:
         raise UsageError(f"balance_slack {slack} must lie in [0, 1)")
+    if seed < 0:
+        raise UsageError(f"seed {seed} must be at least 0")
     if time_limit_s is not None and not time_limit_s > 0:
         raise UsageError(f"time_limit_s {time_limit_s} must be above 0")
     deadline = None if time_limit_s is None else time.time() + time_limit_s

@@ -273,6 +273,7 @@ def test_balance_can_be_asked_for_beside_a_model() -> None:
 
 
 @pytest.mark.parametrize(("asked", "said"), [
+    ({"seed": -1}, "seed -1 must be at least 0"),
     ({"method": "luck"}, "unknown method 'luck'"),
     ({"objective": "fame"}, "unknown objective 'fame'"),
     ({"effort": "heroic"}, "unknown effort 'heroic'"),
