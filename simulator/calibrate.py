@@ -174,6 +174,24 @@ def fit_expert_table(
     return tuple(unique.tolist()), tuple(rising.tolist())
 
 
+def held_out_table_error(
+    tokens: npt.ArrayLike, us: npt.ArrayLike, *, start_us: float = 0.0
+) -> FitError:
+    """How far a table is off between its points: every token count but the first and the last is
+    left out in turn and predicted from the others. Raises InputError on fewer than 3 counts."""
+    tokens_M, us_M = np.asarray(tokens, np.float64), np.asarray(us, np.float64)
+    unique = np.unique(tokens_M)
+    if len(unique) < 3:
+        raise InputError(f"{len(unique)} token counts: an error needs at least 3, give more")
+    predicted, measured = [], []
+    for count in unique[1:-1]:
+        others = tokens_M != count
+        table = fit_expert_table(tokens_M[others], us_M[others], start_us=start_us)
+        predicted.append(start_us + float(np.interp(count, *table)))
+        measured.append(float(np.median(us_M[~others])))
+    return FitError.of(np.array(predicted), np.array(measured))
+
+
 @dataclass(frozen=True)
 class ExchangeFit:
     """alpha + alpha_per_log2_node x log2(nodes) + bytes / rate, fitted to one direction."""
@@ -257,8 +275,7 @@ def machine_profile(
     """
     table_tokens, table_us = fit_expert_table(expert_tokens, expert_us, start_us=start_us)
     link = fit_exchange(exchange)
-    predicted = start_us + np.interp(np.asarray(expert_tokens), table_tokens, table_us)
-    expert_error = FitError.of(predicted, np.asarray(expert_us, np.float64))
+    expert_error = held_out_table_error(expert_tokens, expert_us, start_us=start_us)
     smallest_us, largest_us = max(table_us[0], 1e-6), max(table_us[-1], 1e-6)
     compute = ComputeProfile(
         start_us=start_us,
@@ -274,7 +291,8 @@ def machine_profile(
         memory_bytes=memory_bytes,
         dispatch_bytes_per_value=bytes_per_value, combine_bytes_per_value=bytes_per_value,
         source="measured on this machine",
-        error=f"experts: {expert_error}; exchange: {link.error}",
+        error=f"experts at token counts left out of the fit: {expert_error}; "
+        f"exchange: {link.error}",
     )
 
 

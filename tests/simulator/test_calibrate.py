@@ -20,6 +20,7 @@ from loadmaster.simulator.calibrate import (
     fit_exchange,
     fit_expert_layers,
     fit_expert_table,
+    held_out_table_error,
     hold_back_half,
     machine_profile,
     predict_expert_layers,
@@ -128,7 +129,14 @@ def test_a_machine_gets_a_profile_with_its_errors() -> None:
     )
     assert profile.compute.expert_table_us == (20.0, 25.0, 90.0)
     assert profile.dispatch.nvlink_bytes_per_s == pytest.approx(1e9)
-    assert "median" in profile.error and profile.source == "measured on this machine"
+    # 64 tokens from their neighbours: 20 + 63 / 511 x 70 us against 25 measured.
+    assert "left out of the fit: median 14.5%" in profile.error
+    assert profile.source == "measured on this machine"
+
+
+def test_an_error_between_points_needs_points_between() -> None:
+    with pytest.raises(InputError, match="2 token counts: an error needs at least 3"):
+        held_out_table_error([1, 64, 64], [20.0, 25.0, 26.0])
 
 
 def test_two_tiers_make_one_profile() -> None:
