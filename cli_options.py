@@ -5,12 +5,14 @@ Knows how a cluster, a sampler and a model are named on the command line.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import InputError, UsageError
+from .errors import InputError, LoadmasterError, UsageError
 
 if TYPE_CHECKING:
     from .placement.cluster import Cluster
@@ -167,6 +169,53 @@ def require_target(path: Path | None) -> None:
         raise UsageError(f"{path}: there is no folder {path.parent}: make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{path}: the folder {path.parent} cannot be written to")
+
+
+def require_targets(*paths: Path | None) -> None:
+    """As `require_target`, for all the files of a run, which must be different ones."""
+    named = [path for path in paths if path is not None]
+    for i, path in enumerate(named):
+        require_target(path)
+        if path.resolve() in [other.resolve() for other in named[:i]]:
+            raise UsageError(f"{path} is named twice: give each output a file of its own")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a folder gone meanwhile becomes one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise LoadmasterError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def read_plans(paths: Sequence[Path]) -> dict[str, Plan]:
+    """Plan files by name. Raises UsageError where two would share a name."""
+    from .placement.plan import Plan
+
+    named = {path.stem: Plan.load(path) for path in paths}
+    if len(named) != len(paths):
+        raise UsageError("two plan files share a name: rename one, names label the rows")
+    return named
+
+
+def plans_cluster(
+    plans: Mapping[str, Plan],
+    file: Path | None,
+    preset: str,
+    nodes: int,
+    devices_per_node: int | None,
+    traffic: str,
+    routing: RoutingTrace,
+) -> Cluster:
+    """The cluster the options describe; where they leave it open, one that the plans fill."""
+    first = next(iter(plans.values()))
+    if devices_per_node is None:
+        devices_per_node = -(-first.num_devices // max(nodes, 1))
+    slots = max(plan.slots_per_device for plan in plans.values())
+    return build_cluster(
+        file, preset, nodes, devices_per_node, slots, traffic, routing.num_experts
+    )
 
 
 def load_plan(path: Path | None) -> Plan | None:

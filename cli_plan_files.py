@@ -120,7 +120,8 @@ def plan_import(
 
 def schema(
     name: Annotated[
-        str | None, typer.Argument(help="plan, cluster, model, trace or hardware.")
+        str | None,
+        typer.Argument(help="plan, cluster, model, trace, hardware, grid or faults."),
     ] = None,
 ) -> None:
     """JSON Schema of every file format, or of one."""
@@ -128,6 +129,8 @@ def schema(
     from .placement.cluster import Cluster
     from .placement.hardware import HardwareProfile
     from .placement.plan import plan_schema
+    from .simulator.fault_fields import faults_schema
+    from .simulator.whatif_grid import grid_schema
     from .traces.manifest import Manifest
     from .traces.spec import ModelSpec
 
@@ -135,6 +138,7 @@ def schema(
         "plan": plan_schema, "cluster": Cluster.model_json_schema,
         "model": ModelSpec.model_json_schema, "trace": Manifest.model_json_schema,
         "hardware": HardwareProfile.model_json_schema,
+        "grid": grid_schema, "faults": faults_schema,
     }
     if name is not None and name not in schemas:
         raise UsageError(f"no format {name!r}; there are: {', '.join(schemas)}")

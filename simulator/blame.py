@@ -59,6 +59,21 @@ class Blame:
     slowest_share_G: tuple[float, ...]
     judged_steps: int                # routed steps that `placement` and `dispatch` were split on
 
+    @property
+    def slowest_device(self) -> tuple[int, float]:
+        """(the device that most often sets a layer's time, the share of layers it does)."""
+        device = int(np.argmax(self.slowest_share_G))
+        return device, self.slowest_share_G[device]
+
+    @property
+    def worst_port(self) -> tuple[str, float]:
+        """(the port that sets the exchange of most layers, the share of layers it does)."""
+        share: dict[str, float] = {}
+        for layer in self.layers:
+            share[layer.port] = share.get(layer.port, 0.0) + layer.port_share / len(self.layers)
+        port = max(share, key=lambda name: share[name])
+        return port, share[port]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists."""
         return {

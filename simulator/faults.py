@@ -59,7 +59,10 @@ class SlowDevice:
 
 @dataclass(frozen=True)
 class Jitter:
-    """Every device's step time varies: exp(sigma x |normal|), drawn anew each step."""
+    """Every device's step time varies: exp(sigma x |normal|), drawn anew each step.
+
+    Several on one device multiply, each with draws of its own.
+    """
 
     sigma: float
     devices: tuple[int, ...] | None = None
@@ -67,11 +70,14 @@ class Jitter:
     def start(self, run: Run) -> None:
         if not (np.isfinite(self.sigma) and self.sigma >= 0):
             raise UsageError(f"Jitter.sigma {self.sigma} must be finite and >= 0")
-        chosen = range(run.router.cluster.num_devices) if self.devices is None else self.devices
+        devices = run.router.cluster.num_devices
+        chosen = sorted(set(range(devices) if self.devices is None else self.devices))
         for device in chosen:
             _check(run, "Jitter", device, 0, 0.0, None)
-            run.in_force.jitter_G[device] = self.sigma
-        run.log("jitter", f"sigma {self.sigma:g} on {len(list(chosen))} devices")
+        sigma_G = np.zeros(devices)
+        sigma_G[chosen] = self.sigma
+        run.in_force.add_jitter(sigma_G)
+        run.log("jitter", f"sigma {self.sigma:g} on {len(chosen)} devices")
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class FlappingNic:
         _check(run, "FlappingNic", self.device, self.group, self.at_us, self.until_us)
         if not 0 < self.share <= 1:
             raise UsageError(f"FlappingNic.share {self.share} must lie in (0, 1]")
-        if not 0 < self.down_us < self.period_us:
+        if not 0 < self.down_us < self.period_us < np.inf:
             raise UsageError(
                 f"FlappingNic.down_us {self.down_us} must lie in (0, period_us {self.period_us})"
             )
@@ -135,8 +141,14 @@ class LostDevices:
             _check(run, "LostDevices", device, self.group, self.at_us, None)
         if not self.lost(run):
             raise UsageError("LostDevices needs devices or a node")
-        if self.detect_us < 0 or self.replan_us < 0:
-            raise UsageError("LostDevices.detect_us and replan_us must be >= 0")
+        for name in ("at_us", "detect_us", "replan_us", "back_after_us"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < np.inf:
+                raise UsageError(f"LostDevices.{name} {value} must be finite and >= 0")
+        if not 0 <= self.group < len(run.loop.groups):
+            raise InputError(
+                f"LostDevices.group {self.group}: there are {len(run.loop.groups)} groups"
+            )
         run.loop.env.process(self._play(run))
 
     def lost(self, run: Run) -> frozenset[int]:
@@ -224,8 +236,11 @@ def _check(
         raise InputError(f"{what}.device {device}: the cluster has devices 0..{devices - 1}")
     if not 0 <= group < len(run.loop.groups):
         raise InputError(f"{what}.group {group}: there are {len(run.loop.groups)} groups")
-    if not at_us >= 0 or (until_us is not None and not until_us >= at_us):
-        raise UsageError(f"{what}: at_us {at_us} and until_us {until_us} must be >= 0 and in order")
+    ends_us = at_us if until_us is None else until_us
+    if not 0 <= at_us <= ends_us < np.inf:
+        raise UsageError(
+            f"{what}: at_us {at_us} and until_us {until_us} must be finite, >= 0 and in order"
+        )
 
 
 def thermal(

@@ -38,13 +38,13 @@ class InForce:
         self.number_of_group = [0] * groups
         self.whole_plan = [plan] * groups     # with every device there: what lost ones come back to
         self.exchange_us_of_group = [0.0] * groups     # of all steps so far
-        self.jitter_G = np.zeros(router.cluster.num_devices)
+        self._seed = seed
+        self._jitters: list[tuple[FloatArray, np.random.Generator]] = []
         self._causes = itertools.count()
         self._slow: list[dict[int, FloatArray]] = [{} for _ in range(groups)]
         self._nic: list[dict[int, FloatArray]] = [{} for _ in range(groups)]
         self._lost: list[Counter[int]] = [Counter() for _ in range(groups)]
         self._uncovered = [0] * groups
-        self._jitter_stream = stream(seed, "jitter")
 
     def of(self, group: int) -> Condition:
         """The condition of a group."""
@@ -123,15 +123,20 @@ class InForce:
         share = _combined(self._nic[group], cause, nic_share_G)
         self._set(group, dataclasses.replace(self.of(group), nic_share_G=share))
 
+    def add_jitter(self, sigma_G: FloatArray) -> None:
+        """One more cause of random slowness, with draws of its own; causes multiply."""
+        self._jitters.append((sigma_G, stream(self._seed, "jitter", len(self._jitters))))
+
     def jitter_us(self, compute_LG: npt.NDArray[np.float32]) -> float:
         """What this step's random slowness adds; the draws depend on the step's number alone.
 
-        Each device takes exp(jitter x |normal|) times as long, the same over the step's layers.
+        Each device takes exp(sigma x |normal|) times as long, the same over the step's layers.
         """
-        if not self.jitter_G.any():
+        if not self._jitters:
             return 0.0
-        normal_G = np.abs(self._jitter_stream.standard_normal(len(self.jitter_G)))
-        slow_LG = compute_LG * np.exp(self.jitter_G * normal_G)
+        slow_LG = compute_LG.astype(np.float64)
+        for sigma_G, draws in self._jitters:
+            slow_LG = slow_LG * np.exp(sigma_G * np.abs(draws.standard_normal(len(sigma_G))))
         return float((slow_LG.max(axis=1) - compute_LG.max(axis=1)).sum())
 
     def _set(self, group: int, condition: Condition) -> None:

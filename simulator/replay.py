@@ -3,9 +3,8 @@
 The same steps in the same order for every plan, so differences are paired; bands and verdict are
 `placement.comparison`'s. A request begins with the first step that holds one of its tokens and ends
 with the last; with arrival times it begins when it arrives, and a step waits until all its requests
-are there. Knows traces,
-plans and step times. Knows nothing of admission or KV memory: what ran together in the recording
-runs together here.
+are there. Knows traces, plans and step times. Knows nothing of admission or KV memory: what ran
+together in the recording runs together here.
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ import numpy.typing as npt
 from ..errors import InputError, UsageError
 from ..placement.cluster import Cluster
 from ..placement.comparison import Comparison, compare
+from ..placement.evaluate import resolve_dispatch
 from ..placement.overlap import Overlap
 from ..placement.plan import DispatchSpec, Plan
+from ..traces.arrivals import Arrivals
 from ..traces.spec import ModelSpec
 from ..traces.steps import Steps, StepSampler
 from ..traces.trace import RoutingTrace
@@ -109,8 +110,15 @@ def replay(
         raise UsageError("name at least one plan to replay")
     sampler = steps or StepSampler(order="recorded" if trace.step is not None else "interleaved")
     cut = sampler.sample(trace, max_steps)
-    spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
-    router = StepRouter(trace, cluster, model, dispatch=spec, overlap=overlap)
+    routers = {
+        name: StepRouter(
+            trace, cluster, model, overlap=overlap,
+            dispatch=None if dispatch is None else resolve_dispatch(dispatch, plan),
+        )
+        for name, plan in plans.items()
+    }
+    for name, plan in plans.items():
+        routers[name].check(plan)
     home_T = trace.home_rank_T(cluster.num_devices).astype(np.int64)
     compositions = [
         Composition(tokens, home_T[tokens]) for tokens in map(cut.tokens_of, range(len(cut)))
@@ -121,14 +129,28 @@ def replay(
     if arrival_R is not None:
         np.maximum.at(ready_W, first_R, arrival_R)
     played = {
-        name: _play(router, plan, compositions, ready_W, first_R, last_R, arrival_R)
+        name: _play(routers[name], plan, compositions, ready_W, first_R, last_R, arrival_R)
         for name, plan in plans.items()
     }
     comparison = compare(
-        dict(plans), trace, cluster, steps=sampler, dispatch=spec, model=model, seed=seed,
+        dict(plans), trace, cluster, steps=sampler, dispatch=dispatch, model=model, seed=seed,
         current=current, max_steps=max_steps, overlap=overlap,
     )
     return Replay(played, comparison, request, len(cut), cut.notes)
+
+
+def arrivals_of(trace: RoutingTrace, arrivals: Arrivals) -> dict[int, float]:
+    """Request id -> when it arrives: the n-th arrival is the trace's n-th request id, rising.
+
+    Arrivals beyond the trace's requests are left over. Raises InputError where there are too few.
+    """
+    request = np.unique(trace.request_T())
+    if len(arrivals) < len(request):
+        raise InputError(
+            f"{arrivals.source or 'arrivals'}: {len(arrivals)} arrivals for the trace's "
+            f"{len(request)} requests: each request needs one"
+        )
+    return dict(zip(request.tolist(), map(float, arrivals.time_us), strict=False))
 
 
 def _play(
@@ -140,7 +162,6 @@ def _play(
     last_R: IntArray,
     arrival_R: FloatArray | None,
 ) -> ReplayedPlan:
-    router.check(plan)
     condition = Condition(plan)
     step_W, usage = cost_all(router, condition, compositions)
     end_W = np.empty(len(step_W))

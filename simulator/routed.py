@@ -26,6 +26,7 @@ from ..traces.steps import Steps
 from ..traces.trace import RoutingTrace
 from .bulk_loads import bulk_loads, counts_in_bulk
 from .composition import Composition
+from .measured_range import below_measured
 from .memory import require_experts_fit
 
 IntArray = npt.NDArray[np.int64]
@@ -157,7 +158,8 @@ class StepRouter:
             cost.step_us_W, cost.layer_us_WL, cost.dispatch_us_WL, cost.combine_us_WL,
             cost.compute_us_WLG.astype(np.float32),
             port_times(loads, self.model, self.cluster), cost.dispatch_port_WL,
-            busy.max(axis=2) / np.where(mean > 0, mean, np.nan), cost.notes,
+            busy.max(axis=2) / np.where(mean > 0, mean, np.nan),
+            (*cost.notes, *below_measured(loads, self.model, self.cluster)),
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..placement.cluster import Cluster
+from ..placement.evaluate import resolve_dispatch
 from ..placement.overlap import Overlap
 from ..placement.plan import DispatchSpec, Plan
 from ..traces.spec import ModelSpec
@@ -115,13 +116,14 @@ def simulate(
     """Serve the workload to its last token.
 
     Every step's routing is sampled from `trace` by domain, dispatched by `dispatch` (None = the
-    plan's own) and priced by `step_cost`. routing="bank" draws steps of each size from ones routed
-    beforehand; "every_step" routes each (exact, slow). The same seed gives the same requests,
-    routing and faults under every plan, so results of several plans are paired.
+    plan's own; the name of its own policy keeps its parameters) and priced by `step_cost`.
+    routing="bank" draws steps of each size from ones routed beforehand; "every_step" routes each
+    (exact, slow). The same seed gives the same requests, routing and faults under every plan, so
+    results of several plans are paired.
     Raises InputError or InfeasibleError naming what does not fit together.
     """
     requests, serving = as_workload(workload), serving or Serving()
-    spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
+    spec = None if dispatch is None else resolve_dispatch(dispatch, plan)
     router = StepRouter(trace, cluster, model, dispatch=spec, overlap=serving.overlap)
     in_force = InForce(
         router, plan, groups=serving.groups, seed=seed, memory=serving.memory

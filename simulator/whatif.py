@@ -12,7 +12,7 @@ import csv
 import functools
 import hashlib
 import io
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,10 @@ from ..traces.trace import RoutingTrace
 from .bank import BankSpec
 from .batching import BatchLimits
 from .memory import MemorySpec, expert_bytes_G
-from .result import Slo
+from .result import SimulationResult, Slo
 from .serve import Serving, simulate
 from .whatif_grid import Grid, Scenario, cell_text
+from .whatif_resume import Cell, append_cell, finished_cells
 from .workload import Workload
 
 BANK = BankSpec(samples=4)
@@ -69,20 +70,21 @@ class Study:
         return state.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One scenario's outcome; `error` instead of figures where it failed."""
-
-    fields: dict[str, Any]
-    figures: dict[str, float | None]
-    error: str | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class WhatIf:
     """All cells in the grid's order."""
 
     cells: tuple[Cell, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What cells say beside their figures, each once, and of how many cells it holds."""
+        counted = Counter(note for c in self.cells for note in c.notes)
+        whole = sum(c.error is None for c in self.cells)
+        return tuple(
+            note if n == whole else f"{note} ({n} of {whole} scenarios)"
+            for note, n in counted.items()
+        )
 
     @property
     def failed(self) -> tuple[Cell, ...]:
@@ -123,7 +125,8 @@ class WhatIf:
         front = {id(c) for c in self.pareto()}
         return {
             "cells": [
-                {"rank": rank, "fields": c.fields, "figures": c.figures, "pareto": id(c) in front}
+                {"rank": rank, "fields": c.fields, "figures": c.figures, "pareto": id(c) in front,
+                 "notes": list(c.notes)}
                 for rank, c in enumerate(self.ranked(), start=1)
             ],
             "failed": [{"fields": c.fields, "error": c.error} for c in self.failed],
@@ -160,15 +163,16 @@ def run_whatif(
     require_figure(rank_by)
     cells = study.grid.cells()
     digest = study.digest()
-    finished = {} if resume is None else _finished(Path(resume), digest)
+    path = None if resume is None else Path(resume)
+    finished = {} if path is None else finished_cells(path, digest)
     open_cells = [fields for fields in cells if cell_text(fields) not in finished]
     job = functools.partial(run_cell, study)
     answers = map(job, open_cells) if executor is None else executor.map(job, open_cells)
     done = len(cells) - len(open_cells)
     for cell in _told(answers, progress, done, len(cells)):
         finished[cell_text(cell.fields)] = cell
-        if resume is not None and cell.error is None:
-            _append(Path(resume), digest, cell)
+        if path is not None and cell.error is None:
+            append_cell(path, digest, cell)
     return WhatIf(tuple(finished[cell_text(fields)] for fields in cells))
 
 
@@ -176,7 +180,8 @@ def run_cell(study: Study, fields: dict[str, Any]) -> Cell:
     """Plan and serve one scenario; whatever stops it becomes the cell's `error`."""
     try:
         scenario = study.grid.scenario(fields)
-        return Cell(fields, _figures(study, scenario))
+        result, expert_bytes = _serve(study, scenario)
+        return Cell(fields, _figures(scenario, result, expert_bytes), notes=result.notes)
     except LoadmasterError as error:
         return Cell(fields, {}, str(error))
     except Exception as error:
@@ -189,7 +194,8 @@ def require_figure(name: str) -> None:
         raise InputError(f"no figure {name!r}; there are: {', '.join(FIGURES)}")
 
 
-def _figures(study: Study, scenario: Scenario) -> dict[str, float | None]:
+def _serve(study: Study, scenario: Scenario) -> tuple[SimulationResult, int]:
+    """(what users saw, bytes of experts on the fullest device)."""
     known, unseen = study.trace.split(0.5, seed=study.grid.seed)
     cluster = _cluster(scenario, study.trace)
     plan = make_plan(known, cluster, method=scenario.method, dispatch=scenario.dispatch,
@@ -206,6 +212,12 @@ def _figures(study: Study, scenario: Scenario) -> dict[str, float | None]:
         slo=None if slo is None else Slo(slo.ttft_us, slo.tpot_us),
         happenings=study.grid.happenings(scenario),
     )
+    return result, int(expert_bytes_G(plan, study.model).max())
+
+
+def _figures(
+    scenario: Scenario, result: SimulationResult, expert_bytes: int
+) -> dict[str, float | None]:
     return {
         "latency_mean_us": result.latency.mean, "latency_p99_us": result.latency.p99,
         "ttft_p50_us": result.ttft.p50, "ttft_p99_us": result.ttft.p99,
@@ -215,7 +227,7 @@ def _figures(study: Study, scenario: Scenario) -> dict[str, float | None]:
         "goodput_requests_per_s": result.goodput_requests_per_s,
         "imbalance_mean": result.blame.imbalance_mean,
         "devices": scenario.devices,
-        "expert_bytes_per_device": int(expert_bytes_G(plan, study.model).max()),
+        "expert_bytes_per_device": expert_bytes,
     }
 
 
@@ -247,34 +259,3 @@ def _told(
         yield cell
         if progress is not None:
             progress(count, total)
-
-
-def _finished(path: Path, digest: str) -> dict[str, Cell]:
-    """Cells of this study in the file; a last line cut short by a crash is passed over."""
-    if not path.exists():
-        return {}
-    cells = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            if row["study"] == digest:
-                cells[cell_text(row["fields"])] = Cell(row["fields"], row["figures"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise InputError(
-                    f"{path}: line {number} is not a finished cell: remove the file to start over"
-                ) from error
-    return cells
-
-
-def _append(path: Path, digest: str, cell: Cell) -> None:
-    row = {"study": digest, "fields": cell.fields, "figures": cell.figures}
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text if text.endswith("\n") or not text else text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")      # drop a line a crash cut short
-    with path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(row, separators=(",", ":")) + "\n")

@@ -12,23 +12,22 @@ runs, so that it does not stop the others; an unknown field is an error at once.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
-from .faults import FlappingNic, Jitter, LostDevices, SlowDevice
+from .fault_fields import Fault, fault_of, fault_schema
+from .yaml_file import first_fault, read_mapping
 
 
 class Scenario(BaseModel):
     """One cell: everything that may differ between scenarios."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     preset: str = "h100"
     nodes: int = Field(default=1, gt=0)
@@ -56,7 +55,7 @@ class Scenario(BaseModel):
 class SloFields(BaseModel):
     """The service level that goodput counts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     ttft_us: float = Field(gt=0)
     tpot_us: float = Field(gt=0)
@@ -71,20 +70,13 @@ class Grid(BaseModel):
     axes: dict[str, list[Any]] = Field(default_factory=dict)
     failures: dict[str, list[dict[str, Any]]] = Field(default_factory=dict)
     slo: SloFields | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
         """Read and check a grid file. Raises InputError naming the field."""
         path = Path(path)
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: no such grid file") from error
-        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-            raise InputError(f"{path}: not YAML: {error}") from error
-        if not isinstance(data, dict):
-            raise InputError(f"{path}: a grid is a mapping with `base` and `axes`")
+        data = read_mapping(path, "grid", "`base` and `axes`")
         return cls.parse(data, where=str(path))
 
     @classmethod
@@ -93,9 +85,8 @@ class Grid(BaseModel):
         try:
             grid = cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
             raise InputError(
-                f"{where}: {'.'.join(str(p) for p in first['loc'])}: {first['msg']}"
+                f"{where}: {first_fault(error, ', '.join(cls.model_fields))}"
             ) from error
         known = set(Scenario.model_fields)
         for section, names in (("base", grid.base), ("axes", grid.axes)):
@@ -123,8 +114,7 @@ class Grid(BaseModel):
         try:
             scenario = Scenario.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            raise InputError(first_fault(error)) from error
         if scenario.failure != "none" and scenario.failure not in self.failures:
             raise InputError(
                 f"failure: no {scenario.failure!r} under `failures`; there are: "
@@ -132,42 +122,24 @@ class Grid(BaseModel):
             )
         return scenario
 
-    def happenings(self, scenario: Scenario) -> list[Any]:
+    def happenings(self, scenario: Scenario) -> list[Fault]:
         """The scenario's faults. Raises InputError naming the failure and field."""
         if scenario.failure == "none":
             return []
-        return [_fault(scenario.failure, fields) for fields in self.failures[scenario.failure]]
-
-
-FAULTS: dict[str, type[Any]] = {
-    "slow_device": SlowDevice, "jitter": Jitter, "flapping_nic": FlappingNic,
-    "lost_devices": LostDevices,
-}
-
-
-def _fault(name: str, fields: dict[str, Any]) -> Any:
-    kind = fields.get("kind")
-    if not isinstance(kind, str) or kind not in FAULTS:
-        raise InputError(f"failures.{name}: kind {kind!r}; there are: {', '.join(FAULTS)}")
-    rest = {k: v for k, v in fields.items() if k != "kind"}
-    known = [f.name for f in dataclasses.fields(FAULTS[kind]) if f.name != "replan"]
-    if unknown := sorted(set(rest) - set(known)):
-        raise InputError(
-            f"failures.{name}: {kind}.{unknown[0]}: no such field; there are: {', '.join(known)}"
-        )
-    try:
-        return TypeAdapter(FAULTS[kind]).validate_python(rest)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, (kind, *first["loc"])))
-        raise InputError(f"failures.{name}: {where}: {first['msg']}") from error
+        return [
+            fault_of(fields, f"failures.{scenario.failure}")
+            for fields in self.failures[scenario.failure]
+        ]
 
 
 def grid_schema() -> dict[str, Any]:
     """JSON Schema of the grid file."""
-    schema = Grid.model_json_schema()
+    schema, fault = Grid.model_json_schema(), fault_schema()
+    definitions = schema.setdefault("$defs", {})
+    definitions |= fault.pop("$defs") | {"Scenario": Scenario.model_json_schema(), "Fault": fault}
+    one = {"type": "array", "items": {"$ref": "#/$defs/Fault"}}
     schema["properties"]["base"] = {"$ref": "#/$defs/Scenario"}
-    schema.setdefault("$defs", {})["Scenario"] = Scenario.model_json_schema()
+    schema["properties"]["failures"]["additionalProperties"] = one
     return schema
 
 

@@ -227,3 +227,34 @@ def test_jitter_and_own_time_are_in_the_account(cluster, trace, model, routing) 
     assert blame.step_us == pytest.approx(result.step_time.mean, rel=1e-4)
     assert blame.shares["jitter"] > 0 and blame.shares["other"] > 0
     assert sum(blame.shares.values()) == pytest.approx(1.0)
+
+
+def test_two_jitters_on_a_device_both_count(cluster, trace, model) -> None:
+    """Neither overwrites the other, in either order; one with sigma 0 changes nothing."""
+    plan = contiguous_plan()
+    weak, strong, both, turned, idle = (
+        run(plan, cluster, trace, model, *faults).step_time.mean
+        for faults in (
+            [Jitter(0.1)], [Jitter(0.4, (1,))], [Jitter(0.1), Jitter(0.4, (1,))],
+            [Jitter(0.4, (1,)), Jitter(0.1)], [Jitter(0.1), Jitter(0.0)],
+        )
+    )
+    assert both > weak and both > strong and turned > strong
+    assert idle == weak
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (SlowDevice(0, 2.0, float("inf")), "at_us"),
+        (SlowDevice(0, 2.0, 0.0, float("nan")), "until_us"),
+        (FlappingNic(0, 0.5, float("inf"), 1.0), "period_us"),
+        (LostDevices(float("nan"), (0,)), "at_us"),
+        (LostDevices(0.0, (0,), detect_us=float("nan")), "detect_us"),
+        (LostDevices(0.0, (0,), back_after_us=-1.0), "back_after_us"),
+        (LostDevices(0.0, node=0, group=3), "group 3"),
+    ],
+)
+def test_times_that_no_clock_can_tell_are_refused(cluster, trace, model, fault, message) -> None:
+    with pytest.raises((InputError, UsageError), match=message):
+        run(contiguous_plan(), cluster, trace, model, fault)

@@ -182,7 +182,7 @@ def test_the_table_is_a_csv_with_a_row_per_cell(trace, model) -> None:
         ("base: {colour: 1}", r"base\.colour: no such field"),
         ("axes: {nodes: []}", r"axes\.nodes: lists no value"),
         ("axes: 3", "axes"),
-        ("- a list", "a grid is a mapping"),
+        ("- a list", "a grid file is a mapping"),
         ("a: [", "not YAML"),
         ("slo: {ttft_us: -1, tpot_us: 2}", r"slo\.ttft_us"),
     ],
