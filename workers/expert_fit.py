@@ -22,7 +22,7 @@ from .step_log import Measurements
 
 FloatArray = npt.NDArray[np.float64]
 RECORDED = StepSampler(order="recorded")
-TIMED_TOKENS = (8, 64, 256, 768)     # tokens per expert
+TIMED_TOKENS = (1, 4, 16, 64, 256, 768)     # tokens per expert, as decode and prefill have them
 TIMED_ACTIVE = (4, 8, 12)            # active experts
 
 
