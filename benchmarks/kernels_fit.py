@@ -1,113 +1,103 @@
-"""A layer's time as a sum of what its experts take: fitted on some token counts, judged on others.
+"""A layer's time from what its experts take one by one: the calibrated model on other token counts.
 
-Uses the rows `kernels/bench.py` measures and the table fit of `simulator/calibrate.py`, as
-`loadmaster calibrate` does; `kernels.py` prints.
+The model is the one `loadmaster calibrate` makes (rows of `kernels/bench.py`, fit of
+`simulator/machine.py`): experts alone are timed, no layer. Judged on whole layers of routed tokens
+that it has not seen. Experts and layers are sampled in the same rounds, so that a machine whose
+speed drifts favours neither. `kernels.py` prints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from kernels_cpu import CPU, PREFILL, medians_ms
+from kernels_cpu import CPU, PREFILL
 from torch import Tensor
 
-from loadmaster.kernels.bench import SILU, ExpertTiming, cold_layers, time_experts
-from loadmaster.kernels.grouped import ExpertWeights, moe_layer
+from loadmaster.kernels.bench import (
+    SILU,
+    cold_layers,
+    expert_runs,
+    microseconds,
+)
+from loadmaster.kernels.grouped import moe_layer
 from loadmaster.kernels.routing import histogram, top_k
-from loadmaster.simulator.calibrate import fit_expert_table
+from loadmaster.placement.hardware import ComputeProfile
+from loadmaster.placement.tables import interpolate
+from loadmaster.simulator.machine import fit_expert_table
+from loadmaster.workers.calibration import ACTIVE_EXPERTS
 
-TABLE_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
-ACTIVE = 8
-FITTED_TOKENS = (32, 128, 512, 2048)
-HELD_TOKENS = (48, 96, 192, 320, 768, 1024, 1536)
+LAYER_TOKENS = (48, 96, 192, 320, 768, 1024, 1536)
 ZIPF = (0.0, 1.0, 1.5)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measured layer: how its tokens fell, and how long it took."""
-
-    tokens: int
-    zipf: float
-    count_E: list[int]
-    measured_us: float
+ROUNDS = 9
+MEDIAN_BAR, WORST_BAR = 0.05, 0.20
 
 
 def fit() -> dict[str, Any]:
-    """Median and worst relative error of the held token counts, per dtype."""
-    result: dict[str, Any] = {}
-    for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        result[label] = _fit_dtype(dtype)
-    result["holds"] = all(result[label]["holds"] for label in ("bf16", "fp32"))
-    return result
+    """Median and worst relative error over the layers, per dtype."""
+    result: dict[str, Any] = {
+        label: _fit_dtype(dtype)
+        for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    }
+    return result | {"holds": all(row["holds"] for row in result.values())}
 
 
 def _fit_dtype(dtype: torch.dtype) -> dict[str, Any]:
     shape = PREFILL
-    weights, *_ = cold_layers(
-        shape.hidden, shape.intermediate, dtype, CPU, "auto", SILU, slots=shape.experts, seed=0
+    experts = expert_runs(
+        shape.hidden, shape.intermediate, dtype=dtype, active_experts=ACTIVE_EXPERTS
+    ).once_us
+    layers, count_E = _layers(dtype)
+    us = _medians_us({**experts, **layers})
+    compute, between_error = fit_expert_table(
+        [tokens for tokens, _ in experts], [active for _, active in experts],
+        [us[point] for point in experts],
+        flops_per_assignment=shape.hidden * shape.intermediate * 6.0,
+        expert_bytes=3.0 * shape.hidden * shape.intermediate * dtype.itemsize,
     )
-    # Experts before and after the layers: a machine that grows slower meanwhile biases neither.
-    rows = _time_experts(dtype)
-    cases = _measure(weights, dtype, (*FITTED_TOKENS, *HELD_TOKENS))
-    rows += _time_experts(dtype)
-    table_tokens, table_us = fit_expert_table(
-        [row.tokens_per_expert for row in rows if row.active_experts == ACTIVE],
-        [row.cpu_us / ACTIVE for row in rows if row.active_experts == ACTIVE],
-    )
-    fitted = [case for case in cases if case.tokens in FITTED_TOKENS]
-    held = [case for case in cases if case.tokens in HELD_TOKENS]
-    start_us, assignment_us = _remainder(fitted, table_tokens, table_us)
-    errors = [
-        _predict(case, table_tokens, table_us, start_us, assignment_us) / case.measured_us - 1.0
-        for case in held
+    held = [
+        {"tokens": tokens, "zipf": zipf, "measured_us": round(us[tokens, zipf], 1),
+         "error": round(_layer_us(compute, count_E[tokens, zipf]) / us[tokens, zipf] - 1.0, 4)}
+        for tokens, zipf in layers
     ]
-    sizes = [abs(error) for error in errors]
+    sizes = [abs(row["error"]) for row in held]
     return {
         "median": round(median(sizes), 4),
         "worst": round(max(sizes), 4),
-        "start_us": round(start_us, 1),
-        "assignment_us": round(assignment_us, 4),
-        "table": {str(int(t)): round(us, 1) for t, us in zip(table_tokens, table_us, strict=True)},
-        "held": [
-            {"tokens": case.tokens, "zipf": case.zipf, "measured_us": round(case.measured_us, 1),
-             "error": round(error, 4)}
-            for case, error in zip(held, errors, strict=True)
-        ],
-        "target": "median <= 0.05, worst <= 0.20",
-        "holds": median(sizes) <= 0.05 and max(sizes) <= 0.20,
+        "between_table_points": str(between_error),
+        "start_us": round(compute.start_us, 1),
+        "table_us": {
+            str(int(tokens)): round(each_us, 1) for tokens, each_us in
+            zip(compute.expert_table_tokens, compute.expert_table_us, strict=True)
+        },
+        "held": held,
+        "target": f"median <= {MEDIAN_BAR}, worst <= {WORST_BAR}",
+        "holds": median(sizes) <= MEDIAN_BAR and max(sizes) <= WORST_BAR,
     }
 
 
-def _time_experts(dtype: torch.dtype) -> list[ExpertTiming]:
-    return time_experts(
-        PREFILL.hidden, PREFILL.intermediate,
-        dtype=dtype, tokens_per_expert=TABLE_TOKENS, active_experts=(1, ACTIVE), repeats=5,
-    )
-
-
-def _measure(weights: ExpertWeights, dtype: torch.dtype, tokens: Sequence[int]) -> list[Case]:
-    """Whole layers at every token count and skew, interleaved."""
+def _layers(
+    dtype: torch.dtype,
+) -> tuple[dict[tuple[float, float], Callable[[], float]], dict[tuple[float, float], list[int]]]:
+    """(tokens, zipf) -> run a whole layer once, microseconds; and how its tokens fell."""
     shape, generator = PREFILL, torch.Generator().manual_seed(2)
-    runs, counts = {}, {}
-    for count in tokens:
+    weights, *_ = cold_layers(
+        shape.hidden, shape.intermediate, dtype, CPU, "auto", SILU, slots=shape.experts, seed=0
+    )
+    runs: dict[tuple[float, float], Callable[[], float]] = {}
+    counts: dict[tuple[float, float], list[int]] = {}
+    for tokens in LAYER_TOKENS:
         for zipf in ZIPF:
-            x = torch.randn(count, shape.hidden, generator=generator).to(dtype)
-            gate, ids = _route(count, zipf, generator)
-            counts[f"{count} {zipf}"] = histogram(ids, shape.experts).tolist()
-            runs[f"{count} {zipf}"] = (
-                lambda x=x, ids=ids, gate=gate: moe_layer(x, ids, gate, weights)
+            x = torch.randn(tokens, shape.hidden, generator=generator).to(dtype)
+            gate, ids = _route(tokens, zipf, generator)
+            counts[tokens, zipf] = histogram(ids, shape.experts).tolist()
+            runs[tokens, zipf] = lambda x=x, ids=ids, gate=gate: microseconds(
+                CPU, lambda: moe_layer(x, ids, gate, weights)
             )
-    ms = medians_ms(runs, repeats=7)
-    return [
-        Case(count, zipf, counts[f"{count} {zipf}"], ms[f"{count} {zipf}"] * 1e3)
-        for count in tokens for zipf in ZIPF
-    ]
+    return runs, counts
 
 
 def _route(tokens: int, zipf: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -116,36 +106,16 @@ def _route(tokens: int, zipf: float, generator: torch.Generator) -> tuple[Tensor
     return top_k(-torch.log(-torch.log(draws)) - popularity, PREFILL.choices, normalize=True)
 
 
-def _experts_us(
-    case: Case, table_tokens: Sequence[float], table_us: Sequence[float]
-) -> float:
-    """Sum over active experts of the table, continued along its last piece."""
-    slope = (table_us[-1] - table_us[-2]) / (table_tokens[-1] - table_tokens[-2])
-    active = np.array([count for count in case.count_E if count])
-    beyond = np.maximum(active - table_tokens[-1], 0) * slope
-    return float((np.interp(active, table_tokens, table_us) + beyond).sum())
+def _medians_us(
+    runs: Mapping[tuple[float, float], Callable[[], float]]
+) -> dict[tuple[float, float], float]:
+    """Median of each over rounds that run all of them, after one round to warm up."""
+    rounds = [{point: run() for point, run in runs.items()} for _ in range(ROUNDS + 1)][1:]
+    return {point: median(taken[point] for taken in rounds) for point in runs}
 
 
-def _remainder(
-    fitted: Sequence[Case], table_tokens: Sequence[float], table_us: Sequence[float]
-) -> tuple[float, float]:
-    """What the experts do not explain: a start, and gather and combine per assignment."""
-    from scipy.optimize import nnls
-
-    assignments = np.array([sum(case.count_E) for case in fitted], np.float64)
-    measured = np.array([case.measured_us for case in fitted])
-    left = measured - [_experts_us(case, table_tokens, table_us) for case in fitted]
-    terms = np.stack([np.ones(len(fitted)), assignments], axis=1) / measured[:, None]
-    (start_us, assignment_us), _ = nnls(terms, left / measured)
-    return float(start_us), float(assignment_us)
-
-
-def _predict(
-    case: Case,
-    table_tokens: Sequence[float],
-    table_us: Sequence[float],
-    start_us: float,
-    assignment_us: float,
-) -> float:
-    experts_us = _experts_us(case, table_tokens, table_us)
-    return start_us + sum(case.count_E) * assignment_us + experts_us
+def _layer_us(compute: ComputeProfile, count_E: list[int]) -> float:
+    """Start, and every active expert by the table, continued along its last piece."""
+    active = np.array([count for count in count_E if count], np.float64)
+    each_us, _ = interpolate(active, compute.expert_table_tokens, compute.expert_table_us)
+    return compute.start_us + float(each_us.sum())

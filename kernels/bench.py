@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -84,26 +85,19 @@ def time_experts(
     Sets nothing: call `torch.set_num_threads(1)` first, as the workers do. Takes about
     repeats x (sum of the measured times) and COLD_BYTES of memory.
     """
-    if min(*tokens_per_expert, *active_experts, repeats) < 1:
-        raise InputError("tokens per expert, active experts and repeats must all be >= 1")
-    slots = max(active_experts)
-    layers = cold_layers(
-        hidden, intermediate, dtype, torch.device(device), backend, activation,
-        slots=slots, seed=seed,
+    if repeats < 1:
+        raise InputError(f"{repeats} repeats: time at least once")
+    runs = expert_runs(
+        hidden, intermediate, dtype=dtype, device=device, backend=backend,
+        activation=activation, tokens_per_expert=tokens_per_expert,
+        active_experts=active_experts, seed=seed,
     )
-    most = max(tokens_per_expert) * slots
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(most, hidden, generator=generator).to(dtype).to(layers[0].device)
-    points = list(itertools.product(tokens_per_expert, active_experts))
-    samples: dict[tuple[int, int], list[float]] = {point: [] for point in points}
-    order = itertools.cycle(itertools.product(range(0, slots, min(active_experts)), layers))
+    samples: dict[tuple[int, int], list[float]] = {point: [] for point in runs.once_us}
     for repeat in range(repeats + 1):
-        for tokens, active in points:
-            first, weights = next(order)
-            chosen = [(first + i) % slots for i in range(active)]
-            us = _time_once(x[: tokens * active], tokens, chosen, weights)
+        for point, once_us in runs.once_us.items():
+            us = once_us()
             if repeat:  # the first round warms up
-                samples[tokens, active].append(us)
+                samples[point].append(us)
     return [
         ExpertTiming(
             tokens_per_expert=tokens,
@@ -112,13 +106,61 @@ def time_experts(
             dtype=str(dtype).removeprefix("torch."),
             hidden=hidden,
             intermediate=intermediate,
-            backend=layers[0].backend,
-            device=str(layers[0].device),
+            backend=runs.backend,
+            device=str(torch.device(device)),
             cpu_us=median(samples[tokens, active]),
             repeats=repeats,
         )
-        for tokens, active in points
+        for tokens, active in runs.once_us
     ]
+
+
+@dataclass(frozen=True)
+class ExpertRuns:
+    """(tokens per expert, active experts) -> run it once on cold experts, and how long it took."""
+
+    once_us: dict[tuple[int, int], Callable[[], float]]
+    backend: str
+
+
+def expert_runs(
+    hidden: int,
+    intermediate: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    activation: ExpertActivation = SILU,
+    tokens_per_expert: Sequence[int] = TOKENS_PER_EXPERT,
+    active_experts: Sequence[int] = ACTIVE_EXPERTS,
+    seed: int = 0,
+) -> ExpertRuns:
+    """What `time_experts` samples, for whoever interleaves it with timings of their own.
+
+    Every run takes the next cold experts, whichever point it is of.
+    """
+    if min(*tokens_per_expert, *active_experts) < 1:
+        raise InputError("tokens per expert and active experts must all be >= 1")
+    slots = max(active_experts)
+    layers = cold_layers(
+        hidden, intermediate, dtype, torch.device(device), backend, activation,
+        slots=slots, seed=seed,
+    )
+    most = max(tokens_per_expert) * slots
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(most, hidden, generator=generator).to(dtype).to(layers[0].device)
+    order = itertools.cycle(itertools.product(range(0, slots, min(active_experts)), layers))
+
+    def once_us(tokens: int, active: int) -> float:
+        first, weights = next(order)
+        chosen = [(first + i) % slots for i in range(active)]
+        return _time_once(x[: tokens * active], tokens, chosen, weights)
+
+    return ExpertRuns(
+        {point: partial(once_us, *point)
+         for point in itertools.product(tokens_per_expert, active_experts)},
+        layers[0].backend,
+    )
 
 
 def cold_layers(

@@ -1,9 +1,9 @@
 """Fits device and link parameters to measured tables, and says how far each fit is off.
 
 Takes arrays of timed rows (`measured.py`); returns profiles that `placement/hardware.py` holds.
-Knows nothing of where rows came from: `kernels/bench.py` times experts, `workers/exchange.py` times
-the exchange, published tables are read by the caller. Interpolates linearly, never in log space;
-clamps and flags what lies outside the measured range.
+Knows nothing of where rows came from; the machine at hand, timed point by point, is
+`machine.py`'s. Interpolates linearly, never in log space; clamps and flags what lies outside the
+measured range.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
-from ..placement.hardware import ComputeProfile, ExchangeProfile, HardwareProfile
+from ..placement.hardware import ComputeProfile, ExchangeProfile
 from .measured import ExchangeRows, ExpertRows
 from .streams import stream
 
@@ -158,40 +158,6 @@ def fit_compute_profile(rows: ExpertRows) -> tuple[ComputeProfile, FitError]:
     return profile, FitError.of(terms @ np.array([start_us, byte_us, flop_us]), rows.us)
 
 
-def fit_expert_table(
-    tokens: npt.ArrayLike, us: npt.ArrayLike, *, start_us: float = 0.0
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(tokens, us per expert): medians per token count, made to rise (pool adjacent violators).
-
-    For devices whose kernel was timed expert by expert, as on a CPU.
-    """
-    tokens_M, us_M = np.asarray(tokens, np.float64), np.asarray(us, np.float64)
-    if tokens_M.shape != us_M.shape or tokens_M.ndim != 1 or not len(tokens_M):
-        raise InputError(f"tokens {tokens_M.shape} and us {us_M.shape} must be equal, not empty")
-    unique = np.unique(tokens_M)
-    medians = [float(np.median(us_M[tokens_M == t])) - start_us for t in unique]
-    rising = _rising(np.maximum(medians, 0.0))
-    return tuple(unique.tolist()), tuple(rising.tolist())
-
-
-def held_out_table_error(
-    tokens: npt.ArrayLike, us: npt.ArrayLike, *, start_us: float = 0.0
-) -> FitError:
-    """How far a table is off between its points: every token count but the first and the last is
-    left out in turn and predicted from the others. Raises InputError on fewer than 3 counts."""
-    tokens_M, us_M = np.asarray(tokens, np.float64), np.asarray(us, np.float64)
-    unique = np.unique(tokens_M)
-    if len(unique) < 3:
-        raise InputError(f"{len(unique)} token counts: an error needs at least 3, give more")
-    predicted, measured = [], []
-    for count in unique[1:-1]:
-        others = tokens_M != count
-        table = fit_expert_table(tokens_M[others], us_M[others], start_us=start_us)
-        predicted.append(start_us + float(np.interp(count, *table)))
-        measured.append(float(np.median(us_M[~others])))
-    return FitError.of(np.array(predicted), np.array(measured))
-
-
 @dataclass(frozen=True)
 class ExchangeFit:
     """alpha + alpha_per_log2_node x log2(nodes) + bytes / rate, fitted to one direction."""
@@ -238,11 +204,6 @@ def fit_exchange(rows: ExchangeRows) -> ExchangeFit:
     )
 
 
-def exchange_table(rows: ExchangeRows) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(bytes, us): medians per size, made to rise; for links that no straight line fits (NCCL)."""
-    return fit_expert_table(rows.port_bytes, rows.us)
-
-
 def exchange_profile(
     nvlink: ExchangeFit, nic: ExchangeFit | None = None, *, nic_bytes_per_s: float = 50e9
 ) -> ExchangeProfile:
@@ -253,46 +214,6 @@ def exchange_profile(
         alpha_per_log2_node_us=far.alpha_per_log2_node_us if nic else 0.0,
         nvlink_bytes_per_s=nvlink.bytes_per_s,
         nic_bytes_per_s=nic.bytes_per_s if nic else nic_bytes_per_s,
-    )
-
-
-def machine_profile(
-    *,
-    name: str,
-    expert_tokens: npt.ArrayLike,
-    expert_us: npt.ArrayLike,
-    exchange: ExchangeRows,
-    flops_per_assignment: float,
-    expert_bytes: float,
-    memory_bytes: int,
-    start_us: float = 0.0,
-    counts_collective_us: float = 0.0,
-    bytes_per_value: float = 4.0,
-) -> HardwareProfile:
-    """A profile of the machine at hand: an expert table and an exchange line, with their errors.
-
-    expert_tokens, expert_us [M]: time of one expert with so many tokens.
-    """
-    table_tokens, table_us = fit_expert_table(expert_tokens, expert_us, start_us=start_us)
-    link = fit_exchange(exchange)
-    expert_error = held_out_table_error(expert_tokens, expert_us, start_us=start_us)
-    smallest_us, largest_us = max(table_us[0], 1e-6), max(table_us[-1], 1e-6)
-    compute = ComputeProfile(
-        start_us=start_us,
-        hbm_bytes_per_s=expert_bytes / smallest_us * 1e6,
-        flops_per_s=max(table_tokens[-1], 1.0) * flops_per_assignment / largest_us * 1e6,
-        expert_table_tokens=table_tokens, expert_table_us=table_us,
-    )
-    both = ExchangeProfile(alpha_us=link.alpha_us, nvlink_bytes_per_s=link.bytes_per_s,
-                           nic_bytes_per_s=link.bytes_per_s)
-    return HardwareProfile(
-        name=name, compute=compute, dispatch=both, combine=both,
-        counts_collective_us=counts_collective_us, counts_always=counts_collective_us > 0,
-        memory_bytes=memory_bytes,
-        dispatch_bytes_per_value=bytes_per_value, combine_bytes_per_value=bytes_per_value,
-        source="measured on this machine",
-        error=f"experts at token counts left out of the fit: {expert_error}; "
-        f"exchange: {link.error}",
     )
 
 
@@ -316,16 +237,3 @@ def relative_nnls(terms_MP: FloatArray, us_M: FloatArray) -> FloatArray:
     coefficients, _ = nnls(scaled / size, np.ones(len(us_M)))
     fitted: FloatArray = coefficients / size
     return fitted
-
-
-def _rising(values: FloatArray) -> FloatArray:
-    """The closest non-decreasing sequence (pool adjacent violators)."""
-    blocks: list[list[float]] = []
-    for value in values.tolist():
-        blocks.append([value, 1.0])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            mean, count = blocks.pop()
-            last = blocks[-1]
-            last[0] = (last[0] * last[1] + mean * count) / (last[1] + count)
-            last[1] += count
-    return np.repeat([b[0] for b in blocks], [int(b[1]) for b in blocks])

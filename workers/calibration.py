@@ -1,7 +1,7 @@
 """Measure this machine into a hardware profile: the verb `calibrate`.
 
 Three owners meet here: `kernels/bench.py` times experts, `exchange_bench.py` times the exchange,
-`simulator/calibrate.py` fits. Knows none of their insides.
+`simulator/machine.py` fits. Knows none of their insides.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import numpy as np
-
 from ..errors import UsageError
 from ..placement.hardware import HardwareProfile
-from ..simulator.calibrate import machine_profile
+from ..simulator.machine import fit_expert_table, machine_profile
 from ..simulator.measured import exchange_rows_from
 from ..traces.spec import ModelSpec
 from .exchange_bench import measure_exchange
@@ -52,27 +50,18 @@ def calibrate_machine(
         torch.set_num_threads(threads)
     progress("timing the exchange")
     exchange = measure_exchange(ranks, num_experts=model.num_experts)
-    start_us = _start_us([(r.tokens_per_expert, r.active_experts, r.cpu_us) for r in rows])
-    each_us = [(r.cpu_us - start_us) / r.active_experts + start_us for r in rows]
-    return machine_profile(
-        name="this-machine",
-        expert_tokens=[r.tokens_per_expert for r in rows],
-        expert_us=each_us,
-        exchange=exchange_rows_from(exchange.rows),
+    compute, compute_error = fit_expert_table(
+        [r.tokens_per_expert for r in rows], [r.active_experts for r in rows],
+        [r.cpu_us for r in rows],
         flops_per_assignment=model.flops_per_assignment,
         expert_bytes=float(model.bytes_per_expert_E()[0]),
+    )
+    return machine_profile(
+        name="this-machine",
+        compute=compute,
+        compute_error=compute_error,
+        exchange=exchange_rows_from(exchange.rows),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        start_us=start_us,
         counts_collective_us=exchange.counts_us,
         bytes_per_value=float(DTYPE_BYTES[dtype]),
     )
-
-
-def _start_us(rows: list[tuple[int, int, float]]) -> float:
-    """What a call costs before its first expert: the line over active experts at 0, median."""
-    starts = []
-    for tokens in sorted({t for t, _, _ in rows}):
-        points = [(active, us) for t, active, us in rows if t == tokens]
-        active, us = (np.array(x, np.float64) for x in zip(*points, strict=True))
-        starts.append(float(np.polyfit(active, us, 1)[1]))
-    return max(0.0, float(np.median(starts)))

@@ -15,16 +15,13 @@ from loadmaster.simulator import measured
 from loadmaster.simulator.calibrate import (
     FitError,
     exchange_profile,
-    exchange_table,
     fit_compute_profile,
     fit_exchange,
     fit_expert_layers,
-    fit_expert_table,
-    held_out_table_error,
     hold_back_half,
-    machine_profile,
     predict_expert_layers,
 )
+from loadmaster.simulator.machine import fit_table
 from loadmaster.simulator.measured import (
     ExchangeRows,
     deepep_low_latency,
@@ -105,38 +102,14 @@ def test_half_of_every_group_is_held_back(groups, seed) -> None:
     assert np.array_equal(again[1], held)
 
 
-def test_a_table_rises_and_keeps_medians() -> None:
-    tokens, us = fit_expert_table([1, 1, 1, 8, 64], [5.0, 6.0, 50.0, 4.0, 20.0])
-    assert tokens == (1.0, 8.0, 64.0)
-    assert us == (5.0, 5.0, 20.0), "6 and 4 pooled"
-
-
 def test_a_plateau_is_kept_by_the_table_and_lost_by_the_line() -> None:
     """NCCL's shape: flat, then linear."""
     size = 2.0 ** np.arange(10, 26)
     us = np.maximum(14.0, size / 3e5)
     rows = ExchangeRows(np.ones(16), size, us, "nvlink")
-    table_bytes, table_us = exchange_table(rows)
+    table_bytes, table_us = fit_table(rows.port_bytes, rows.us)
     np.testing.assert_allclose(np.interp(size, table_bytes, table_us), us)
     assert fit_exchange(rows).error.worst > 0.2
-
-
-def test_a_machine_gets_a_profile_with_its_errors() -> None:
-    profile = machine_profile(
-        name="box", expert_tokens=[1, 64, 512], expert_us=[20.0, 25.0, 90.0],
-        exchange=exchange_rows([1, 1], [1e3, 1e6], per_node=0.0, rate=1e9),
-        flops_per_assignment=1e6, expert_bytes=1e6, memory_bytes=2**33,
-    )
-    assert profile.compute.expert_table_us == (20.0, 25.0, 90.0)
-    assert profile.dispatch.nvlink_bytes_per_s == pytest.approx(1e9)
-    # 64 tokens from their neighbours: 20 + 63 / 511 x 70 us against 25 measured.
-    assert "left out of the fit: median 14.5%" in profile.error
-    assert profile.source == "measured on this machine"
-
-
-def test_an_error_between_points_needs_points_between() -> None:
-    with pytest.raises(InputError, match="2 token counts: an error needs at least 3"):
-        held_out_table_error([1, 64, 64], [20.0, 25.0, 26.0])
 
 
 def test_two_tiers_make_one_profile() -> None:
@@ -224,6 +197,6 @@ def test_held_back_fused_moe_rows_are_predicted() -> None:
 def test_nccl_keeps_its_plateau() -> None:
     """64 KiB to 1 MiB on eight GPUs cost about the same; a line says four times."""
     rows = nccl_all_to_all(read_csv(DATA / "h100_nccl_alltoall.csv"), 8)
-    table_bytes, table_us = exchange_table(rows)
+    table_bytes, table_us = fit_table(rows.port_bytes, rows.us)
     small, large = np.interp([2**16, 2**20], table_bytes, table_us)
     assert large / small < 2.0
