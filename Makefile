@@ -7,11 +7,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/loadmaster demo
 
+# Two processes: live groups of ranks in one, one group at a time; everything else in the other.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

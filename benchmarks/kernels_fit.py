@@ -2,13 +2,12 @@
 
 The model is the one `loadmaster calibrate` makes (rows of `kernels/bench.py`, fit of
 `simulator/machine.py`): experts alone are timed, no layer. Judged on whole layers of routed tokens
-that it has not seen. Experts and layers are sampled in the same rounds, so that a machine whose
-speed drifts favours neither. `kernels.py` prints.
+that it has not seen, sampled in the same rounds. `kernels.py` prints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -22,6 +21,7 @@ from loadmaster.kernels.bench import (
     cold_layers,
     expert_runs,
     microseconds,
+    steady_medians_us,
 )
 from loadmaster.kernels.grouped import moe_layer
 from loadmaster.kernels.routing import histogram, top_k
@@ -49,12 +49,12 @@ def _fit_dtype(dtype: torch.dtype) -> dict[str, Any]:
     shape = PREFILL
     experts = expert_runs(
         shape.hidden, shape.intermediate, dtype=dtype, active_experts=ACTIVE_EXPERTS
-    ).once_us
+    )
     layers, count_E = _layers(dtype)
-    us = _medians_us({**experts, **layers})
+    us = steady_medians_us({**experts.once_us, **layers}, experts.reference_us, ROUNDS)
     compute, between_error = fit_expert_table(
-        [tokens for tokens, _ in experts], [active for _, active in experts],
-        [us[point] for point in experts],
+        [tokens for tokens, _ in experts.once_us], [active for _, active in experts.once_us],
+        [us[point] for point in experts.once_us],
         flops_per_assignment=shape.hidden * shape.intermediate * 6.0,
         expert_bytes=3.0 * shape.hidden * shape.intermediate * dtype.itemsize,
     )
@@ -104,14 +104,6 @@ def _route(tokens: int, zipf: float, generator: torch.Generator) -> tuple[Tensor
     draws = torch.rand(tokens, PREFILL.experts, generator=generator).clamp(1e-9, 1 - 1e-7)
     popularity = zipf * torch.log(torch.arange(1, PREFILL.experts + 1))
     return top_k(-torch.log(-torch.log(draws)) - popularity, PREFILL.choices, normalize=True)
-
-
-def _medians_us(
-    runs: Mapping[tuple[float, float], Callable[[], float]]
-) -> dict[tuple[float, float], float]:
-    """Median of each over rounds that run all of them, after one round to warm up."""
-    rounds = [{point: run() for point, run in runs.items()} for _ in range(ROUNDS + 1)][1:]
-    return {point: median(taken[point] for taken in rounds) for point in runs}
 
 
 def _layer_us(compute: ComputeProfile, count_E: list[int]) -> float:

@@ -2,19 +2,20 @@
 
 Times `grouped_experts` on random weights that are cold, as a layer finds them: more layers are
 filled than a cache holds and every run takes the next one. CPU time of this process on a CPU,
-event time on a GPU; settings are interleaved and medians reported. Knows nothing of plans,
-traces or fits: `simulator/calibrate.py` turns the rows into a profile.
+event time on a GPU. Machines change their speed from second to second (clocks, neighbours): every
+sample is taken relative to a reference run before and after it, and medians are reported. Knows
+nothing of plans, traces or fits: `simulator/machine.py` turns the rows into a profile.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .grouped import ExpertWeights, grouped_experts
 
 TOKENS_PER_EXPERT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ACTIVE_EXPERTS = (1, 4, 16)
+REFERENCE_TOKENS = 64
 # A step is decode-like while reading an expert's weights outweighs multiplying with them.
 DECODE_TOKENS = 16
 # Enough weights that none is still in cache when its turn comes again.
@@ -92,12 +94,7 @@ def time_experts(
         activation=activation, tokens_per_expert=tokens_per_expert,
         active_experts=active_experts, seed=seed,
     )
-    samples: dict[tuple[int, int], list[float]] = {point: [] for point in runs.once_us}
-    for repeat in range(repeats + 1):
-        for point, once_us in runs.once_us.items():
-            us = once_us()
-            if repeat:  # the first round warms up
-                samples[point].append(us)
+    us = steady_medians_us(runs.once_us, runs.reference_us, repeats)
     return [
         ExpertTiming(
             tokens_per_expert=tokens,
@@ -108,7 +105,7 @@ def time_experts(
             intermediate=intermediate,
             backend=runs.backend,
             device=str(torch.device(device)),
-            cpu_us=median(samples[tokens, active]),
+            cpu_us=us[tokens, active],
             repeats=repeats,
         )
         for tokens, active in runs.once_us
@@ -117,9 +114,13 @@ def time_experts(
 
 @dataclass(frozen=True)
 class ExpertRuns:
-    """(tokens per expert, active experts) -> run it once on cold experts, and how long it took."""
+    """(tokens per expert, active experts) -> run it once on cold experts, and how long it took.
+
+    reference_us: a run of middling size, the same every time.
+    """
 
     once_us: dict[tuple[int, int], Callable[[], float]]
+    reference_us: Callable[[], float]
     backend: str
 
 
@@ -159,8 +160,34 @@ def expert_runs(
     return ExpertRuns(
         {point: partial(once_us, *point)
          for point in itertools.product(tokens_per_expert, active_experts)},
+        partial(once_us, min(REFERENCE_TOKENS, max(tokens_per_expert)), min(active_experts)),
         layers[0].backend,
     )
+
+
+Point = TypeVar("Point")
+
+
+def steady_medians_us(
+    runs: Mapping[Point, Callable[[], float]], reference_us: Callable[[], float], repeats: int
+) -> dict[Point, float]:
+    """Median of every run, as if the machine kept the speed it mostly had.
+
+    Rounds of all runs, after one to warm up; each sample is divided by the mean of the reference
+    before and after it, and medians are scaled back by the reference's own.
+    """
+    shares: dict[Point, list[float]] = {point: [] for point in runs}
+    references: list[float] = []
+    for repeat in range(repeats + 1):
+        before = reference_us()
+        for point, once_us in runs.items():
+            us, after = once_us(), reference_us()
+            if repeat:
+                shares[point].append(us / ((before + after) / 2))
+                references.append(after)
+            before = after
+    usual_us = median(references)
+    return {point: median(values) * usual_us for point, values in shares.items()}
 
 
 def cold_layers(
