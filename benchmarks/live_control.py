@@ -67,8 +67,8 @@ def recorded(
     steps = group.measurements(first)
     group.record(False)
     trace = group.trace(take=True)
-    fit = scale_to_live(kernel, steps, trace, group.plan, cluster)
-    hardware = machine(fit, group.model_spec, cluster.hardware)
+    fit = scale_to_live(kernel, steps, trace, group.plan, cluster, group.model_spec)
+    hardware = machine(fit, cluster.hardware)
     return trace, cluster.model_copy(update={"hardware": hardware})
 
 

@@ -114,7 +114,7 @@ class DemoResult:
             "moved_experts": len(moved.moved), "moved_bytes": moved.moved_bytes,
             "commit_us": moved.commit_us, "stage_steps": moved.stage_steps,
             "recording_overhead": vars(self.overhead),
-            "fit": vars(self.fit),
+            "fit": {**vars(self.fit), "compute": self.fit.compute.model_dump(mode="json")},
             "bound": self.planned.evidence.bound, "gap": self.planned.evidence.gap,
             "plan_seconds": self.planned.seconds,
             "simulated_latency_us": {n: vars(s.latency) for n, s in self.simulated.items()},
@@ -156,12 +156,12 @@ def run_demo(
         say("planning, and proving the plan in simulation", 4, 7)
         model, standing = group.model_spec, group.plan
         cluster = _cluster(model, ranks)
-        fit = scale_to_live(fit_kernel(model), before.steps, before.trace, standing, cluster)
-        cluster = cluster.model_copy(update={"hardware": machine(fit, model, cluster.hardware)})
+        kernel = fit_kernel(model)
+        fit, cluster = _timed(kernel, before.steps, before.trace, standing, cluster, model)
         made = _plan(recorded, model, cluster, seed)
         plans = {"contiguous": standing, "auto": made.plan}
         comparison = compare(plans, before.trace, cluster, steps=RECORDED, model=model)
-        decode = _decode_view(plans, before, cluster, model)
+        decode = _decode_view(plans, before, kernel, cluster, model)
         simulated = _simulate(plans, before.trace, cluster, model, seed)
         say("switching plans and serving the same traffic under both", 5, 7)
         turns, report = _in_turns(group, plans, judging, decoding, size)
@@ -260,6 +260,15 @@ def _cluster(model: ModelSpec, ranks: int) -> Cluster:
     return Cluster.preset("cpu", devices_per_node=ranks, slots_per_device=slots)
 
 
+def _timed(
+    kernel: ExpertFit, steps: Measurements, trace: RoutingTrace, plan: Plan, cluster: Cluster,
+    model: ModelSpec,
+) -> tuple[ExpertFit, Cluster]:
+    """Expert times as these steps showed them, and the cluster with them."""
+    fit = scale_to_live(kernel, steps, trace, plan, cluster, model)
+    return fit, cluster.model_copy(update={"hardware": machine(fit, cluster.hardware)})
+
+
 def _plan(recorded: RoutingTrace, model: ModelSpec, cluster: Cluster, seed: int) -> PlanResult:
     """auto for the least time of steps as they were served."""
     return plan(
@@ -276,10 +285,13 @@ class _DecodeView:
 
 
 def _decode_view(
-    plans: dict[str, Plan], before: Served, cluster: Cluster, model: ModelSpec
+    plans: dict[str, Plan], before: Served, kernel: ExpertFit, cluster: Cluster, model: ModelSpec
 ) -> _DecodeView:
     """What the plan is worth at decode, judged by time: waking more experts costs."""
     assert before.decode_trace is not None
+    _, cluster = _timed(
+        kernel, before.decode_steps, before.decode_trace, plans["contiguous"], cluster, model
+    )
     table = compare(plans, before.decode_trace, cluster, steps=RECORDED, model=model)
     best = table.rows[0]
     worth = best.name != "contiguous" and best.change_high_percent < 0

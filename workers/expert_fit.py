@@ -6,15 +6,17 @@ Knows the model's shape, measured steps and their trace. Turns them into a hardw
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from ..placement.cluster import Cluster
+from ..placement.cost import step_cost
 from ..placement.hardware import ComputeProfile, HardwareProfile
 from ..placement.plan import Plan
 from ..placement.traffic import step_loads
+from ..simulator.machine import fit_expert_table
 from ..traces.spec import ModelSpec
 from ..traces.steps import StepSampler
 from ..traces.trace import RoutingTrace
@@ -22,24 +24,23 @@ from .step_log import Measurements
 
 FloatArray = npt.NDArray[np.float64]
 RECORDED = StepSampler(order="recorded")
-TIMED_TOKENS = (1, 4, 16, 64, 256, 768)     # tokens per expert, as decode and prefill have them
-TIMED_ACTIVE = (4, 8, 12)            # active experts
+# Tokens per expert, as decode and prefill have them; active experts of one call.
+TIMED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 768)
+TIMED_ACTIVE = (4, 12)
 
 
 @dataclass(frozen=True)
 class ExpertFit:
-    """CPU time of a rank's experts in one layer: start + active experts + tokens.
+    """CPU time of a rank's experts in one layer.
 
     Fitted to the kernel timed alone in this process, then scaled by what live ranks took for the
     same work (they share caches and cores): `live_factor`.
     """
 
-    start_us: float
-    active_us: float
-    token_us: float
-    kernel_error: float         # relative, median, of the fit on the timed points
-    live_factor: float
-    live_error: float           # relative, median, of steps' critical paths, factor applied
+    compute: ComputeProfile     # live factor applied
+    kernel_error: float         # relative, median, of the fit on token counts left out of it
+    live_factor: float = 1.0
+    live_error: float = float("nan")     # relative, median, of steps' critical paths
 
 
 def fit_kernel(model: ModelSpec) -> ExpertFit:
@@ -58,53 +59,46 @@ def fit_kernel(model: ModelSpec) -> ExpertFit:
         )
     finally:
         torch.set_num_threads(threads)
-    us = np.array([r.cpu_us for r in rows])
-    active = np.array([r.active_experts for r in rows], np.float64)
-    tokens = active * np.array([r.tokens_per_expert for r in rows])
-    terms = np.stack([np.ones_like(us), active, tokens], axis=1)
-    found = _relative_least_squares(terms, us)
-    error = float(np.median(np.abs(terms @ found / us - 1.0)))
-    return ExpertFit(float(found[0]), float(found[1]), float(found[2]), error, 1.0, float("nan"))
+    compute, error = fit_expert_table(
+        [r.tokens_per_expert for r in rows], [r.active_experts for r in rows],
+        [r.cpu_us for r in rows],
+        flops_per_assignment=model.flops_per_assignment,
+        expert_bytes=float(model.bytes_per_expert_E()[0]),
+    )
+    return ExpertFit(compute, error.median)
 
 
 def scale_to_live(
-    fit: ExpertFit, steps: Measurements, trace: RoutingTrace, plan: Plan, cluster: Cluster
+    fit: ExpertFit, steps: Measurements, trace: RoutingTrace, plan: Plan, cluster: Cluster,
+    model: ModelSpec,
 ) -> ExpertFit:
     """The fit with the live factor; the trace holds exactly the measured steps, in order."""
-    loads = step_loads(trace, RECORDED.sample(trace), plan, cluster)
-    guess_WLG = (
-        fit.start_us + fit.active_us * loads.active_WLG + fit.token_us * loads.tokens_WLG
-    )
-    ratio_W = steps.critical_us / guess_WLG.max(axis=2).sum(axis=1)
+    fitted = cluster.model_copy(update={"hardware": machine(fit, cluster.hardware)})
+    loads = step_loads(trace, RECORDED.sample(trace), plan, fitted)
+    cost = step_cost(loads, model, fitted, dispatch=plan.dispatch)
+    ratio_W = steps.critical_us / cost.compute_us_WLG.max(axis=2).sum(axis=1)
     factor = float(np.median(ratio_W))
-    error = float(np.median(np.abs(ratio_W / factor - 1.0)))
-    return ExpertFit(
-        fit.start_us * factor, fit.active_us * factor, fit.token_us * factor, fit.kernel_error,
-        factor, error,
+    return replace(
+        fit, compute=slower(fit.compute, factor), live_factor=factor,
+        live_error=float(np.median(np.abs(ratio_W / factor - 1.0))),
     )
 
 
-def _relative_least_squares(terms: FloatArray, us: FloatArray) -> FloatArray:
-    """Non-negative coefficients that minimise the squared relative error."""
-    from scipy.optimize import nnls
+def slower(compute: ComputeProfile, factor: float) -> ComputeProfile:
+    """The profile with every time multiplied."""
+    return compute.model_copy(update={
+        "start_us": compute.start_us * factor,
+        "active_expert_us": compute.active_expert_us * factor,
+        "hbm_bytes_per_s": compute.hbm_bytes_per_s / factor,
+        "flops_per_s": compute.flops_per_s / factor,
+        "expert_table_us": tuple(us * factor for us in compute.expert_table_us),
+    })
 
-    scaled = terms / us[:, None]
-    size = np.abs(scaled).max(axis=0)
-    found: FloatArray = nnls(scaled / size, np.ones(len(us)))[0] / size
-    return found
 
-
-def machine(fit: ExpertFit, model: ModelSpec, exchange: HardwareProfile) -> HardwareProfile:
+def machine(fit: ExpertFit, exchange: HardwareProfile) -> HardwareProfile:
     """The fit as a hardware profile; links as the given profile has them."""
-    expert_bytes = float(model.bytes_per_expert_E()[0])
-    token_us = max(fit.token_us, 1e-9)
-    compute = ComputeProfile(
-        start_us=fit.start_us,
-        hbm_bytes_per_s=expert_bytes / max(fit.active_us, 1e-9) * 1e6,
-        flops_per_s=model.flops_per_assignment / token_us * 1e6,
-    )
     return exchange.model_copy(update={
-        "name": "this-machine", "compute": compute,
+        "name": "this-machine", "compute": fit.compute,
         "source": f"experts timed on this machine; links: {exchange.source}",
         "error": f"kernel: median {fit.kernel_error:.1%}; live steps: median {fit.live_error:.1%}",
     })

@@ -19,6 +19,8 @@ from .switch import ApplyReport
 from .tables import PhasePlans
 from .windows import Window
 
+_FACTORS = 16      # windows whose speeds are kept
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -49,7 +51,8 @@ class LiveTimes:
         self._given = cluster
         self.cluster = cluster
         self.measured = False
-        self.error = 0.0
+        self.error = 0.0          # relative: of the fit, and from one window to the next
+        self._factors: list[float] = []
 
     def adapt(self, cluster: Cluster) -> bool:
         """Take over other devices; whether their number changed, so that times are unknown."""
@@ -59,17 +62,29 @@ class LiveTimes:
         hardware = self._given.hardware if changed else self.cluster.hardware
         self.cluster = cluster.model_copy(update={"hardware": hardware})
         self.measured = self.measured and not changed
+        if changed:
+            self._factors = []
         return changed
 
     def measure(self, live: Window, plan: Plan) -> float:
-        """Fit the times to steps served under this plan; the fit's relative error."""
+        """Fit the times to steps served under this plan; their relative error."""
         if self._kernel is None:
             self._kernel = fit_kernel(self._model)
-        fit = scale_to_live(self._kernel, live.measured, live.trace, plan, self.cluster)
-        hardware = machine(fit, self._model, self.cluster.hardware)
+        fit = scale_to_live(
+            self._kernel, live.measured, live.trace, plan, self.cluster, self._model
+        )
+        hardware = machine(fit, self.cluster.hardware)
         self.cluster = self.cluster.model_copy(update={"hardware": hardware})
-        self.measured, self.error = True, fit.live_error
-        return fit.live_error
+        self._factors = [*self._factors, fit.live_factor][-_FACTORS:]
+        self.measured = True
+        self.error = fit.live_error + self._unsteadiness()
+        return self.error
+
+    def _unsteadiness(self) -> float:
+        """By how much this machine's own speed differs from one window to the next: relative
+        root mean square; what is measured before and after a switch differs by as much anyway."""
+        change = np.diff(np.log(self._factors))
+        return float(np.sqrt(np.mean(change**2))) if len(change) else 0.0
 
 
 def stalls(steps: Measurements, report: ApplyReport) -> dict[str, float]:

@@ -19,6 +19,7 @@ import pytest
 
 from loadmaster.errors import LoadmasterError
 from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.hardware import ComputeProfile
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.policy import Policy
 from loadmaster.placement.traffic import step_loads
@@ -40,7 +41,13 @@ SPEC = ModelSpec(
 CLUSTER = Cluster.preset("cpu", devices_per_node=RANKS, slots_per_device=4)
 RECORDED = StepSampler(order="recorded")
 TOKEN_US, ACTIVE_US, START_US = 2.0, 5.0, 20.0
-KERNEL = ExpertFit(START_US, ACTIVE_US, TOKEN_US, 0.0, 1.0, 0.0)
+KERNEL = ExpertFit(
+    ComputeProfile(
+        start_us=START_US, active_expert_us=ACTIVE_US, hbm_bytes_per_s=1e30,
+        flops_per_s=SPEC.flops_per_assignment / TOKEN_US * 1e6,
+    ),
+    kernel_error=0.0,
+)
 EAGER = Policy("net_benefit", every_steps=STEPS, fewest_tokens=1000, horizon_steps=1e5)
 
 
