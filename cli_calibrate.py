@@ -26,7 +26,7 @@ def calibrate(
         Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: the experts' shape.")
     ],
     ranks: Annotated[
-        int, typer.Option(help="Processes that exchange tokens.", callback=whole("--ranks", 1))
+        int, typer.Option(help="Processes that exchange tokens.", callback=whole("--ranks", 2))
     ] = 4,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     json: Json = False,

@@ -1,8 +1,8 @@
 """The one process that leads a group: takes requests, runs lock-step steps, switches plans.
 
-Knows the scheduler, the plans in force, a switch under way, and ranks through a fleet. Knows
-nothing of tensors or Ray. All state changes happen in one thread, at step boundaries; callers from
-other threads hand in work and wait. What happens when ranks die is in `recovery`.
+Knows the scheduler, what is in force (`in_force`), and ranks through a fleet. Knows nothing of
+tensors or Ray. All state changes happen in one thread, at step boundaries; callers from other
+threads hand in work and wait. What happens when ranks die is in `recovery`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from .boundary import Answer, Boundary
 from .exchange_errors import ExchangeError
 from .fleet import Fleet, OverdueError, RankLostError
 from .heartbeat import ANSWER_S, QUICK_ANSWER_S, gather_watched, silent_for_certain
-from .journal import Journal, JournalError, Switches
+from .in_force import InForce
+from .journal import Journal, Switches
 from .metrics import NO_METRICS, Metrics
 from .recovery import Crew, Recovered
 from .requests import RequestBook, RequestState
 from .scheduler import Scheduler
 from .settings import GroupSettings
 from .step_log import Measurements, StepLog
-from .switch import ApplyReport, PlanSwitch, check_plans
+from .switch import ApplyReport
 from .tables import PhasePlans, Tables
 from .transfers import Round
 from .work import Chunk, ReplayedRouting, StepResult, StepWork
@@ -58,13 +59,10 @@ class Coordinator:
         self._changed = threading.Condition()
         self._book = RequestBook(self._changed, self._journal.begin_life() * _NUMBERS_PER_LIFE)
         self._log = StepLog(settings.model_spec.num_layers)
-        self._plans = settings.plans
-        self._epoch = 1
+        self._in_force = InForce(settings, self._crew, self._journal, self._changed)
         self._step = 0
         self._last_phase = DECODE
         self._switches = Switches(step_tokens=settings.limits.step_tokens)
-        self._switch: PlanSwitch | None = None
-        self._committing = False
         self._recoveries: list[Recovered] = []
         self._failures = 0
         self._boundary = Boundary(self._changed)
@@ -76,7 +74,7 @@ class Coordinator:
 
     def start(self) -> ModelSpec:
         """Start the ranks, load what the plan gives each, form the group, begin to serve."""
-        self._crew.muster(Tables.of(self._plans, self._epoch))
+        self._crew.muster(Tables.of(self._in_force.plans, self._in_force.epoch))
         return self._begin()
 
     def resume(self) -> ModelSpec:
@@ -85,20 +83,12 @@ class Coordinator:
         Lost ranks are replaced, or done without. Where that cannot be, `status` says why.
         """
         standing = self._journal.read()
-        if standing.plans is not None:
-            self._plans = standing.plans
-        self._epoch = standing.epoch
-        if standing.unfinished is not None:
-            if standing.committing:
-                self._plans, self._epoch = standing.unfinished, standing.unfinished_epoch
-            self._journal.try_write(
-                "done" if standing.committing else "abort", standing.unfinished_epoch
-            )
+        self._in_force.resume(standing)
         self._switch_to(standing.switches)
         self._book.domain_names = list(standing.switches.domains)
         try:
             began = time.time()
-            lost, self._step = self._crew.take_over(self._plans)
+            lost, self._step = self._crew.take_over(self._in_force.plans)
             recovered = self._rebuilt(lost, "the coordinator was replaced")
             self._reform(recovered)
             if lost:
@@ -234,15 +224,15 @@ class Coordinator:
         """What is in force, how far the group is, and what befell it."""
         with self._changed:
             return {
-                "plan": self._plans.prefill,
-                "decode_plan": self._plans.decode,
-                "epoch": self._epoch,
+                "plan": self._in_force.plans.prefill,
+                "decode_plan": self._in_force.plans.decode,
+                "epoch": self._in_force.epoch,
                 "step": self._step,
                 "requests": len(self._scheduler.requests),
                 "step_tokens": self._scheduler.limits.step_tokens,
                 "recording": self._switches.recording,
-                "switching": self._switch is not None,
-                "committing": self._committing,
+                "switching": self._in_force.switching,
+                "committing": self._in_force.committing,
                 "pids": self._fleet.pids,
                 "recoveries": list(self._recoveries),
                 "broken": self._broken,
@@ -265,24 +255,8 @@ class Coordinator:
         """
         plans = PhasePlans.both(plan, decode)
         future: Future[ApplyReport] = Future()
-        self._hand_in_change(lambda: self._begin_switch(plans, epoch, future), future)
+        self._hand_in_change(lambda: self._in_force.begin(plans, epoch, future), future)
         return future.result(timeout_s)
-
-    def _begin_switch(
-        self, plans: PhasePlans, epoch: int | None, future: Future[ApplyReport]
-    ) -> None:
-        check_plans(plans, self._plans, self.model_spec)
-        if epoch is not None and epoch != self._epoch:
-            raise LoadmasterError(
-                f"the plan was made under epoch {epoch}, in force is {self._epoch}: plan again"
-            )
-        size_bytes = int(self.model_spec.bytes_per_expert_E()[0])
-        switch = PlanSwitch(
-            plans, self._epoch + 1, size_bytes, self.settings.stage_budget_bytes, future
-        )
-        switch.begin(self._crew.all("held"), self._crew.fingerprints)
-        self._journal.write("stage", switch.epoch, plans)
-        self._switch = switch
 
     def resize(self, ranks: int, plan: Plan | None = None) -> Plan:
         """Serve on another number of ranks; requests in flight start again from their prompts.
@@ -294,15 +268,15 @@ class Coordinator:
         future: Future[Plan] = Future()
 
         def change() -> None:
-            epoch = self._epoch + 1
-            plans = self._crew.plans_for(ranks, self._plans, wanted)
+            epoch = self._in_force.epoch + 1
+            plans = self._crew.plans_for(ranks, self._in_force.plans, wanted)
             self._journal.resize(epoch, plans)
             try:
                 self._reform(self._crew.resize(plans, epoch))
             except PlanError:                   # as many ranks as before serve on
                 self._journal.try_write("abort", epoch)
                 raise
-            future.set_result(self._plans.prefill)
+            future.set_result(self._in_force.plans.prefill)
 
         self._hand_in_change(change, future)
         return future.result(self.settings.start_timeout_s)
@@ -312,7 +286,7 @@ class Coordinator:
     def _serve(self) -> None:
         while self._wait_for_work():
             try:
-                self._boundary.run(lambda: self._switching)
+                self._boundary.run(lambda: self._in_force.switching)
                 self._run_step()
             except Exception as error:
                 if not self._recover(error):
@@ -333,20 +307,16 @@ class Coordinator:
                 return False
 
     def _has_work(self) -> bool:
-        idle = self._scheduler.idle and not self._switching
+        idle = self._scheduler.idle and not self._in_force.switching
         return self._boundary.waiting or not idle or self._stopping
 
-    @property
-    def _switching(self) -> bool:
-        return self._switch is not None
-
     def _run_step(self) -> None:
-        stage, commit = ((), None) if self._switch is None else self._next_of(self._switch)
+        stage, commit = self._in_force.next_of_switch()
         with self._changed:
             phase = self._next_phase()
             chunks_G = self._scheduler.next_step(phase=phase)
             release_G = self._scheduler.take_release()
-            if not any(chunks_G) and not self._switching:
+            if not any(chunks_G) and not self._in_force.switching:
                 self._scheduler.put_back_release(release_G)
                 return
             works = self._works(chunks_G, release_G, phase, stage, commit)
@@ -354,7 +324,7 @@ class Coordinator:
         answers = [self._fleet.call(g, "step", work) for g, work in enumerate(works)]
         results: list[StepResult] = self._await_step(answers)
         wall_us = (time.perf_counter() - began) * 1e6
-        switching = self._switch is not None
+        switching = self._in_force.switching
         with self._changed:
             self._failures = 0
             self._scheduler.finish_step(chunks_G, results)
@@ -362,37 +332,18 @@ class Coordinator:
             if any(chunks_G):
                 self._log.add(results, wall_us, staging=switching)
             self._changed.notify_all()
-        self._metrics.step(results, wall_us, self._epoch)
-        if self._switch is not None:
-            self._advance_switch(self._switch, commit, results, wall_us)
+        self._metrics.step(results, wall_us, self._in_force.epoch)
+        if self._in_force.advance(commit, results, wall_us):
+            self._metrics.switched(self._in_force.epoch)
 
     def _next_phase(self) -> int | None:
         """None: both phases in one step. Under two plans they take turns."""
-        if not self._plans.apart:
+        if not self._in_force.plans.apart:
             return None
         open_phases = self._scheduler.phases()
         other = PREFILL if self._last_phase == DECODE else DECODE
         self._last_phase = other if other in open_phases else self._last_phase
         return self._last_phase
-
-    def _next_of(self, switch: PlanSwitch) -> tuple[tuple[Round, ...], Tables | None]:
-        """What the next step carries of a switch: transfers, or the commit once every expert that
-        arrived has been read again and found as it was."""
-        stage = switch.next_stage()
-        commit = None if stage else switch.ready_to_commit()
-        if commit is None:
-            return stage, None
-        began = time.perf_counter()
-        wrong_G = self._crew.all("verify", switch.expected)
-        if not switch.verified(wrong_G, (time.perf_counter() - began) * 1e6):
-            return switch.next_stage(), None
-        try:
-            self._journal.write("commit", commit.epoch)
-        except JournalError as error:
-            switch.failed = f"{error}; the old plan stays in force"
-            return (), None
-        self._committing = True
-        return (), commit
 
     def _works(
         self,
@@ -407,7 +358,7 @@ class Coordinator:
         return [
             StepWork(
                 step=self._step,
-                epoch=self._epoch if commit is None else commit.epoch,
+                epoch=self._in_force.epoch if commit is None else commit.epoch,
                 phase=PREFILL if phase is None else phase,
                 chunks=chunks,
                 release=release,
@@ -416,7 +367,7 @@ class Coordinator:
                 digest=self._switches.digests,
                 all_logits=self._switches.all_logits,
                 stage=stage,
-                expected=self._switch.expected if self._switch is not None and stage else {},
+                expected=self._in_force.expected if stage else {},
                 commit=commit,
                 retire=commit is not None,
             )
@@ -442,31 +393,6 @@ class Coordinator:
         raised = self._fleet.failures(answers, _CAUSE_S)
         return next((e for e in raised if not isinstance(e, ExchangeError)), seen)
 
-    def _advance_switch(
-        self,
-        switch: PlanSwitch,
-        commit: Tables | None,
-        results: list[StepResult],
-        wall_us: float,
-    ) -> None:
-        if commit is not None:
-            self._finish_switch(switch, wall_us)
-            return
-        switch.note(results, wall_us)
-        if switch.failed:
-            self._crew.all("abort")
-            self._journal.try_write("abort", switch.epoch)
-            self._switch = None
-            switch.aborted()
-
-    def _finish_switch(self, switch: PlanSwitch, wall_us: float) -> None:
-        with self._changed:
-            self._plans, self._epoch = switch.plans, switch.epoch
-        self._journal.try_write("done", switch.epoch)
-        self._switch, self._committing = None, False
-        switch.committed(wall_us)
-        self._metrics.switched(switch.epoch)
-
     # ---- when ranks die --------------------------------------------------------------------
 
     def _recover(self, error: Exception) -> bool:
@@ -489,7 +415,7 @@ class Coordinator:
 
     def _rebuilt(self, known: Sequence[int], reason: str) -> Recovered:
         """The group as it stands again; a rank that dies meanwhile is one more to replace."""
-        plans, epoch = self._plans_after_failure()
+        plans, epoch = self._in_force.after_failure()
         for attempt in range(_REBUILDS):
             try:
                 return self._crew.recover(known, reason, plans, epoch)
@@ -499,30 +425,13 @@ class Coordinator:
                 known = error.ranks if isinstance(error, RankLostError) else ()
         raise AssertionError("unreachable")
 
-    def _plans_after_failure(self) -> tuple[PhasePlans, int]:
-        """Roll forward when a commit had begun: every surviving rank holds what it needs."""
-        if self._switch is not None and self._committing:
-            return self._switch.plans, self._switch.epoch
-        return self._plans, self._epoch
-
     def _reform(self, recovered: Recovered) -> None:
         """The group stands again: requests start anew, a switch ends or begins again."""
         with self._changed:
             self._scheduler.restart_all(self._fleet.ranks)
             self._log.forget_pace()
-        switch = self._switch
-        if switch is not None and self._committing:
-            self._finish_switch(switch, 0.0)
-        if recovered.plans.prefill.num_devices != self._plans.prefill.num_devices:
-            if self._switch is not None:
-                self._switch.aborted("the number of ranks changed: plan again for those there are")
-                self._switch = None
-            self._journal.try_write("done", recovered.epoch)
-        elif self._switch is not None:
-            self._switch.begin(self._crew.all("held"), self._crew.fingerprints)
-        with self._changed:
-            self._plans, self._epoch = recovered.plans, recovered.epoch
-            self._changed.notify_all()
+        if self._in_force.reformed(recovered.plans, recovered.epoch):
+            self._metrics.switched(self._in_force.epoch)
 
     # ---- small things ----------------------------------------------------------------------
 
@@ -553,9 +462,7 @@ class Coordinator:
         self._fail_requests(reason)
         with self._changed:
             self._boundary.fail(reason)
-            if self._switch is not None:
-                self._switch.aborted(reason)
-                self._switch = None
+            self._in_force.give_up(reason)
 
     def _fail_requests(self, reason: str) -> None:
         with self._changed:
