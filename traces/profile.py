@@ -67,6 +67,9 @@ class Profile:
 
         Raises InputError unless all loads are finite and >= 0 and every layer has some.
         """
+        kind = np.asarray(load).dtype
+        if kind.kind not in "fiu":
+            raise InputError(f"loads must be numbers; got {kind}")
         load_WLE = np.asarray(load, np.float64)
         if load_WLE.ndim == 2:
             load_WLE = load_WLE[None]
@@ -75,8 +78,10 @@ class Profile:
                 f"loads must be [layers, experts] or [windows, layers, experts]; got shape "
                 f"{list(np.shape(load))}"
             )
-        if not np.isfinite(load_WLE).all() or (load_WLE < 0).any():
-            raise InputError("loads must be finite and >= 0")
+        with np.errstate(over="ignore"):  # a sum beyond all numbers is found here
+            finite = np.isfinite(load_WLE).all() and np.isfinite(load_WLE.sum())
+        if not finite or (load_WLE < 0).any():
+            raise InputError("loads must be finite and >= 0, their sum too")
         empty = np.flatnonzero(load_WLE.sum(axis=(0, 2)) == 0)
         if len(empty):
             raise InputError(

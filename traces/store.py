@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, LoadmasterError
+from ..errors import InputError, LoadmasterError, naming
 from .atomic_file import TEMPORARY_PREFIX, replacing, sync_folder
 from .manifest import (
     MANIFEST_NAME,
@@ -137,14 +137,15 @@ class StoredTrace:
             read_shard(self.folder / s.name, manifest, wanted, read, s.tokens) for s in shards
         ]
         joined = _joined(parts, read, (len(wanted), manifest.top_k), manifest.id_bytes)
-        trace = RoutingTrace.from_arrays(
-            joined.pop("ids"),
-            num_experts=manifest.num_experts,
-            domain_names=manifest.domain_names,
-            layer_indices=[manifest.layer_indices[i] for i in wanted],
-            model_name=manifest.model_name,
-            **joined,
-        )
+        with naming(self.folder):
+            trace = RoutingTrace.from_arrays(
+                joined.pop("ids"),
+                num_experts=manifest.num_experts,
+                domain_names=manifest.domain_names,
+                layer_indices=[manifest.layer_indices[i] for i in wanted],
+                model_name=manifest.model_name,
+                **joined,
+            )
         if several:
             trace = in_step_order(trace)
         return trace if read == names else replace(trace, step=None)

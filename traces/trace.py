@@ -22,6 +22,11 @@ PHASES = ("prefill", "decode")
 IntArray = npt.NDArray[np.integer[Any]]
 BoolArray = npt.NDArray[np.bool_]
 
+# Beyond so many, numbers without names are taken for something else than domains.
+MOST_UNNAMED_DOMAINS = 65_536
+# What a column may hold, where that is less than its dtype can.
+_RANGE = {"phase": (PREFILL, DECODE), "source": (0, 2**31 - 1), "domain": (0, 2**31 - 1)}
+
 _PER_TOKEN = ("gates", "k_of_token", "step", "request", "source", "phase", "domain")
 
 
@@ -86,24 +91,21 @@ class RoutingTrace:
             "phase": _column("phase", phase, np.uint8, (tokens,)),
             "domain": _column("domain", domain, np.int32, (tokens,)),
         }
-        if gates is not None and not np.isfinite(np.asarray(gates, np.float32)).all():
-            raise InputError("gates hold NaN or infinity: record them again, or leave them out")
-        if layer_indices and len(layer_indices) != layers:
-            raise InputError(
-                f"layer_indices names {len(layer_indices)} layers, ids have {layers}"
-            )
+        own_layers = _layer_numbers(layer_indices, layers)
         columns_ok = columns["domain"]
         if columns_ok is not None and columns_ok.size:
             top = int(columns_ok.max())
-            if not names:
+            if not names and 0 <= top < MOST_UNNAMED_DOMAINS:
                 names = tuple(f"domain-{i}" for i in range(top + 1))
             if columns_ok.min() < 0 or top >= len(names):
-                raise InputError(f"domain {top} has no name among {len(names)} domain_names")
+                raise InputError(
+                    f"domain {top} has no name among {len(names)} domain_names: name them all"
+                )
         return cls(
             ids=ids_TLK,
             num_experts=int(num_experts),
             domain_names=names,
-            layer_indices=tuple(int(i) for i in layer_indices) or tuple(range(layers)),
+            layer_indices=own_layers or tuple(range(layers)),
             model_name=model_name,
             **columns,
         )
@@ -262,6 +264,8 @@ def _checked_ids(
     checked = raw
     if k_of_token is not None:
         k_TL = np.asarray(k_of_token)
+        if k_TL.dtype.kind not in "iu":
+            raise InputError(f"k_of_token must be whole numbers [T, L]; got {k_TL.dtype}")
         if k_TL.shape != raw.shape[:2] or (k_TL > raw.shape[2]).any() or (k_TL < 0).any():
             raise InputError(f"k_of_token must be [T, L] in 0..{raw.shape[2]}")
         checked = np.where(np.arange(raw.shape[2]) < k_TL[:, :, None], raw, 0)
@@ -274,12 +278,50 @@ def _checked_ids(
     return checked.astype(id_dtype(num_experts), copy=False)
 
 
+def _layer_numbers(layer_indices: Sequence[int], layers: int) -> tuple[int, ...]:
+    """The model's own layer numbers, checked; empty where none are given."""
+    own = tuple(int(i) for i in layer_indices)
+    if own and len(own) != layers:
+        raise InputError(f"layer_indices names {len(own)} layers, ids have {layers}")
+    if len(set(own)) != len(own) or min(own, default=0) < 0:
+        raise InputError(
+            f"layer_indices {list(own)[:8]} must be the model's own layer numbers, from 0, each "
+            "once: correct them, or leave them out"
+        )
+    return own
+
+
 def _column(
     name: str, values: npt.ArrayLike | None, dtype: Any, shape: tuple[int, ...]
 ) -> Any:
+    """The column in its dtype. Raises InputError rather than change a value."""
     if values is None:
         return None
     array = np.asarray(values)
     if array.shape != shape:
         raise InputError(f"{name} has shape {list(array.shape)}, must be {list(shape)}")
+    if name == "gates":
+        return _gates(array)
+    if array.dtype.kind not in "iu":
+        raise InputError(
+            f"{name} must be whole numbers{' or strings' if name == 'domain' else ''}; got "
+            f"{array.dtype}: number them, or leave {name} out"
+        )
+    low, high = _RANGE.get(name, (np.iinfo(dtype).min, np.iinfo(dtype).max))
+    if array.size and not low <= int(array.min()) <= int(array.max()) <= high:
+        at = tuple(np.argwhere((array < low) | (array > high))[0])
+        raise InputError(f"{name} of token {at[0]} is {array[at]}, must lie in [{low}, {high}]")
     return array.astype(dtype, copy=False)
+
+
+def _gates(array: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"gates must be numbers; got {array.dtype}: leave them out")
+    with np.errstate(over="ignore"):  # found by the next line
+        gates = array.astype(np.float16, copy=False)
+    if not np.isfinite(gates).all():
+        raise InputError(
+            "gates hold NaN, infinity or more than float16 can: record them again, or leave them "
+            "out"
+        )
+    return gates

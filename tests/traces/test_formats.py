@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from loadmaster.traces.formats import ImportResult, import_any
 from loadmaster.traces.store import load_trace, save_trace
 
 torch = pytest.importorskip("torch")
+save_torch = pytest.importorskip("safetensors.torch").save_file
 
 
 def trace_of(result: ImportResult) -> Any:
@@ -68,7 +70,7 @@ def test_an_npy_holds_ids_alone_and_needs_the_number_of_experts(
     """The largest id need not be the last expert, so E is never guessed."""
     np.save(tmp_path / "ids.npy", make_trace().ids.astype(np.int64))
     assert trace_of(import_any(tmp_path / "ids.npy", num_experts=8)).num_experts == 8
-    with pytest.raises(InputError, match="give num_experts"):
+    with pytest.raises(InputError, match="give --num-experts"):
         import_any(tmp_path / "ids.npy")
     with pytest.raises(InputError, match="K=2 experts but a layer has only E=1"):
         import_any(tmp_path / "ids.npy", num_experts=1)
@@ -100,6 +102,79 @@ def test_pickles_lies_and_rubbish_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=name) as caught:
             import_any(tmp_path / name, num_experts=8)
         assert "\n" not in str(caught.value)
+
+
+TOKENS = 12
+SOUND: dict[str, Any] = {
+    "ids": np.tile(np.arange(4).reshape(1, 2, 2), (TOKENS, 1, 1)), "num_experts": np.int64(8),
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ({"request": np.full(TOKENS, "req-0")}, "request must be whole numbers"),
+        ({"request": np.full(TOKENS, 0.5)}, "request must be whole numbers"),
+        ({"request": np.full(TOKENS, 2**63, np.uint64)}, "request of token 0 is"),
+        ({"request": np.arange(TOKENS - 1)}, "request has shape"),
+        ({"phase": np.full(TOKENS, 256)}, "phase of token 0 is 256"),
+        ({"phase": np.full(TOKENS, "prefill")}, "phase must be whole numbers"),
+        ({"source": np.full(TOKENS, -1)}, "source of token 0 is -1"),
+        ({"source": np.full(TOKENS, 2**40)}, "source of token 0 is"),
+        ({"domain": np.full(TOKENS, 2 * 10**8)}, "has no name"),  # no 200 million names are made
+        ({"domain": np.full(TOKENS, b"law")}, "whole numbers or strings"),
+        ({"k_of_token": np.full((TOKENS, 2), 1.5)}, "k_of_token must be whole numbers"),
+        ({"k_of_token": np.full((TOKENS, 2), "1")}, "k_of_token must be whole numbers"),
+        ({"gates": np.full((TOKENS, 2, 2), 1e6)}, "more than float16 can"),
+        ({"gates": np.full((TOKENS, 2, 2), np.nan)}, "NaN"),
+        ({"gates": np.full((TOKENS, 2, 2), 1j)}, "gates must be numbers"),
+        ({"layers": np.array(["a", "b"])}, "layer_indices must be whole numbers"),
+        ({"layers": np.array([[0], [1]])}, "layer_indices must be whole numbers"),
+        ({"layers": np.array([1, 1])}, "each once"),
+        ({"layers": np.array([-1, 0])}, "from 0"),
+        ({"num_experts": "many"}, "num_experts must be one whole number"),
+        ({"num_experts": np.nan}, "num_experts must be one whole number"),
+        ({"num_experts": np.array([8, 16])}, "num_experts must be one whole number"),
+        ({"ids": np.empty((0, 2, 2), int)}, "holds no tokens"),
+        ({"ids": np.full((TOKENS, 2, 2), -1)}, "not all in"),
+    ],
+)
+def test_a_column_that_cannot_be_is_refused_not_changed(
+    tmp_path: Path, column: dict[str, Any], said: str
+) -> None:
+    """The line names the file and the column; no value is wrapped, rounded or cut to fit."""
+    np.savez(tmp_path / "sound.npz", **SOUND)
+    assert import_any(tmp_path / "sound.npz").trace is not None
+    np.savez(tmp_path / "bad.npz", **(SOUND | column))
+    with pytest.raises(InputError, match=said) as caught:
+        import_any(tmp_path / "bad.npz")
+    assert str(caught.value).startswith(str(tmp_path / "bad.npz"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", ["x", 1e308, 1j])
+def test_loads_that_are_no_numbers_are_refused(tmp_path: Path, load: Any) -> None:
+    np.savez(tmp_path / "bad.npz", logical_count=np.full((2, 4), load))
+    with pytest.raises(InputError, match=r"bad\.npz: loads must be"):
+        import_any(tmp_path / "bad.npz")
+
+
+def test_other_tensors_of_a_safetensors_file_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    """numpy has no bfloat16: that matters only where such a tensor is asked for."""
+    tensors = {"ids": torch.from_numpy(SOUND["ids"]), "num_experts": torch.tensor(8),
+               "logits": torch.zeros(3, dtype=torch.bfloat16)}
+    save_torch(tensors, tmp_path / "sound.safetensors")
+    assert import_any(tmp_path / "sound.safetensors").trace is not None
+    save_torch(tensors | {"gates": torch.zeros(TOKENS, 2, 2, dtype=torch.bfloat16)},
+               tmp_path / "bad.safetensors")
+    with pytest.raises(InputError, match=r"gates.*convert it"):
+        import_any(tmp_path / "bad.safetensors")
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        import_any(tmp_path / "pipe.npz")
 
 
 def test_real_logs_have_the_published_facts(real_data: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...errors import InputError
+from ...errors import InputError, naming
 from ..manifest import MANIFEST_NAME
 from ..store import open_trace
 from .arrays import SUFFIXES, import_arrays
@@ -31,6 +31,13 @@ def import_any(
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    if not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: is neither a file nor a folder: save what it gives to a file")
+    with naming(path):
+        return _import(path, num_experts, keys)
+
+
+def _import(path: Path, num_experts: int | None, keys: Mapping[str, str] | None) -> ImportResult:
     if path.is_dir():
         if (path / MANIFEST_NAME).exists():
             return ImportResult(format="stored trace", trace=open_trace(path).read())

@@ -6,7 +6,7 @@ of loads ([L, E] or [W, L, E]) under a load key become a profile. Never unpickle
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,18 @@ def import_arrays(
             return _loads(path, data)
         raise InputError(
             f"{path}: holds {sorted(arrays)} but no ids; name the array of ids [T, L, K] with "
-            "keys={'ids': …}"
+            "--key ids=NAME (keys={'ids': …})"
         )
     experts = _num_experts(path, data, num_experts)
     columns = {c: data.get(c) for c in ("gates", "k_of_token", *_MEANING) if c in data}
     trace = RoutingTrace.from_arrays(
         data["ids"], num_experts=experts, model_name=path.stem,
         domain_names=[str(n) for n in np.atleast_1d(data.get("domain_names", []))],
-        layer_indices=[int(i) for i in np.atleast_1d(data.get("layer_indices", []))],
+        layer_indices=_layer_indices(path, data),
         **columns,
     )
+    if trace.num_tokens == 0:
+        raise InputError(f"{path}: holds no tokens: save it again, while traffic runs")
     absent = [text for column, text in _MEANING.items() if column not in data]
     return ImportResult(
         format=f"arrays ({path.suffix})", trace=trace, cannot_tell=tuple(absent),
@@ -98,20 +100,38 @@ def _key(path: Path, arrays: Mapping[str, Any], column: str, given: str | None) 
 
 
 def _num_experts(path: Path, data: Mapping[str, Any], given: int | None) -> int:
-    stored = int(np.asarray(data["num_experts"]).reshape(-1)[0]) if "num_experts" in data else None
+    stored = None
+    if "num_experts" in data:
+        found = np.asarray(data["num_experts"])
+        if found.size != 1 or found.dtype.kind not in "iu":
+            raise InputError(
+                f"{path}: num_experts must be one whole number, is {found.dtype} "
+                f"{list(found.shape)}: save it as one"
+            )
+        stored = int(found.reshape(-1)[0])
     if given is not None and stored is not None and given != stored:
         raise InputError(f"{path}: says {stored} experts, {given} were given: leave one out")
     experts = given if given is not None else stored
     if experts is None:
         raise InputError(
             f"{path}: does not say how many experts a layer has, and the largest id need not be "
-            "the last expert: give num_experts"
+            "the last expert: give --num-experts (num_experts)"
         )
     return experts
 
 
+def _layer_indices(path: Path, data: Mapping[str, Any]) -> tuple[int, ...]:
+    found = np.asarray(data.get("layer_indices", np.empty(0, np.int64)))
+    if found.ndim > 1 or found.dtype.kind not in "iu":
+        raise InputError(
+            f"{path}: layer_indices must be whole numbers [L], is {found.dtype} "
+            f"{list(found.shape)}: correct it, or leave it out"
+        )
+    return tuple(int(i) for i in np.atleast_1d(found))
+
+
 def _loads(path: Path, data: Mapping[str, Any]) -> ImportResult:
-    indices = tuple(int(i) for i in np.atleast_1d(data.get("layer_indices", [])))
+    indices = _layer_indices(path, data)
     profile = Profile.from_loads(data["load"], layer_indices=indices, model_name=path.stem)
     return ImportResult(
         format=f"loads ({path.suffix})", profile=profile,
@@ -124,12 +144,13 @@ def _opened(path: Path) -> Iterator[Mapping[str, Any]]:
     """The arrays of a file by name. Sizes are checked against the file before memory is taken."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors.numpy import load_file
+            from safetensors import safe_open
 
-            yield load_file(path)
+            with safe_open(path, framework="numpy") as file:
+                yield _Archive(tuple(file.keys()), file.get_tensor)
         elif path.suffix == ".npz":
             with np.load(path) as archive:
-                yield _Archive(archive)
+                yield _Archive(tuple(archive.files), archive.__getitem__)
         else:
             # Mapped, a header that lies about the shape is an error instead of a huge allocation.
             yield {"ids": np.array(np.load(path, mmap_mode="r"))}
@@ -137,20 +158,28 @@ def _opened(path: Path) -> Iterator[Mapping[str, Any]]:
         raise
     except Exception as error:  # numpy and safetensors raise many kinds on a broken file
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "pickle" in text:
+            text = "it holds no plain arrays, and nothing is ever unpickled: save plain arrays"
         raise InputError(f"{path}: cannot be read as {path.suffix}: {text}") from error
 
 
 class _Archive(Mapping[str, Any]):
-    """An .npz that reads an array when it is asked for."""
+    """An .npz or .safetensors file that reads an array when it is asked for."""
 
-    def __init__(self, archive: Any) -> None:
-        self._archive = archive
+    def __init__(self, names: tuple[str, ...], read: Callable[[str], Any]) -> None:
+        self._names, self._read = names, read
 
     def __getitem__(self, name: str) -> Any:
-        return self._archive[name]
+        try:
+            return self._read(name)
+        except TypeError as error:  # numpy has no bfloat16
+            raise ValueError(f"{name}: {error}; convert it, float16 for gates") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._archive.files)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._archive.files)
+        return len(self._names)
