@@ -191,7 +191,10 @@ def _better_text(table: Comparison, row: ComparisonRow) -> str:
 def hold_back(
     trace: RoutingTrace, steps: StepSampler, seed: int
 ) -> tuple[RoutingTrace, RoutingTrace, str]:
-    """(plan on, judge on, what that means in words)."""
+    """(plan on, judge on, what that means in words).
+
+    Raises InputError where the trace does not fill one step.
+    """
     if len(np.unique(trace.request_T())) >= 2:
         planning, judging = trace.split(1.0 - HELD_BACK, seed=seed)
         try:
@@ -202,6 +205,7 @@ def hold_back(
         if count >= 2:
             said = f"{count} steps of {HELD_BACK:.0%} of the requests, held back from planning"
             return planning, judging, said
+    steps.sample(trace)  # too short for even one step is said now, not after planning
     return trace, trace, "the planning steps themselves: too few requests to hold any back"
 
 

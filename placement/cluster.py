@@ -23,6 +23,8 @@ from .hardware import HardwareProfile
 
 PRESETS = ("h100", "h200", "b200", "gb200", "a100", "pcie", "cpu")
 
+MOST_DEVICES, MOST_SLOTS = 65_536, 32_767   # far beyond any cluster and any layer
+
 TrafficMode = Literal["return_home", "allgather", "coherent"]
 Payload = Literal["per_expert", "per_rank", "per_node"]
 
@@ -57,7 +59,7 @@ class Device(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     node: int = Field(ge=0)
-    slots: int = Field(gt=0, description="expert slots in each MoE layer")
+    slots: int = Field(gt=0, le=MOST_SLOTS, description="expert slots in each MoE layer")
     expert_memory_bytes: int | None = Field(
         default=None, gt=0, description="for all layers' expert weights; None = slots are the limit"
     )
@@ -77,7 +79,7 @@ class Cluster(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = "cluster"
-    devices: tuple[Device, ...] = Field(min_length=1)
+    devices: tuple[Device, ...] = Field(min_length=1, max_length=MOST_DEVICES)
     traffic: Traffic = Traffic()
     hardware: HardwareProfile
 
@@ -116,6 +118,7 @@ class Cluster(BaseModel):
                 f"{slots_per_device} must all be at least 1"
             )
         total = nodes * devices_per_node
+        _require_possible(total, slots_per_device)
         if speeds is not None and len(speeds) != total:
             raise UsageError(f"speeds lists {len(speeds)} values for {total} devices")
         if speeds is not None and not all(np.isfinite(s) and s > 0 for s in speeds):
@@ -138,7 +141,7 @@ class Cluster(BaseModel):
             raise InputError(f"{path}: no such cluster file") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             said = " ".join(str(error).split())
             raise InputError(f"{path}: not YAML: {said}") from error
         if not isinstance(data, dict):
@@ -224,8 +227,18 @@ def _expand(data: dict[str, Any]) -> dict[str, Any]:
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise UsageError(f"{name}: must be a whole number of at least 1, not {value!r}")
+    _require_possible(sizes["nodes"] * sizes["devices_per_node"], sizes["slots_per_device"])
     devices = [
         {"node": node, "slots": sizes["slots_per_device"]}
         for node in range(sizes["nodes"]) for _ in range(sizes["devices_per_node"])
     ]
     return rest | {"devices": devices}
+
+
+def _require_possible(devices: int, slots: int) -> None:
+    """Raises UsageError before a device list is made that no memory holds."""
+    if devices > MOST_DEVICES or slots > MOST_SLOTS:
+        raise UsageError(
+            f"{devices} devices of {slots} slots: at most {MOST_DEVICES} devices of {MOST_SLOTS} "
+            "slots are planned for"
+        )

@@ -26,7 +26,7 @@ class ComputeProfile(BaseModel):
     and flagged past its end) replaces the last two terms where the device was measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     start_us: float = Field(default=0.0, ge=0, description="paid once per layer and device")
     active_expert_us: float = Field(default=0.0, ge=0, description="beyond the weight read")
@@ -53,7 +53,7 @@ class ExchangeProfile(BaseModel):
     NCCL's plateau does inside a node.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     alpha_us: float = Field(default=0.0, ge=0)
     alpha_per_log2_node_us: float = Field(default=0.0, ge=0)
@@ -77,7 +77,7 @@ class ExchangeProfile(BaseModel):
 class HardwareProfile(BaseModel):
     """One kind of device and its links, with where the numbers come from and how wrong they are."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     compute: ComputeProfile

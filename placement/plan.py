@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import InputError, LoadmasterError
+from ..errors import InputError, LoadmasterError, naming
 from ..traces.atomic_file import replacing
 
 SCHEMA_VERSION = 1
@@ -144,6 +144,12 @@ class Plan:
             raise PlanError(
                 f"layer_indices names {len(self.layer_indices)} layers, slots have {slots.shape[0]}"
             )
+        own = self.layer_indices
+        if len(set(own)) != len(own) or min(own, default=0) < 0:
+            raise PlanError(
+                f"layer_indices {list(own)[:8]} must be the model's own layer numbers, from 0, "
+                "each once"
+            )
 
     # ---- shape and counts -----------------------------------------------------------------
 
@@ -222,7 +228,7 @@ class Plan:
         """Read `to_json`'s text. Raises PlanError naming the field."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{where}: not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != "loadmaster-plan":
             raise PlanError(
@@ -240,18 +246,21 @@ class Plan:
             first = error.errors()[0]
             field_name = ".".join(str(p) for p in first["loc"])
             raise PlanError(f"{where}: {field_name}: {first['msg']}") from error
+        except OverflowError as error:
+            raise PlanError(f"{where}: slots: a number that is no expert's") from error
         except ValueError as error:
             raise PlanError(f"{where}: slots: rows differ in length") from error
-        return cls(
-            slots=slots.astype(np.int64),
-            num_experts=file.num_experts,
-            dispatch=file.dispatch,
-            layer_indices=tuple(file.layer_indices),
-            model_digest=file.model_digest,
-            cluster_digest=file.cluster_digest,
-            provenance=file.provenance,
-            evidence=file.evidence,
-        )
+        with naming(where):
+            return cls(
+                slots=slots,
+                num_experts=file.num_experts,
+                dispatch=file.dispatch,
+                layer_indices=tuple(file.layer_indices),
+                model_digest=file.model_digest,
+                cluster_digest=file.cluster_digest,
+                provenance=file.provenance,
+                evidence=file.evidence,
+            )
 
     def save(self, path: str | Path) -> None:
         """Write atomically: the file is whole or absent. Raises LoadmasterError where it cannot."""

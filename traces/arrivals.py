@@ -22,6 +22,7 @@ IntArray = npt.NDArray[np.int64]
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOONCAKE = ("timestamp", "input_length", "output_length")
 _NOT_A_TIME = int(np.iinfo(np.int64).min)
+_MOST = 10**15                # of milliseconds: 30,000 years
 _SUFFIXES = {".csv": "azure", ".jsonl": "mooncake"}
 
 
@@ -150,7 +151,7 @@ def load_arrivals(path: Path | str) -> Arrivals:
             rows = list(_azure_rows(path))
         else:
             rows = list(_mooncake_rows(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not rows:
         raise InputError(f"{path}: holds no request")
@@ -182,7 +183,7 @@ def _mooncake_rows(path: Path) -> Iterator[tuple[int, int, int]]:
             where = f"{path}, row {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: is not JSON ({error})") from error
             missing = [n for n in _MOONCAKE if not isinstance(row, dict) or n not in row]
             if missing:
@@ -213,9 +214,11 @@ def _count(value: Any, where: str) -> int:
         if isinstance(number, bool) or number != int(number):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{where} {value!r} is not a whole number") from None
+        raise InputError(f"{where} {repr(value)[:40]} is not a whole number") from None
     if number < 0:
         raise InputError(f"{where} is {value}, must be >= 0")
+    if number > _MOST:
+        raise InputError(f"{where} is beyond {_MOST:,}: correct it")
     return int(number)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import InputError
-from .spec import ModelSpec
+from .spec import MOST_LAYERS, ModelSpec
 
 Config = dict[str, Any]
 LayerRule = Callable[[Config, int], Iterable[int]]
@@ -165,7 +165,17 @@ def read_checkpoint(folder: Path) -> ModelSpec:
         raise InputError(
             f"{path}: none of {', '.join(FIELDS[missing])} is set; add it, or {_BY_HAND}"
         )
-    return _spec(path, whole, config, architecture, (layers, experts, top_k))
+    if layers > MOST_LAYERS:
+        raise InputError(f"{path}: says {layers} layers, at most {MOST_LAYERS} can be")
+    try:
+        return _spec(path, whole, config, architecture, (layers, experts, top_k))
+    except InputError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise InputError(
+            f"{path}: which layers are MoE, or how weights are quantised, is written in a way that "
+            f"cannot be read ({error}); correct it, or {_BY_HAND}"
+        ) from error
 
 
 def _spec(
@@ -193,7 +203,8 @@ def _spec(
         )
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{path}: {first['loc']} {first['msg']}; {_BY_HAND}") from error
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise InputError(f"{path}: {where}{first['msg']}; {_BY_HAND}") from error
 
 
 def _read_json(path: Path) -> Config:
@@ -203,7 +214,7 @@ def _read_json(path: Path) -> Config:
         raise InputError(
             f"{path}: not there; give the folder of a Hugging Face checkpoint"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: is not a JSON object, so not a checkpoint's configuration")

@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: no {MANIFEST_NAME} in it, so this is not a stored trace; give the folder "
             "that `trace record` or `trace import` wrote"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); record again") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(version, int):

@@ -13,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Far beyond any model, and small enough that bytes and operations stay whole numbers.
+MOST_LAYERS, MOST_WIDE, MOST_BYTES = 10_000, 2**24, 2**50
+
 
 class ModelSpec(BaseModel):
     """Shapes and sizes of one MoE model; only what routes and is placed.
@@ -21,18 +24,26 @@ class ModelSpec(BaseModel):
     (a DeepSeek-V3 checkpoint has 61 layers of which 3..60 are MoE).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = "model"
-    num_layers: int = Field(gt=0, description="L, MoE layers")
+    num_layers: int = Field(gt=0, le=MOST_LAYERS, description="L, MoE layers")
     num_experts: int = Field(gt=0, le=65536, description="E, logical experts per layer")
     top_k: int = Field(gt=0, description="K, experts chosen per token")
-    hidden: int | None = Field(default=None, gt=0, description="H")
-    intermediate: int | None = Field(default=None, gt=0, description="I, per expert")
-    matrices_per_expert: int = Field(default=3, gt=0, description="gate, up, down; 2 without gate")
-    bytes_per_parameter: float = Field(default=2.0, gt=0)
-    scale_bytes_per_expert: int = Field(default=0, ge=0, description="quantisation scales, biases")
-    activation_bytes: float = Field(default=2.0, gt=0, description="bytes per activation sent")
+    hidden: int | None = Field(default=None, gt=0, le=MOST_WIDE, description="H")
+    intermediate: int | None = Field(
+        default=None, gt=0, le=MOST_WIDE, description="I, per expert"
+    )
+    matrices_per_expert: int = Field(
+        default=3, gt=0, le=64, description="gate, up, down; 2 without gate"
+    )
+    bytes_per_parameter: float = Field(default=2.0, gt=0, le=64)
+    scale_bytes_per_expert: int = Field(
+        default=0, ge=0, le=MOST_BYTES, description="quantisation scales, biases"
+    )
+    activation_bytes: float = Field(
+        default=2.0, gt=0, le=64, description="bytes per activation sent"
+    )
     num_shared_experts: int = Field(default=0, ge=0)
     num_expert_groups: int = Field(default=1, gt=0, description="routing groups (DeepSeek n_group)")
     groups_per_token: int | None = Field(default=None, gt=0)
@@ -58,10 +69,18 @@ class ModelSpec(BaseModel):
             raise ValueError(
                 f"expert_bytes lists {len(self.expert_bytes)} sizes for {self.num_experts} experts"
             )
+        if not all(0 < size <= MOST_BYTES for size in self.expert_bytes or ()):
+            raise ValueError(f"expert_bytes must all lie in 1..{MOST_BYTES}")
         if self.layer_indices is not None and len(self.layer_indices) != self.num_layers:
             raise ValueError(
                 f"layer_indices lists {len(self.layer_indices)} layers, num_layers is "
                 f"{self.num_layers}"
+            )
+        own = self.layer_indices or ()
+        if len(set(own)) != len(own) or min(own, default=0) < 0:
+            raise ValueError(
+                f"layer_indices {list(own)[:8]} must be the model's own layer numbers, from 0, "
+                "each once"
             )
         if self.num_experts % self.num_expert_groups:
             raise ValueError(

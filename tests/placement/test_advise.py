@@ -157,6 +157,14 @@ def test_too_few_requests_take_the_best_only_where_none_is_in_force(routing: Rou
     assert bound.chosen == CURRENT and bound.verdict.startswith("not enough data: ")
 
 
+def test_a_trace_too_short_for_one_step_is_said_before_planning(routing: RoutingTrace) -> None:
+    planned: list[str] = []
+    with pytest.raises(InputError, match="do not fill one step of 512"):
+        advise(requests(3, 60, routing), EVEN, methods=("greedy",), steps=StepSampler(tokens=512),
+               progress=lambda method, *_: planned.append(method))
+    assert not planned
+
+
 def test_a_time_limit_is_for_all_methods_together(routing: RoutingTrace) -> None:
     began = time.monotonic()
     tried = try_methods(routing, EVEN, ("auto", "moetuner", *BASELINES), time_limit_s=0.2,

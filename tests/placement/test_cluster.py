@@ -56,6 +56,7 @@ def test_the_short_form_and_a_presets_name_are_enough(tmp_path: Path) -> None:
         ({"devices": [{"node": 1, "slots": 1}]}, "node by node"),
         ({"devices": [{"node": 0, "slots": 1}, {"node": 2, "slots": 1}]}, "node by node"),
         ({"devices": []}, "devices"),
+        ({"devices": [{"node": 0, "slots": 10**9}]}, r"devices\.0\.slots"),
         ({"color": "red"}, "color: Extra inputs"),
         ({"traffic": "pigeons"}, "unknown traffic 'pigeons'"),
     ],
@@ -65,6 +66,33 @@ def test_bad_files_name_the_field(change: dict[str, object], message: str, tmp_p
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(data))
     with pytest.raises((InputError, UsageError), match=message):
+        Cluster.from_yaml(path)
+
+
+def test_more_devices_than_memory_holds_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("{hardware: h100, nodes: 100000000, devices_per_node: 100000, "
+                    "slots_per_device: 5}")
+    with pytest.raises(InputError, match="at most 65536 devices"):
+        Cluster.from_yaml(path)
+    with pytest.raises(UsageError, match="at most 65536 devices"):
+        Cluster.preset("h100", nodes=10**8, devices_per_node=10**5, slots_per_device=5)
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf"])
+def test_hardware_of_no_finite_speed_is_refused(tmp_path: Path, number: str) -> None:
+    data = Cluster.preset("h100", devices_per_node=1, slots_per_device=4).model_dump(mode="json")
+    data["hardware"]["compute"]["hbm_bytes_per_s"] = float(number[1:])
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(InputError, match="hbm_bytes_per_s: Input should be a finite number"):
+        Cluster.from_yaml(path)
+
+
+def test_a_file_nested_too_deep_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("[" * 20_000)
+    with pytest.raises(InputError, match="not YAML"):
         Cluster.from_yaml(path)
 
 

@@ -118,22 +118,28 @@ def test_a_failed_write_leaves_the_old_file(
         ({"slots": [[[0, 1], [2]]]}, "rows differ in length"),
         ({"slots": [[[0, 1], [1, 0]]]}, "has no slot"),
         ({"layer_indices": [1]}, "names 1 layers, slots have 2"),
+        ({"layer_indices": [1, 1]}, "each once"),
+        ({"layer_indices": [-5, 1]}, "from 0"),
+        ({"slots": [[[10**30]]]}, "slots: a number that is no expert's"),
+        ({"num_experts": 10**12}, "must lie in"),
     ],
 )
 def test_altered_files_are_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(json.loads(PLAN.to_json()) | change))
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(PlanError, match=message) as caught:
         Plan.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_files_that_are_no_plan(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no such plan file"):
         Plan.load(tmp_path / "none.json")
     path = tmp_path / "plan.json"
-    path.write_text(PLAN.to_json()[:40])
-    with pytest.raises(PlanError, match="not JSON"):
-        Plan.load(path)
+    for text in (PLAN.to_json()[:40], "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(PlanError, match="not JSON"):
+            Plan.load(path)
 
 
 def test_a_file_that_cannot_be_written_or_read_is_said(tmp_path: Path) -> None:

@@ -164,3 +164,24 @@ def test_the_published_hour_of_azure(real_data: Path) -> None:
     assert made.rate_per_s == pytest.approx(5.53, abs=0.005)
     assert gaps_cv(made) == pytest.approx(1.09, abs=0.01)
     assert np.median(made.prompt_tokens) == 1020
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("huge.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16," + "9" * 30 + ",1"),
+        ("quote.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n\"" + "x" * 200_000),
+        ("time.jsonl", '{"timestamp": 1e300, "input_length": 1, "output_length": 1}\n'),
+        ("digits.jsonl", f'{{"timestamp": 1, "input_length": "{"9" * 5000}", "output_length": 1}}'),
+        ("length.jsonl", '{"timestamp": 1, "input_length": 1' + "0" * 30 + ', "output_length": 1}'),
+        ("deep.jsonl", "[" * 100_000 + "\n"),
+    ],
+)
+def test_numbers_and_lines_beyond_all_bounds_are_one_short_line(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=name) as caught:
+        load_arrivals(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 200

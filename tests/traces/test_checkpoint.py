@@ -133,6 +133,37 @@ def test_what_cannot_be_read_says_what_was_looked_for(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("change", [
+    {"moe_layer_freq": 0}, {"moe_layer_freq": "2"}, {"first_k_dense_replace": "3"},
+    {"num_hidden_layers": 10**12}, {"quantization_config": {"config_groups": {"g": None}}},
+    {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 0]}},
+    {"hidden_size": 10**12}, {"num_experts_per_tok": 999},
+])
+def test_fields_that_cannot_be_read_are_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Zero steps, text for numbers, sizes no memory holds."""
+    with pytest.raises(InputError, match=r"config\.json: .*ModelSpec\(|at most") as caught:
+        ModelSpec.from_pretrained(write(tmp_path, **(DEEPSEEK | change)))
+    assert "\n" not in str(caught.value) and "()" not in str(caught.value).split("ModelSpec")[0]
+
+
+def test_a_configuration_nested_too_deep_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a":' * 50_000)
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        ModelSpec.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"layer_indices": (1, 1)}, {"layer_indices": (-1, 0)}, {"expert_bytes": (0, 1, 1, 1)},
+    {"bytes_per_parameter": float("inf")}, {"bytes_per_parameter": 1e300}, {"hidden": 10**12},
+    {"other_time_us": float("nan")},
+])
+def test_a_model_of_impossible_numbers_cannot_be_made(change: dict[str, Any]) -> None:
+    sound: dict[str, Any] = dict(num_layers=2, num_experts=4, top_k=1, hidden=8, intermediate=8)
+    ModelSpec(**sound)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        ModelSpec(**(sound | change))
+
+
 def test_a_folder_without_a_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Hugging Face checkpoint"):
         ModelSpec.from_pretrained(tmp_path)

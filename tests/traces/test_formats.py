@@ -343,6 +343,55 @@ def test_sglang_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         import_any(tmp_path)
 
 
+TOKEN = token_record(1, 0, [1, 2], [NONE, [[0, 1], [2, 3]], [[0, 1], [2, 3]]], mode=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"records": [1, 2]}, "no dictionaries"),
+        ({"records": [{**passes(0)["records"][0], "forward_pass_id": "x"}]}, "forward_pass_id 'x'"),
+        ({"records": [{"global_physical_count": torch.ones(3, 8)}]}, "forward_pass_id"),
+        ({"records": [{"forward_pass_id": 1, "global_physical_count": "abc"}]}, "no array"),
+        ({"last_physical_to_logical_map": [[1], [1, 2]]}, "no array"),
+        ({"last_physical_to_logical_map": None}, "no array"),
+        ({"last_physical_to_logical_map": SLOT_MAP[:0]}, "not .layers, slots."),
+        ({"last_physical_to_logical_map": SLOT_MAP * 10**9}, "not .layers, slots."),
+        ({"records": [TOKEN | {"forward_mode": "x"}]}, "forward_mode 'x'"),
+        ({"records": [TOKEN | {"extend_seq_lens": "abc"}]}, "extend_seq_lens"),
+        ({"records": [TOKEN | {"input_ids": "abc"}]}, "input_ids"),
+        ({"records": [TOKEN | {"forward_pass_id": 2**70}]}, "forward_pass_id"),
+        ({"records": [TOKEN | {"rank": -3}]}, "source of token 0 is -3"),
+    ],
+)
+def test_a_recording_with_a_bad_field_is_one_line_that_names_it(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    torch.save(passes(0) | change, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match=said) as caught:
+        import_any(tmp_path / "bad.pt")
+    assert str(caught.value).startswith(str(tmp_path / "bad.pt"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [
+    {"extend_seq_lens": torch.tensor([1, 1])}, {"extend_seq_lens": [3, -1]},
+    {"input_ids": None, "positions": None}, {"forward_mode": None},
+])
+def test_what_a_record_may_leave_out_is_not_missed(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_tokens(tmp_path / "r.pt", TOKEN | change)
+    assert trace_of(import_any(tmp_path / "r.pt")).num_tokens == 2
+
+
+def test_counts_of_any_kind_of_tensor_are_read(tmp_path: Path) -> None:
+    counts = torch.arange(1, 13).reshape(2, 6)
+    for name, count in (("bf16", counts.bfloat16()), ("sparse", counts.to_sparse()),
+                        ("grad", counts.float().requires_grad_())):
+        torch.save({"logical_count": count}, tmp_path / f"{name}.pt")
+        result: Any = import_any(tmp_path / f"{name}.pt")
+        assert result.profile.load_LE.tolist() == counts.tolist()
+
+
 # ---- TensorRT-LLM ------------------------------------------------------------------------------
 
 
@@ -405,6 +454,33 @@ def test_statistics_with_holes_are_refused(statistics: Path) -> None:
     (statistics / "meta_info.json").write_text("{}")
     with pytest.raises(InputError, match="num_experts_per_token"):
         import_any(statistics)
+
+
+@pytest.mark.parametrize("counts", [
+    {}, {"0_0": np.zeros(4, np.int64)}, {"0_0": np.full(4, 1.5)}, {"0_0": np.full(4, np.nan)},
+    {"0_0": np.full(4, True)},
+])
+def test_statistics_without_whole_counts_are_refused(
+    statistics: Path, counts: dict[str, Any]
+) -> None:
+    """None at all, all zero, and kinds that a cast would round or make up."""
+    from safetensors.numpy import save_file
+
+    (statistics / "rank1.safetensors").unlink()
+    save_file(counts, statistics / "rank0.safetensors")
+    with pytest.raises(InputError, match=r"no counts|all counts are zero|is not a count"):
+        import_any(statistics)
+
+
+@pytest.mark.parametrize("number", ["8.7", "-4", "Infinity", "NaN", "true", '"4"', "[" * 10**5])
+def test_statistics_of_no_whole_number_of_experts_are_refused(
+    statistics: Path, number: str
+) -> None:
+    meta = statistics / "meta_info.json"
+    meta.write_text(f'{{"num_experts": {number}, "num_experts_per_token": 2}}')
+    with pytest.raises(InputError, match="num_experts") as caught:
+        import_any(statistics)
+    assert str(meta) in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---- which format ------------------------------------------------------------------------------

@@ -243,6 +243,9 @@ def test_cut_manifests_never_crash(stored: Path) -> None:
         manifest.write_text(text[:cut])
         with pytest.raises(InputError):
             load_trace(stored)
+    manifest.write_text("[" * 100_000)
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        load_trace(stored)
 
 
 def test_what_is_not_a_trace_is_named(tmp_path: Path) -> None:

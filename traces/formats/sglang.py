@@ -8,6 +8,7 @@ back, and nothing in the file shows that it does. Files are read with weights_on
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from ...errors import InputError
 from ..profile import Profile
 from .result import LOADS_ONLY, ImportResult
 from .sglang_tokens import import_tokens
+from .tensors import as_array, as_whole
+
+MOST_EXPERTS = 65_536
 
 _REBALANCE = (
     "whether the placement changed while recording: slots are mapped to experts by the last map"
@@ -55,9 +59,16 @@ def _load(path: Path) -> dict[str, Any]:
 
     try:
         dump = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: cannot be read without unpickling code, which is never done: no recorder "
+            "wrote it so; record it again"
+        ) from error
     except Exception as error:  # torch raises many kinds on a broken or hostile file
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cannot be read without unpickling code: {text}") from error
+        raise InputError(
+            f"{path}: cannot be read as a recorder's file ({text}): copy or record it again"
+        ) from error
     if not isinstance(dump, dict):
         raise InputError(f"{path}: holds a {type(dump).__name__}, not a recorder's dictionary")
     return dump
@@ -67,6 +78,8 @@ def _kind(path: Path, dump: dict[str, Any]) -> str:
     if "logical_count" in dump:
         return "stat"
     records = dump.get("records")
+    if isinstance(records, list) and not all(isinstance(r, dict) for r in records):
+        raise InputError(f"{path}: its records are no dictionaries, so not SGLang's")
     if isinstance(records, list) and "last_physical_to_logical_map" in dump:
         if not records:
             raise InputError(f"{path}: holds no forward pass: record while traffic runs")
@@ -88,8 +101,8 @@ def _import_stat(dumps: list[tuple[Path, dict[str, Any]]]) -> ImportResult:
             f"{[p.name for p, _ in dumps][:4]}"
         )
     path, dump = dumps[0]
-    count = np.asarray(dump["logical_count"])
-    if count.ndim not in (2, 3) or count.dtype.kind not in "iuf":
+    count = as_array(dump["logical_count"], f"{path}: logical_count")
+    if count.ndim not in (2, 3):
         raise InputError(
             f"{path}: logical_count {list(count.shape)} is not [layers, experts] or "
             "[buffer, layers, experts]"
@@ -115,15 +128,16 @@ def _import_passes(
     by_pass: dict[int, npt.NDArray[np.float64]] = {}
     for file, dump in dumps:
         for record in dump["records"]:
-            count_LS = np.asarray(record["global_physical_count"], np.float64)
+            number = as_whole(record.get("forward_pass_id"), f"{file}: forward_pass_id")
+            count_LS = as_array(
+                record["global_physical_count"], f"{file}, pass {number}: global_physical_count"
+            )
             if count_LS.shape != map_LS.shape:
                 raise InputError(
                     f"{file}: counts {list(count_LS.shape)} do not fit the map "
                     f"{list(map_LS.shape)} of [layers, slots]"
                 )
-            load = by_pass.setdefault(
-                int(record["forward_pass_id"]), np.zeros((len(map_LS), experts))
-            )
+            load = by_pass.setdefault(number, np.zeros((len(map_LS), experts)))
             for layer in range(len(map_LS)):
                 load[layer] += np.bincount(map_LS[layer], count_LS[layer], experts)
     order = sorted(number for number, load in by_pass.items() if load.any())
@@ -145,14 +159,17 @@ def _import_passes(
 def _common_map(dumps: list[tuple[Path, dict[str, Any]]]) -> npt.NDArray[np.int64]:
     """[L, S] expert of each slot, which must be the same in all files."""
     first_path, first = dumps[0]
-    map_LS = np.asarray(first["last_physical_to_logical_map"])
-    if map_LS.ndim != 2 or map_LS.dtype.kind not in "iu" or (map_LS < 0).any():
+    name = "last_physical_to_logical_map"
+    map_LS = as_array(first[name], f"{first_path}: {name}")
+    if map_LS.ndim != 2 or map_LS.dtype.kind not in "iu" or 0 in map_LS.shape or not (
+        0 <= map_LS.min() <= map_LS.max() < MOST_EXPERTS
+    ):
         raise InputError(
-            f"{first_path}: last_physical_to_logical_map {list(map_LS.shape)} is not "
-            "[layers, slots] of expert ids"
+            f"{first_path}: {name} {list(map_LS.shape)} is not [layers, slots] of expert ids in "
+            f"[0, {MOST_EXPERTS})"
         )
     for path, dump in dumps[1:]:
-        if not np.array_equal(np.asarray(dump["last_physical_to_logical_map"]), map_LS):
+        if not np.array_equal(as_array(dump[name], f"{path}: {name}"), map_LS):
             raise InputError(
                 f"{path}: its slot map differs from that of {first_path.name}: the placement "
                 "changed between them; record again without rebalancing"

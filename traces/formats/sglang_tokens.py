@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ...errors import InputError
 from ..trace import DECODE, PREFILL, RoutingTrace
 from .result import ImportResult
+from .tensors import as_array, as_whole
 
 # SGLang's forward modes as numbers.
 _EXTEND, _DECODE, _MIXED, _VERIFY = 1, 2, 3, 5
@@ -77,7 +78,7 @@ class _Record:
     rank: int
     slots_LTK: npt.NDArray[np.int64]           # -1: no choice
     phase_T: npt.NDArray[np.uint8] | None
-    tokens: tuple[tuple[int, ...], tuple[int, ...]]  # input ids and positions
+    tokens: tuple[tuple[int, ...], ...]        # input ids and positions
 
 
 def _in_order(
@@ -87,17 +88,19 @@ def _in_order(
     found = []
     for file, records in files:
         for record in records:
-            try:
-                step, rank = int(record["forward_pass_id"]), int(record["rank"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(
-                    f"{file}: a record lacks forward_pass_id or rank ({error!r})"
-                ) from error
-            slots_LTK = _slots(f"{file}, pass {step}", record, map_LS)
-            phase_T = _phase(record, slots_LTK.shape[1])
+            step, rank = (
+                as_whole(record.get(name), f"{file}: a record's {name}")
+                for name in ("forward_pass_id", "rank")
+            )
+            where = f"{file}, pass {step}"
+            slots_LTK = _slots(where, record, map_LS)
+            phase_T = _phase(where, record, slots_LTK.shape[1])
             real = (slots_LTK >= 0).any(axis=(0, 2))
             if real.any():
-                what = tuple(record.get("input_ids", ())), tuple(record.get("positions", ()))
+                what = tuple(
+                    tuple(_numbers(record, name, where).tolist())
+                    for name in ("input_ids", "positions")
+                )
                 found.append(_Record(
                     step, rank, slots_LTK[:, real], None if phase_T is None else phase_T[real], what
                 ))
@@ -121,7 +124,7 @@ def _slots(
     where: str, record: dict[str, Any], map_LS: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """[L, T, 8] slots of one record, -1 where there is none. Raises InputError on a bad record."""
-    slots = np.asarray(record.get("topk_ids_of_layer"))
+    slots = as_array(record.get("topk_ids_of_layer"), f"{where}: topk_ids_of_layer")
     if slots.ndim != 3 or slots.dtype.kind not in "iu" or len(slots) != len(map_LS):
         raise InputError(
             f"{where}: topk_ids_of_layer {list(slots.shape)} is not [layers, tokens, k] with "
@@ -147,15 +150,25 @@ def _experts(
     return experts, chosen.sum(axis=2).astype(np.uint8)
 
 
-def _phase(record: dict[str, Any], tokens: int) -> npt.NDArray[np.uint8] | None:
+def _numbers(record: dict[str, Any], name: str, where: str) -> npt.NDArray[Any]:
+    """A list of whole numbers of a record; empty where it has none."""
+    value = record.get(name)
+    array = as_array([] if value is None else value, f"{where}: {name}")
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"{where}: {name} holds {array.dtype}, not whole numbers")
+    return array.reshape(-1).astype(np.int64)
+
+
+def _phase(where: str, record: dict[str, Any], tokens: int) -> npt.NDArray[np.uint8] | None:
     """Phase of each token; None where the forward mode is not known."""
-    mode = int(record.get("forward_mode", 0))
+    mode = record.get("forward_mode")
+    mode = 0 if mode is None else as_whole(mode, f"{where}: forward_mode")
     if mode in (_DECODE, _VERIFY):
         return np.full(tokens, DECODE, np.uint8)
     if mode == _EXTEND:
         return np.full(tokens, PREFILL, np.uint8)
-    lengths = np.asarray(record.get("extend_seq_lens") or (), np.int64)
-    if mode == _MIXED and lengths.sum() == tokens:
+    lengths = _numbers(record, "extend_seq_lens", where)
+    if mode == _MIXED and lengths.sum() == tokens and (lengths >= 0).all():
         # In a mixed pass a sequence that adds one token decodes.
         return np.repeat(np.where(lengths == 1, DECODE, PREFILL), lengths).astype(np.uint8)
     return None

@@ -42,11 +42,15 @@ def import_statistics(folder: Path) -> ImportResult:
         if more.keys() != by_key.keys():
             raise InputError(f"{path}: holds other iterations or layers than rank 0: copy it whole")
         by_key = {key: counts + more[key] for key, counts in by_key.items()}
+    if not by_key:
+        raise InputError(f"{files[0][1]}: holds no counts: record while traffic runs")
     keys = sorted(by_key)
     iterations, layers = _axes(folder, keys)
     shape = (len(iterations), len(layers), experts)
     load_WLE = np.stack([by_key[key] for key in keys]).reshape(shape)
     quiet = load_WLE.sum(axis=(1, 2)) == 0
+    if quiet.all():
+        raise InputError(f"{folder}: all counts are zero: record while traffic runs")
     return ImportResult(
         format="TensorRT-LLM statistics",
         profile=Profile.from_loads(
@@ -63,11 +67,17 @@ def import_statistics(folder: Path) -> ImportResult:
 def _meta(path: Path) -> tuple[int, int]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        return int(meta["num_experts"]), int(meta["num_experts_per_token"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        numbers = meta["num_experts"], meta["num_experts_per_token"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: must say num_experts and num_experts_per_token ({error!r})"
         ) from error
+    if any(type(number) is not int or number < 1 for number in numbers):
+        raise InputError(
+            f"{path}: num_experts and num_experts_per_token must be whole numbers of at least 1, "
+            f"not {numbers[0]!r} and {numbers[1]!r}"
+        )
+    return numbers
 
 
 def _rank_counts(
@@ -83,9 +93,10 @@ def _rank_counts(
     counts = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(\d+)_(\d+)", name)
-        if not match or tensor.shape != (experts,) or (tensor < 0).any():
+        sound = tensor.dtype.kind in "iu" and tensor.shape == (experts,) and tensor.min() >= 0
+        if not match or not sound:
             raise InputError(
-                f"{path}: {name!r} {list(tensor.shape)} is not a count per expert "
+                f"{path}: {name!r} {tensor.dtype} {list(tensor.shape)} is not a count per expert "
                 f"'iteration_layer' [{experts}]; raw statistics are not read"
             )
         counts[int(match[1]), int(match[2])] = tensor.astype(np.int64)
