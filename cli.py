@@ -7,16 +7,35 @@ plan is worse than the one named by --current.
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import __version__, cli_live, cli_plan, cli_simulate, cli_trace
 from .errors import LoadmasterError
 
+
+class _Verbs(TyperGroup):
+    """Typer ends an interrupted or cut-off verb without a word and with a code of its own."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("loadmaster: interrupted; nothing half-written is left in place",
+                  file=sys.stderr)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:     # whoever read stdout has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+
 app = typer.Typer(
     name="loadmaster",
+    cls=_Verbs,
     help="Decides which GPU every expert of a mixture-of-experts model lives on: records routing, "
     "plans, proves the plan in simulation, applies it to live workers.",
     no_args_is_help=True,
@@ -54,10 +73,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("loadmaster: interrupted; nothing half-written is left in place", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    except OSError as error:  # a name too long, a disk gone: what no verb foresaw
+        place = f"{str(error.filename)[:200]}: " if error.filename else ""
+        print(f"loadmaster: {place}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except MemoryError:
-        print("loadmaster: out of memory: use fewer tokens (trace slice) or a larger machine",
+        print("loadmaster: out of memory: use fewer tokens or a larger machine",
               file=sys.stderr)
         sys.exit(1)
 

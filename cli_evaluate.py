@@ -74,8 +74,10 @@ def evaluate(
         reference = "current" if current.stem in named else current.stem
         named[reference] = Plan.load(current)
     routing, notes = read_trace(trace, num_experts)
+    if devices_per_node is None:
+        devices_per_node = -(-named[first].num_devices // max(nodes, 1))
     place = build_cluster(
-        cluster, preset, nodes, devices_per_node or -(-named[first].num_devices // max(nodes, 1)),
+        cluster, preset, nodes, devices_per_node,
         max(plan.slots_per_device for plan in named.values()), traffic, routing.num_experts,
     )
     table = compare(

@@ -154,7 +154,7 @@ def read_trace(path: Path, num_experts: int | None = None) -> tuple[RoutingTrace
 
 def require_new(path: Path | None) -> None:
     """Refuse to write over a file that exists."""
-    if path is not None and path.exists():
+    if path is not None and (path.exists() or path.is_symlink()):
         raise UsageError(f"{path} exists: name another file, or remove it first")
 
 

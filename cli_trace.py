@@ -71,8 +71,10 @@ def import_(
     """Bring [T, L, K] arrays, an SGLang recording or TensorRT-LLM statistics into our format."""
     from .errors import InputError, UsageError
     from .traces.formats import import_any
+    from .traces.manifest import require_unused
     from .traces.store import save_trace
 
+    require_unused(out)
     keys = dict(pair.partition("=")[::2] for pair in key or ())
     if not all(keys.values()):
         raise UsageError("--key is written column=name, as in --key request=seq")

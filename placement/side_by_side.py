@@ -22,7 +22,7 @@ from .overlap import Overlap
 from .plan import DispatchSpec, Plan
 from .resampling import redraw
 from .search_copies import copies_cost_bytes
-from .traffic import Executor, StepLoads, step_loads
+from .traffic import Executor, StepLoads, check_fit, step_loads
 
 FloatArray = npt.NDArray[np.float64]
 Noise = Callable[[FloatArray], "FloatArray | None"]
@@ -126,6 +126,7 @@ class Bench:
         `evaluate`, with each step's copies kept. Raises InputError naming the plan.
         """
         check_slots(plan, self.cluster, f"plan {name}")
+        check_fit(self.trace, plan, self.cluster, f"plan {name}")
         if self.model is not None:
             check_model(self.model, plan)
         model, spec = self.model, resolve_dispatch(self.dispatch, plan)

@@ -126,16 +126,18 @@ def _replicated(slots_GC: npt.NDArray[np.int16]) -> bool:
     return len(np.unique(held)) < len(held)
 
 
-def check_fit(trace: RoutingTrace, plan: Plan, cluster: Cluster) -> None:
+def check_fit(
+    trace: RoutingTrace, plan: Plan, cluster: Cluster, what: str = "the plan"
+) -> None:
     """Whether trace, plan and cluster speak of the same experts, layers and devices."""
     if plan.num_layers != trace.num_layers or plan.num_experts != trace.num_experts:
         raise InputError(
-            f"the plan has {plan.num_layers} layers of {plan.num_experts} experts, the trace "
+            f"{what} has {plan.num_layers} layers of {plan.num_experts} experts, the trace "
             f"{trace.num_layers} of {trace.num_experts}: they are of different models"
         )
     if plan.num_devices != cluster.num_devices:
         raise InputError(
-            f"the plan is for {plan.num_devices} devices, the cluster has {cluster.num_devices}"
+            f"{what} is for {plan.num_devices} devices, the cluster has {cluster.num_devices}"
         )
 
 

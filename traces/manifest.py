@@ -6,6 +6,7 @@ Knows the file format and its versions. Knows nothing of Parquet or of routing i
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Literal, Self
@@ -150,7 +151,8 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def require_unused(folder: Path) -> None:
-    """Raise InputError where something stands at `folder` already, be it a file or a full folder.
+    """Raise InputError where something stands at `folder` already, be it a file or a full folder,
+    or where no folder can be made.
 
     An empty folder is fine, and so is what an unfinished write left behind.
     """
@@ -162,6 +164,11 @@ def require_unused(folder: Path) -> None:
         raise InputError(
             f"{folder}: exists already; existing files are never overwritten, give a new folder"
         )
+    above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not above.is_dir():
+        raise InputError(f"{folder}: {above} is no folder, so none can be made in it")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: the folder {above} cannot be written to: give another one")
 
 
 def commit_shard(folder: Path, shard: Shard, domain_names: tuple[str, ...] = ()) -> Manifest:

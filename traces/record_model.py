@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ def record_model(
             f"need 1 <= request_tokens <= step_tokens and decode_tokens >= 0; got "
             f"{request_tokens}, {step_tokens} and {decode_tokens}"
         )
+    if max_tokens is not None and max_tokens < 1:
+        raise UsageError(f"max_tokens {max_tokens} must be at least 1, or left out")
     require_unused(Path(out_dir))
     folder = Path(model_dir)
     spec = ModelSpec.from_pretrained(folder)
@@ -77,6 +80,7 @@ def record_model(
         raise InputError("the texts hold no tokens: give at least one that is not empty")
     model = _load(folder, dtype, device)
     layers_by_module(model, spec)  # before a folder is made: it may refuse
+    stood = Path(out_dir).exists()
     recorder = Recorder(
         out_dir, spec, gates=gates, requests=requests, home_ranks=False, domain_names=names
     )
@@ -91,6 +95,8 @@ def record_model(
                     progress(done, total)
     finally:
         summary = recorder.close()
+        if not summary.tokens and not stood:  # stopped before anything was recorded
+            shutil.rmtree(out_dir, ignore_errors=True)
     if summary.failure is not None:
         raise LoadmasterError(f"{summary.failure}; {summary.lost_tokens} tokens were not written")
     return summary

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Far beyond any model, and small enough that bytes and operations stay whole numbers.
-MOST_LAYERS, MOST_WIDE, MOST_BYTES = 10_000, 2**24, 2**50
+MOST_LAYERS, MOST_EXPERTS, MOST_WIDE, MOST_BYTES = 10_000, 65_536, 2**24, 2**50
 
 
 class ModelSpec(BaseModel):
@@ -28,7 +28,7 @@ class ModelSpec(BaseModel):
 
     name: str = "model"
     num_layers: int = Field(gt=0, le=MOST_LAYERS, description="L, MoE layers")
-    num_experts: int = Field(gt=0, le=65536, description="E, logical experts per layer")
+    num_experts: int = Field(gt=0, le=MOST_EXPERTS, description="E, logical experts per layer")
     top_k: int = Field(gt=0, description="K, experts chosen per token")
     hidden: int | None = Field(default=None, gt=0, le=MOST_WIDE, description="H")
     intermediate: int | None = Field(

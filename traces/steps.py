@@ -155,6 +155,7 @@ def _interleave(
 
 def _whole_steps(token: npt.NDArray[np.int64], tokens: int) -> Steps:
     whole = len(token) // tokens
+    tokens = min(tokens, len(token))    # numpy takes no larger number, and no step is that long
     return Steps(token[: whole * tokens], np.arange(whole + 1, dtype=np.int64) * tokens)
 
 

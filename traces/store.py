@@ -223,6 +223,7 @@ def save_trace(
     )
     temporary = folder.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{folder.name}"
     try:
+        temporary.mkdir(parents=True)   # here, so that an error names the folder asked for
         create_manifest(temporary, manifest)
         writer = TraceWriter(temporary)
         writer.append(trace)

@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
+from .spec import MOST_EXPERTS, MOST_LAYERS
 from .synth_sampling import BlockTables, sample_ids
 from .trace import DECODE, PREFILL, RoutingTrace
 
 FloatArray = npt.NDArray[np.float64]
 FAMILY_TOKENS, FAMILY_TOP_K = 200_000, 8
+MOST_ZIPF = 50.0             # beyond it the last experts' shares are no numbers any more
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,14 @@ def synth_trace(
     prefill.
     A token never chooses an expert twice. Equal arguments give an equal trace.
     """
+    shape = (layers, experts) if share_LE is None else share_LE.shape
+    shares = (block_share, affinity, persistence, prompt_share)
+    _check(*shape, top_k, tokens, domains, blocks, shares)
+    _check_skew(zipf, switch_tokens)
     rng = np.random.default_rng(seed)
     if share_LE is None:
         share_LE = zipf_shares(rng, layers, experts, zipf, spread=spread, cap=1 / top_k)
     layers, experts = share_LE.shape
-    shares = (block_share, affinity, persistence, prompt_share)
-    _check(top_k, experts, tokens, domains, blocks, shares)
     share_DLE = _domain_shares(rng, share_LE, domains, domain_spread, top_k)
     groups = max(1, experts // (2 * top_k)) if blocks is None else blocks
     tables = BlockTables.of(share_DLE, _random_blocks(rng, layers, experts, groups))
@@ -148,9 +152,14 @@ def synth_trace(
 
 
 def _check(
-    top_k: int, experts: int, tokens: int, domains: int, blocks: int | None,
+    layers: int, experts: int, top_k: int, tokens: int, domains: int, blocks: int | None,
     shares: tuple[float, ...],
 ) -> None:
+    if not (1 <= layers <= MOST_LAYERS and 1 <= experts <= MOST_EXPERTS):
+        raise UsageError(
+            f"need 1..{MOST_LAYERS} layers of 1..{MOST_EXPERTS} experts; got {layers} layers of "
+            f"{experts}"
+        )
     if not 1 <= top_k <= experts or tokens < 1 or domains < 1:
         raise UsageError(
             f"need 1 <= top_k <= experts, tokens >= 1 and domains >= 1; got top_k {top_k}, "
@@ -162,6 +171,13 @@ def _check(
         raise UsageError(
             f"block_share, affinity, persistence and prompt_share must lie in [0, 1]; got {shares}"
         )
+
+
+def _check_skew(zipf: float, switch_tokens: int | None) -> None:
+    if not 0.0 <= zipf <= MOST_ZIPF:
+        raise UsageError(f"zipf {zipf} must lie in [0, {MOST_ZIPF:g}]: 0 is flat")
+    if switch_tokens is not None and switch_tokens < 1:
+        raise UsageError(f"switch_tokens {switch_tokens} must be at least 1, or left out")
 
 
 def _capped(share_LE: FloatArray, cap: float) -> FloatArray:

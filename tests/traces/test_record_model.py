@@ -142,6 +142,8 @@ def test_what_cannot_be_recorded_leaves_nothing_behind(checkpoint: Path, tmp_pat
         record_model(checkpoint, [""], tmp_path / "t")
     with pytest.raises(UsageError, match="request_tokens"):
         record_model(checkpoint, ["x"], tmp_path / "t", request_tokens=9, step_tokens=8)
+    with pytest.raises(UsageError, match="max_tokens 0"):
+        record_model(checkpoint, ["x"], tmp_path / "t", max_tokens=0)
     (checkpoint_copy := tmp_path / "copy").mkdir()
     (checkpoint_copy / "config.json").write_text((checkpoint / "config.json").read_text())
     with pytest.raises(InputError, match="transformers cannot load it"):
@@ -149,6 +151,23 @@ def test_what_cannot_be_recorded_leaves_nothing_behind(checkpoint: Path, tmp_pat
     assert not (tmp_path / "t").exists()
     with pytest.raises(InputError, match="never overwritten"):
         record_model(checkpoint, ["x"], checkpoint_copy)
+
+
+def test_stopped_before_the_first_step_leaves_no_folder_and_later_what_was_recorded(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    texts = ["abcdefgh" * 4]
+    with pytest.raises(KeyboardInterrupt):      # progress comes after a whole step
+        record_model(checkpoint, texts, tmp_path / "some", request_tokens=8, step_tokens=8,
+                     progress=stop)
+    assert load_trace(tmp_path / "some").num_tokens == 8
+    monkeypatch.setattr("loadmaster.traces.record.Recorder.begin_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        record_model(checkpoint, texts, tmp_path / "none", request_tokens=8, step_tokens=8)
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_architecture_outside_the_interface_is_refused(tmp_path: Path) -> None:

@@ -149,7 +149,10 @@ def test_a_token_depends_on_its_request_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 9}, {"tokens": 0}, {"domains": 0}, {"affinity": 1.5}, {"blocks": 99}]
+    "options",
+    [{"top_k": 9}, {"top_k": 0}, {"tokens": 0}, {"domains": 0}, {"affinity": 1.5}, {"blocks": 99},
+     {"layers": 0}, {"layers": 10**12}, {"experts": 0}, {"experts": 10**6}, {"zipf": float("nan")},
+     {"zipf": -1.0}, {"zipf": 1e9}, {"switch_tokens": 0}],
 )
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

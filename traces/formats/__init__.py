@@ -26,7 +26,8 @@ def import_any(
     """Import whatever lies at `path`: arrays, an SGLang recording, TensorRT-LLM statistics.
 
     A stored trace is opened as it is. num_experts and keys are for arrays (see `import_arrays`).
-    Raises InputError naming the formats there are when none fits.
+    Raises InputError naming the formats there are when none fits, or where what was found has
+    another number of experts than the one given, or no arrays to be named by keys.
     """
     path = Path(path)
     if not path.exists():
@@ -34,7 +35,18 @@ def import_any(
     if not (path.is_file() or path.is_dir()):
         raise InputError(f"{path}: is neither a file nor a folder: save what it gives to a file")
     with naming(path):
-        return _import(path, num_experts, keys)
+        found = _import(path, num_experts, keys)
+        source = found.trace if found.trace is not None else found.profile
+        if num_experts is not None and source is not None and source.num_experts != num_experts:
+            raise InputError(
+                f"holds {source.num_experts} experts per layer, {num_experts} were given: leave "
+                "--num-experts (num_experts) out"
+            )
+        if keys and path.suffix not in SUFFIXES:
+            raise InputError(
+                f"--key (keys) names arrays of a file ({', '.join(SUFFIXES)}): leave it out"
+            )
+        return found
 
 
 def _import(path: Path, num_experts: int | None, keys: Mapping[str, str] | None) -> ImportResult:

@@ -18,11 +18,10 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ..profile import Profile
+from ..spec import MOST_EXPERTS
 from .result import LOADS_ONLY, ImportResult
 from .sglang_tokens import import_tokens
 from .tensors import as_array, as_whole
-
-MOST_EXPERTS = 65_536
 
 _REBALANCE = (
     "whether the placement changed while recording: slots are mapped to experts by the last map"
