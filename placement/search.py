@@ -31,11 +31,14 @@ SlotArray = npt.NDArray[np.int16]
 Improve = Callable[..., Found]
 
 EFFORTS = {"fast": 0.3, "normal": 1.0, "thorough": 4.0}   # units of work
-ROUNDS = 6                   # each with fresh scenarios; the last one with more of them, cold
-MOVES_PER_SLOT_FEW = 200     # over all rounds
-MOVES_PER_SLOT_MANY = 10
-BUDGETED = 5                 # times as many within a budget: most break it, and cost nothing
-FEWEST_MOVES_FEW, FEWEST_MOVES_MANY = 6_000, 2_500
+# Rounds of moves, each with fresh scenarios; the last one with more of them, cold. On few devices,
+# where rows are cheap, scenarios change often: those that stay are overfitted.
+ROUNDS_FEW, ROUNDS_MANY = 24, 6
+# Moves over all rounds: so many per slot, and at least so many. Within a budget of moves most break
+# it, and cost nothing.
+PER_SLOT_FEW, FEWEST_FEW = 200, 16_000
+PER_SLOT_BUDGETED, FEWEST_BUDGETED = 1_000, 30_000
+PER_SLOT_MANY, FEWEST_MANY = 10, 2_500
 SCENARIOS_FEW, SCENARIOS_MANY = 192, 8    # fresh rows of each kind, each round: few are overfitted
 SCENARIOS_COPIES = 48        # the same where copies cost: rows ask for room that saves none
 HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
@@ -229,16 +232,14 @@ def _by_rows(
     scenarios = SCENARIOS_FEW if few else SCENARIOS_MANY
     if copy_weight > 0.0:
         scenarios = min(scenarios, SCENARIOS_COPIES)
-    per_slot = MOVES_PER_SLOT_FEW if few else MOVES_PER_SLOT_MANY
+    rounds = ROUNDS_FEW if few else ROUNDS_MANY
     slots = int(np.asarray(space.slots_G).sum())
-    least = FEWEST_MOVES_FEW if few else FEWEST_MOVES_MANY
-    more = BUDGETED if few and task.move_budget is not None else 1
-    moves = round(more * max(least, per_slot * slots) * EFFORTS[task.effort] / ROUNDS)
-    heat = HOT * (COLD / HOT) ** (np.arange(ROUNDS) / (ROUNDS - 1))
+    moves = round(_moves(few, task.move_budget is not None, slots) * EFFORTS[task.effort] / rounds)
+    heat = HOT * (COLD / HOT) ** (np.arange(rounds) / (rounds - 1))
     free = 1.0 if copy_weight == 0.0 else 1.0 + task.slack / 2
     found_GC = start_GC
-    for turn in range(ROUNDS):
-        last = turn == ROUNDS - 1
+    for turn in range(rounds):
+        last = turn == rounds - 1
         rows = search_rows(
             home, kinds, scenarios * (3 if last else 1), float(loads.speed_G.sum()), rng
         )
@@ -250,6 +251,15 @@ def _by_rows(
         if task.expired():
             return found.best_GC
     return found_GC
+
+
+def _moves(few: bool, budgeted: bool, slots: int) -> int:
+    """Moves of one search at effort "normal"."""
+    if not few:
+        return max(FEWEST_MANY, PER_SLOT_MANY * slots)
+    if budgeted:
+        return max(FEWEST_BUDGETED, PER_SLOT_BUDGETED * slots)
+    return max(FEWEST_FEW, PER_SLOT_FEW * slots)
 
 
 def _space(task: LayerTask, loads: LayerLoads) -> SearchSpace:

@@ -88,21 +88,17 @@ class LiveTimes:
 
 
 def stalls(steps: Measurements, report: ApplyReport) -> dict[str, float]:
-    """What serving felt of a switch, from the steps around it.
+    """What serving felt of a switch.
 
-    stage_us: spent on moving experts inside steps that served. staging_us: the same, or the wall
-    time of all staging where nothing was served meanwhile. commit_us: reading what arrived once
-    more, and by how much the committing step was longer than the median of the others.
+    stage_us: spent on moving experts and switching tables inside steps that served, the slowest
+    rank of each. staging_us: the same, or the wall time of all staging where nothing was served
+    meanwhile. commit_us: reading what arrived once more, while no step ran. commit_step_us: the
+    whole step that switched.
     """
-    felt_us = float(steps.stage_us[steps.staging].max(axis=1, initial=0.0).sum())
-    commit = steps.staging & (steps.epoch == report.epoch)
-    commit_us = 0.0
-    if commit.any() and not steps.staging.all():
-        plain_us = float(np.median(steps.step_wall_us[~steps.staging]))
-        commit_us = max(0.0, float(steps.step_wall_us[commit][0]) - plain_us)
+    felt_us = float(steps.stage_us.max(axis=1, initial=0.0).sum())
     return {
         "stage_us": felt_us,
         "staging_us": felt_us or report.stage_us,
-        "commit_us": report.verify_us + commit_us,
+        "commit_us": report.verify_us,
         "commit_step_us": report.commit_us,
     }

@@ -75,6 +75,6 @@ class StepResult:
     peak_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     staged: tuple[tuple[int, int], ...] = ()        # (layer, expert) that arrived whole and right
     corrupted: tuple[tuple[int, int], ...] = ()     # arrived wrong and were thrown away
-    stage_us: float = 0.0             # of wall_us, what moving experts took
+    stage_us: float = 0.0             # of wall_us, what moving experts and switching took
     cpu_us: float = 0.0               # of the whole process
     wall_us: float = 0.0
