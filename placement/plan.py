@@ -252,7 +252,7 @@ class Plan:
             raise PlanError(f"{where}: slots: rows differ in length") from error
         with naming(where):
             return cls(
-                slots=slots,
+                slots=slots.astype(np.int64),
                 num_experts=file.num_experts,
                 dispatch=file.dispatch,
                 layer_indices=tuple(file.layer_indices),

@@ -127,14 +127,14 @@ def synth_trace(
     prefill.
     A token never chooses an expert twice. Equal arguments give an equal trace.
     """
-    shape = (layers, experts) if share_LE is None else share_LE.shape
+    if share_LE is not None:
+        layers, experts = share_LE.shape
     shares = (block_share, affinity, persistence, prompt_share)
-    _check(*shape, top_k, tokens, domains, blocks, shares)
+    _check(layers, experts, top_k, tokens, domains, blocks, shares)
     _check_skew(zipf, switch_tokens)
     rng = np.random.default_rng(seed)
     if share_LE is None:
         share_LE = zipf_shares(rng, layers, experts, zipf, spread=spread, cap=1 / top_k)
-    layers, experts = share_LE.shape
     share_DLE = _domain_shares(rng, share_LE, domains, domain_spread, top_k)
     groups = max(1, experts // (2 * top_k)) if blocks is None else blocks
     tables = BlockTables.of(share_DLE, _random_blocks(rng, layers, experts, groups))

@@ -6,6 +6,7 @@ Knows syntax. Knows nothing of what the files mean. Nothing here runs code from 
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 import zlib
 from pathlib import Path
@@ -72,6 +73,11 @@ def read_pt(path: Path) -> Any:
     _require_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:     # torch's own text advises to run the code
+        raise InputError(
+            f"{path}: not a .pt file of tensors alone: the rest could only be read by running code "
+            "from it, which is never done; save the tensors alone"
+        ) from error
     except Exception as error:  # torch raises many kinds on a broken or hostile file
         raise InputError(
             f"{path}: not a .pt file of tensors alone: {_first_line(error)}"
