@@ -1,0 +1,5 @@
+"""`python -m loadmaster`: the command line."""
+
+from .cli import main
+
+main()
