@@ -17,7 +17,10 @@ layer      counts + dispatch + slowest device + combine, under the overlap sched
            step = sum over layers + the other time.
 
 Sources: additive compute and port bound as fitted and checked in the presets' own `source` and
-`error` texts; the port bound is exact on a non-blocking fabric.
+`error` texts; the port bound is exact on a non-blocking fabric. Where several devices share a
+node's oversubscribed spine, fair sharing takes longer: at 2:1 by 6 to 14 % in the median and up to
+a quarter with four or eight devices on it, by 1 % at most with two (benchmarks/simulator.py,
+`oracle`); a note says so.
 """
 
 from __future__ import annotations
@@ -42,6 +45,10 @@ from .traffic import StepLoads
 FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
 
+SHARED_SPINE = (
+    "a node's devices share its spine: the exchange is priced by its most loaded port, fair "
+    "sharing may take up to a quarter longer"
+)
 PORTS = ("nvlink_out", "nvlink_in", "nic_out", "nic_in", "spine_out", "spine_in")
 
 
@@ -213,6 +220,8 @@ def _exchange(
     assert model.hidden is not None
     copy_bytes = model.hidden * bytes_per_value
     alpha_us = profile.alpha_us + profile.alpha_per_log2_node_us * np.log2(cluster.num_nodes)
+    if profile.spine_bytes_per_s is not None and cluster.num_nodes > 1:
+        notes.append(SHARED_SPINE)
     port_us = _port_times(loads, cluster, profile, copy_bytes, mirrored)
     near_ports = 2 * cluster.num_devices
     near_WLP, far_WLP = port_us[:, :, :near_ports], port_us[:, :, near_ports:]

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from loadmaster.errors import InputError
-from loadmaster.kernels.bench import COLD_BYTES, SILU, cold_layers, time_experts
+from loadmaster.kernels.bench import (
+    COLD_BYTES,
+    SILU,
+    cold_layers,
+    steady_medians_us,
+    time_experts,
+)
 from loadmaster.simulator.measured import expert_rows_from
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +50,23 @@ def test_weights_do_not_fit_a_cache() -> None:
     )
     assert {weights.slots for weights in layers} == {4}
     assert sum(weights.slots * weights.bytes_per_slot for weights in layers) >= COLD_BYTES
+
+
+def test_a_machine_that_changes_its_speed_biases_no_run() -> None:
+    """Every run is 1 % slower than the one before."""
+    runs_so_far = 0
+
+    def takes(us: float):
+        def once() -> float:
+            nonlocal runs_so_far
+            runs_so_far += 1
+            return us * 1.01**runs_so_far
+
+        return once
+
+    found = steady_medians_us({"short": takes(10.0), "long": takes(40.0)}, takes(20.0), 9)
+    assert found["long"] / found["short"] == pytest.approx(4.0, rel=1e-3)
+    assert 20.0 < found["long"] / 2 < 20.0 * 1.01**runs_so_far, "at the speed it mostly had"
 
 
 def test_refuses_to_measure_nothing() -> None:

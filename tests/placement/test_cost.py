@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from loadmaster.errors import InputError, UsageError
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.cost import HOST, StepCost, move_cost, port_name, step_cost
+from loadmaster.placement.cost import (
+    HOST,
+    SHARED_SPINE,
+    StepCost,
+    move_cost,
+    port_name,
+    step_cost,
+)
 from loadmaster.placement.hardware import ComputeProfile, ExchangeProfile, HardwareProfile
 from loadmaster.placement.overlap import Overlap
 from loadmaster.placement.plan import DispatchSpec, Plan
@@ -132,6 +139,7 @@ def test_the_spine_binds_when_a_node_is_oversubscribed() -> None:
     assert cost.dispatch_us_WL[0, 0] == pytest.approx(40 * 0.2)
     assert port_name(int(cost.dispatch_port_WL[0, 0]), 4) == "spine_out of node 0"
     assert port_name(int(cost.combine_port_WL[0, 0]), 4) == "spine_out of node 1"
+    assert cost.notes == (SHARED_SPINE,), "how far to believe it is said"
 
 
 def test_exact_weight_bytes_replace_the_mean() -> None:
