@@ -7,14 +7,17 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/loadmaster demo
 
-# Two processes: live groups of ranks in one, one group at a time; everything else in the other.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+# Files of tests in two processes; live groups of ranks by themselves: they share a Ray, and time.
+PYTEST := $(BIN)/python -m pytest -q
+TESTED_APART := -n 2 --dist loadfile --ignore=tests/workers
 
 test: .venv/installed
-	$(PYTEST)
+	$(PYTEST) $(TESTED_APART)
+	$(PYTEST) tests/workers
 
 test-fast: .venv/installed
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(TESTED_APART)
+	$(PYTEST) -m "not slow" tests/workers
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -30,14 +30,6 @@ from loadmaster.workers.thread_fleet import ThreadFleet
 RANKS = 4
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process runs all of these, one after the other: they measure time and share a Ray."""
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("live"))
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """architecture -> a tiny random checkpoint of it (made once)."""
