@@ -9,7 +9,7 @@ demo: .venv/installed
 
 # Files of tests in two processes; live groups of ranks by themselves: they share a Ray, and time.
 PYTEST := $(BIN)/python -m pytest -q
-TESTED_APART := -n 2 --dist loadfile --ignore=tests/workers
+TESTED_APART := -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/workers
 
 test: .venv/installed
 	$(PYTEST) $(TESTED_APART)
