@@ -31,12 +31,13 @@ SlotArray = npt.NDArray[np.int16]
 Improve = Callable[..., Found]
 
 EFFORTS = {"fast": 0.3, "normal": 1.0, "thorough": 4.0}   # units of work
-# Rounds of moves, each with fresh scenarios; the last one with more of them, cold. On few devices,
-# where rows are cheap, scenarios change often: those that stay are overfitted.
-ROUNDS_FEW, ROUNDS_MANY = 24, 6
+# Rounds of moves, each with fresh scenarios; the last one with more of them, cold. On few devices
+# and for balance alone they change often: those that stay are overfitted. Where copies cost, more
+# changes took room from saving them.
+ROUNDS, ROUNDS_BALANCE = 6, 24
 # Moves over all rounds: so many per slot, and at least so many. Within a budget of moves most break
 # it, and cost nothing.
-PER_SLOT_FEW, FEWEST_FEW = 200, 16_000
+PER_SLOT_FEW, FEWEST_FEW, FEWEST_BALANCE = 200, 6_000, 16_000
 PER_SLOT_BUDGETED, FEWEST_BUDGETED = 1_000, 30_000
 PER_SLOT_MANY, FEWEST_MANY = 10, 2_500
 SCENARIOS_FEW, SCENARIOS_MANY = 192, 8    # fresh rows of each kind, each round: few are overfitted
@@ -232,9 +233,7 @@ def _by_rows(
     scenarios = SCENARIOS_FEW if few else SCENARIOS_MANY
     if copy_weight > 0.0:
         scenarios = min(scenarios, SCENARIOS_COPIES)
-    rounds = ROUNDS_FEW if few else ROUNDS_MANY
-    slots = int(np.asarray(space.slots_G).sum())
-    moves = round(_moves(few, task.move_budget is not None, slots) * EFFORTS[task.effort] / rounds)
+    rounds, moves = _rounds(task, few, int(np.asarray(space.slots_G).sum()))
     heat = HOT * (COLD / HOT) ** (np.arange(rounds) / (rounds - 1))
     free = 1.0 if copy_weight == 0.0 else 1.0 + task.slack / 2
     found_GC = start_GC
@@ -253,13 +252,18 @@ def _by_rows(
     return found_GC
 
 
-def _moves(few: bool, budgeted: bool, slots: int) -> int:
-    """Moves of one search at effort "normal"."""
+def _rounds(task: LayerTask, few: bool, slots: int) -> tuple[int, int]:
+    """(rounds, moves in each)."""
+    rounds = ROUNDS
     if not few:
-        return max(FEWEST_MANY, PER_SLOT_MANY * slots)
-    if budgeted:
-        return max(FEWEST_BUDGETED, PER_SLOT_BUDGETED * slots)
-    return max(FEWEST_FEW, PER_SLOT_FEW * slots)
+        moves = max(FEWEST_MANY, PER_SLOT_MANY * slots)
+    elif task.move_budget is not None:
+        moves = max(FEWEST_BUDGETED, PER_SLOT_BUDGETED * slots)
+    elif task.counts_copies:
+        moves = max(FEWEST_FEW, PER_SLOT_FEW * slots)
+    else:
+        rounds, moves = ROUNDS_BALANCE, max(FEWEST_BALANCE, PER_SLOT_FEW * slots)
+    return rounds, round(moves * EFFORTS[task.effort] / rounds)
 
 
 def _space(task: LayerTask, loads: LayerLoads) -> SearchSpace:
