@@ -31,9 +31,9 @@ SlotArray = npt.NDArray[np.int16]
 Improve = Callable[..., Found]
 
 EFFORTS = {"fast": 0.3, "normal": 1.0, "thorough": 4.0}   # units of work
-# Rounds of moves, each with fresh scenarios; the last one with more of them, cold. More on few devices
-# where copies are free: no better than seeds differ on a shifted mix. Where copies cost, more rounds
-# saved fewer of them (28.9 % instead of 31.0 % of copies between nodes).
+# Rounds of moves, each with fresh scenarios; the last one with more of them, cold. More on few
+# devices where copies are free: on a shifted mix no farther from fewer than seeds are from each
+# other. Where copies cost, more rounds saved fewer (28.9 % of those between nodes, not 31.0 %).
 ROUNDS, ROUNDS_BALANCE = 6, 24
 # Moves over all rounds: so many per slot, and at least so many. Within a budget of moves most break
 # it, and cost nothing.
