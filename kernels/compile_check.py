@@ -1,9 +1,9 @@
 """Compile every Triton kernel for Hopper without a GPU and read what the machine code says.
 
 `python -m loadmaster.kernels.compile_check` prints one JSON record per build: registers, shared
-memory, matrix instructions, spills. Uses the disassembler that ships with Triton. Must run in a
-process of its own where TRITON_INTERPRET is not set: an interpreted kernel cannot be compiled.
-Knows nothing of tensors or launches.
+memory, matrix instructions, spills, and what of it is not as meant; then it exits with 1. Uses the
+disassembler that ships with Triton. Must run in a process of its own where TRITON_INTERPRET is not
+set: an interpreted kernel cannot be compiled. Knows nothing of tensors or launches.
 """
 
 from __future__ import annotations
@@ -52,6 +52,20 @@ _ARGUMENT_TYPES = {
 }
 # Sizes and strides a launch finds divisible by 16, as it does for pointers.
 _DIVISIBLE = ("hidden", "intermediate", "stride_x", "stride_y", "stride_out", "stride_logits")
+_PRODUCTS = ("up_swiglu", "down_scatter")
+# Registers a thread may use. The widest up blocks and what is loaded element by element fill all
+# that there are; their bound is that nothing spills.
+MOST_REGISTERS = {
+    "up_swiglu": 255,
+    "down_scatter": 168,
+    "route": 144,
+    "scan_blocks": 80,
+    "scan": 80,
+    "place": 128,
+    "reduce": 64,
+    "clear_tail": 40,
+}
+_MOST_SHARED_BYTES = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,39 @@ class Build:
     asynchronous_copies: int  # LDGSTS
     spills: int  # LDL and STL: registers that went to memory
     chained_products: int  # products that go on from an earlier block's sum
+
+
+def faults(build: Build) -> list[str]:
+    """What in the machine code is not as meant; nothing where all is."""
+    meant = {
+        "no spills": build.spills == 0,
+        f"registers <= {most_registers(build)}": build.registers <= most_registers(build),
+        f"shared memory <= {_MOST_SHARED_BYTES}": build.shared_bytes <= _MOST_SHARED_BYTES,
+    }
+    if build.kernel not in _PRODUCTS:
+        meant["no matrix instructions"] = build.warp_group_products == 0
+    elif build.float_type == "fp32":
+        meant["no tf32"] = build.warp_group_products == build.warp_products == 0
+        meant["no sum longer than one block of depth"] = build.chained_products == 0
+    else:
+        # At every block size, also for a handful of tokens.
+        meant["Hopper's own matrix instruction"] = build.warp_group_products > 0
+        meant["no older matrix instruction"] = build.warp_products == 0
+        meant["asynchronous copies where sizes are aligned, only there"] = (
+            (build.asynchronous_copies > 0) == build.aligned
+        )
+    return [what for what, holds in meant.items() if not holds]
+
+
+def most_registers(build: Build) -> int:
+    """Registers per thread that this build may use."""
+    if build.kernel not in _PRODUCTS:
+        return MOST_REGISTERS[build.kernel]
+    if not build.aligned or build.float_type == "fp32":
+        return 255
+    if build.kernel == "up_swiglu" and build.constants["BLOCK_ROWS"] < 128:
+        return 176  # gpt-oss's activation with biases; the others stay below 128
+    return MOST_REGISTERS[build.kernel]
 
 
 class Launch(NamedTuple):
@@ -226,6 +273,15 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Print every build; 1 where one is not as meant."""
+    wrong = 0
     for build in all_builds():
-        sys.stdout.write(json.dumps(asdict(build)) + "\n")
+        found = faults(build)
+        wrong += bool(found)
+        sys.stdout.write(json.dumps(asdict(build) | {"faults": found}) + "\n")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

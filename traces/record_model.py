@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,9 @@ class _Run:
 
         tokens = torch.tensor([p.tokens for p in batch], device=self.model.device)
         past = None
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            # Some versions want `cache`, the others know `past_key_values` alone.
+            warnings.filterwarnings("ignore", "`past_key_values`", FutureWarning)
             for turn in range(1 + self.decode_tokens):
                 self._announce(batch, tokens.shape[1], "prefill" if turn == 0 else "decode")
                 use_cache = self.decode_tokens > 0
@@ -197,12 +200,27 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
     import transformers
 
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        with _no_bar():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # transformers raises whatever the files provoke
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder}: transformers cannot load it: {text}") from error
     loaded: Any = model
     return loaded.eval().to(torch.device(device))
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers draws no bar of its own meanwhile: progress is one line, ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

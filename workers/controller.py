@@ -32,7 +32,7 @@ from .advice import new_experts, resized, with_phase
 from .decisions import Answer, Control, ControlledGroup, Entry, Standing
 from .demo_measure import RECORDED
 from .expert_fit import ExpertFit
-from .live_times import LiveTimes, Promise, stalls
+from .live_times import LiveTimes, MovePrice, Promise, stalls
 from .tables import PhasePlans
 from .windows import Taken, Window, take_window
 
@@ -70,7 +70,7 @@ class Controller:
         self._tokens_since_switch = 0
         self._rollbacks = 0
         self._promise: Promise | None = None
-        self._us_per_byte = 1e-3          # until a switch has been measured: 1 GB/s
+        self._price = MovePrice()
         self._recording = False
         self._trouble = ""
         self._began = 0.0                 # CPU time of this process when the tick began
@@ -241,7 +241,7 @@ class Controller:
         gain = now.metric - new.metric
         low = -new.change_high_percent / 100.0 * now.metric
         move_bytes = moves * float(self._spec.bytes_per_expert_E()[0])
-        move_us = move_bytes * self._us_per_byte
+        move_us = self._price.us(moves, move_bytes)
         looking_us = (time.process_time() - self._began) * 1e6
         cost_us = move_us + (looking_us if self._control.planning_shares_cores else 0.0)
         numbers |= {
@@ -266,8 +266,10 @@ class Controller:
         self._windows, self._tokens_since_switch = [], 0
         with contextlib.suppress(LoadmasterError):      # it is done, measured or not
             numbers |= stalls(self._group.measurements(standing.step), report)
-            if report.moved_bytes and numbers["staging_us"]:
-                self._us_per_byte = numbers["staging_us"] / report.moved_bytes
+            felt_us = numbers["staging_us"] + numbers["commit_us"]
+            self._price = self._price.learned(
+                int(numbers["moves"]), float(report.moved_bytes), felt_us
+            )
 
     def _settle(self, under: Window, numbers: dict[str, float]) -> Entry | None:
         """Judge the last switch, once, on the first window that can; go back if it was worse."""

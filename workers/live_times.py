@@ -1,4 +1,4 @@
-"""What live steps say about time: this machine's expert times, a switch's stalls, its worth.
+"""What live steps say about time: this machine's expert times, a switch's stalls, price and worth.
 
 Knows measured steps and their trace. Knows nothing of when to look or what to switch to.
 """
@@ -20,6 +20,9 @@ from .tables import PhasePlans
 from .windows import Window
 
 _FACTORS = 16      # windows whose speeds are kept
+# A switch's price until one has been measured: an expert of any size costs its messages, its hash
+# and its place in a round (2.4 ms on ranks that share two cores), and each byte 1 GB/s.
+_EXPERT_US, _BYTE_US = 2000.0, 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,22 @@ class Promise:
         before = self.before.prefill if self.phase is None else self.before.of(self.phase)
         kept_us = predicted(before, live.trace, self.cluster, model, None).critical_path_us
         return kept_us - float(live.measured.critical_us.mean()), kept_us
+
+
+@dataclass(frozen=True)
+class MovePrice:
+    """What serving feels of moving experts, as the last switch showed it."""
+
+    factor: float = 1.0
+
+    def us(self, moves: int, move_bytes: float) -> float:
+        """Time that steps lose to a switch of so many experts."""
+        return self.factor * (moves * _EXPERT_US + move_bytes * _BYTE_US)
+
+    def learned(self, moves: int, move_bytes: float, felt_us: float) -> MovePrice:
+        """The price that makes this switch cost what was felt of it."""
+        expected = MovePrice().us(moves, move_bytes)
+        return MovePrice(felt_us / expected) if expected and felt_us else self
 
 
 class LiveTimes:
