@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from loadmaster.workers.decisions import Control
 from loadmaster.workers.demo_measure import predicted
 from loadmaster.workers.expert_fit import RECORDED, ExpertFit, fit_kernel, machine, scale_to_live
 from loadmaster.workers.group import Group, contiguous
+from loadmaster.workers.pinning import pin_in_turn
 from loadmaster.workers.reference import reference_model_dir
 from loadmaster.workers.reference.prompts import DOMAINS, demo_prompts
 from loadmaster.workers.settings import served_spec
@@ -228,7 +227,7 @@ def _group(name: str, start: Plan | None) -> Group:
         reference_model_dir(), standing, ranks=RANKS, name=name.replace("_", "-"),
         cpus_per_rank=0.1,      # three groups share the cores
     )
-    _pin(group.status()["pids"])     # or which ranks meet on a core would differ by group
+    pin_in_turn(group.status()["pids"])     # or which ranks meet on a core would differ by group
     return group
 
 
@@ -276,7 +275,7 @@ def two_ranks_wall(*, rounds: int = 8) -> dict[str, Any]:
     slots = spec.num_experts // 2 + 2
     standing = widened(contiguous(spec, 2), slots)
     with Group.start(reference_model_dir(), standing, ranks=2, name="two-ranks") as group:
-        _pin(group.status()["pids"])
+        pin_in_turn(group.status()["pids"])
         cluster = Cluster.preset("cpu", devices_per_node=2, slots_per_device=slots)
         trace, fitted = recorded(group, domains, kernel, cluster)
         better = plan(
@@ -328,11 +327,3 @@ def _wall_verdict(
         "critical_ms": {k: float(np.mean(v)) / 1e3 for k, v in paths.items()},
         "holds": bool(near and np.sign(measured) == np.sign(promised)),
     }
-
-
-def _pin(pids: Sequence[int]) -> None:
-    """Each rank's threads to one core, the cores in turn."""
-    cores = sorted(os.sched_getaffinity(0))
-    for pid, core in zip(pids, itertools.cycle(cores), strict=False):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            os.sched_setaffinity(int(thread), {core})

@@ -9,6 +9,7 @@ the rest of traces/ works without them.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import shutil
 import warnings
@@ -212,8 +213,7 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
 @contextlib.contextmanager
 def _no_bar() -> Iterator[None]:
     """transformers draws no bar of its own meanwhile: progress is one line, ours."""
-    from transformers.utils import logging
-
+    logging: Any = importlib.import_module("transformers.utils.logging")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

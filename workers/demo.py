@@ -40,6 +40,7 @@ from .demo_report import leave
 from .expert_fit import ExpertFit, fit_kernel, machine, scale_to_live
 from .group import Group
 from .output_folder import new_run_folder
+from .pinning import pin_in_turn
 from .reference import reference_model_dir
 from .step_log import Measurements
 from .switch import ApplyReport
@@ -146,6 +147,7 @@ def run_demo(
     decoding = traffic.mixed(size.decode_prompts * traffic.PROMPT_TOKENS, seed + 2000)
     say("starting Ray and the ranks", 0, 7)
     with Group.start(reference_model_dir(), ranks=ranks, name=f"demo-{os.getpid()}") as group:
+        pin_in_turn(group.status()["pids"])      # before and after must differ by the plan alone
         say("warming up", 1, 7)
         group.prefill(planning.head(8 * ranks).prompts)
         say("serving and recording the traffic to plan from", 2, 7)
