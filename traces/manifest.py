@@ -13,7 +13,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..errors import InputError, LoadmasterError
+from ..errors import InputError, LoadmasterError, UsageError
 from .atomic_file import TEMPORARY_PREFIX, folder_lock, replacing
 from .spec import ModelSpec
 
@@ -151,8 +151,8 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def require_unused(folder: Path) -> None:
-    """Raise InputError where something stands at `folder` already, be it a file or a full folder,
-    or where no folder can be made.
+    """Raise UsageError where something stands at `folder` already, be it a file or a full folder,
+    and InputError where no folder can be made.
 
     An empty folder is fine, and so is what an unfinished write left behind.
     """
@@ -161,7 +161,7 @@ def require_unused(folder: Path) -> None:
     else:
         used = folder.exists() or folder.is_symlink()
     if used:
-        raise InputError(
+        raise UsageError(
             f"{folder}: exists already; existing files are never overwritten, give a new folder"
         )
     above = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())

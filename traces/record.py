@@ -77,7 +77,7 @@ class Recorder:
         stands for a cluster. resume: go on after this rank's last shard (a restarted worker).
 
         `domain_names` may be set again later, to a longer list with the same beginning.
-        Raises InputError where the folder holds something else; UsageError on bad numbers.
+        Raises UsageError where the folder holds something else or on bad numbers.
         """
         if buffer_tokens < 1 or not 0 <= rank < ranks:
             raise UsageError(
@@ -297,12 +297,12 @@ def _join_recording(
     if not (folder / MANIFEST_NAME).exists():
         try:
             create_manifest(folder, manifest)
-        except InputError:
+        except UsageError:
             if not (folder / MANIFEST_NAME).exists():  # else another rank was faster
                 raise
     writer = TraceWriter(folder, rank, resume=resume)
     if not writer.manifest.same_recording(manifest):
-        raise InputError(
+        raise UsageError(
             f"{folder}: holds a trace of another model or with other columns; existing files are "
             "never overwritten, give a new folder"
         )

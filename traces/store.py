@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, LoadmasterError, naming
+from ..errors import InputError, LoadmasterError, UsageError, naming
 from .atomic_file import TEMPORARY_PREFIX, replacing, sync_folder
 from .manifest import (
     MANIFEST_NAME,
@@ -58,7 +58,7 @@ class TraceWriter:
             )
         self._part = self.folder / f"rank-{rank:03d}"
         if not resume and self._part.exists() and any(self._part.iterdir()):
-            raise InputError(
+            raise UsageError(
                 f"{self._part}: holds shards already; existing files are never overwritten, give "
                 "a new folder"
             )
@@ -210,7 +210,7 @@ def save_trace(
 ) -> Manifest:
     """Store a whole trace in a new folder; after an error no folder is left.
 
-    Raises InputError where the folder exists and is not empty.
+    Raises UsageError where the folder exists and is not empty.
     """
     folder = Path(folder)
     require_unused(folder)

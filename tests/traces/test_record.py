@@ -206,7 +206,7 @@ def test_an_existing_folder_is_left_alone(spec: ModelSpec, tmp_path: Path) -> No
     before = {p: p.read_bytes() for p in (tmp_path / "t").rglob("*.*")}
     other = ModelSpec(num_layers=3, num_experts=8, top_k=1)
     for model in (spec, other):
-        with pytest.raises(InputError, match="never overwritten"):
+        with pytest.raises(UsageError, match="never overwritten"):
             Recorder(tmp_path / "t", model)
     assert {p: p.read_bytes() for p in (tmp_path / "t").rglob("*.*")} == before
 

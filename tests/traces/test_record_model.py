@@ -149,7 +149,7 @@ def test_what_cannot_be_recorded_leaves_nothing_behind(checkpoint: Path, tmp_pat
     with pytest.raises(InputError, match="transformers cannot load it"):
         record_model(checkpoint_copy, ["x"], tmp_path / "t")
     assert not (tmp_path / "t").exists()
-    with pytest.raises(InputError, match="never overwritten"):
+    with pytest.raises(UsageError, match="never overwritten"):
         record_model(checkpoint, ["x"], checkpoint_copy)
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loadmaster.errors import InputError, LoadmasterError
+from loadmaster.errors import InputError, LoadmasterError, UsageError
 from loadmaster.traces.manifest import Manifest, create_manifest, read_manifest
 from loadmaster.traces.store import TraceWriter, load_trace, open_trace, save_trace
 from loadmaster.traces.trace import RoutingTrace
@@ -275,11 +275,11 @@ def test_existing_files_are_never_overwritten(
     (tmp_path / "notes/mine.txt").write_text("mine")
     (tmp_path / "file").write_text("a file")
     for target in ("t", "notes", "file"):
-        with pytest.raises(InputError, match="never overwritten"):
+        with pytest.raises(UsageError, match="never overwritten"):
             save_trace(make_trace(seed=1), tmp_path / target)
-    with pytest.raises(InputError, match="never overwritten"):
+    with pytest.raises(UsageError, match="never overwritten"):
         TraceWriter(stored)
-    with pytest.raises(InputError, match="never overwritten"):
+    with pytest.raises(UsageError, match="never overwritten"):
         begin(stored, make_trace())
     after = everything_in(tmp_path)
     assert after.pop("notes/mine.txt") == b"mine" and after.pop("file") == b"a file"
