@@ -6,7 +6,6 @@ group that runs for long does not grow.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +18,19 @@ from .heartbeat import PATIENCE_S
 from .work import StepResult
 
 KEPT_STEPS = 4096
+_KEPT_BYTES = 64 << 20      # fewer steps are kept of large groups
 _JUDGED_STEPS = 256
 _FEWEST_STEPS = 8
+# What is kept of a step's results, by name.
+_PER_RANK = ("rows", "cpu_us", "stage_us")
+_PER_LAYER = ("expert_cpu_us_L", "tokens_L", "remote_copies_L", "dropped_L", "peak_L")
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Figures of the last steps (at most 4,096 are kept). W steps, L layers, G ranks.
+    """Figures of the last steps: 4,096 are kept, fewer of large groups.
 
+    W steps, L layers, G ranks.
     expert_cpu_us is CPU time of the thread that ran the experts; the critical path of a step is
     expert_cpu_us.max(axis=2).sum(axis=1).
     """
@@ -47,7 +51,7 @@ class Measurements:
     @property
     def critical_us(self) -> npt.NDArray[np.float64]:
         """[W] sum over layers of the slowest rank's expert CPU time."""
-        critical: npt.NDArray[np.float64] = self.expert_cpu_us.max(axis=2).sum(axis=1)
+        critical: npt.NDArray[np.float64] = self.expert_cpu_us.max(axis=2, initial=0.0).sum(axis=1)
         return critical
 
     def take(self, steps: npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_]) -> Measurements:
@@ -61,9 +65,12 @@ class Measurements:
         return cls(*map(np.concatenate, columns))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Step:
-    results: tuple[StepResult, ...]
+    step: int
+    epoch: int
+    per_rank: npt.NDArray[np.float64]      # [3, G] _PER_RANK; counts are exact up to 2^53
+    per_layer: npt.NDArray[np.float64]     # [5, L, G] _PER_LAYER
     wall_us: float
     staging: bool
 
@@ -73,16 +80,22 @@ class StepLog:
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
-        self._steps: deque[_Step] = deque(maxlen=KEPT_STEPS)
+        self._steps: deque[_Step] = deque()
         self._recent_us: deque[float] = deque(maxlen=_JUDGED_STEPS)
 
     def add(self, results: list[StepResult], wall_us: float, *, staging: bool) -> None:
-        """A step is over. Outputs are not kept."""
-        bare = tuple(
-            dataclasses.replace(r, next_token={}, digest={}, logits={}, own_ids={})
-            for r in results
+        """A step is over. Figures are copied; outputs are not kept."""
+        per_rank = [[getattr(r, name) for r in results] for name in _PER_RANK]
+        per_layer = [[getattr(r, name) for r in results] for name in _PER_LAYER]
+        layers_last = np.array(per_layer, np.float64)       # [5, G, L]
+        kept = _Step(
+            results[0].step, results[0].epoch, np.array(per_rank, np.float64),
+            np.ascontiguousarray(layers_last.transpose(0, 2, 1)), wall_us, staging,
         )
-        self._steps.append(_Step(bare, wall_us, staging))
+        most = min(KEPT_STEPS, max(_JUDGED_STEPS, _KEPT_BYTES // max(1, kept.per_layer.nbytes)))
+        while len(self._steps) >= most:
+            self._steps.popleft()
+        self._steps.append(kept)
         self._recent_us.append(wall_us)
 
     def forget_pace(self) -> None:
@@ -105,31 +118,29 @@ class StepLog:
 
     def after(self, step: int) -> Measurements:
         """Figures of the steps after this one (they count from 1), as far as they are kept."""
-        kept = [s for s in list(self._steps) if s.results[0].step > step]
-        if kept and len({len(s.results) for s in kept}) > 1:
-            ranks = len(kept[-1].results)       # the number of ranks changed: only the last stretch
-            kept = [s for s in kept if len(s.results) == ranks]
-        ranks = len(kept[0].results) if kept else 0
-
-        def per_rank(name: str, dtype: Any) -> Any:
-            rows = [[getattr(r, name) for r in s.results] for s in kept]
-            return np.array(rows, dtype).reshape(len(rows), ranks)
-
-        def per_layer(name: str, dtype: Any) -> Any:
-            rows = [[getattr(r, name) for r in s.results] for s in kept]
-            return np.array(rows, dtype).reshape(len(rows), ranks, self._layers).transpose(0, 2, 1)
-
+        kept = [s for s in list(self._steps) if s.step > step]
+        if kept:      # where the number of ranks changed: only the last stretch
+            kept = [s for s in kept if s.per_rank.shape == kept[-1].per_rank.shape]
+        ranks = kept[0].per_rank.shape[1] if kept else 0
+        rank_WNG = np.array([s.per_rank for s in kept]).reshape(
+            len(kept), len(_PER_RANK), ranks
+        )
+        layer_WNLG = np.array([s.per_layer for s in kept]).reshape(
+            len(kept), len(_PER_LAYER), self._layers, ranks
+        )
+        by_rank = {n: rank_WNG[:, i] for i, n in enumerate(_PER_RANK)}
+        by_layer = {n: layer_WNLG[:, i] for i, n in enumerate(_PER_LAYER)}
         return Measurements(
-            step=np.array([s.results[0].step for s in kept], np.int64),
-            epoch=np.array([s.results[0].epoch for s in kept], np.int64),
-            rows=per_rank("rows", np.int64),
-            expert_cpu_us=per_layer("expert_cpu_us_L", np.float64),
-            tokens=per_layer("tokens_L", np.int64),
-            remote_copies=per_layer("remote_copies_L", np.int64),
-            dropped=per_layer("dropped_L", np.int64),
-            peak=per_layer("peak_L", np.int64).max(axis=2, initial=0),
+            step=np.array([s.step for s in kept], np.int64),
+            epoch=np.array([s.epoch for s in kept], np.int64),
+            rows=by_rank["rows"].astype(np.int64),
+            expert_cpu_us=by_layer["expert_cpu_us_L"],
+            tokens=by_layer["tokens_L"].astype(np.int64),
+            remote_copies=by_layer["remote_copies_L"].astype(np.int64),
+            dropped=by_layer["dropped_L"].astype(np.int64),
+            peak=by_layer["peak_L"].max(axis=2, initial=0.0).astype(np.int64),
             step_wall_us=np.array([s.wall_us for s in kept], np.float64),
-            step_cpu_us=per_rank("cpu_us", np.float64),
-            stage_us=per_rank("stage_us", np.float64),
+            step_cpu_us=by_rank["cpu_us"],
+            stage_us=by_rank["stage_us"],
             staging=np.array([s.staging for s in kept], np.bool_),
         )
