@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__, cli_live, cli_plan, cli_simulate, cli_trace
+from .cli_output import ReaderGoneError
 from .errors import LoadmasterError
 
 
@@ -28,7 +29,7 @@ class _Verbs(TyperGroup):
             print("loadmaster: interrupted; nothing half-written is left in place",
                   file=sys.stderr)
             raise typer.Exit(130) from None
-        except BrokenPipeError:     # whoever read stdout has seen enough
+        except ReaderGoneError:      # no failure; any other broken pipe is one
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
 

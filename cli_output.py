@@ -18,11 +18,22 @@ if TYPE_CHECKING:
     from .cli_progress import PlainProgress
 
 
+class ReaderGoneError(Exception):
+    """Whoever read stdout has seen enough, as in `loadmaster schema | head -1`."""
+
+
 def out() -> Console:
-    """Results, on stdout. Wide enough for a table when the output is a file."""
+    """Results, on stdout. Wide enough for a table when the output is a file.
+
+    Printing raises ReaderGoneError where nobody reads any more.
+    """
     from rich.console import Console
 
-    return Console(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    class Results(Console):
+        def on_broken_pipe(self) -> None:
+            raise ReaderGoneError
+
+    return Results(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def err() -> Console:
@@ -33,8 +44,12 @@ def err() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout; NaN and infinity become null."""
-    sys.stdout.write(json.dumps(_plain(value), indent=2, sort_keys=False) + "\n")
+    """One JSON document on stdout; NaN and infinity become null. Raises ReaderGoneError."""
+    text = json.dumps(_plain(value), indent=2, sort_keys=False)
+    try:
+        print(text, flush=True)     # or a short one would break when Python ends
+    except BrokenPipeError as error:
+        raise ReaderGoneError from error
 
 
 def _plain(value: Any) -> Any:

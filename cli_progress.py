@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -65,4 +66,5 @@ class PlainProgress:
     def _say(self, task: _Task) -> None:
         self._told = time.monotonic()
         passed = self._told - self._began
-        print(f"{task} ({passed:.0f} s)", file=self._file or sys.stderr, flush=True)
+        with suppress(BrokenPipeError):      # nobody looks on; the work goes on
+            print(f"{task} ({passed:.0f} s)", file=self._file or sys.stderr, flush=True)

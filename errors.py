@@ -39,6 +39,6 @@ def naming(path: Path | str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if str(error).startswith(str(path)):
+        if str(error).startswith(tuple(f"{path}{mark}" for mark in ":/,")):
             raise
         raise type(error)(f"{path}: {error}") from error

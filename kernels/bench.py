@@ -85,7 +85,8 @@ def time_experts(
     """Measure every combination; one row each, in the order given.
 
     Sets nothing: call `torch.set_num_threads(1)` first, as the workers do. Takes about
-    repeats x (sum of the measured times) and COLD_BYTES of memory.
+    repeats x (the measured times and a reference run beside each), and COLD_BYTES of memory or two
+    layers, whichever is more.
     """
     if repeats < 1:
         raise InputError(f"{repeats} repeats: time at least once")

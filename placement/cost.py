@@ -220,7 +220,7 @@ def _exchange(
     assert model.hidden is not None
     copy_bytes = model.hidden * bytes_per_value
     alpha_us = profile.alpha_us + profile.alpha_per_log2_node_us * np.log2(cluster.num_nodes)
-    if profile.spine_bytes_per_s is not None and cluster.num_nodes > 1:
+    if _spine_is_shared(profile, cluster):
         notes.append(SHARED_SPINE)
     port_us = _port_times(loads, cluster, profile, copy_bytes, mirrored)
     near_ports = 2 * cluster.num_devices
@@ -263,6 +263,14 @@ def _port_times(
         parts.append(_pad(np.add.reduceat(nic_out, first_N, axis=2) * spine_us, nic_out.shape))
         parts.append(_pad(np.add.reduceat(nic_in, first_N, axis=2) * spine_us, nic_in.shape))
     return np.concatenate(parts, axis=2)
+
+
+def _spine_is_shared(profile: ExchangeProfile, cluster: Cluster) -> bool:
+    """Whether devices of a node contend for a spine that carries less than their NICs."""
+    if profile.spine_bytes_per_s is None or cluster.num_nodes < 2:
+        return False
+    most = int(np.bincount(cluster.node_G).max())
+    return most > 1 and profile.spine_bytes_per_s < most * profile.nic_bytes_per_s
 
 
 def _pad(node_WLN: FloatArray, shape: tuple[int, ...]) -> FloatArray:

@@ -98,11 +98,36 @@ def test_an_interrupted_verb_says_so_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reader_who_has_seen_enough_is_no_failure() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [("schema",), ("schema", "plan"), ("plan", "t", "--devices-per-node", "2", "--json"),
+     ("plan", "t", "--devices-per-node", "2")],
+    ids=["long JSON", "short JSON", "a plan's JSON", "a table"],
+)
+def test_a_reader_who_has_seen_enough_is_no_failure(
+    arguments: tuple[str, ...], tmp_path: Path, run: Run
+) -> None:
     """As `loadmaster schema | head -1`: the pipe is closed before anything is written."""
+    assert run(*SYNTH[:-1], 40_000, "-o", tmp_path / "t")[0] == 0
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([sys.executable, "-m", "loadmaster.cli", "schema"], stdout=writing,
-                          stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "loadmaster.cli", *arguments], stdout=writing,
+                          stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path)
     os.close(writing)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, "Traceback" in done.stderr, "Exception" in done.stderr) == (
+        0, False, False), done.stderr
+
+
+def test_nobody_looking_at_the_progress_stops_no_work(tmp_path: Path, run: Run) -> None:
+    """As `loadmaster plan … 2>&1 | head -2`: the file that was asked for is written."""
+    assert run(*SYNTH[:-1], 40_000, "-o", tmp_path / "t")[0] == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "loadmaster.cli", "plan", "t", "--devices-per-node", "2", "--out",
+         "p.json"],
+        stdout=writing, stderr=writing, check=False, cwd=tmp_path,
+    )
+    os.close(writing)
+    assert (tmp_path / "p.json").exists() == (done.returncode == 0)
+    assert done.returncode == 0

@@ -139,7 +139,7 @@ def read_manifest(folder: Path) -> Manifest:
 def create_manifest(folder: Path, manifest: Manifest) -> None:
     """Begin a trace in a new or empty folder.
 
-    Raises InputError where the folder already holds anything: nothing is ever overwritten.
+    Raises UsageError where the folder already holds anything: nothing is ever overwritten.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

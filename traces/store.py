@@ -47,7 +47,8 @@ class TraceWriter:
         """Join the trace that `create_manifest` began.
 
         resume: go on after this rank's last shard (a restarted worker). Without it, raises
-        InputError where this rank has shards already, or is not one of the manifest's ranks.
+        UsageError where this rank has shards already; InputError where it is none of the
+        manifest's ranks.
         """
         self.folder, self.rank = Path(folder), rank
         self.manifest = read_manifest(self.folder)

@@ -33,6 +33,7 @@ from .decisions import Answer, Control, ControlledGroup, Entry, Standing
 from .demo_measure import RECORDED
 from .expert_fit import ExpertFit
 from .live_times import LiveTimes, MovePrice, Promise, stalls
+from .switch import ApplyReport
 from .tables import PhasePlans
 from .windows import Taken, Window, take_window
 
@@ -143,7 +144,9 @@ class Controller:
         if undone is not None:
             return undone
         if self._control.policy.name != "never" and live.steps >= _FEWEST_STEPS:
-            numbers["fit_error"] = self._times.measure(live, _plan_of(standing.plans, phase))
+            numbers["fit_error"] = self._times.measure(
+                live, _plan_of(standing.plans, phase), phase
+            )
         seen = self._observe(traffic, numbers)
         first = self._control.policy.decide(seen)
         if first.action == "keep":
@@ -264,11 +267,16 @@ class Controller:
         )
         self._planned_for = concatenate(self._windows)
         self._windows, self._tokens_since_switch = [], 0
+        self._feel(report, numbers)
+
+    def _feel(self, report: ApplyReport, numbers: dict[str, float]) -> None:
+        """What serving felt of a switch that is done: noted, and the price of the next."""
         with contextlib.suppress(LoadmasterError):      # it is done, measured or not
-            numbers |= stalls(self._group.measurements(standing.step), report)
-            felt_us = numbers["staging_us"] + numbers["commit_us"]
+            felt = stalls(self._group.measurements(self._standing.step), report)
+            numbers |= felt
             self._price = self._price.learned(
-                int(numbers["moves"]), float(report.moved_bytes), felt_us
+                len(report.moved), float(report.moved_bytes),
+                felt["staging_us"] + felt["commit_us"],
             )
 
     def _settle(self, under: Window, numbers: dict[str, float]) -> Entry | None:
@@ -291,7 +299,14 @@ class Controller:
         self._rollbacks += 1
         self._last_look = self._standing.step           # the back-off counts from here
         before = promise.before
-        self._group.apply(before.prefill, before.decode, epoch=self._standing.epoch)
+        try:
+            report = self._group.apply(
+                before.prefill, before.decode, epoch=self._standing.epoch
+            )
+        except LoadmasterError:
+            self._promise = promise                     # still in force: judged again
+            raise
+        self._feel(report, numbers)
         self._windows, self._tokens_since_switch = [], 0
         reason = (
             f"measured worse than promised: {realised_us:.0f} us a step where "

@@ -44,18 +44,20 @@ class ExpertFit:
 
 
 def fit_kernel(model: ModelSpec) -> ExpertFit:
-    """Time the grouped kernel on this machine at the model's shape; takes seconds."""
+    """Time the grouped kernel on this machine at a served model's shape and type (2, 4 or 8 bytes
+    per parameter); takes seconds."""
     import torch
 
     from ..kernels.bench import time_experts
 
     assert model.hidden and model.intermediate
+    dtypes = {2.0: torch.bfloat16, 4.0: torch.float32, 8.0: torch.float64}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         rows = time_experts(
-            model.hidden, model.intermediate, tokens_per_expert=TIMED_TOKENS,
-            active_experts=TIMED_ACTIVE, repeats=5,
+            model.hidden, model.intermediate, dtype=dtypes[model.bytes_per_parameter],
+            tokens_per_expert=TIMED_TOKENS, active_experts=TIMED_ACTIVE, repeats=5,
         )
     finally:
         torch.set_num_threads(threads)

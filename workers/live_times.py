@@ -5,6 +5,7 @@ Knows measured steps and their trace. Knows nothing of when to look or what to s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +72,7 @@ class LiveTimes:
         self.cluster = cluster
         self.measured = False
         self.error = 0.0          # relative: of the fit, and from one window to the next
-        self._factors: list[float] = []
+        self._factors: dict[int | None, list[float]] = {}      # by phase; they differ in speed
 
     def adapt(self, cluster: Cluster) -> bool:
         """Take over other devices; whether their number changed, so that times are unknown."""
@@ -82,11 +83,11 @@ class LiveTimes:
         self.cluster = cluster.model_copy(update={"hardware": hardware})
         self.measured = self.measured and not changed
         if changed:
-            self._factors = []
+            self._factors = {}
         return changed
 
-    def measure(self, live: Window, plan: Plan) -> float:
-        """Fit the times to steps served under this plan; their relative error."""
+    def measure(self, live: Window, plan: Plan, phase: int | None = None) -> float:
+        """Fit the times to steps (of one phase) served under this plan; their relative error."""
         if self._kernel is None:
             self._kernel = fit_kernel(self._model)
         fit = scale_to_live(
@@ -94,16 +95,18 @@ class LiveTimes:
         )
         hardware = machine(fit, self.cluster.hardware)
         self.cluster = self.cluster.model_copy(update={"hardware": hardware})
-        self._factors = [*self._factors, fit.live_factor][-_FACTORS:]
+        factors = [*self._factors.get(phase, ()), fit.live_factor][-_FACTORS:]
+        self._factors[phase] = factors
         self.measured = True
-        self.error = fit.live_error + self._unsteadiness()
+        self.error = fit.live_error + _unsteadiness(factors)
         return self.error
 
-    def _unsteadiness(self) -> float:
-        """By how much this machine's own speed differs from one window to the next: relative
-        root mean square; what is measured before and after a switch differs by as much anyway."""
-        change = np.diff(np.log(self._factors))
-        return float(np.sqrt(np.mean(change**2))) if len(change) else 0.0
+
+def _unsteadiness(factors: Sequence[float]) -> float:
+    """By how much this machine's own speed differs from one window to the next: relative root mean
+    square; what is measured before and after a switch differs by as much anyway."""
+    change = np.diff(np.log(factors))
+    return float(np.sqrt(np.mean(change**2))) if len(change) else 0.0
 
 
 def stalls(steps: Measurements, report: ApplyReport) -> dict[str, float]:
@@ -114,7 +117,8 @@ def stalls(steps: Measurements, report: ApplyReport) -> dict[str, float]:
     meanwhile. commit_us: reading what arrived once more, while no step ran. commit_step_us: the
     whole step that switched.
     """
-    felt_us = float(steps.stage_us.max(axis=1, initial=0.0).sum())
+    carried = steps.take(steps.staging)      # not those served while the plan was looked for
+    felt_us = float(carried.stage_us.max(axis=1, initial=0.0).sum())
     return {
         "stage_us": felt_us,
         "staging_us": felt_us or report.stage_us,

@@ -140,6 +140,9 @@ def test_the_spine_binds_when_a_node_is_oversubscribed() -> None:
     assert port_name(int(cost.dispatch_port_WL[0, 0]), 4) == "spine_out of node 0"
     assert port_name(int(cost.combine_port_WL[0, 0]), 4) == "spine_out of node 1"
     assert cost.notes == (SHARED_SPINE,), "how far to believe it is said"
+    wide = link.model_copy(update={"spine_bytes_per_s": 2e10})
+    cost = step_cost(busy, MODEL, cluster(dispatch=wide, combine=wide), dispatch=EVEN)
+    assert cost.notes == (), "what the NICs cannot fill is shared by nobody"
 
 
 def test_exact_weight_bytes_replace_the_mean() -> None:
