@@ -296,8 +296,6 @@ class Controller:
         if realised_us >= -(self._control.worse_by + promise.error) * kept_us:
             self._rollbacks = 0
             return None
-        self._rollbacks += 1
-        self._last_look = self._standing.step           # the back-off counts from here
         before = promise.before
         try:
             report = self._group.apply(
@@ -306,6 +304,8 @@ class Controller:
         except LoadmasterError:
             self._promise = promise                     # still in force: judged again
             raise
+        self._rollbacks += 1
+        self._last_look = self._standing.step           # the back-off counts from here
         self._feel(report, numbers)
         self._windows, self._tokens_since_switch = [], 0
         reason = (

@@ -322,6 +322,26 @@ def test_a_promise_that_cannot_be_judged_is_let_go(monkeypatch: pytest.MonkeyPat
     assert controller.tick().answer == "leave it"
 
 
+def test_going_back_is_tried_again_where_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = ScriptedGroup(plan_in_order(), slower=1.8)
+    controller = drive(group, [SPREAD, CROWDED], Control(EAGER, max_moves=8))
+    assert controller.entries[-1].answer == "apply"
+    works = group.apply
+
+    def busy(*arguments: object, **options: object) -> Any:
+        raise LoadmasterError("a rank is being replaced")
+
+    monkeypatch.setattr(group, "apply", busy)
+    group.serve(popularity(CROWDED), 7)
+    assert controller.tick().answer == "cannot"
+    monkeypatch.setattr(group, "apply", works)
+    group.serve(popularity(CROWDED), 8)
+    entry = controller.tick()
+    assert entry.rolled_back and "stage_us" in entry.numbers
+    group.serve(popularity(CROWDED), 9)
+    assert "after 1 rollbacks" in controller.tick().reason, "the failed attempt was none"
+
+
 def test_a_promise_ends_with_its_epoch() -> None:
     group = ScriptedGroup(plan_in_order(), slower=1.8)
     controller = drive(group, [SPREAD, CROWDED], Control(EAGER, max_moves=8))
