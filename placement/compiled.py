@@ -13,6 +13,9 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 RandomState = npt.NDArray[np.uint64]
@@ -38,6 +41,26 @@ def compiled_inline(function: Function) -> Function:
     """As `compiled`, inlined into its callers: for small steps of a hot loop that pass tuples."""
     jit = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
     return cast(Function, jit(function))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
+    """`prefetch(array, index)` in compiled code: ask for that element's cache line, do not wait.
+
+    array: contiguous, of any type. For rows read in an order the processor cannot guess.
+    """
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.gep(data, [arguments[1]])
+        word = ir.IntType(32)
+        takes = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
+        # LLVM completes the name with its own form of the pointer's type.
+        call = cgutils.get_or_insert_function(builder.module, takes, "llvm.prefetch")
+        to_read, every_cache, data_cache = (ir.Constant(word, n) for n in (0, 3, 1))
+        builder.call(call, [place, to_read, every_cache, data_cache])
+        return context.get_dummy_value()
+
+    return numba.types.void(array, numba.types.intp), generate
 
 
 def random_state(seed: int, *stream: int) -> RandomState:

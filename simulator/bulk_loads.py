@@ -8,6 +8,7 @@ layers takes milliseconds. Knows counting. Knows nothing of time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..placement.cluster import Cluster
-from ..placement.compiled import compiled
+from ..placement.compiled import compiled, prefetch
 from ..placement.plan import DispatchSpec, Plan
 from ..placement.traffic import StepLoads, check_fit
 from ..traces.trace import RoutingTrace
 from .composition import Composition
 
 NEAR_OUT, NEAR_IN, FAR_OUT, FAR_IN = range(4)
+CACHE_LINE_IDS = 64      # ids of a byte in a line; of two bytes, every second line is asked for
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -54,7 +56,7 @@ def bulk_loads(
     belong together.
     """
     check_fit(trace, plan, cluster)
-    layout = _SlotLayout.of(plan)
+    layout = _layout_of(plan)
     bytes_LS = np.where(plan.slots >= 0, expert_bytes_E[plan.slots], 0).reshape(
         plan.num_layers, -1
     ).astype(np.float64)
@@ -120,6 +122,12 @@ class _SlotLayout:
             expert_LP, (expert_LP % copies_LP).astype(np.int32), run_LRX, slot_LS,
             cell_LS.reshape(layers, devices, width),
         )
+
+
+@functools.lru_cache(maxsize=4)
+def _layout_of(plan: Plan) -> _SlotLayout:
+    """A run asks for few plans, many times; a plan is known by identity and never changes."""
+    return _SlotLayout.of(plan)
 
 
 def _runs(copies_P: Int32Array) -> Int32Array:
@@ -204,7 +212,12 @@ def _count_step(
 def _count_home(ids_TLK: Any, all_count: bool, k_TL: Any, token_A: Any, count_LE: Any) -> None:
     """Assignments of one rank's tokens per layer and expert; count_LE comes in zero."""
     layers, top_k = ids_TLK.shape[1], ids_TLK.shape[2]
-    for t in token_A:
+    ids_X, row = ids_TLK.reshape(-1), layers * top_k
+    for a in range(len(token_A)):
+        t = token_A[a]
+        if a + 1 < len(token_A):     # tokens lie anywhere in the trace: half the time was waiting
+            for x in range(token_A[a + 1] * row, (token_A[a + 1] + 1) * row, CACHE_LINE_IDS):
+                prefetch(ids_X, x)
         for layer in range(layers):
             last = top_k if all_count else np.int64(k_TL[t, layer])
             for k in range(last):

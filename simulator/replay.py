@@ -186,6 +186,8 @@ def cost_all(
     layers, devices = router.model.num_layers, router.cluster.num_devices
     usage = Usage(layers, devices)
     at_once = min(MOST_STEPS_AT_ONCE, max(1, CELLS_AT_ONCE // (layers * devices)))
+    if at_once > router.threads:
+        at_once -= at_once % router.threads      # no thread is left with one step more
     step_us: list[FloatArray] = []
     waiting = iter(compositions)
     while steps := list(itertools.islice(waiting, at_once)):
