@@ -43,24 +43,26 @@ def compiled_inline(function: Function) -> Function:
     return cast(Function, jit(function))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
-    """`prefetch(array, index)` in compiled code: ask for that element's cache line, do not wait.
-
-    array: contiguous, of any type. For rows read in an order the processor cannot guess.
-    """
+@intrinsic
+def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
         place = builder.gep(data, [arguments[1]])
         word = ir.IntType(32)
         takes = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
         # LLVM completes the name with its own form of the pointer's type.
-        call = cgutils.get_or_insert_function(builder.module, takes, "llvm.prefetch")
+        insert: Any = cgutils.get_or_insert_function
+        call = insert(builder.module, takes, "llvm.prefetch")
         to_read, every_cache, data_cache = (ir.Constant(word, n) for n in (0, 3, 1))
         builder.call(call, [place, to_read, every_cache, data_cache])
         return context.get_dummy_value()
 
     return numba.types.void(array, numba.types.intp), generate
+
+
+# In compiled code `prefetch(array, index)` asks for that element's cache line and does not wait:
+# for rows read in an order the processor cannot guess. The array is contiguous, of any type.
+prefetch = cast(Callable[[Any, Any], None], _prefetch)
 
 
 def random_state(seed: int, *stream: int) -> RandomState:

@@ -8,10 +8,8 @@ layers takes milliseconds. Knows counting. Knows nothing of time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +20,11 @@ from ..placement.compiled import compiled, prefetch
 from ..placement.plan import DispatchSpec, Plan
 from ..placement.traffic import StepLoads, check_fit
 from ..traces.trace import RoutingTrace
+from .bulk_layout import layout_of
 from .composition import Composition
 
 NEAR_OUT, NEAR_IN, FAR_OUT, FAR_IN = range(4)
 CACHE_LINE_IDS = 64      # ids of a byte in a line; of two bytes, every second line is asked for
-
-Int32Array = npt.NDArray[np.int32]
 
 
 def counts_in_bulk(dispatch: DispatchSpec, cluster: Cluster) -> bool:
@@ -56,24 +53,29 @@ def bulk_loads(
     belong together.
     """
     check_fit(trace, plan, cluster)
-    layout = _layout_of(plan)
+    layout = layout_of(plan)
     bytes_LS = np.where(plan.slots >= 0, expert_bytes_E[plan.slots], 0).reshape(
         plan.num_layers, -1
     ).astype(np.float64)
     shape = (len(steps), plan.num_layers, cluster.num_devices)
     tokens, active = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     weights, ports = np.zeros(shape), np.zeros((4, *shape), np.int64)
-    k_TL = trace.k_of_token
+    ids_TLK, k_TL = np.ascontiguousarray(trace.ids), trace.k_of_token
     all_count = k_TL is None
     k_TL = np.zeros((1, 1), np.uint8) if k_TL is None else k_TL
+
+    count_shape = (int(np.bincount(cluster.node_G).max()), plan.num_layers, plan.num_experts)
 
     def count(w: int) -> None:
         order = np.argsort(steps[w].home, kind="stable")
         first_G = np.searchsorted(steps[w].home[order], np.arange(cluster.num_devices + 1))
+        # An expert gets at most all of a rank's tokens.
+        small = np.diff(first_G).max() < 2**16
+        counts = np.zeros(count_shape, np.uint16 if small else np.uint32)
         _count_step(
-            trace.ids, all_count, k_TL, steps[w].token[order], first_G, cluster.node_G,
+            ids_TLK, all_count, k_TL, steps[w].token[order], first_G, cluster.node_G,
             plan.slots_per_device, layout.expert_LP, layout.turn_LP, layout.run_LRX,
-            layout.slot_LS, layout.cell_LGC, bytes_LS, tokens[w], active[w], weights[w],
+            layout.slot_LS, layout.cell_LGC, bytes_LS, counts, tokens[w], active[w], weights[w],
             ports[:, w],
         )
 
@@ -86,113 +88,31 @@ def bulk_loads(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _SlotLayout:
-    """Experts by falling number of copies, slots so that equal copies lie side by side.
-
-    Place p of a layer holds expert_LP; a run is a stretch of places with equally many copies.
-    run_LRX: (first place, places, copies, first cell) of each run, places 0 past the last. Cell
-    first + j·places + i is the j-th copy of the run's i-th place; slot_LS is its global slot, -1
-    past the last. cell_LGC: the cells a device holds, -1 = none. turn_LP: expert mod copies.
-    """
-
-    expert_LP: Int32Array
-    turn_LP: Int32Array
-    run_LRX: Int32Array
-    slot_LS: Int32Array
-    cell_LGC: Int32Array
-
-    @classmethod
-    def of(cls, plan: Plan) -> _SlotLayout:
-        copies_LE = plan.replicas_LE
-        expert_LP = np.argsort(-copies_LE, axis=1, kind="stable").astype(np.int32)
-        copies_LP = np.take_along_axis(copies_LE, expert_LP, axis=1).astype(np.int32)
-        runs = [_runs(copies_P) for copies_P in copies_LP]
-        run_LRX = np.zeros((plan.num_layers, max(len(r) for r in runs), 4), np.int32)
-        layers, devices, width = plan.slots.shape
-        slot_LS = np.full((layers, devices * width), -1, np.int32)
-        cell_LS = np.full((layers, devices * width), -1, np.int32)
-        for layer, run_RX in enumerate(runs):
-            run_LRX[layer, : len(run_RX)] = run_RX
-            place_X, copy_X = _cells(run_RX)
-            slot_X = _slots(plan.slots[layer].reshape(-1), expert_LP[layer][place_X], copy_X)
-            slot_LS[layer, : len(slot_X)] = slot_X
-            cell_LS[layer, slot_X] = np.arange(len(slot_X))
-        return cls(
-            expert_LP, (expert_LP % copies_LP).astype(np.int32), run_LRX, slot_LS,
-            cell_LS.reshape(layers, devices, width),
-        )
-
-
-@functools.lru_cache(maxsize=4)
-def _layout_of(plan: Plan) -> _SlotLayout:
-    """A run asks for few plans, many times; a plan is known by identity and never changes."""
-    return _SlotLayout.of(plan)
-
-
-def _runs(copies_P: Int32Array) -> Int32Array:
-    """[runs, 4] first place, places, copies, first cell."""
-    first = np.flatnonzero(np.diff(copies_P, prepend=-1))
-    places = np.diff(np.append(first, len(copies_P)))
-    copies = copies_P[first]
-    cell = np.concatenate(([0], np.cumsum(places * copies)[:-1]))
-    return np.stack([first, places, copies, cell], axis=1).astype(np.int32)
-
-
-def _cells(run_RX: Int32Array) -> tuple[Int32Array, Int32Array]:
-    """(place, copy) of every cell of a layer."""
-    place = [np.tile(np.arange(first, first + m), copies) for first, m, copies, _ in run_RX]
-    copy = [np.repeat(np.arange(copies), m) for _, m, copies, _ in run_RX]
-    return np.concatenate(place).astype(np.int32), np.concatenate(copy).astype(np.int32)
-
-
-def _slots(slots_S: Any, expert_X: Int32Array, copy_X: Int32Array) -> Int32Array:
-    """Global slot of the j-th copy of each expert, ascending."""
-    filled = np.flatnonzero(slots_S >= 0)
-    by_expert = filled[np.argsort(slots_S[filled], kind="stable")]
-    first_E = np.searchsorted(slots_S[by_expert], np.arange(int(expert_X.max()) + 1))
-    chosen: Int32Array = by_expert[first_E[expert_X] + copy_X].astype(np.int32)
-    return chosen
-
-
 @compiled
 def _count_step(
     ids_TLK: Any, all_count: bool, k_TL: Any, token_A: Any, first_G: Any, node_G: Any,
     slots_per_device: int, expert_LP: Any, turn_LP: Any, run_LRX: Any, slot_LS: Any,
-    cell_LGC: Any, bytes_LS: Any, tokens_LG: Any, active_LG: Any, weights_LG: Any,
-    ports_PLG: Any,
+    cell_LGC: Any, bytes_LS: Any, count_HLE: Any, tokens_LG: Any, active_LG: Any,
+    weights_LG: Any, ports_PLG: Any,
 ) -> None:
-    layers, experts = expert_LP.shape
-    cells = slot_LS.shape[1]
+    layers, cells = slot_LS.shape
     devices = len(node_G)
-    own_LG = np.zeros((layers, devices), np.int64)
-    count_LE = np.zeros((layers, experts), np.uint32)
-    node_LS = np.zeros((layers, cells), np.int32)      # what the current node sends to each cell
-    near_L = np.zeros(layers, np.int64)                # of that, to its own cells
     total_LS = np.zeros((layers, cells), np.int32)
-    tokens_P = np.empty(experts, np.int32)
-    work_XP = np.empty((3, experts), np.int32)
+    own_LG = np.zeros((layers, devices), np.int64)
     first = 0
-    for home in range(devices):
-        node = node_G[home]
-        _count_home(ids_TLK, all_count, k_TL, token_A[first_G[home] : first_G[home + 1]], count_LE)
+    while first < devices:
         last = first
-        while last < devices and node_G[last] == node:
+        while last < devices and node_G[last] == node_G[first]:
+            own_A = token_A[first_G[last] : first_G[last + 1]]
+            _count_home(ids_TLK, all_count, k_TL, own_A, count_HLE[last - first])
             last += 1
         for layer in range(layers):
-            sent = _take(count_LE[layer], expert_LP[layer], tokens_P)
-            own = -_held(cell_LGC[layer, home : home + 1], node_LS[layer])
-            _deal(tokens_P, turn_LP[layer], run_LRX[layer], home, node_LS[layer], work_XP)
-            own += _held(cell_LGC[layer, home : home + 1], node_LS[layer])
-            near = _held(cell_LGC[layer, first:last], node_LS[layer]) - near_L[layer]
-            near_L[layer] += near
-            ports_PLG[NEAR_OUT, layer, home] += near - own
-            own_LG[layer, home] = own
-            ports_PLG[FAR_OUT, layer, home] += sent - near
-        if home + 1 == last:
-            _close_node(cell_LGC, first, last, node_LS, total_LS, ports_PLG)
-            near_L[:] = 0
-            first = last
+            _deal_node(
+                count_HLE[:, layer], expert_LP[layer], turn_LP[layer], run_LRX[layer],
+                cell_LGC[layer, first:last], first, total_LS[layer], own_LG[layer, first:last],
+                ports_PLG[:, layer, first:last],
+            )
+        first = last
     for layer in range(layers):
         for x in range(cells):
             if total_LS[layer, x] > 0:
@@ -206,6 +126,34 @@ def _count_step(
                 tokens_LG[layer, device] - ports_PLG[NEAR_IN, layer, device]
             )
             ports_PLG[NEAR_IN, layer, device] -= own_LG[layer, device]
+
+
+@compiled
+def _deal_node(
+    count_HE: Any, expert_P: Any, turn_P: Any, run_RX: Any, cell_DC: Any, first: int,
+    total_S: Any, own_D: Any, ports_PD: Any,
+) -> None:
+    """One layer of a node's ranks, the first of which is device `first`; count_HE goes out zero.
+
+    A layer's tables stay in the processor's nearest cache while all ranks of the node use them.
+    """
+    node_S = np.zeros(len(total_S), np.int32)      # what the node has sent to each cell
+    tokens_P = np.empty(len(expert_P), np.int32)
+    work_XP = np.empty((3, len(expert_P)), np.int32)
+    near_before = 0
+    for d in range(len(own_D)):
+        sent = _take(count_HE[d], expert_P, tokens_P)
+        own = -_held(cell_DC[d : d + 1], node_S)
+        _deal(tokens_P, turn_P, run_RX, first + d, node_S, work_XP)
+        own += _held(cell_DC[d : d + 1], node_S)
+        near = _held(cell_DC, node_S) - near_before
+        near_before += near
+        own_D[d] = own
+        ports_PD[NEAR_OUT, d] += near - own
+        ports_PD[FAR_OUT, d] += sent - near
+    for d in range(len(own_D)):
+        ports_PD[NEAR_IN, d] = _held(cell_DC[d : d + 1], node_S)
+    total_S += node_S
 
 
 @compiled
@@ -301,17 +249,3 @@ def _held(cells_XC: Any, node_S: Any) -> int:
             if x >= 0:
                 total += node_S[x]
     return total
-
-
-@compiled
-def _close_node(
-    cell_LGC: Any, first: int, last: int, node_LS: Any, total_LS: Any, ports_PLG: Any
-) -> None:
-    """Add what a node of devices first..last sent; node_LS goes out zero."""
-    for layer in range(node_LS.shape[0]):
-        for device in range(first, last):
-            ports_PLG[NEAR_IN, layer, device] = _held(
-                cell_LGC[layer, device : device + 1], node_LS[layer]
-            )
-        total_LS[layer] += node_LS[layer]
-        node_LS[layer] = 0

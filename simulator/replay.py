@@ -10,7 +10,8 @@ together in the recording runs together here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..placement.comparison import Comparison, compare
 from ..placement.evaluate import resolve_dispatch
 from ..placement.overlap import Overlap
 from ..placement.plan import DispatchSpec, Plan
+from ..placement.traffic import StepLoads
 from ..traces.arrivals import Arrivals
 from ..traces.spec import ModelSpec
 from ..traces.steps import Steps, StepSampler
@@ -188,13 +190,29 @@ def cost_all(
     at_once = min(MOST_STEPS_AT_ONCE, max(1, CELLS_AT_ONCE // (layers * devices)))
     if at_once > router.threads:
         at_once -= at_once % router.threads      # no thread is left with one step more
+    spec = router.dispatch or condition.plan.dispatch
     step_us: list[FloatArray] = []
-    waiting = iter(compositions)
-    while steps := list(itertools.islice(waiting, at_once)):
-        routed = router.cost(steps, condition)
+    for loads in _loads_ahead(router, condition.plan, compositions, at_once):
+        routed = router.price(loads, condition, spec)
         usage.add(routed, np.ones(len(routed.step_us)))
         step_us.append(routed.step_us)
     return np.concatenate(step_us), usage
+
+
+def _loads_ahead(
+    router: StepRouter, plan: Plan, compositions: Iterable[Composition], at_once: int
+) -> Iterator[StepLoads]:
+    """Loads of `at_once` steps after another; the next are counted while the caller has these."""
+    waiting = iter(compositions)
+    with ThreadPoolExecutor(1) as counter:
+        counted: Future[StepLoads] | None = None
+        while steps := list(itertools.islice(waiting, at_once)):
+            following = counter.submit(router.loads, steps, plan)
+            if counted is not None:
+                yield counted.result()
+            counted = following
+        if counted is not None:
+            yield counted.result()
 
 
 def _wait_split(
