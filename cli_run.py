@@ -73,7 +73,8 @@ def run(
         Path | None,
         typer.Option(help="With --control: run folder [default: the next loadmaster-runs/run-N]."),
     ] = None,
-    gpus_per_rank: Annotated[float, typer.Option(help="GPUs of each rank.")] = 0.0,
+    gpus_per_rank: Annotated[float, typer.Option(
+        help="GPUs of each rank; 0: ranks compute on the CPU. Rows cross in the host's memory.")] = 0.0,
     address: Address = None,
 ) -> None:
     """Start a named group of live ranks; serves until Ctrl-C, and ends it then."""
@@ -86,6 +87,11 @@ def run(
     advised = _Advised(control, control_dry_run, control_every, control_window, control_slots, out,
                        shares_cores=address is None)
     advised.check()
+    if control is not None and gpus_per_rank:
+        raise UsageError(
+            "--control times experts in this process, on the CPU: it is for groups without "
+            "--gpus-per-rank; apply plans made with a calibrated hardware profile instead"
+        )
     group = Group.start(
         model, load_plan(plan), ranks=ranks, name=name, dtype=dtype,
         decode_plan=load_plan(decode_plan), traffic=traffic, record_to=record_to, address=address,

@@ -127,7 +127,7 @@ def packed_attention(
     for length, cache in zip(step.lengths, step.caches, strict=True):
         rows = slice(start, start + length)
         keys, values = cache.append(module.layer_idx, key[0, :, rows], value[0, :, rows])
-        mask = _mask(length, keys.shape[1], sliding_window, query.dtype, whole=not eager)
+        mask = _mask(length, keys.shape[1], sliding_window, query, whole=not eager)
         out[:, rows] = attend(
             module,
             query[:, :, rows],
@@ -152,9 +152,9 @@ def _attention_of(module: Any, eager: bool) -> Any:
 
 
 def _mask(
-    queries: int, keys: int, sliding_window: int | None, dtype: torch.dtype, *, whole: bool
+    queries: int, keys: int, sliding_window: int | None, like: Tensor, *, whole: bool
 ) -> Tensor | None:
-    """Additive causal mask [1, 1, queries, keys] of the last `queries` positions.
+    """Additive causal mask [1, 1, queries, keys] of the last `queries` positions, typed `like`.
 
     None when a single query sees everything and, with `whole` (the attention function masks a
     whole sequence by itself), when all positions are asked for.
@@ -162,14 +162,14 @@ def _mask(
     windowed = sliding_window is not None and keys > sliding_window
     if not windowed and (queries == 1 or (whole and queries == keys)):
         return None
-    position = torch.arange(keys - queries, keys)[:, None]
-    other = torch.arange(keys)[None, :]
+    position = torch.arange(keys - queries, keys, device=like.device)[:, None]
+    other = torch.arange(keys, device=like.device)[None, :]
     hidden = other > position
     if windowed:
         assert sliding_window is not None
         hidden |= other <= position - sliding_window
-    mask = torch.zeros(queries, keys, dtype=dtype)
-    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+    mask = like.new_zeros(queries, keys)
+    return mask.masked_fill_(hidden, torch.finfo(like.dtype).min)[None, None]
 
 
 def require_supported(model: Any, where: str) -> None:

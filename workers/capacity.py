@@ -53,7 +53,7 @@ class RouterScores:
 
     def scaled(self, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """[T, E] scores on the scale of the gates: a token's best choice scores its gate."""
-        logits = self._logits_TE.reshape(-1, self._logits_TE.shape[-1])[: len(ids_TK)].float()
+        logits = self._logits_TE.reshape(-1, self._logits_TE.shape[-1])[: len(ids_TK)].float().cpu()
         score_TE = torch.sigmoid(logits) if self._sigmoid else torch.softmax(logits, dim=-1)
         best_T = gates_TK.float().argmax(dim=1, keepdim=True)
         own = score_TE.gather(1, ids_TK.gather(1, best_T).long())

@@ -241,8 +241,8 @@ class ExpertIndex:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's memory, not copied."""
-    return tensor.contiguous().view(torch.uint8).numpy().data
+    """A contiguous tensor's memory, copied only from a GPU."""
+    return tensor.contiguous().view(torch.uint8).cpu().numpy().data
 
 
 def contiguous(tensor: Tensor, dtype: torch.dtype, *, transposed: bool) -> Tensor:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import LoadmasterError
+from ..errors import LoadmasterError, UsageError
 from ..placement.cluster import Cluster
 from ..placement.comparison import Comparison, compare
 from ..placement.plan import Plan
@@ -55,7 +55,15 @@ class Controller:
     ) -> None:
         """cluster: the devices planned for; their times are replaced by measured ones as soon as
         there are enough steps. kernel: how long experts take here; None = timed when first needed,
-        which takes seconds. log: a file that gets one JSON line per decision."""
+        which takes seconds. log: a file that gets one JSON line per decision. Raises UsageError for
+        ranks on GPUs without `kernel`: here their experts cannot be timed."""
+        device = group.status()["device"]
+        if device != "cpu" and kernel is None:
+            raise UsageError(
+                f"the group's ranks compute on {device}, where this process cannot time experts: "
+                "control it from Python with `kernel`, or apply plans made with a calibrated "
+                "hardware profile"
+            )
         self._group = group
         self._cluster = cluster
         self._control = control

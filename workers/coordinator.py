@@ -238,6 +238,7 @@ class Coordinator:
                 "broken": self._broken,
                 "model_spec": self.model_spec,
                 "model_dir": self.settings.ranks[0].model_dir,
+                "device": self.settings.ranks[0].device,
                 "cluster": self._crew.cluster,
             }
 

@@ -4,6 +4,9 @@ Knows one rank's side of a layer: its tokens' choices, the slot table in force, 
 here, the exchange. Knows nothing of requests, attention, Ray or how plans are made. The same
 tokens, weights and any legal placement give the same bits.
 
+Dispatch is decided on the host and rows travel through its memory. Where the model is on a GPU, a
+layer's rows are copied down and up once each way; on the CPU nothing is copied.
+
 Axes: T tokens at home here, K choices, E experts, G ranks, C slots per rank, S = G * C, H hidden.
 """
 
@@ -48,9 +51,9 @@ class Replay:
 
 @dataclass
 class LayerMeasures:
-    """What one step cost and carried here, per layer. CPU time is of the calling thread."""
+    """What one step cost and carried here, per layer."""
 
-    expert_cpu_us_L: npt.NDArray[np.float64]
+    expert_cpu_us_L: npt.NDArray[np.float64]   # of the calling thread; on a GPU, the GPU's time
     tokens_L: npt.NDArray[np.int64]            # rows computed by this rank's experts
     remote_copies_L: npt.NDArray[np.int64]     # rows this rank sent to other ranks
     dropped_L: npt.NDArray[np.int64]           # assignments of this rank's tokens left out
@@ -78,6 +81,27 @@ class RankContext:
     measures: LayerMeasures = field(default_factory=lambda: LayerMeasures.zeros(0))
 
 
+class _ExpertClock:
+    """How long this rank's experts compute: CPU time of this thread, or the GPU's own time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = None
+        if device.type == "cuda":
+            event: Any = torch.cuda.Event
+            self._events = [event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._began_ns = time.thread_time_ns()
+
+    def stop_us(self) -> float:
+        """Microseconds since it was made; waits for a GPU to finish."""
+        if self._events is None:
+            return (time.thread_time_ns() - self._began_ns) / 1e3
+        begin, end = self._events
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3
+
+
 class ExpertLayer:
     """One MoE layer as this rank sees it; hangs on transformers' experts module."""
 
@@ -100,7 +124,7 @@ class ExpertLayer:
         context = self._context()
         rows = attention.current().rows
         out = torch.zeros_like(x_TH)
-        ids, gates = ids_TK[:rows], gate_TK[:rows]
+        ids, gates = ids_TK[:rows].cpu(), gate_TK[:rows].cpu()
         if context.replay is not None:
             ids, gates = self._replayed(context.replay, ids)
         if context.recorder is not None:
@@ -129,21 +153,22 @@ class ExpertLayer:
         assignment_A, _ = sort_by_slot(slot_TK, slots_GC.size)
         physical_C = experts.physical(mine_C)
         rows, receipt, remote = send_tokens(
-            context.exchange, x_TH, assignment_A, ids_TK.shape[1], quota_GS, physical_C,
+            context.exchange, x_TH.cpu(), assignment_A, ids_TK.shape[1], quota_GS, physical_C,
             payload=context.payload,
         )
+        rows = rows.to(x_TH.device)
         count_P = self._count(quota_GS, context.exchange, physical_C, experts.capacity)
-        began = time.thread_time_ns()
+        clock = _ExpertClock(x_TH.device)
         y_AH = experts.compute(rows, count_P)
         measures = context.measures
-        measures.expert_cpu_us_L[self.layer] += (time.thread_time_ns() - began) / 1e3
+        measures.expert_cpu_us_L[self.layer] += clock.stop_us()
         measures.tokens_L[self.layer] += len(rows)
         measures.remote_copies_L[self.layer] += remote
         measures.peak_L[self.layer] = counts_GE.sum(axis=0).max()
-        home_AH = return_tokens(context.exchange, y_AH, receipt)
-        y_TKH = torch.zeros(ids_TK.numel(), x_TH.shape[1], dtype=x_TH.dtype)
-        y_TKH[assignment_A] = home_AH
-        return combine(y_TKH.view(*ids_TK.shape, x_TH.shape[1]), gate_TK)
+        home_AH = return_tokens(context.exchange, y_AH.cpu(), receipt).to(x_TH.device)
+        y_TKH = x_TH.new_zeros(ids_TK.numel(), x_TH.shape[1])
+        y_TKH[assignment_A.to(x_TH.device)] = home_AH
+        return combine(y_TKH.view(*ids_TK.shape, x_TH.shape[1]), gate_TK.to(x_TH.device))
 
     def _limited(
         self,

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,7 @@ class Group:
         plan: None = experts in order, E / ranks on each. dispatch: None = the plan's own. cluster:
         what dispatch knows of nodes and speeds; None = one node of equal CPU devices. address: an
         existing Ray cluster; None = the one joined already, or a new one on this machine.
+        gpus_per_rank: above 0, ranks compute on GPUs; rows still travel through the host's memory.
         replace_timeout_s: how long to try before a lost rank counts as lost for good.
         Raises InputError on a checkpoint that cannot be served, PlanError on plans that are not
         for it, UsageError on a name in use.
@@ -119,11 +121,8 @@ class Group:
         if ranks < 1:
             raise UsageError(f"a group needs at least one rank, not {ranks}")
         payload = _served_payload(traffic)
-        if gpus_per_rank:
-            raise UsageError(
-                "ranks compute on the CPU: GPUs set aside for them would stand idle; leave "
-                "gpus_per_rank at 0"
-            )
+        if not (gpus_per_rank >= 0 and math.isfinite(gpus_per_rank)):
+            raise UsageError(f"gpus_per_rank must be >= 0 (0: on the CPU), not {gpus_per_rank}")
         spec = served_spec(model_dir, dtype)
         plan = plan or contiguous(spec, ranks)
         if dispatch is not None:
@@ -141,7 +140,7 @@ class Group:
                 RankSettings(
                     g, ranks, str(Path(model_dir).resolve()), cluster, dtype, payload,
                     None if record_to is None else str(Path(record_to).resolve()),
-                    capacity=capacity,
+                    capacity=capacity, device="cuda" if gpus_per_rank else "cpu",
                 )
                 for g in range(ranks)
             ),
@@ -153,6 +152,7 @@ class Group:
             replace_timeout_s=replace_timeout_s,
         )
         connect(address)
+        _require_gpus(ranks * gpus_per_rank)
         with run_folder.naming(name):
             if _find(name) is not None:
                 raise UsageError(
@@ -417,6 +417,16 @@ def _served_payload(traffic: str) -> Payload:
             f"live ranks serve return_home/per_expert and return_home/per_rank, not {wanted}"
         )
     return wanted.payload
+
+
+def _require_gpus(gpus: float) -> None:
+    """Raises UsageError where the Ray cluster does not have as many, idle or not."""
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if gpus > there:
+        raise UsageError(
+            f"the ranks ask for {gpus:g} GPUs, the Ray cluster has {there:g}: start fewer ranks, "
+            "or leave gpus_per_rank at 0 to compute on the CPU"
+        )
 
 
 def _this_node() -> Any:

@@ -48,7 +48,9 @@ class ExpertShape:
     bias: bool
     transposed: bool      # stored [in, out], as gpt-oss does
 
-    def allocate(self, slots: int, dtype: torch.dtype, device: str = "cpu") -> ExpertWeights:
+    def allocate(
+        self, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> ExpertWeights:
         """Empty room for `slots` experts."""
         return ExpertWeights.allocate(
             slots,

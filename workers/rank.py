@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import LoadmasterError
+from ..errors import LoadmasterError, UsageError
 from ..kernels.dense import use_panels
 from ..traces.record import Recorder, RecordingSummary
 from ..traces.trace import RoutingTrace
@@ -75,6 +75,7 @@ class Rank:
         torch.set_num_threads(1)
         self.settings = settings
         self._dtype = DTYPES[settings.dtype]
+        self._device = torch.device(settings.device)
         self.model_spec = served_spec(settings.model_dir, settings.dtype)
         self._checkpoint: MoeCheckpoint
         self._stores: list[ExpertStore] = []
@@ -96,10 +97,11 @@ class Rank:
         """
         if self._stores:
             return Loaded(self._checkpoint.vocabulary, self._checkpoint.context_tokens)
+        self._require_device()
         with _BUILDING:
             self._checkpoint = MoeCheckpoint(self.settings.model_dir)
             self._checkpoint.require_shape(self.model_spec)
-            self._model = self._checkpoint.load_dense(self._dtype)
+            self._model = self._checkpoint.load_dense(self._dtype).to(self._device)
             use_panels(self._model, self._dtype)
         attention.require_supported(self._model, self.settings.model_dir)
         experts.attach(
@@ -107,13 +109,21 @@ class Rank:
             self.settings.model_dir,
         )
         self._model.base_model.register_forward_hook(self._keep_hidden)
-        shape, device = self._checkpoint.shape, self.settings.device
+        shape = self._checkpoint.shape
         self._stores = [
-            ExpertStore(lambda slots: shape.allocate(slots, self._dtype, device))
+            ExpertStore(lambda slots: shape.allocate(slots, self._dtype, self._device))
             for _ in range(self.model_spec.num_layers)
         ]
         self._staging = Staging(self._stores, lambda: shape.empty_expert(self._dtype))
         return Loaded(self._checkpoint.vocabulary, self._checkpoint.context_tokens)
+
+    def _require_device(self) -> None:
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(
+                f"rank {self.settings.rank}: no GPU can be seen from its process (torch "
+                f"{torch.__version__}): install a CUDA build of torch on the ranks' nodes, or "
+                "leave gpus_per_rank at 0"
+            )
 
     # ---- life ------------------------------------------------------------------------------
 
@@ -328,16 +338,16 @@ class Rank:
         positions = np.concatenate(
             [*(np.arange(c.start, c.start + len(c.tokens)) for c in chunks), np.zeros(padding)]
         )
-        keep: Any = 0 if work.all_logits else last_rows
+        keep: Any = 0 if work.all_logits else last_rows.to(self._device)
         with attention.running(packed):
             out = self._model(
-                input_ids=torch.from_numpy(tokens.astype(np.int64))[None],
-                position_ids=torch.from_numpy(positions.astype(np.int64))[None],
+                input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(self._device),
+                position_ids=torch.from_numpy(positions.astype(np.int64))[None].to(self._device),
                 use_cache=False,
                 logits_to_keep=keep,
             )
         packed.finish()
-        return out.logits[0], packed.rows
+        return out.logits[0].cpu(), packed.rows
 
     def _cache(self, chunk: Chunk) -> RequestCache:
         if chunk.start == 0:

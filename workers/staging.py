@@ -21,8 +21,9 @@ Key = tuple[int, int]      # (layer, expert)
 
 
 def to_bytes(tensors: ExpertTensors) -> Tensor:
-    """All tensors of an expert, in name order, as one run of bytes."""
-    return torch.cat([tensors[n].contiguous().view(torch.uint8).flatten() for n in sorted(tensors)])
+    """All tensors of an expert, in name order, as one run of bytes on the host."""
+    parts = [tensors[n].contiguous().view(torch.uint8).flatten() for n in sorted(tensors)]
+    return torch.cat(parts).cpu()
 
 
 def from_bytes(data: Tensor, like: ExpertTensors) -> ExpertTensors:

@@ -72,12 +72,14 @@ def start_threads(
         fleet: ThreadFleet | None = None,
         capacity: CapacityRule | None = None,
         step_timeout_s: float = 30.0,
+        device: str = "cpu",
+        ranks: int = RANKS,
         **settings_too: Any,
     ) -> Coordinator:
         spec = served_spec(model_dir, dtype)
-        plan = plan or contiguous(spec, RANKS)
+        plan = plan or contiguous(spec, ranks)
         cluster = Cluster.preset(
-            "cpu", devices_per_node=RANKS, slots_per_device=plan.slots_per_device,
+            "cpu", devices_per_node=ranks, slots_per_device=plan.slots_per_device,
             traffic=f"return_home/{payload}",
         )
         target = None if record_to is None else str(record_to)
@@ -85,9 +87,10 @@ def start_threads(
             name="threads",
             ranks=tuple(
                 RankSettings(
-                    g, RANKS, str(model_dir), cluster, dtype, payload, target, capacity=capacity
+                    g, ranks, str(model_dir), cluster, dtype, payload, target, capacity=capacity,
+                    device=device,
                 )
-                for g in range(RANKS)
+                for g in range(ranks)
             ),
             plans=PhasePlans.both(plan),
             model_spec=spec,

@@ -72,6 +72,7 @@ def status_of(plan: Plan, decode: Plan | None = None) -> dict[str, Any]:
     (("--ranks", 2, "--control", "often"), "never, every-n, drift, net-benefit"),
     (("--ranks", 2, "--control-dry-run"), "--control"),
     (("--ranks", 2, "--control", "never", "--control-window", 0), "at least 1"),
+    (("--ranks", 2, "--control", "never", "--gpus-per-rank", 1), "--gpus-per-rank"),
 ])
 def test_options_that_mean_nothing_are_one_line(
     verb: Run, tmp_path: Path, options: tuple[object, ...], said: str

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadmaster.errors import LoadmasterError
+from loadmaster.errors import LoadmasterError, UsageError
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.hardware import ComputeProfile
 from loadmaster.placement.plan import Plan
@@ -75,7 +75,7 @@ class ScriptedGroup:
 
     def __init__(self, plan: Plan, slower: float = 1.0, decode: Plan | None = None) -> None:
         self.plan, self.decode, self.epoch, self.step = plan, decode or plan, 1, 0
-        self.model_spec = SPEC
+        self.model_spec, self.device = SPEC, "cpu"
         self.slower = slower
         self.applied: list[Plan] = []
         self._trace: RoutingTrace | None = None
@@ -93,7 +93,7 @@ class ScriptedGroup:
 
     def status(self) -> dict[str, Any]:
         return {"plan": self.plan, "decode_plan": self.decode, "epoch": self.epoch,
-                "step": self.step, "model_spec": SPEC}
+                "step": self.step, "model_spec": SPEC, "device": self.device}
 
     def record(self, on: bool) -> None:
         return
@@ -356,6 +356,13 @@ def test_tokens_count_from_the_switch_and_not_only_those_kept() -> None:
     policy = Policy("net_benefit", every_steps=1, fewest_tokens=4 * STEPS * STEP_TOKENS)
     controller = drive(ScriptedGroup(plan_in_order()), [SPREAD] * 5, Control(policy))
     assert [e.answer for e in controller.entries] == ["not enough data"] * 3 + ["leave it"] * 2
+
+
+def test_experts_on_gpus_are_not_timed_on_this_cpu() -> None:
+    group = ScriptedGroup(plan_in_order())
+    group.device = "cuda"
+    with pytest.raises(UsageError, match="cannot time experts"):
+        Controller(group, CLUSTER)
 
 
 def test_looking_is_paid_for_where_it_takes_the_ranks_time() -> None:

@@ -70,6 +70,14 @@ def test_a_name_in_use_is_refused(group: Group, checkpoint: Make) -> None:
         Group.start(checkpoint("qwen3_moe"), ranks=2, name="pair")
 
 
+@pytest.mark.parametrize(("gpus", "reason"), [(1.0, "the Ray cluster has 0"), (-1.0, "must be >=")])
+def test_gpus_that_are_not_there_are_refused_at_once(
+    group: Group, checkpoint: Make, gpus: float, reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        Group.start(checkpoint("qwen3_moe"), ranks=2, name="on-gpus", gpus_per_rank=gpus)
+
+
 def test_a_recording_comes_back_as_one_trace(group: Group, random_prompts: Make) -> None:
     with pytest.raises(LoadmasterError, match="nothing has been recorded"):
         group.trace()
