@@ -73,8 +73,10 @@ def run(
         Path | None,
         typer.Option(help="With --control: run folder [default: the next loadmaster-runs/run-N]."),
     ] = None,
-    gpus_per_rank: Annotated[float, typer.Option(
-        help="GPUs of each rank; 0: ranks compute on the CPU. Rows cross in the host's memory.")] = 0.0,
+    gpus_per_rank: Annotated[
+        float,
+        typer.Option(help="GPUs of each rank; 0: on the CPU. Rows cross in the host's memory."),
+    ] = 0.0,
     address: Address = None,
 ) -> None:
     """Start a named group of live ranks; serves until Ctrl-C, and ends it then."""

@@ -44,13 +44,24 @@ def record(
             texts.append(Text(path.read_text(encoding="utf-8"), domain=path.stem))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not readable as UTF-8 text: {error}") from error
-    with show.progress_bar() as bar:
-        task = bar.add_task("recording tokens", total=None)
-        summary = record_model(
-            model, texts, out, request_tokens=request_tokens, step_tokens=step_tokens,
-            decode_tokens=decode_tokens, max_tokens=max_tokens, gates=gates, requests=requests,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+    stood = out.exists()
+    try:
+        with show.progress_bar() as bar:
+            task = bar.add_task("recording tokens", total=None)
+            summary = record_model(
+                model, texts, out, request_tokens=request_tokens, step_tokens=step_tokens,
+                decode_tokens=decode_tokens, max_tokens=max_tokens, gates=gates,
+                requests=requests,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        if stood or not out.exists():
+            raise
+        show.err().print(
+            f"loadmaster: interrupted; {out} holds the whole steps recorded until then",
+            markup=False, soft_wrap=True,
         )
+        raise typer.Exit(130) from None
     if json:
         show.print_json({"trace": str(out), **vars(summary)})
     else:

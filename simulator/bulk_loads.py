@@ -141,8 +141,12 @@ def _deal_node(
     tokens_P = np.empty(len(expert_P), np.int32)
     work_XP = np.empty((3, len(expert_P)), np.int32)
     near_before = 0
+    in_order = run_RX[0, 1] == len(expert_P)       # equally many copies of all: places are experts
     for d in range(len(own_D)):
-        sent = _take(count_HE[d], expert_P, tokens_P)
+        if in_order:
+            sent = _take_in_order(count_HE[d], tokens_P)
+        else:
+            sent = _take(count_HE[d], expert_P, tokens_P)
         own = -_held(cell_DC[d : d + 1], node_S)
         _deal(tokens_P, turn_P, run_RX, first + d, node_S, work_XP)
         own += _held(cell_DC[d : d + 1], node_S)
@@ -178,6 +182,17 @@ def _take(count_E: Any, expert_P: Any, tokens_P: Any) -> int:
     total = 0
     for p in range(len(expert_P)):
         tokens_P[p] = count_E[expert_P[p]]
+        total += tokens_P[p]
+    count_E[:] = 0
+    return total
+
+
+@compiled
+def _take_in_order(count_E: Any, tokens_P: Any) -> int:
+    """`_take` where place and expert are the same."""
+    total = 0
+    for p in range(len(count_E)):
+        tokens_P[p] = count_E[p]
         total += tokens_P[p]
     count_E[:] = 0
     return total

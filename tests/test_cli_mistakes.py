@@ -98,6 +98,21 @@ def test_an_interrupted_verb_says_so_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_recording_keeps_its_whole_steps_and_says_so(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record_some(model: object, texts: object, out: Path, **_: object) -> None:
+        out.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loadmaster.traces.record_model.record_model", record_some)
+    (tmp_path / "words.txt").write_text("words")
+    code, out, err = run("trace", "record", "--model", tmp_path, "--text", tmp_path / "words.txt",
+                         "-o", tmp_path / "new")
+    assert (code, out) == (130, "")
+    assert "new holds the whole steps recorded until then" in err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("schema",), ("schema", "plan"), ("plan", "t", "--devices-per-node", "2", "--json"),

@@ -39,7 +39,7 @@ from .demo_measure import (
 from .demo_report import leave
 from .expert_fit import ExpertFit, fit_kernel, machine, scale_to_live
 from .group import Group
-from .output_folder import new_run_folder
+from .output_folder import new_run_folder, remove_if_empty
 from .pinning import pin_in_turn
 from .reference import reference_model_dir
 from .step_log import Measurements
@@ -137,11 +137,20 @@ def run_demo(
 
     Raises UsageError when the run folder exists or the ranks cannot share the experts.
     """
-    started = time.perf_counter()
     say = progress or (lambda said, done, total: None)
     if ranks < 2:
         raise UsageError(f"--ranks {ranks}: placement needs at least 2 ranks")
     folder = new_run_folder(out, "demo")
+    try:
+        return _in_folder(folder, ranks, seed, size, say)
+    finally:
+        remove_if_empty(folder)      # interrupted, or failed
+
+
+def _in_folder(
+    folder: Path, ranks: int, seed: int, size: DemoSize, say: Progress
+) -> DemoResult:
+    started = time.perf_counter()
     planning = traffic.mixed(size.plan_steps * STEP_TOKENS, seed)
     judging = traffic.mixed_then_shifting(size.judge_steps * STEP_TOKENS, seed + 1000)
     decoding = traffic.mixed(size.decode_prompts * traffic.PROMPT_TOKENS, seed + 2000)

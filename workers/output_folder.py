@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import LoadmasterError, UsageError
@@ -23,3 +24,9 @@ def new_run_folder(out: Path | None, kind: str) -> Path:
     except OSError as error:
         raise LoadmasterError(f"{out}: cannot be created: {error.strerror}") from error
     return out
+
+
+def remove_if_empty(folder: Path) -> None:
+    """A run that ended before it had anything to leave leaves no folder."""
+    with suppress(OSError):
+        folder.rmdir()
