@@ -36,6 +36,7 @@ def record(
 ) -> None:
     """Run texts through a checkpoint in this process and record its routing."""
     from .errors import InputError
+    from .traces.manifest import MANIFEST_NAME
     from .traces.record_model import Text, record_model
 
     texts = []
@@ -44,7 +45,8 @@ def record(
             texts.append(Text(path.read_text(encoding="utf-8"), domain=path.stem))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not readable as UTF-8 text: {error}") from error
-    stood = out.exists()
+    kept = out / MANIFEST_NAME
+    stood = kept.exists()
     try:
         with show.progress_bar() as bar:
             task = bar.add_task("recording tokens", total=None)
@@ -55,7 +57,7 @@ def record(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except KeyboardInterrupt:
-        if stood or not out.exists():
+        if stood or not kept.exists():
             raise
         show.err().print(
             f"loadmaster: interrupted; {out} holds the whole steps recorded until then",

@@ -14,11 +14,15 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba.core import cgutils
+from numba.core import cgutils as numba_cgutils
 from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 RandomState = npt.NDArray[np.uint64]
+
+
+# numba declares no types.
+cgutils: Any = numba_cgutils
 
 
 def compiled(function: Function) -> Function:
@@ -44,25 +48,29 @@ def compiled_inline(function: Function) -> Function:
 
 
 @intrinsic
-def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
+def _prefetch(typing_context: Any, array: Any, first: Any, second: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.gep(data, [arguments[1]])
+        given = context.make_array(signature.args[0])(context, builder, arguments[0])
+        strides = cgutils.unpack_tuple(builder, given.strides)
+        offset = builder.add(
+            builder.mul(arguments[1], strides[0]), builder.mul(arguments[2], strides[1])
+        )
+        add, insert = cgutils.pointer_add, cgutils.get_or_insert_function
+        place = add(builder, given.data, offset)
         word = ir.IntType(32)
         takes = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
         # LLVM completes the name with its own form of the pointer's type.
-        insert: Any = cgutils.get_or_insert_function
         call = insert(builder.module, takes, "llvm.prefetch")
         to_read, every_cache, data_cache = (ir.Constant(word, n) for n in (0, 3, 1))
         builder.call(call, [place, to_read, every_cache, data_cache])
         return context.get_dummy_value()
 
-    return numba.types.void(array, numba.types.intp), generate
+    return numba.types.void(array, numba.types.intp, numba.types.intp), generate
 
 
-# In compiled code `prefetch(array, index)` asks for that element's cache line and does not wait:
-# for rows read in an order the processor cannot guess. The array is contiguous, of any type.
-prefetch = cast(Callable[[Any, Any], None], _prefetch)
+# In compiled code `prefetch(array, i, j)` asks for the cache line of array[i, j] and does not wait:
+# for rows read in an order the processor cannot guess.
+prefetch = cast(Callable[[Any, Any, Any], None], _prefetch)
 
 
 def random_state(seed: int, *stream: int) -> RandomState:

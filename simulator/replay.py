@@ -188,8 +188,8 @@ def cost_all(
     layers, devices = router.model.num_layers, router.cluster.num_devices
     usage = Usage(layers, devices)
     at_once = min(MOST_STEPS_AT_ONCE, max(1, CELLS_AT_ONCE // (layers * devices)))
-    if at_once > router.threads:
-        at_once -= at_once % router.threads      # no thread is left with one step more
+    if at_once > 1:
+        at_once -= at_once % 2      # of two threads none is left with one step more
     spec = router.dispatch or condition.plan.dispatch
     step_us: list[FloatArray] = []
     for loads in _loads_ahead(router, condition.plan, compositions, at_once):
@@ -202,9 +202,11 @@ def cost_all(
 def _loads_ahead(
     router: StepRouter, plan: Plan, compositions: Iterable[Composition], at_once: int
 ) -> Iterator[StepLoads]:
-    """Loads of `at_once` steps after another; the next are counted while the caller has these."""
+    """Loads of `at_once` steps after another; in a thread more than the router's, the next are
+    counted while the caller has these."""
     waiting = iter(compositions)
-    with ThreadPoolExecutor(1) as counter:
+    counter = ThreadPoolExecutor(1)
+    try:
         counted: Future[StepLoads] | None = None
         while steps := list(itertools.islice(waiting, at_once)):
             following = counter.submit(router.loads, steps, plan)
@@ -213,6 +215,8 @@ def _loads_ahead(
             counted = following
         if counted is not None:
             yield counted.result()
+    finally:
+        counter.shutdown(wait=False, cancel_futures=True)
 
 
 def _wait_split(

@@ -103,6 +103,7 @@ def test_an_interrupted_recording_keeps_its_whole_steps_and_says_so(
 ) -> None:
     def record_some(model: object, texts: object, out: Path, **_: object) -> None:
         out.mkdir()
+        (out / "manifest.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("loadmaster.traces.record_model.record_model", record_some)

@@ -86,7 +86,7 @@ def advise(status: dict[str, Any], wanted: PhasePlans, trace: RoutingTrace | Non
     cost = move_cost(moves, standing.prefill, model, cluster)
     return Advice(
         int(status["epoch"]), tuple(moves), bytes_of(moves, model), cost.us, tables,
-        _pays_back(tables, cost.us), known is not None,
+        _pays_back(tables, cost.us), known is not None and status.get("device", "cpu") == "cpu",
     )
 
 

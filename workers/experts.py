@@ -2,7 +2,7 @@
 
 Knows one rank's side of a layer: its tokens' choices, the slot table in force, the experts held
 here, the exchange. Knows nothing of requests, attention, Ray or how plans are made. The same
-tokens, weights and any legal placement give the same bits.
+tokens, weights and any legal placement give the same bits on the CPU.
 
 Dispatch is decided on the host and rows travel through its memory. Where the model is on a GPU, a
 layer's rows are copied down and up once each way; on the CPU nothing is copied.

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +120,11 @@ class Group:
         if ranks < 1:
             raise UsageError(f"a group needs at least one rank, not {ranks}")
         payload = _served_payload(traffic)
-        if not (gpus_per_rank >= 0 and math.isfinite(gpus_per_rank)):
-            raise UsageError(f"gpus_per_rank must be >= 0 (0: on the CPU), not {gpus_per_rank}")
+        if not 0 <= gpus_per_rank <= 1:
+            raise UsageError(
+                f"gpus_per_rank must lie in [0, 1], not {gpus_per_rank}: a rank computes on the "
+                "CPU (0), on a GPU, or on a share of one"
+            )
         spec = served_spec(model_dir, dtype)
         plan = plan or contiguous(spec, ranks)
         if dispatch is not None:

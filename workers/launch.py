@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,8 +125,19 @@ class RankProcess:
         self._rank = Rank(settings)
 
     def run(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Call a method of the rank."""
-        return getattr(self._rank, method)(*args, **options)
+        """Call a method of the rank. A GPU that failed answers its process no more: the process
+        ends, and is replaced as if it had been killed."""
+        torch: Any = importlib.import_module("torch")
+        try:
+            return getattr(self._rank, method)(*args, **options)
+        except torch.OutOfMemoryError as error:
+            raise LoadmasterError(
+                f"rank {self._rank.settings.rank}: the GPU's memory is full "
+                f"({str(error).splitlines()[0]}): use more ranks, or plans with fewer slots"
+            ) from error
+        except torch.AcceleratorError:
+            traceback.print_exc()
+            os._exit(1)
 
     def ping(self) -> tuple[int, str, str]:
         """(process id, node, address)."""

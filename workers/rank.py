@@ -27,17 +27,15 @@ from .attention import PackedStep, RequestCache
 from .checkpoint import bytes_of
 from .exchange import Exchange, Rendezvous
 from .exchange_errors import EpochMismatchError
-from .experts import LayerMeasures, RankContext, Replay
+from .experts import LayerMeasures, RankContext
 from .model import DTYPES, MoeCheckpoint, fingerprint
 from .settings import RankSettings, served_spec
 from .slots import ExpertStore
 from .staging import Staging
+from .step_rows import LEAST_ROWS, greedy, last_rows, logits_by_request, own_ids, replay_of
 from .tables import Tables
 from .transfers import Round
 from .work import Chunk, StepResult, StepWork
-
-# Products of fewer rows may take other code paths with other bits: a packed step is never shorter.
-LEAST_ROWS = 16
 
 # Experts copied within memory after one step, to lie in one block again: a small part of a step.
 GATHER_BYTES = 16 << 20
@@ -172,6 +170,7 @@ class Rank:
             self._exchange.close()
         self._exchange = self._context = None
 
+    @torch.inference_mode()      # as in a step: what is made there can be written only so
     def hold(self, experts_L: list[list[int]]) -> Fingerprints:
         """Read these experts of each layer from the checkpoint; what is held already stays.
 
@@ -201,6 +200,7 @@ class Rank:
 
     # ---- plan switches ---------------------------------------------------------------------
 
+    @torch.inference_mode()
     def stage(self, rounds: tuple[Round, ...], expected: Fingerprints) -> Arrivals:
         """Carry these rounds together with all other ranks; serving tables stay as they are.
 
@@ -293,10 +293,10 @@ class Rank:
         layers = self.model_spec.num_layers
         context.step, context.phase = work.step, work.phase
         context.measures = LayerMeasures.zeros(layers)
-        context.replay = _replay(work.chunks, layers, self.model_spec.top_k)
+        context.replay = replay_of(work.chunks, layers, self.model_spec.top_k)
         recorder = self._begin_recording(work)
         context.recorder = recorder
-        rows = _last_rows(work.chunks)
+        rows = last_rows(work.chunks)
         logits, wanted = self._forward(work, rows)
         if recorder is not None:
             recorder.end_step()
@@ -310,10 +310,10 @@ class Rank:
             rank=self.settings.rank,
             step=work.step,
             epoch=work.epoch,
-            next_token=_greedy(logits[rows] if work.all_logits else logits, work.chunks),
+            next_token=greedy(logits[rows] if work.all_logits else logits, work.chunks),
             digest=self._digest(work) if work.digest else {},
-            logits=_logits_by_request(logits, work.chunks) if work.all_logits else {},
-            own_ids=_own_ids(context.replay, work.chunks),
+            logits=logits_by_request(logits, work.chunks) if work.all_logits else {},
+            own_ids=own_ids(context.replay, work.chunks),
             rows=wanted,
             expert_cpu_us_L=measures.expert_cpu_us_L,
             tokens_L=measures.tokens_L,
@@ -327,7 +327,7 @@ class Rank:
             wall_us=(time.perf_counter_ns() - wall) / 1e3,
         )
 
-    def _forward(self, work: StepWork, last_rows: Tensor) -> tuple[Tensor, int]:
+    def _forward(self, work: StepWork, wanted_rows: Tensor) -> tuple[Tensor, int]:
         """Logits of these rows, or of all with `all_logits`; and how many rows the step had."""
         chunks = work.chunks
         packed = PackedStep(
@@ -338,7 +338,7 @@ class Rank:
         positions = np.concatenate(
             [*(np.arange(c.start, c.start + len(c.tokens)) for c in chunks), np.zeros(padding)]
         )
-        keep: Any = 0 if work.all_logits else last_rows.to(self._device)
+        keep: Any = 0 if work.all_logits else wanted_rows.to(self._device)
         with attention.running(packed):
             out = self._model(
                 input_ids=torch.from_numpy(tokens.astype(np.int64))[None].to(self._device),
@@ -462,46 +462,3 @@ class Rank:
             source=self.settings.rank,
         )
         return self._recorder
-
-
-def _last_rows(chunks: tuple[Chunk, ...]) -> Tensor:
-    """Rows that predict a wanted token, padded so that the head never sees few rows."""
-    ends = np.cumsum([len(c.tokens) for c in chunks])
-    rows = [int(end) - 1 for end, c in zip(ends, chunks, strict=True) if c.wants_token]
-    return torch.tensor(rows + [0] * max(0, LEAST_ROWS - len(rows)))
-
-
-def _greedy(logits_TV: Tensor, chunks: tuple[Chunk, ...]) -> dict[int, int]:
-    """The likeliest next token of each chunk that wants one; the lower id among equals."""
-    wanting = [c.request for c in chunks if c.wants_token]
-    best = logits_TV[: len(wanting)].argmax(dim=-1).tolist()
-    return dict(zip(wanting, best, strict=True))
-
-
-def _logits_by_request(
-    logits_TV: Tensor, chunks: tuple[Chunk, ...]
-) -> dict[int, Any]:
-    parts = torch.split(logits_TV[: sum(len(c.tokens) for c in chunks)].float(),
-                        [len(c.tokens) for c in chunks])
-    return {c.request: part.numpy() for c, part in zip(chunks, parts, strict=True)}
-
-
-def _replay(chunks: tuple[Chunk, ...], layers: int, top_k: int) -> Replay | None:
-    if not any(c.replay is not None for c in chunks):
-        return None
-    parts = [c.replay for c in chunks]
-    if any(p is None for p in parts):
-        raise LoadmasterError("a step replays the routing of all its chunks or of none")
-    ids = np.concatenate([p.ids_LTK for p in parts if p is not None], axis=1)
-    gates = np.concatenate([p.gates_LTK for p in parts if p is not None], axis=1)
-    return Replay(
-        torch.from_numpy(ids), torch.from_numpy(gates),
-        torch.zeros(layers, ids.shape[1], top_k, dtype=torch.int64),
-    )
-
-
-def _own_ids(replay: Replay | None, chunks: tuple[Chunk, ...]) -> dict[int, Any]:
-    if replay is None:
-        return {}
-    parts = torch.split(replay.own_ids_LTK, [len(c.tokens) for c in chunks], dim=1)
-    return {c.request: part.numpy() for c, part in zip(chunks, parts, strict=True)}

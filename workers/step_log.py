@@ -31,8 +31,8 @@ class Measurements:
     """Figures of the last steps: 4,096 are kept, fewer of large groups.
 
     W steps, L layers, G ranks.
-    expert_cpu_us is CPU time of the thread that ran the experts; the critical path of a step is
-    expert_cpu_us.max(axis=2).sum(axis=1).
+    expert_cpu_us is CPU time of the thread that ran the experts, or the GPU's time; the critical
+    path of a step is expert_cpu_us.max(axis=2).sum(axis=1).
     """
 
     step: npt.NDArray[np.int64]                  # [W]

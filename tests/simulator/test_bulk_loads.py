@@ -67,6 +67,36 @@ def test_bulk_counts_equal_step_loads(shape, ragged) -> None:
             )
 
 
+def layer_major(ids):
+    """As stored traces lie in memory."""
+    return np.ascontiguousarray(ids.transpose(1, 0, 2)).transpose(1, 0, 2)
+
+
+@pytest.mark.parametrize("ids_type", [np.uint8, np.uint16, np.int32])
+def test_ids_are_counted_as_they_lie_in_memory(ids_type) -> None:
+    rng = np.random.default_rng(7)
+    trace = skewed_trace(500)
+    other = dataclasses.replace(trace, ids=layer_major(trace.ids.astype(ids_type)))
+    cluster = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=3)
+    plan, bytes_E = random_plan(rng, 4, 3), np.ones(EXPERTS, np.int64)
+    steps = [Composition(rng.integers(0, 500, 200), rng.integers(0, 4, 200))]
+    expected, counted = (
+        bulk_loads(t, steps, plan, cluster, expert_bytes_E=bytes_E) for t in (trace, other)
+    )
+    for field in FIELDS:
+        np.testing.assert_array_equal(getattr(counted, field), getattr(expected, field), field)
+
+
+def test_a_rank_may_send_one_expert_more_tokens_than_sixteen_bits_hold() -> None:
+    trace = skewed_trace(100)
+    cluster = Cluster.preset("h100", nodes=1, devices_per_node=2, slots_per_device=4)
+    plan = Plan(np.tile(np.arange(8).reshape(1, 2, 4), (LAYERS, 1, 1)).astype(np.int16), EXPERTS)
+    one_token = [Composition(np.zeros(70_000, np.int64), np.zeros(70_000, np.int64))]
+    loads = bulk_loads(trace, one_token, plan, cluster, expert_bytes_E=np.ones(EXPERTS, np.int64))
+    chosen = np.bincount(trace.ids[0, 0] // 4, minlength=2)
+    assert loads.tokens_WLG[0, 0].tolist() == (70_000 * chosen).tolist()
+
+
 def test_only_the_case_it_counts_is_taken(cluster) -> None:
     assert counts_in_bulk(EVEN, cluster)
     assert not counts_in_bulk(DispatchSpec(policy="balanced"), cluster)

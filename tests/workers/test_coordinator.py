@@ -20,6 +20,7 @@ from loadmaster.workers.coordinator import Coordinator
 from loadmaster.workers.random_checkpoint import ARCHITECTURES
 from loadmaster.workers.settings import Limits, served_spec
 from loadmaster.workers.staging import Staging
+from loadmaster.workers.thread_fleet import ThreadFleet
 
 Start = Callable[..., Coordinator]
 Get = Callable[[str], Path]
@@ -98,6 +99,24 @@ def test_switches_under_load_change_no_bit_and_move_what_they_must(
     states = group.wait_all(numbers, 60.0)
     assert [(s.tokens, s.digest) for s in states] == want
     assert group.status()["epoch"] == 4
+
+
+def test_a_rank_that_has_switched_can_read_more_experts_from_the_checkpoint(
+    start_threads: Start, checkpoint: Get, shuffled_plan: Make, random_prompts: Make, serve: Make
+) -> None:
+    """float64 lies in torch's own tensors: those made within a step must be writable outside it."""
+    directory, fleet = checkpoint("qwen3_moe"), ThreadFleet()
+    spec = served_spec(directory, "float64")
+    group = start_threads(directory, dtype="float64", fleet=fleet)
+    for seed in (1, 2):
+        group.apply(shuffled_plan(spec, seed))
+        serve(group, random_prompts(seed, 2))       # retires and gathers what the switch left
+    everything = [list(range(spec.num_experts))] * spec.num_layers
+    first, second = fleet.rank_objects[:2]
+    for rank in (first, second):
+        rank.hold(everything)
+        assert rank.held() == everything
+    assert first.fingerprints() == second.fingerprints()
 
 
 def test_the_trace_holds_what_the_router_chose(

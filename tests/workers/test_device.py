@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from loadmaster.errors import UsageError
+from loadmaster.placement.capacity import CapacityRule
 from loadmaster.placement.cluster import Cluster
 from loadmaster.workers.model import MoeCheckpoint, fingerprint
 from loadmaster.workers.rank import Rank
@@ -39,18 +40,23 @@ def device(request) -> str:
     return pretended_device.install()
 
 
-@pytest.mark.parametrize(
-    ("architecture", "payload"), [("qwen3_moe", "per_expert"), ("gpt_oss", "per_rank")]
-)
+@pytest.mark.parametrize(("architecture", "payload", "rule"), [
+    ("qwen3_moe", "per_expert", None),
+    ("gpt_oss", "per_rank", None),
+    ("deepseek_v3", "per_expert", None),
+    ("mixtral", "per_expert", CapacityRule("reroute", 0.8)),
+])
 def test_a_device_gives_the_answers_of_the_host(
-    architecture, payload, device, checkpoint, start_threads, serve
+    architecture, payload, rule, device, checkpoint, start_threads, serve
 ) -> None:
-    model = checkpoint(architecture)
-    home = serve(start_threads(model, dtype="float32", payload=payload), PROMPTS, NEW_TOKENS)
-    away = start_threads(model, dtype="float32", payload=payload, device=device, ranks=1)
-    away.configure(recording=True)
-    found = serve(away, PROMPTS, NEW_TOKENS)
-    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in home]
+    model, options = checkpoint(architecture), {"payload": payload, "capacity": rule, "ranks": 1}
+    home = start_threads(model, dtype="float32", **options)
+    away = start_threads(model, dtype="float32", device=device, **options)
+    for group in (home, away):
+        group.configure(recording=True, digests=True)
+    expected, found = (serve(group, PROMPTS, NEW_TOKENS) for group in (home, away))
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    assert all(len(digest) == 64 for _, digest in found)
     trace = away.trace()
     assert trace.num_tokens == sum(map(len, PROMPTS)) + len(PROMPTS) * (NEW_TOKENS - 1)
 
