@@ -111,6 +111,9 @@ def _count_step(
     devices = len(node_G)
     total_LS = np.zeros((layers, cells), np.int32)
     own_LG = np.zeros((layers, devices), np.int64)
+    node_S = np.empty(cells, np.int32)
+    tokens_P = np.empty(expert_LP.shape[1], np.int32)
+    work_XP = np.empty((3, expert_LP.shape[1]), np.int32)
     first = 0
     while first < devices:
         last = first
@@ -122,7 +125,7 @@ def _count_step(
             _deal_node(
                 count_HLE[:, layer], expert_LP[layer], turn_LP[layer], run_LRX[layer],
                 cell_LGC[layer, first:last], first, total_LS[layer], own_LG[layer, first:last],
-                ports_PLG[:, layer, first:last],
+                ports_PLG[:, layer, first:last], node_S, tokens_P, work_XP,
             )
         first = last
     for layer in range(layers):
@@ -143,15 +146,14 @@ def _count_step(
 @compiled
 def _deal_node(
     count_HE: Any, expert_P: Any, turn_P: Any, run_RX: Any, cell_DC: Any, first: int,
-    total_S: Any, own_D: Any, ports_PD: Any,
+    total_S: Any, own_D: Any, ports_PD: Any, node_S: Any, tokens_P: Any, work_XP: Any,
 ) -> None:
     """One layer of a node's ranks, the first of which is device `first`; count_HE goes out zero.
 
     A layer's tables stay in the processor's nearest cache while all ranks of the node use them.
+    node_S, tokens_P and work_XP are room to work in.
     """
-    node_S = np.zeros(len(total_S), np.int32)      # what the node has sent to each cell
-    tokens_P = np.empty(len(expert_P), np.int32)
-    work_XP = np.empty((3, len(expert_P)), np.int32)
+    node_S[:] = 0      # what the node has sent to each cell
     near_before = 0
     in_order = run_RX[0, 1] == len(expert_P)       # equally many copies of all: places are experts
     for d in range(len(own_D)):
