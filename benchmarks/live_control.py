@@ -264,7 +264,7 @@ def _decode_day(start: Plan, kernel: ExpertFit) -> int:
 # ---- two ranks on two cores --------------------------------------------------------------------
 
 
-def two_ranks_wall(*, rounds: int = 8) -> dict[str, Any]:
+def two_ranks_wall(*, rounds: int = 16) -> dict[str, Any]:
     """Wall time per step under `contiguous` and `auto`, against what the plan promised.
 
     The two plans take turns on the same traffic, so that what else the machine does biases neither.
