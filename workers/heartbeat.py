@@ -15,6 +15,10 @@ from .fleet import Fleet, OverdueError, RankLostError
 PATIENCE_S = 5.0
 ANSWER_S = 5.0
 
+# A rank that reads its libraries holds its interpreter, for long where cores are short. One that
+# died meanwhile is seen at once; only one that was stopped is noticed this late.
+LOADING_ANSWER_S = 60.0
+
 # The pace is known, and a hang must be noticed a second after the step is overdue.
 QUICK_ANSWER_S = 0.8
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..errors import InputError, LoadmasterError
 from ..placement.cluster import Cluster
 from ..placement.plan import PlanError
 from .fleet import Fleet, RankLostError
-from .heartbeat import gather_watched, silent_for_certain
+from .heartbeat import LOADING_ANSWER_S, gather_watched, silent_for_certain
 from .membership import with_more_ranks, without_ranks
 from .settings import GroupSettings, RankSettings
 from .tables import PhasePlans, Tables
@@ -75,12 +75,18 @@ class Crew:
         """What these calls came to; a rank that hangs meanwhile is lost."""
         return gather_watched(self._fleet, calls, self._settings.start_timeout_s)
 
+    def _load(self, ranks: Iterable[int]) -> Any:
+        """These ranks read the model without its experts; what they learnt from it."""
+        calls = [self._fleet.call(g, "load") for g in ranks]
+        limit_s = self._settings.start_timeout_s
+        return gather_watched(self._fleet, calls, limit_s, answer_s=LOADING_ANSWER_S)[0]
+
     # ---- standing up -----------------------------------------------------------------------
 
     def muster(self, tables: Tables) -> None:
         """Start all ranks; each reads its experts; the group forms under the tables."""
         self._fleet.start(self._ranks, self._settings.start_timeout_s)
-        self.loaded = self.all("load")[0]
+        self.loaded = self._load(range(self._fleet.ranks))
         self._rehydrate(range(self._fleet.ranks), tables)
         self._form(tables)
 
@@ -102,7 +108,7 @@ class Crew:
             present.get(g, dataclasses.replace(first, rank=g, ranks=size)) for g in range(size)
         ]
         held = sorted(present)
-        self.loaded = self._answers([self._fleet.call(g, "load") for g in held])[0]
+        self.loaded = self._load(held)
         self._answers([self._fleet.call(g, "abort") for g in held])
         self._manifest(held)
         lost, wanted = sorted(set(range(size)) - set(present)), plans.prefill.num_devices
@@ -244,7 +250,7 @@ class Crew:
         try:
             for one in joining:
                 self._fleet.add(one, self._settings.replace_timeout_s)
-                self._answers([self._fleet.call(one.rank, "load")])
+                self._load([one.rank])
         except LoadmasterError as error:
             self._fleet.keep(list(range(len(self._ranks))))
             raise PlanError(
@@ -292,4 +298,4 @@ class Crew:
             self._ranks[rank], resume_recording=self._ranks[rank].record_to is not None
         )
         self._fleet.replace(self._ranks[rank], self._settings.replace_timeout_s)
-        self._answers([self._fleet.call(rank, "load")])
+        self._load([rank])
