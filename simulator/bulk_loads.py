@@ -20,10 +20,10 @@ from ..placement.compiled import compiled, prefetch
 from ..placement.plan import DispatchSpec, Plan
 from ..placement.traffic import StepLoads, check_fit
 from ..traces.trace import RoutingTrace
-from .bulk_layout import layout_of
+from .bulk_dealing import FAR_IN, NEAR_IN, deal_node
+from .bulk_layout import SlotLayout, layout_of
 from .composition import Composition
 
-NEAR_OUT, NEAR_IN, FAR_OUT, FAR_IN = range(4)
 CACHE_LINE_BYTES, FEW_LAYERS = 64, 4
 
 
@@ -70,16 +70,15 @@ def bulk_loads(
     def count(w: int) -> None:
         order = np.argsort(steps[w].home, kind="stable")
         first_G = np.searchsorted(steps[w].home[order], np.arange(cluster.num_devices + 1))
-        # An expert gets at most all choices of a rank's tokens: a token may name it more than once.
-        small = np.diff(first_G).max() * trace.top_k < 2**16
-        counts = np.zeros(count_shape, np.uint16 if small else np.uint32)
+        counts = np.zeros(count_shape, _counter(first_G, trace.top_k, cluster.node_G, layout))
         token = steps[w].token[order]
         for b in blocks:
             _count_step(
                 trace.ids[:, b], all_count, k_TL if all_count else k_TL[:, b], token, first_G,
-                cluster.node_G, plan.slots_per_device, layout.expert_LP[b], layout.turn_LP[b],
-                layout.run_LRX[b], layout.slot_LS[b], layout.cell_LGC[b], bytes_LS[b], counts,
-                tokens[w, b], active[w, b], weights[w, b], ports[:, w, b],
+                cluster.node_G, plan.slots_per_device, layout.expert_LP[b],
+                layout.turn_LP[b].astype(counts.dtype), layout.run_LRX[b],
+                layout.slot_LS[b], layout.cell_LGC[b], bytes_LS[b], counts, tokens[w, b],
+                active[w, b], weights[w, b], ports[:, w, b],
             )
 
     with ThreadPoolExecutor(threads) as pool:
@@ -89,6 +88,18 @@ def bulk_loads(
         tokens, active, weights, near_out, near_in, far_out, far_in,
         tokens_W=np.array([len(s.token) for s in steps], np.int64),
     )
+
+
+def _counter(
+    first_G: npt.NDArray[np.int64], top_k: int, node_G: npt.NDArray[Any], layout: SlotLayout
+) -> type[np.unsignedinteger[Any]]:
+    """The narrowest counter that no step overflows: all of a node's assignments may be of one cell
+    (a token may name an expert more than once), and `deal_node` divides a rank's by its copies.
+    """
+    of_rank_G = np.diff(first_G) * top_k
+    of_node = int(np.bincount(node_G, of_rank_G).max())
+    most_copies = int(layout.run_LRX[..., 2].max())
+    return np.uint16 if max(of_node, int(of_rank_G.max()) * most_copies) < 2**16 else np.uint32
 
 
 def _layers_together(ids_TLK: npt.NDArray[Any]) -> list[slice]:
@@ -111,21 +122,23 @@ def _count_step(
     devices = len(node_G)
     total_LS = np.zeros((layers, cells), np.int32)
     own_LG = np.zeros((layers, devices), np.int64)
-    node_S = np.empty(cells, np.int32)
-    tokens_P = np.empty(expert_LP.shape[1], np.int32)
-    work_XP = np.empty((3, expert_LP.shape[1]), np.int32)
+    sent_HL = np.empty((len(count_HLE), layers), np.int64)
+    node_S = np.empty(cells, count_HLE.dtype)
+    work_XP = np.empty((4, expert_LP.shape[1]), count_HLE.dtype)
     first = 0
     while first < devices:
         last = first
         while last < devices and node_G[last] == node_G[first]:
             own_A = token_A[first_G[last] : first_G[last + 1]]
-            _count_home(ids_TLK, all_count, k_TL, own_A, count_HLE[last - first])
+            _count_home(
+                ids_TLK, all_count, k_TL, own_A, count_HLE[last - first], sent_HL[last - first]
+            )
             last += 1
         for layer in range(layers):
-            _deal_node(
-                count_HLE[:, layer], expert_LP[layer], turn_LP[layer], run_LRX[layer],
+            deal_node(
+                count_HLE, layer, sent_HL, expert_LP[layer], turn_LP[layer], run_LRX[layer],
                 cell_LGC[layer, first:last], first, total_LS[layer], own_LG[layer, first:last],
-                ports_PLG[:, layer, first:last], node_S, tokens_P, work_XP,
+                ports_PLG[:, layer, first:last], node_S, work_XP,
             )
         first = last
     for layer in range(layers):
@@ -144,41 +157,14 @@ def _count_step(
 
 
 @compiled
-def _deal_node(
-    count_HE: Any, expert_P: Any, turn_P: Any, run_RX: Any, cell_DC: Any, first: int,
-    total_S: Any, own_D: Any, ports_PD: Any, node_S: Any, tokens_P: Any, work_XP: Any,
+def _count_home(
+    ids_TLK: Any, all_count: bool, k_TL: Any, token_A: Any, count_LE: Any, sent_L: Any
 ) -> None:
-    """One layer of a node's ranks, the first of which is device `first`; count_HE goes out zero.
-
-    A layer's tables stay in the processor's nearest cache while all ranks of the node use them.
-    node_S, tokens_P and work_XP are room to work in.
+    """Assignments of one rank's tokens: per layer and expert (count_LE comes in zero), per layer.
     """
-    node_S[:] = 0      # what the node has sent to each cell
-    near_before = 0
-    in_order = run_RX[0, 1] == len(expert_P)       # equally many copies of all: places are experts
-    for d in range(len(own_D)):
-        if in_order:
-            sent = _take_in_order(count_HE[d], tokens_P)
-        else:
-            sent = _take(count_HE[d], expert_P, tokens_P)
-        own = -_held(cell_DC[d : d + 1], node_S)
-        _deal(tokens_P, turn_P, run_RX, first + d, node_S, work_XP)
-        own += _held(cell_DC[d : d + 1], node_S)
-        near = _held(cell_DC, node_S) - near_before
-        near_before += near
-        own_D[d] = own
-        ports_PD[NEAR_OUT, d] += near - own
-        ports_PD[FAR_OUT, d] += sent - near
-    for d in range(len(own_D)):
-        ports_PD[NEAR_IN, d] = _held(cell_DC[d : d + 1], node_S)
-    total_S += node_S
-
-
-@compiled
-def _count_home(ids_TLK: Any, all_count: bool, k_TL: Any, token_A: Any, count_LE: Any) -> None:
-    """Assignments of one rank's tokens per layer and expert; count_LE comes in zero."""
     layers, top_k = ids_TLK.shape[1], ids_TLK.shape[2]
     a_line = max(1, CACHE_LINE_BYTES // ids_TLK.strides[1])      # layers in one
+    sent_L[:] = len(token_A) * top_k if all_count else 0
     for a in range(len(token_A)):
         t = token_A[a]
         if a + 1 < len(token_A):     # tokens lie anywhere in the trace: half the time was waiting
@@ -188,93 +174,5 @@ def _count_home(ids_TLK: Any, all_count: bool, k_TL: Any, token_A: Any, count_LE
             last = top_k if all_count else np.int64(k_TL[t, layer])
             for k in range(last):
                 count_LE[layer, ids_TLK[t, layer, k]] += 1
-
-
-@compiled
-def _take(count_E: Any, expert_P: Any, tokens_P: Any) -> int:
-    """Counts in order of places; count_E goes out zero. Returns their sum."""
-    total = 0
-    for p in range(len(expert_P)):
-        tokens_P[p] = count_E[expert_P[p]]
-        total += tokens_P[p]
-    count_E[:] = 0
-    return total
-
-
-@compiled
-def _take_in_order(count_E: Any, tokens_P: Any) -> int:
-    """`_take` where place and expert are the same."""
-    total = 0
-    for p in range(len(count_E)):
-        tokens_P[p] = count_E[p]
-        total += tokens_P[p]
-    count_E[:] = 0
-    return total
-
-
-@compiled
-def _deal(
-    tokens_P: Any, turn_P: Any, run_RX: Any, home: int, node_S: Any, work_XP: Any
-) -> None:
-    """Add one rank's tokens to the cells of their experts' copies, as `even` deals them.
-
-    Written over whole runs so that it compiles to vector code; 32-bit throughout.
-    """
-    for r in range(len(run_RX)):
-        first, m, copies, cell = run_RX[r]
-        if m == 0:
-            return
-        n_P, turns = tokens_P[first : first + m], turn_P[first : first + m]
-        if copies == 1:
-            out = node_S[cell : cell + m]
-            for i in range(m):
-                out[i] += n_P[i]
-            continue
-        if copies == 2:
-            _deal_pair(n_P, turns, np.int32(home % 2), node_S[cell : cell + 2 * m])
-            continue
-        _deal_run(n_P, turns, home, np.int32(copies), node_S[cell : cell + copies * m], work_XP)
-
-
-@compiled
-def _deal_run(
-    n_P: Any, turns: Any, home: int, copies: Any, out_X: Any, work_XP: Any
-) -> None:
-    """Any number of copies: the whole part to each, the rest one by one from the turn on."""
-    m, zero = len(n_P), np.int32(0)
-    turn = np.int32(home % copies)
-    inverse = np.float32(1.0) / np.float32(copies)
-    base, extra, start = work_XP[0, :m], work_XP[1, :m], work_XP[2, :m]
-    for i in range(m):
-        base[i] = np.int32((np.float32(n_P[i]) + np.float32(0.5)) * inverse)
-        extra[i] = n_P[i] - base[i] * copies
-        start[i] = turns[i] + turn
-        start[i] -= copies if start[i] >= copies else zero
-    for j in range(copies):
-        out, this = out_X[j * m : (j + 1) * m], np.int32(j)
-        for i in range(m):
-            ahead = this - start[i]
-            ahead += copies if ahead < zero else zero
-            out[i] += base[i] + (np.int32(1) if ahead < extra[i] else zero)
-
-
-@compiled
-def _deal_pair(n_P: Any, turns: Any, turn: Any, out_X: Any) -> None:
-    """Two copies: the odd token goes to the one whose turn it is."""
-    m, one = len(n_P), np.int32(1)
-    first, second = out_X[:m], out_X[m:]
-    for i in range(m):
-        to_first = (n_P[i] + one - ((turns[i] + turn) & one)) >> one
-        first[i] += to_first
-        second[i] += n_P[i] - to_first
-
-
-@compiled
-def _held(cells_XC: Any, node_S: Any) -> int:
-    """What the current node has sent to these cells so far."""
-    total = 0
-    for row in range(cells_XC.shape[0]):
-        for x in cells_XC[row]:
-            if x >= 0:
-                total += node_S[x]
-    return total
+            if not all_count:
+                sent_L[layer] += last

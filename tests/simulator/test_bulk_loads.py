@@ -67,6 +67,23 @@ def test_bulk_counts_equal_step_loads(shape, ragged) -> None:
             )
 
 
+@pytest.mark.parametrize("tokens", [6_500, 8_500, 40_000])
+def test_counters_of_any_width_count_the_same(tokens) -> None:
+    """Five copies of some experts, all tokens of one rank: just below 2^16 by copies, and above."""
+    rng = np.random.default_rng(tokens)
+    trace = skewed_trace(300)
+    cluster = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=6)
+    repeated = np.repeat(np.arange(EXPERTS), [5, 1, 4, 3, 5, 2, 3, 1])
+    layers = [rng.permutation(repeated) for _ in range(LAYERS)]
+    plan = Plan(np.stack(layers).reshape(LAYERS, 4, 6).astype(np.int16), EXPERTS)
+    steps = [Composition(rng.integers(0, 300, tokens), np.full(tokens, home)) for home in range(4)]
+    bytes_E = np.ones(EXPERTS, np.int64)
+    expected = slowly(trace, steps, plan, cluster, bytes_E)
+    counted = bulk_loads(trace, steps, plan, cluster, expert_bytes_E=bytes_E)
+    for field in FIELDS:
+        np.testing.assert_array_equal(getattr(counted, field), getattr(expected, field), field)
+
+
 def layer_major(ids):
     """As stored traces lie in memory."""
     return np.ascontiguousarray(ids.transpose(1, 0, 2)).transpose(1, 0, 2)
