@@ -1,4 +1,4 @@
-"""`oracle` and `orderings`: port bound against fair flows; what must come out in which order."""
+"""`oracle` and `orderings`: exchange prices against fair flows; what comes out in which order."""
 
 from __future__ import annotations
 
@@ -8,57 +8,109 @@ import numpy as np
 from simulator_data import DATA, absent, routing
 
 from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.cost import step_cost
 from loadmaster.placement.evaluate import evaluate
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.planner import plan
+from loadmaster.placement.traffic import step_loads
 from loadmaster.simulator.flows import Flows, Network, fair_finish_s, port_bound_s
 from loadmaster.simulator.traffic_matrix import copies_GG
 from loadmaster.traces.spec import ModelSpec
-from loadmaster.traces.steps import StepSampler
+from loadmaster.traces.steps import Steps, StepSampler
 from loadmaster.traces.synth import synth_trace
 from loadmaster.traces.trace import RoutingTrace
 
 TRACES = ("gptoss20b_decode", "esft_law_translation")
 NETWORKS: dict[str, float | None] = {"non_blocking": None, "2:1": 2.0, "4:1": 4.0}
 SHAPES = ((4, 4), (2, 8), (8, 2))     # nodes x devices: 16 devices; the spine belongs to a node
-STEPS, LAYERS_APART = 3, 5
+STEPS, LAYERS_APART, HIDDEN = 3, 5, 7168
 STEP_TOKENS = (512, 8192)     # the default step decides; a prefill-sized one is printed beside
 MEDIAN_BAR, WORST_BAR = 0.01, 0.05
 
 
 def oracle() -> dict[str, Any]:
-    """Fair flows over the port bound on routed steps, minus 1, by shape, step size and network.
+    """Fair flows over what the exchange is priced at, minus 1, by shape, step size and network.
 
-    Copies of sampled steps under `contiguous` and `eplb` plans of every trace, as under
-    `return_home/per_expert`. A spine of 2:1 gives a node half of what its NICs could send.
+    Sampled steps under `contiguous` and `eplb` plans of every trace, `return_home/per_expert`.
+    A spine of 2:1 gives a node half of what its NICs could send. `priced` is `step_cost`'s dispatch
+    without its alpha; `port_bound`, the most loaded port alone, is printed beside.
     """
     if not all((DATA / "routing" / f"{name}.npz").exists() for name in TRACES):
         return absent()
     found = {f"{nodes}x{per_node}": _shape(nodes, per_node) for nodes, per_node in SHAPES}
     deciding = [shape[f"steps_of_{STEP_TOKENS[0]}"] for shape in found.values()]
-    holds = all(row["holds"] for steps in deciding for row in steps.values())
+    holds = all(row["priced"]["holds"] for steps in deciding for row in steps.values())
     return {"holds": holds, **found, "wanted": {"median": MEDIAN_BAR, "worst": WORST_BAR}}
 
 
 def _shape(nodes: int, per_node: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tokens in STEP_TOKENS:
-        over: dict[str, list[float]] = {name: [] for name in NETWORKS}
+        over: dict[str, dict[str, list[float]]] = {
+            network: {"priced": [], "port_bound": []} for network in NETWORKS
+        }
         for name in TRACES:
-            cluster = _cluster(nodes, per_node, routing(name, LAYERS_APART))
-            for copies in _routed(routing(name, LAYERS_APART), cluster, tokens):
-                for label, blocking in NETWORKS.items():
-                    over[label].append(_over_bound(copies, _network(cluster, blocking)))
-        found[f"steps_of_{tokens}"] = {label: _spread(values) for label, values in over.items()}
+            trace = routing(name, LAYERS_APART)
+            steps = StepSampler(tokens=tokens).sample(trace, STEPS)
+            for made in _plans(trace, _cluster(nodes, per_node, trace, None)):
+                for network, blocking in NETWORKS.items():
+                    cluster = _cluster(nodes, per_node, trace, blocking)
+                    for kind, values in _fair_over(trace, steps, made, cluster).items():
+                        over[network][kind] += values
+        found[f"steps_of_{tokens}"] = {
+            network: {kind: _spread(values) for kind, values in kinds.items()}
+            for network, kinds in over.items()
+        }
     return found
 
 
-def _cluster(nodes: int, per_node: int, trace: RoutingTrace) -> Cluster:
-    return Cluster.preset(
+def _cluster(nodes: int, per_node: int, trace: RoutingTrace, blocking: float | None) -> Cluster:
+    cluster = Cluster.preset(
         "h100", nodes=nodes, devices_per_node=per_node,
         slots_per_device=round(1.25 * trace.num_experts / (nodes * per_node)),
         traffic="return_home/per_expert",
     )
+    hardware = cluster.hardware
+    links = {
+        leg: profile.model_copy(update={"spine_bytes_per_s": (
+            None if blocking is None else per_node * profile.nic_bytes_per_s / blocking
+        )})
+        for leg, profile in (("dispatch", hardware.dispatch), ("combine", hardware.combine))
+    }
+    return cluster.model_copy(update={"hardware": hardware.model_copy(update=links)})
+
+
+def _plans(trace: RoutingTrace, cluster: Cluster) -> list[Plan]:
+    return [
+        plan(trace, cluster, method=method, dispatch=dispatch).plan
+        for method, dispatch in (("contiguous", "even"), ("eplb", "balanced"))
+    ]
+
+
+def _fair_over(
+    trace: RoutingTrace, steps: Steps, made: Plan, cluster: Cluster
+) -> dict[str, list[float]]:
+    """Fair makespan over price and over port bound, minus 1, of every layer and step."""
+    model = ModelSpec(
+        name="exchange alone", num_layers=trace.num_layers, num_experts=trace.num_experts,
+        top_k=trace.top_k, hidden=HIDDEN, intermediate=HIDDEN,
+    )
+    profile = cluster.hardware.dispatch
+    network = Network.of(cluster, profile)
+    copy_bytes = HIDDEN * cluster.hardware.dispatch_bytes_per_value
+    alpha_us = profile.alpha_us + profile.alpha_per_log2_node_us * np.log2(cluster.num_nodes)
+    loads = step_loads(trace, steps, made, cluster)
+    priced_us_WL = step_cost(loads, model, cluster, dispatch=made.dispatch).dispatch_us_WL
+    over: dict[str, list[float]] = {"priced": [], "port_bound": []}
+    for layer in range(trace.num_layers):
+        for w in range(len(steps)):
+            copies = copies_GG(trace, steps.tokens_of(w), made, cluster, layer)
+            flows = Flows.of_matrix(copies * copy_bytes, network)
+            fair_s = float(fair_finish_s(flows, network).max())
+            priced_s = (float(priced_us_WL[w, layer]) - float(alpha_us)) / 1e6
+            over["priced"].append(fair_s / priced_s - 1.0)
+            over["port_bound"].append(fair_s / port_bound_s(flows, network) - 1.0)
+    return over
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -70,32 +122,6 @@ def _spread(values: list[float]) -> dict[str, Any]:
         "holds": row["lowest"] >= -1e-9 and row["median"] <= MEDIAN_BAR
         and row["worst"] <= WORST_BAR
     }
-
-
-def _routed(
-    trace: RoutingTrace, cluster: Cluster, tokens: int
-) -> list[np.ndarray[Any, Any]]:
-    steps = StepSampler(tokens=tokens).sample(trace, STEPS)
-    plans = [
-        plan(trace, cluster, method=method, dispatch=dispatch).plan
-        for method, dispatch in (("contiguous", "even"), ("eplb", "balanced"))
-    ]
-    return [
-        copies_GG(trace, steps.tokens_of(w), made, cluster, layer).astype(np.float64)
-        for made in plans for layer in range(trace.num_layers) for w in range(len(steps))
-    ]
-
-
-def _network(cluster: Cluster, blocking: float | None) -> Network:
-    profile = cluster.hardware.dispatch
-    per_node = cluster.num_devices // cluster.num_nodes
-    spine = None if blocking is None else per_node * profile.nic_bytes_per_s / blocking
-    return Network.of(cluster, profile.model_copy(update={"spine_bytes_per_s": spine}))
-
-
-def _over_bound(copies: np.ndarray[Any, Any], network: Network) -> float:
-    flows = Flows.of_matrix(copies * 7168.0, network)
-    return float(fair_finish_s(flows, network).max() / port_bound_s(flows, network) - 1.0)
 
 
 # ---- orderings ---------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ the same function. Pure: no randomness, no state.
 
 compute    a device's experts: start + active·fixed + weight bytes / HBM rate + tokens·flops / rate
            (or the device's measured table per active expert), over its speed, times its slowdown.
-exchange   alpha + the most loaded port over its rate: NVLink in/out, NIC in/out, a node's spine.
+exchange   alpha + the most loaded port over its rate: NVLink in/out, NIC in/out, a node's spine;
+           between nodes no less than under fair sharing.
 counts     an all-gather of every rank's counts, where the dispatch needs them to choose among
            replicas. In a layer without replicas every rank knows where each token goes, whatever
            the dispatch, and nothing is gathered. That ranks tell each other how many rows come
@@ -16,11 +17,13 @@ counts     an all-gather of every rank's counts, where the dispatch needs them t
 layer      counts + dispatch + slowest device + combine, under the overlap schedule in force.
            step = sum over layers + the other time.
 
+Between nodes, where the loads say how long max-min fair sharing takes (`fair_sharing.py`), that is
+the price: behind an oversubscribed spine the most loaded port is too low, at 2:1 by 6 to 13 % in
+the median and up to a quarter (benchmarks/simulator.py, `oracle`). On more devices than rates are
+dealt for, ports price it and a note says so.
+
 Sources: additive compute and port bound as fitted and checked in the presets' own `source` and
-`error` texts; the port bound is exact on a non-blocking fabric. Where several devices share a
-node's oversubscribed spine, fair sharing takes longer: at 2:1 by 6 to 14 % in the median and up to
-a quarter with four or eight devices on it, by 1 % at most with two (benchmarks/simulator.py,
-`oracle`); a note says so.
+`error` texts; the port bound is exact in the median on a non-blocking fabric.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from ..errors import InputError, UsageError
 from ..traces.spec import ModelSpec
 from .cluster import Cluster
 from .dispatch import needs_all_counts
+from .fair_sharing import MOST_DEALT, shares_a_spine
 from .hardware import ComputeProfile, ExchangeProfile
 from .overlap import Overlap, schedule_layer
 from .plan import DispatchSpec, Plan
@@ -47,7 +51,7 @@ Int64Array = npt.NDArray[np.int64]
 
 SHARED_SPINE = (
     "a node's devices share its spine: the exchange is priced by its most loaded port, fair "
-    "sharing may take up to a quarter longer"
+    f"sharing may take up to a quarter longer (its rates are dealt on up to {MOST_DEALT} devices)"
 )
 PORTS = ("nvlink_out", "nvlink_in", "nic_out", "nic_in", "spine_out", "spine_in")
 
@@ -220,7 +224,11 @@ def _exchange(
     assert model.hidden is not None
     copy_bytes = model.hidden * bytes_per_value
     alpha_us = profile.alpha_us + profile.alpha_per_log2_node_us * np.log2(cluster.num_nodes)
-    if _spine_is_shared(profile, cluster):
+    fair_us = np.zeros(shape)
+    if loads.fair_copies_WLX is not None:
+        nic_us = copy_bytes / profile.nic_bytes_per_s * 1e6
+        fair_us = loads.fair_copies_WLX[:, :, int(mirrored)] * nic_us
+    elif shares_a_spine(profile, cluster):
         notes.append(SHARED_SPINE)
     port_us = _port_times(loads, cluster, profile, copy_bytes, mirrored)
     near_ports = 2 * cluster.num_devices
@@ -235,7 +243,7 @@ def _exchange(
     if cluster.num_nodes == 1:
         whole_us, inter_us, intra_us = intra_us, intra_us, zero
     else:
-        inter_us = alpha_us + far_WLP.max(axis=2)
+        inter_us = alpha_us + np.maximum(far_WLP.max(axis=2), fair_us)
         whole_us = np.maximum(inter_us, intra_us)
     port = np.argmax(port_us, axis=2)
     port = np.where(port_us.max(axis=2) > 0, port, -1)
@@ -263,14 +271,6 @@ def _port_times(
         parts.append(_pad(np.add.reduceat(nic_out, first_N, axis=2) * spine_us, nic_out.shape))
         parts.append(_pad(np.add.reduceat(nic_in, first_N, axis=2) * spine_us, nic_in.shape))
     return np.concatenate(parts, axis=2)
-
-
-def _spine_is_shared(profile: ExchangeProfile, cluster: Cluster) -> bool:
-    """Whether devices of a node contend for a spine that carries less than their NICs."""
-    if profile.spine_bytes_per_s is None or cluster.num_nodes < 2:
-        return False
-    most = int(np.bincount(cluster.node_G).max())
-    return most > 1 and profile.spine_bytes_per_s < most * profile.nic_bytes_per_s
 
 
 def _pad(node_WLN: FloatArray, shape: tuple[int, ...]) -> FloatArray:

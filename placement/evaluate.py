@@ -94,7 +94,8 @@ def evaluate(
     spec = resolve_dispatch(dispatch, plan)
     sizes = model.bytes_per_expert_E() if model is not None and model.expert_bytes else None
     loads = step_loads(
-        trace, sampled, plan, cluster, spec, expert_bytes_E=sizes, executor=executor
+        trace, sampled, plan, cluster, spec, expert_bytes_E=sizes, executor=executor,
+        timed=model is not None,
     )
     return judge(loads, cluster, spec, sampled.notes, model=model, overlap=overlap)
 

@@ -178,9 +178,12 @@ def _measured(
     sizes = None
     if task.model is not None and task.model.expert_bytes is not None:
         sizes = task.model.bytes_per_expert_E()
-    loads = step_loads(traffic.trace, steps, plan, cluster, task.dispatch, expert_bytes_E=sizes)
+    timed = task.objective == "time"
+    loads = step_loads(
+        traffic.trace, steps, plan, cluster, task.dispatch, expert_bytes_E=sizes, timed=timed
+    )
     time_us_W = None
-    if task.objective == "time":
+    if timed:
         assert task.model is not None
         time_us_W = step_cost(
             loads, task.model, cluster, dispatch=task.dispatch

@@ -133,6 +133,7 @@ class Bench:
         loads = step_loads(
             self.trace, steps, plan, self.cluster, spec, executor=executor,
             expert_bytes_E=model.bytes_per_expert_E() if model and model.expert_bytes else None,
+            timed=model is not None,
         )
         found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap)
         metric_W = found.step_time_us_W if self.timed else _mean_over_layers(found.peak_WL)

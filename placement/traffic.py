@@ -65,6 +65,9 @@ class StepLoads:
     expert_us_WLG: FloatArray | None = None     # sum over slots of the hardware's expert table
     expert_us_extrapolated: bool = False        # some slot held more tokens than the table did
     replicated_L: tuple[bool, ...] | None = None    # layers with a choice to make; None = unknown
+    # [W, L, 2] dispatch and combine between nodes under fair sharing, in copies through one NIC;
+    # None where the most loaded port says it (fair_sharing.py).
+    fair_copies_WLX: FloatArray | None = None
 
     def take_steps(self, steps: npt.NDArray[np.integer[Any]]) -> StepLoads:
         """Only these steps, in the order given."""
@@ -86,11 +89,13 @@ def step_loads(
     *,
     expert_bytes_E: npt.NDArray[np.integer[Any]] | None = None,
     executor: Executor | None = None,
+    timed: bool = True,
 ) -> StepLoads:
     """Dispatch every step of the trace under a plan and count work and traffic.
 
     dispatch None: the plan's own. layers: which of the plan's layers, all by default (`coherent`
-    needs them all). expert_bytes_E: weight bytes of each expert, for weight_bytes_WLG.
+    needs them all). expert_bytes_E: weight bytes of each expert, for weight_bytes_WLG. timed False:
+    the loads will not be priced, and no rates need be dealt.
     Raises InputError when plan, trace and cluster do not belong together.
     """
     check_fit(trace, plan, cluster)
@@ -100,7 +105,7 @@ def step_loads(
     if cluster.traffic.mode == "coherent":
         if layers is not None and chosen != list(range(plan.num_layers)):
             raise InputError("coherent traffic links layers: count all of them, not some")
-        counted = _coherent(trace, steps, plan, home_A, cluster, spec, expert_bytes_E)
+        counted = _coherent(trace, steps, plan, home_A, cluster, spec, expert_bytes_E, timed)
     else:
         # Made one by one where nothing runs ahead: all layers' ids at once may not fit in memory.
         jobs = (
@@ -109,7 +114,7 @@ def step_loads(
             for i in chosen
         )
         count = functools.partial(
-            layer_loads, cluster=cluster, spec=spec, expert_bytes_E=expert_bytes_E
+            layer_loads, cluster=cluster, spec=spec, expert_bytes_E=expert_bytes_E, timed=timed
         )
         counted = list(map(count, jobs) if executor is None else executor.map(count, list(jobs)))
     return _stack(
@@ -158,13 +163,14 @@ def layer_loads(
     cluster: Cluster,
     spec: DispatchSpec,
     expert_bytes_E: npt.NDArray[np.integer[Any]] | None = None,
+    timed: bool = True,
 ) -> LayerCounts:
     """Route and count one layer: the inner loop of `step_loads`, for searches."""
     slot_AK = route_steps(
         job.ids_AK, job.home_A, job.offset_W, job.slots_GC, job.num_experts, cluster, spec
     )
     return count_layer(
-        slot_AK, job.home_A[:, None], job.offset_W, job.slots_GC, cluster, expert_bytes_E
+        slot_AK, job.home_A[:, None], job.offset_W, job.slots_GC, cluster, expert_bytes_E, timed
     )
 
 
@@ -186,6 +192,7 @@ def _coherent(
     cluster: Cluster,
     spec: DispatchSpec,
     expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
+    timed: bool,
 ) -> list[LayerCounts]:
     """Layer after layer: each starts where the tokens ended up."""
     counted: list[LayerCounts] = []
@@ -196,7 +203,7 @@ def _coherent(
             ids_AK, home_A, steps.offset, slots_GC, plan.num_experts, cluster, spec
         )
         counted.append(
-            count_layer(slot_AK, from_AX, steps.offset, slots_GC, cluster, expert_bytes_E)
+            count_layer(slot_AK, from_AX, steps.offset, slots_GC, cluster, expert_bytes_E, timed)
         )
         rank_AK = np.where(slot_AK >= 0, slot_AK // plan.slots_per_device, -1).astype(np.int32)
         # A token that chose nobody here stays where it was.
@@ -214,6 +221,7 @@ def _stack(
     """[W, L, G] arrays from per-layer [W, G] ones."""
     ports = np.stack([c.ports_PWG for c in counted], axis=2)
     table_us = np.stack([c.table_us_WG for c in counted], axis=1) if with_table else None
+    fair_WX = [c.fair_WX for c in counted if c.fair_WX is not None]
     return StepLoads(
         tokens_WLG=np.stack([c.tokens_WG for c in counted], axis=1),
         active_WLG=np.stack([c.active_WG for c in counted], axis=1),
@@ -226,4 +234,5 @@ def _stack(
         expert_us_WLG=table_us,
         expert_us_extrapolated=any(c.extrapolated for c in counted),
         replicated_L=replicated_L,
+        fair_copies_WLX=np.stack(fair_WX, axis=1) if fair_WX else None,
     )

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .cluster import Cluster
 from .compiled import compiled
+from .fair_sharing import deals_fairly, fair_copies_WX
 from .hardware import ComputeProfile
 from .tables import interpolate
 
@@ -29,6 +30,7 @@ class LayerCounts:
     table_us_WG: npt.NDArray[np.float64]
     extrapolated: bool
     ports_PWG: npt.NDArray[np.float64]      # NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN
+    fair_WX: npt.NDArray[np.float64] | None     # as StepLoads.fair_copies_WLX
 
 
 def count_layer(
@@ -38,11 +40,12 @@ def count_layer(
     slots_GC: npt.NDArray[np.int16],
     cluster: Cluster,
     expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
+    timed: bool,
 ) -> LayerCounts:
     """Work per device and copies per port of one layer in every step.
 
     slot_AK: the slot of every assignment, -1 = none. from_AX: the ranks a token comes from, -1 =
-    none; one column, its home, except under `coherent`.
+    none; one column, its home, except under `coherent`. timed: whether exchanges will be priced.
     """
     devices, width = slots_GC.shape
     steps = len(offset_W) - 1
@@ -61,15 +64,18 @@ def count_layer(
     )
     ports_PWG = np.zeros((4, steps, devices))
     node_G, traffic = cluster.node_G, cluster.traffic
+    fairly = timed and deals_fairly(cluster)
+    far_WGG = np.zeros((steps if fairly else 0, devices, devices))
     if traffic.mode == "allgather":
-        _count_allgather(from_AX, offset_W, node_G, ports_PWG)
+        _count_allgather(from_AX, offset_W, node_G, ports_PWG, far_WGG)
     elif traffic.mode == "coherent" or traffic.payload == "per_expert":
-        _count_pairs(slot_AK, from_AX, offset_W, width, node_G, ports_PWG)
+        _count_pairs(slot_AK, from_AX, offset_W, width, node_G, ports_PWG, far_WGG)
     else:
         _count_merged(slot_AK, from_AX, offset_W, width, node_G, traffic.payload == "per_node",
-                      ports_PWG)
+                      ports_PWG, far_WGG)
     return LayerCounts(
-        tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated), ports_PWG
+        tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated), ports_PWG,
+        fair_copies_WX(far_WGG, cluster) if fairly else None,
     )
 
 
@@ -114,9 +120,14 @@ def _count_work(
 
 @compiled
 def _count_pairs(
-    slot_AK: Any, from_AX: Any, offset_W: Any, slots_per_device: int, node_G: Any, ports_PWG: Any
+    slot_AK: Any, from_AX: Any, offset_W: Any, slots_per_device: int, node_G: Any, ports_PWG: Any,
+    far_WGG: Any,
 ) -> None:
-    """One copy for each (rank the token comes from, expert) on different ranks."""
+    """One copy for each (rank the token comes from, expert) on different ranks.
+
+    far_WGG, here and below: copies between devices of different nodes; no steps = not wanted.
+    """
+    by_pair = len(far_WGG) > 0
     for w in range(len(offset_W) - 1):
         for t in range(offset_W[w], offset_W[w + 1]):
             for k in range(slot_AK.shape[1]):
@@ -130,15 +141,17 @@ def _count_pairs(
                     near = node_G[source] == node_G[to]
                     ports_PWG[NVLINK_OUT if near else NIC_OUT, w, source] += 1
                     ports_PWG[NVLINK_IN if near else NIC_IN, w, to] += 1
+                    if by_pair and not near:
+                        far_WGG[w, source, to] += 1
 
 
 @compiled
 def _count_merged(
     slot_AK: Any, from_AX: Any, offset_W: Any, slots_per_device: int, node_G: Any, per_node: bool,
-    ports_PWG: Any,
+    ports_PWG: Any, far_WGG: Any,
 ) -> None:
     """One copy per (token, rank), and with `per_node` one per (token, other node) on the NICs."""
-    devices = len(node_G)
+    devices, by_pair = len(node_G), len(far_WGG) > 0
     first_N, size_N = node_spans(node_G)
     rank_seen_G = np.zeros(devices, np.int64)      # last token to visit, counted from 1
     node_seen_N = np.zeros(len(first_N), np.int64)
@@ -162,9 +175,13 @@ def _count_merged(
                         node_seen_N[node] = t + 1
                         ports_PWG[NIC_OUT, w, home] += 1
                         ports_PWG[NIC_IN, w, source] += 1
+                        if by_pair:
+                            far_WGG[w, home, source] += 1
                 elif node != own:
                     ports_PWG[NIC_OUT, w, home] += 1
                     ports_PWG[NIC_IN, w, to] += 1
+                    if by_pair:
+                        far_WGG[w, home, to] += 1
                     continue
                 if source != to:
                     ports_PWG[NVLINK_OUT, w, source] += 1
@@ -172,7 +189,9 @@ def _count_merged(
 
 
 @compiled
-def _count_allgather(from_AX: Any, offset_W: Any, node_G: Any, ports_PWG: Any) -> None:
+def _count_allgather(
+    from_AX: Any, offset_W: Any, node_G: Any, ports_PWG: Any, far_WGG: Any
+) -> None:
     """Every token to every rank; what enters a node is shared evenly by its NICs."""
     devices = len(node_G)
     first_N, size_N = node_spans(node_G)
@@ -193,6 +212,10 @@ def _count_allgather(from_AX: Any, offset_W: Any, node_G: Any, ports_PWG: Any) -
             ports_PWG[NIC_IN, w, d] = arrives
             ports_PWG[NVLINK_OUT, w, d] = (size_N[n] - 1) * (own_G[d] + arrives)
             ports_PWG[NVLINK_IN, w, d] = total - own_G[d] - arrives
+            if len(far_WGG) > 0:
+                for to in range(devices):
+                    if node_G[to] != n:
+                        far_WGG[w, d, to] = own_G[d] / size_N[node_G[to]]
 
 
 @compiled

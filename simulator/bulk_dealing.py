@@ -21,12 +21,15 @@ NEAR_OUT, NEAR_IN, FAR_OUT, FAR_IN = range(4)
 def deal_node(
     count_HLE: Any, layer: int, sent_HL: Any, expert_P: Any, turn_P: Any, run_RX: Any,
     cell_DC: Any, first: int, total_S: Any, own_D: Any, ports_PD: Any, node_S: Any, work_XP: Any,
+    cell_GC: Any, far_DG: Any, before_G: Any,
 ) -> None:
     """One layer of a node's ranks, the first of which is device `first`; its counts go out zero.
 
     A layer's tables stay in the processor's nearest cache while all ranks of the node use them.
-    node_S and work_XP are room to work in. Products of a count and its copies must fit the counter.
+    node_S, work_XP and before_G are room to work in. Products of a count and its copies must fit
+    the counter. far_DG: copies to each device outside the node; no rows = not wanted.
     """
+    before_G[:] = 0    # what the node has sent to each device
     node_S[:] = 0      # what the node has sent to each cell
     near_before = 0
     ranks = len(own_D)
@@ -42,6 +45,12 @@ def deal_node(
             _deal(work_XP[3], turn_P, run_RX, first + d, node_S, work_XP)
         count_E[:] = 0
         own += _held(cell_DC, d, d + 1, node_S)
+        if len(far_DG) > 0:
+            for g in range(len(cell_GC)):
+                if g < first or g >= first + ranks:
+                    held = _held(cell_GC, g, g + 1, node_S)
+                    far_DG[d, g] = held - before_G[g]
+                    before_G[g] = held
         near = _held(cell_DC, 0, ranks, node_S) - near_before
         near_before += near
         own_D[d] = own

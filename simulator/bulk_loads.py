@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..placement.cluster import Cluster
 from ..placement.compiled import compiled, prefetch
+from ..placement.fair_sharing import deals_fairly, fair_copies_WX
 from ..placement.plan import DispatchSpec, Plan
 from ..placement.traffic import StepLoads, check_fit
 from ..traces.trace import RoutingTrace
@@ -60,6 +61,8 @@ def bulk_loads(
     shape = (len(steps), plan.num_layers, cluster.num_devices)
     tokens, active = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     weights, ports = np.zeros(shape), np.zeros((4, *shape), np.int64)
+    fairly, devices = deals_fairly(cluster), cluster.num_devices
+    fair_WLX = np.zeros((len(steps), plan.num_layers, 2)) if fairly else None
     k_TL = trace.k_of_token
     all_count = k_TL is None
     k_TL = np.zeros((1, 1), np.uint8) if k_TL is None else k_TL
@@ -72,21 +75,24 @@ def bulk_loads(
         first_G = np.searchsorted(steps[w].home[order], np.arange(cluster.num_devices + 1))
         counts = np.zeros(count_shape, _counter(first_G, trace.top_k, cluster.node_G, layout))
         token = steps[w].token[order]
+        far_LGG = np.zeros((plan.num_layers, devices if fairly else 0, devices))
         for b in blocks:
             _count_step(
                 trace.ids[:, b], all_count, k_TL if all_count else k_TL[:, b], token, first_G,
                 cluster.node_G, plan.slots_per_device, layout.expert_LP[b],
                 layout.turn_LP[b].astype(counts.dtype), layout.run_LRX[b],
                 layout.slot_LS[b], layout.cell_LGC[b], bytes_LS[b], counts, tokens[w, b],
-                active[w, b], weights[w, b], ports[:, w, b],
+                active[w, b], weights[w, b], ports[:, w, b], far_LGG[b],
             )
+        if fair_WLX is not None:
+            fair_WLX[w] = fair_copies_WX(far_LGG, cluster)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(count, range(len(steps))))
     near_out, near_in, far_out, far_in = ports.astype(np.float64)
     return StepLoads(
         tokens, active, weights, near_out, near_in, far_out, far_in,
-        tokens_W=np.array([len(s.token) for s in steps], np.int64),
+        tokens_W=np.array([len(s.token) for s in steps], np.int64), fair_copies_WLX=fair_WLX,
     )
 
 
@@ -116,7 +122,7 @@ def _count_step(
     ids_TLK: Any, all_count: bool, k_TL: Any, token_A: Any, first_G: Any, node_G: Any,
     slots_per_device: int, expert_LP: Any, turn_LP: Any, run_LRX: Any, slot_LS: Any,
     cell_LGC: Any, bytes_LS: Any, count_HLE: Any, tokens_LG: Any, active_LG: Any,
-    weights_LG: Any, ports_PLG: Any,
+    weights_LG: Any, ports_PLG: Any, far_LGG: Any,
 ) -> None:
     layers, cells = slot_LS.shape
     devices = len(node_G)
@@ -125,6 +131,7 @@ def _count_step(
     sent_HL = np.empty((len(count_HLE), layers), np.int64)
     node_S = np.empty(cells, count_HLE.dtype)
     work_XP = np.empty((4, expert_LP.shape[1]), count_HLE.dtype)
+    before_G = np.empty(devices, np.int64)
     first = 0
     while first < devices:
         last = first
@@ -138,7 +145,8 @@ def _count_step(
             deal_node(
                 count_HLE, layer, sent_HL, expert_LP[layer], turn_LP[layer], run_LRX[layer],
                 cell_LGC[layer, first:last], first, total_LS[layer], own_LG[layer, first:last],
-                ports_PLG[:, layer, first:last], node_S, work_XP,
+                ports_PLG[:, layer, first:last], node_S, work_XP, cell_LGC[layer],
+                far_LGG[layer, first:last], before_G,
             )
         first = last
     for layer in range(layers):

@@ -49,7 +49,7 @@ def plan_views(
     shown = cut.take(np.unique(np.linspace(0, len(cut) - 1, SHOWN_STEPS).astype(np.int64)))
     views = []
     for name, plan in plans.items():
-        loads = step_loads(trace, shown, plan, cluster, dispatch)
+        loads = step_loads(trace, shown, plan, cluster, dispatch, timed=False)
         busy_LG = (loads.tokens_WLG / cluster.speed_G).mean(axis=0)
         mean_L = busy_LG.mean(axis=1, keepdims=True)
         load_LG = np.divide(busy_LG, mean_L, out=np.ones_like(busy_LG), where=mean_L > 0)

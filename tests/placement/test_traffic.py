@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from loadmaster.errors import InputError
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.dispatch import route
+from loadmaster.placement.fair_sharing import fair_copies_WX
 from loadmaster.placement.hardware import ComputeProfile
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.placement.traffic import StepLoads, step_loads
 from loadmaster.traces.steps import Steps
 from loadmaster.traces.trace import RoutingTrace
 
+PORT_NAMES = ("nvlink_out", "nvlink_in", "nic_out", "nic_in")
 MODES = ("return_home/per_expert", "return_home/per_rank", "return_home/per_node", "allgather")
 
 
@@ -51,9 +53,10 @@ def random_case(
 def by_hand(
     slot_TK: np.ndarray, home_T: np.ndarray, cluster: Cluster, width: int
 ) -> dict[str, np.ndarray]:
-    """Copies per port of one step under the cluster's payload, one token after the other."""
+    """Copies per port, and `far` [G, G] from device to device between nodes, of one step under the
+    cluster's payload, one token after the other."""
     devices, node = cluster.num_devices, cluster.node_G
-    ports = {n: np.zeros(devices) for n in ("nvlink_out", "nvlink_in", "nic_out", "nic_in")}
+    ports = {n: np.zeros(devices) for n in PORT_NAMES} | {"far": np.zeros((devices,) * 2)}
     per_node = devices // cluster.num_nodes
 
     def send(source: int, to: int) -> None:
@@ -61,6 +64,7 @@ def by_hand(
             kind = "nvlink" if node[source] == node[to] else "nic"
             ports[f"{kind}_out"][source] += 1
             ports[f"{kind}_in"][to] += 1
+            ports["far"][source, to] += kind == "nic"
 
     for row, home in zip(slot_TK, home_T, strict=True):
         ranks = [int(s) // width for s in row if s >= 0]
@@ -98,8 +102,12 @@ def test_ports_are_what_the_tokens_send(traffic: str, policy: str, ragged: bool)
                 ids[np.arange(3) >= trace.k_of_token[taken, layer][:, None]] = -1
             slot_TK = route(ids, home, plan.slots[layer], cluster, spec, 8)
             expected = by_hand(slot_TK, home, cluster, 3)
-            for name, counted in expected.items():
-                assert np.array_equal(getattr(loads, f"{name}_WLG")[w, layer], counted), name
+            for name in PORT_NAMES:
+                counted = getattr(loads, f"{name}_WLG")[w, layer]
+                assert np.array_equal(counted, expected[name]), name
+            fair_X = fair_copies_WX(expected["far"][None], cluster)[0]
+            assert loads.fair_copies_WLX is not None
+            assert loads.fair_copies_WLX[w, layer].tolist() == fair_X.tolist()
             used = np.bincount(slot_TK[slot_TK >= 0], minlength=12).reshape(4, 3)
             assert np.array_equal(loads.tokens_WLG[w, layer], used.sum(axis=1))
             assert np.array_equal(loads.active_WLG[w, layer], (used > 0).sum(axis=1))
@@ -113,9 +121,13 @@ def test_allgather_enters_each_node_once_and_fans_out_there() -> None:
     for w in range(3):
         home = trace.home_rank_T(4)[steps.tokens_of(w)]
         expected = by_hand(np.zeros((len(home), 1), int), home, cluster, 3)
-        for name, counted in expected.items():
+        for name in PORT_NAMES:
             ours = getattr(loads, f"{name}_WLG")[w, 0].reshape(2, 2).sum(axis=1)
-            assert np.allclose(ours, counted.reshape(2, 2).sum(axis=1)), name
+            assert np.allclose(ours, expected[name].reshape(2, 2).sum(axis=1)), name
+        own_G = np.bincount(home, minlength=4)
+        far_GG = np.kron([[0, 1], [1, 0]], np.ones((2, 2))) * own_G[:, None] / 2
+        assert loads.fair_copies_WLX is not None
+        assert np.allclose(loads.fair_copies_WLX[w, 0], fair_copies_WX(far_GG[None], cluster)[0])
     other = Plan(slots=plan.slots[:, ::-1], num_experts=8)
     again = step_loads(trace, steps, other, cluster, DispatchSpec())
     assert np.array_equal(loads.nic_in_WLG, again.nic_in_WLG)      # routing plays no part
@@ -139,6 +151,11 @@ def test_coherent_counts_pairs_of_successive_experts() -> None:
             far = sum(node[a] != node[b] for a, b in pairs)
             assert loads.nic_out_WLG[w, layer].sum() == far
             assert loads.nvlink_in_WLG[w, layer].sum() == len(pairs) - far
+            far_GG = np.zeros((4, 4))
+            np.add.at(far_GG, tuple(np.array(pairs).T), 1.0)
+            fair_X = fair_copies_WX(far_GG[None], cluster)[0]
+            assert loads.fair_copies_WLX is not None
+            assert loads.fair_copies_WLX[w, layer].tolist() == fair_X.tolist()
             before, home = after, after[:, 0]
 
 

@@ -18,7 +18,7 @@ from .conftest import EXPERTS, LAYERS, skewed_trace
 
 EVEN = DispatchSpec(policy="even")
 FIELDS = ("tokens_WLG", "active_WLG", "weight_bytes_WLG", "nvlink_out_WLG", "nvlink_in_WLG",
-          "nic_out_WLG", "nic_in_WLG", "tokens_W")
+          "nic_out_WLG", "nic_in_WLG", "tokens_W", "fair_copies_WLX")
 
 
 def random_plan(rng, devices: int, slots: int) -> Plan:

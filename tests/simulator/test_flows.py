@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from loadmaster.errors import InputError
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.cost import step_cost
+from loadmaster.placement.fair_sharing import fair_copies_WX
 from loadmaster.placement.plan import DispatchSpec
 from loadmaster.placement.traffic import step_loads
 from loadmaster.simulator.flows import Flows, Network, fair_finish_s, fair_rates, port_bound_s
@@ -100,8 +101,30 @@ def test_where_the_port_bound_is_far_too_low() -> None:
     assert fair_finish_s(flows, unit).max() == pytest.approx(25.0)
 
 
+@given(st.integers(0, 10_000), st.sampled_from([1.0, 1.5, 2.0, 3.0]), st.floats(0.05, 2.0))
+@settings(max_examples=40, deadline=None)
+def test_the_rates_that_price_an_exchange_are_these(seed, nics, skew) -> None:
+    """`fair_sharing.py` behind a shared spine, on whole copies and on parts, also with pairs that
+    send nothing."""
+    rng = np.random.default_rng(seed)
+    copies = rng.gamma(skew, size=(8, 8)) * rng.integers(0, 2, (8, 8))
+    copies = np.round(copies * 5) if seed % 2 else copies
+    net = network(2, 4, 4 / nics)
+    cluster = Cluster.preset("h100", nodes=2, devices_per_node=4, slots_per_device=1)
+    legs = {
+        leg: getattr(cluster.hardware, leg).model_copy(
+            update={"nic_bytes_per_s": 2.0, "spine_bytes_per_s": 2.0 * nics}
+        ) for leg in ("dispatch", "combine")
+    }
+    cluster = cluster.model_copy(update={"hardware": cluster.hardware.model_copy(update=legs)})
+    far = copies * (net.node_G[:, None] != net.node_G[None, :])
+    slow = makespan(far, net) if far.any() else 0.0
+    assert fair_copies_WX(copies[None], cluster)[0, 0] / 2.0 == pytest.approx(slow, rel=1e-9)
+
+
 def test_the_step_cost_is_the_port_bound_of_the_routed_matrix(trace, model) -> None:
-    """alpha + busiest port, from the same copies counted pair by pair."""
+    """alpha + busiest port, from the same copies counted pair by pair: two devices to a node wait
+    for nobody here."""
     cluster = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=2)
     plan = contiguous_plan()
     steps = StepSampler(tokens=256, concurrency=16).sample(trace, max_steps=2)
