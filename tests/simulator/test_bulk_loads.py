@@ -12,9 +12,10 @@ from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.placement.traffic import step_loads
 from loadmaster.simulator.bulk_loads import bulk_loads, counts_in_bulk
 from loadmaster.simulator.composition import Composition
+from loadmaster.simulator.routed import StepRouter
 from loadmaster.traces.steps import Steps
 
-from .conftest import EXPERTS, LAYERS, skewed_trace
+from .conftest import EXPERTS, LAYERS, contiguous_plan, skewed_trace
 
 EVEN = DispatchSpec(policy="even")
 FIELDS = ("tokens_WLG", "active_WLG", "weight_bytes_WLG", "nvlink_out_WLG", "nvlink_in_WLG",
@@ -102,6 +103,21 @@ def test_ids_are_counted_as_they_lie_in_memory(ids_type) -> None:
     )
     for field in FIELDS:
         np.testing.assert_array_equal(getattr(counted, field), getattr(expected, field), field)
+
+
+def test_a_trace_read_more_than_once_is_laid_out_token_by_token(cluster, model) -> None:
+    """And counts what it counted before."""
+    trace = skewed_trace(500)
+    trace = dataclasses.replace(trace, ids=layer_major(trace.ids))
+    router = StepRouter(trace, cluster, model, dispatch=EVEN)
+    steps = [Composition(np.arange(400), np.arange(400) % 4)]
+    first, laid_out = router.loads(steps, contiguous_plan()), []
+    for _ in range(2):
+        laid_out.append(router.trace.ids.flags.c_contiguous)
+        again = router.loads(steps, contiguous_plan())
+    assert laid_out == [False, True]
+    for field in FIELDS:
+        np.testing.assert_array_equal(getattr(again, field), getattr(first, field), field)
 
 
 def test_a_rank_may_send_one_expert_more_tokens_than_sixteen_bits_hold() -> None:
