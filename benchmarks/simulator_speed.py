@@ -65,7 +65,7 @@ def _measure(
     rows = [rng.permutation(np.arange(slots) % EXPERTS) for _ in range(LAYERS)]
     plan = Plan(np.stack(rows).reshape(LAYERS, devices, -1).astype(np.int16), EXPERTS,
                 dispatch=DispatchSpec(policy=policy))
-    router = StepRouter(trace, cluster, MODEL, threads=THREADS)
+    router = StepRouter(trace, cluster, MODEL)
     cost_all(router, Condition(plan), _steps(trace, devices, 1))       # compile
     wall, cpu = time.perf_counter(), time.process_time()
     step_us, usage = cost_all(router, Condition(plan), _steps(trace, devices, steps))

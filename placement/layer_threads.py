@@ -13,12 +13,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on; 1 where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
 class LayerThreads:
     """`map` with as many threads as cores this process may use, a few tasks ahead at most."""
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Results in the order of the items; an error is raised where its result would come."""
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        threads = usable_cores()
         if threads == 1:
             yield from map(function, items)
             return

@@ -88,20 +88,24 @@ def step_loads(
     layers: Sequence[int] | None = None,
     *,
     expert_bytes_E: npt.NDArray[np.integer[Any]] | None = None,
+    home_A: npt.NDArray[np.integer[Any]] | None = None,
     executor: Executor | None = None,
     timed: bool = True,
 ) -> StepLoads:
     """Dispatch every step of the trace under a plan and count work and traffic.
 
     dispatch None: the plan's own. layers: which of the plan's layers, all by default (`coherent`
-    needs them all). expert_bytes_E: weight bytes of each expert, for weight_bytes_WLG. timed False:
-    the loads will not be priced, and no rates need be dealt.
+    needs them all). expert_bytes_E: weight bytes of each expert, for weight_bytes_WLG. home_A: rank
+    that each token of `steps` comes from; None = the trace's. timed False: the loads will not be
+    priced, and no rates need be dealt.
     Raises InputError when plan, trace and cluster do not belong together.
     """
     check_fit(trace, plan, cluster)
     spec = dispatch or plan.dispatch
     chosen = list(range(plan.num_layers)) if layers is None else [int(i) for i in layers]
-    home_A = trace.home_rank_T(cluster.num_devices)[steps.token].astype(np.int32)
+    if home_A is None:
+        home_A = trace.home_rank_T(cluster.num_devices)[steps.token]
+    home_A = home_A.astype(np.int32)
     if cluster.traffic.mode == "coherent":
         if layers is not None and chosen != list(range(plan.num_layers)):
             raise InputError("coherent traffic links layers: count all of them, not some")
@@ -116,12 +120,18 @@ def step_loads(
         count = functools.partial(
             layer_loads, cluster=cluster, spec=spec, expert_bytes_E=expert_bytes_E, timed=timed
         )
-        counted = list(map(count, jobs) if executor is None else executor.map(count, list(jobs)))
+        counted = list(map(count, jobs) if executor is None else executor.map(count, jobs))
     return _stack(
         counted, np.diff(steps.offset), expert_bytes_E is not None,
         bool(cluster.hardware.compute.expert_table_tokens),
-        tuple(_replicated(plan.slots[i]) for i in chosen),
+        tuple(_replicated_layers(plan)[i] for i in chosen),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _replicated_layers(plan: Plan) -> tuple[bool, ...]:
+    """Of each layer; asked again for every few steps of a simulation, of the same plan."""
+    return tuple(map(_replicated, plan.slots))
 
 
 def _replicated(slots_GC: npt.NDArray[np.int16]) -> bool:
@@ -176,7 +186,11 @@ def layer_loads(
 
 def _layer_ids(trace: RoutingTrace, steps: Steps, layer: int) -> npt.NDArray[np.int32]:
     """[A', K] the choices of one layer in step order, -1 where a choice does not count."""
-    ids_AK = trace.ids[steps.token, layer].astype(np.int32)
+    ids_TK = trace.ids[:, layer]
+    # Rows that lie together, as in stored traces, are taken ten times as fast.
+    together = ids_TK.flags.c_contiguous
+    ids_AK = np.take(ids_TK, steps.token, axis=0) if together else ids_TK[steps.token]
+    ids_AK = ids_AK.astype(np.int32)
     if trace.k_of_token is not None:
         k_A = trace.k_of_token[steps.token, layer]
         ids_AK[np.arange(trace.top_k) >= k_A[:, None]] = -1

@@ -18,6 +18,7 @@ from ..placement.cluster import Cluster
 from ..placement.cost import PORTS as COST_PORTS
 from ..placement.cost import step_cost
 from ..placement.evaluate import check_model, check_slots
+from ..placement.layer_threads import LayerThreads, usable_cores
 from ..placement.overlap import Overlap
 from ..placement.plan import DispatchSpec, Plan
 from ..placement.traffic import StepLoads, check_fit, step_loads
@@ -34,6 +35,7 @@ FloatArray = npt.NDArray[np.float64]
 
 PORTS = COST_PORTS[:4]    # of a device; spines are a node's
 PORT_KINDS = len(COST_PORTS)
+TOKENS_WORTH_THREADS = 4_096
 MIRROR = [1, 0, 3, 2]      # the combine goes back through the other end
 
 
@@ -87,7 +89,6 @@ class StepRouter:
         *,
         dispatch: DispatchSpec | None = None,
         overlap: Overlap | None = None,
-        threads: int = 1,
     ) -> None:
         if not model.knows_sizes:
             raise UsageError(
@@ -99,9 +100,10 @@ class StepRouter:
                 f"{trace.num_layers} of {trace.num_experts}: they are of different models"
             )
         self.trace, self.cluster, self.model = trace, cluster, model
-        self.dispatch, self.overlap, self.threads = dispatch, overlap, threads
+        self.dispatch, self.overlap = dispatch, overlap
         self.expert_bytes_E = model.bytes_per_expert_E()
-        self._tokens_read = 0
+        self._tokens_read = {"by token": 0, "by layer": 0}
+        self._laid_out: dict[str, RoutingTrace] = {}
 
     def check(self, plan: Plan) -> None:
         """Raises InputError when the plan is for another model or cluster, InfeasibleError when
@@ -117,28 +119,36 @@ class StepRouter:
     ) -> StepLoads:
         """Work and traffic of the steps, dispatched by `dispatch`, ours or the plan's own."""
         spec = dispatch or self.dispatch or plan.dispatch
-        if counts_in_bulk(spec, self.cluster):
-            self._lay_out(sum(len(s.token) for s in steps))
-            return bulk_loads(self.trace, steps, plan, self.cluster,
-                              expert_bytes_E=self.expert_bytes_E, threads=self.threads)
-        token = np.concatenate([s.token for s in steps])
-        home = np.concatenate([s.home for s in steps])
         offset = np.concatenate(([0], np.cumsum([len(s.token) for s in steps]))).astype(np.int64)
-        routed = dataclasses.replace(self.trace.select(token), source=home.astype(np.int32))
+        if counts_in_bulk(spec, self.cluster):
+            return bulk_loads(
+                self._trace_laid_out("by token", int(offset[-1])), steps, plan, self.cluster,
+                expert_bytes_E=self.expert_bytes_E, threads=usable_cores(),
+            )
+        together = Steps(np.concatenate([s.token for s in steps]), offset)
         return step_loads(
-            routed, Steps(np.arange(len(token)), offset), plan, self.cluster, spec,
+            self._trace_laid_out("by layer", int(offset[-1])), together, plan, self.cluster, spec,
             expert_bytes_E=self.expert_bytes_E,
+            home_A=np.concatenate([s.home for s in steps]),
+            executor=LayerThreads() if offset[-1] >= TOKENS_WORTH_THREADS else None,
         )
 
-    def _lay_out(self, tokens: int) -> None:
-        """Once as many tokens were read as the trace has, let each one's choices lie together.
+    def _trace_laid_out(self, order: str, tokens: int) -> RoutingTrace:
+        """The trace with its choices in the order of memory that is fast to read, once it pays.
 
-        Stored traces lie layer by layer, which costs a third more to count; a copy pays by then.
+        Bulk counting reads token by token, routing reads layer by layer, both at random places:
+        in the other order up to ten times as slow. Once as many tokens were read as the trace has,
+        a copy has paid.
         """
-        self._tokens_read += tokens
-        ids = self.trace.ids
-        if self._tokens_read > self.trace.num_tokens and not ids.flags.c_contiguous:
-            self.trace = dataclasses.replace(self.trace, ids=np.ascontiguousarray(ids))
+        self._tokens_read[order] += tokens
+        if order not in self._laid_out and self._tokens_read[order] > self.trace.num_tokens:
+            ids = self.trace.ids
+            if order == "by token":
+                ids = np.ascontiguousarray(ids)
+            else:
+                ids = np.ascontiguousarray(ids.transpose(1, 0, 2)).transpose(1, 0, 2)
+            self._laid_out[order] = dataclasses.replace(self.trace, ids=ids)
+        return self._laid_out.get(order, self.trace)
 
     def cost(
         self,

@@ -105,19 +105,19 @@ def test_ids_are_counted_as_they_lie_in_memory(ids_type) -> None:
         np.testing.assert_array_equal(getattr(counted, field), getattr(expected, field), field)
 
 
-def test_a_trace_read_more_than_once_is_laid_out_token_by_token(cluster, model) -> None:
-    """And counts what it counted before."""
-    trace = skewed_trace(500)
-    trace = dataclasses.replace(trace, ids=layer_major(trace.ids))
-    router = StepRouter(trace, cluster, model, dispatch=EVEN)
-    steps = [Composition(np.arange(400), np.arange(400) % 4)]
-    first, laid_out = router.loads(steps, contiguous_plan()), []
-    for _ in range(2):
-        laid_out.append(router.trace.ids.flags.c_contiguous)
-        again = router.loads(steps, contiguous_plan())
-    assert laid_out == [False, True]
+@pytest.mark.parametrize("policy", ["even", "balanced"])
+def test_reading_a_trace_over_and_over_changes_nothing(cluster, model, policy) -> None:
+    """Once it pays, the router lays it out anew: token by token, or layer by layer."""
+    trace = skewed_trace(3_000)
+    if policy == "even":
+        trace = dataclasses.replace(trace, ids=layer_major(trace.ids))
+    router = StepRouter(trace, cluster, model, dispatch=DispatchSpec(policy=policy))
+    steps = [Composition(np.arange(2_000), np.arange(2_000) % 4)] * 3
+    first, *others = (router.loads(steps[:n], contiguous_plan()) for n in (1, 2, 3))
     for field in FIELDS:
-        np.testing.assert_array_equal(getattr(again, field), getattr(first, field), field)
+        for other in others:
+            one = getattr(other, field)[:1]
+            np.testing.assert_array_equal(one, getattr(first, field), field)
 
 
 def test_a_rank_may_send_one_expert_more_tokens_than_sixteen_bits_hold() -> None:
