@@ -16,6 +16,7 @@ from .cli_options import (
     Nodes,
     NumExperts,
     Order,
+    Oversubscription,
     Preset,
     Seed,
     StepTokens,
@@ -52,6 +53,7 @@ def evaluate(
         int | None, typer.Option(help="Devices in each node [default: the first plan's].")
     ] = None,
     traffic: TrafficMode = "return_home/per_expert",
+    oversubscription: Oversubscription = None,
     model: ModelSource = None,
     step_tokens: StepTokens = 512,
     concurrency: Concurrency = 64,
@@ -79,6 +81,7 @@ def evaluate(
     place = build_cluster(
         cluster, preset, nodes, devices_per_node,
         max(plan.slots_per_device for plan in named.values()), traffic, routing.num_experts,
+        oversubscription,
     )
     table = compare(
         named, routing, place,

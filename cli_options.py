@@ -49,6 +49,11 @@ SlotsPerDevice = Annotated[
     int | None,
     typer.Option(help="Expert slots per device and layer [default: an even share + 25 %]."),
 ]
+Oversubscription = Annotated[
+    float | None,
+    typer.Option(help="Bandwidth of a node's NICs over what its spine carries: 2 for 2:1 "
+                 "[default: nothing is oversubscribed, or as in the cluster file]."),
+]
 TrafficMode = Annotated[
     str,
     typer.Option(
@@ -77,20 +82,25 @@ def build_cluster(
     slots_per_device: int | None,
     traffic: str,
     num_experts: int,
+    oversubscription: float | None = None,
 ) -> Cluster:
     """The cluster the options describe."""
     from .placement.cluster import Cluster
 
     if file is not None:
-        return Cluster.from_yaml(file)
-    if slots_per_device is None:
-        devices = max(nodes * devices_per_node, 1)
-        share = -(-num_experts // devices)
-        slots_per_device = share + max(1, round(share / 4))
-    return Cluster.preset(
-        preset, nodes=nodes, devices_per_node=devices_per_node,
-        slots_per_device=slots_per_device, traffic=traffic,
-    )
+        cluster = Cluster.from_yaml(file)
+    else:
+        if slots_per_device is None:
+            devices = max(nodes * devices_per_node, 1)
+            share = -(-num_experts // devices)
+            slots_per_device = share + max(1, round(share / 4))
+        cluster = Cluster.preset(
+            preset, nodes=nodes, devices_per_node=devices_per_node,
+            slots_per_device=slots_per_device, traffic=traffic,
+        )
+    if oversubscription is None:
+        return cluster
+    return cluster.with_oversubscription(oversubscription)
 
 
 def build_sampler(tokens: int, concurrency: int, order: str, seed: int) -> StepSampler:
@@ -207,6 +217,7 @@ def plans_cluster(
     devices_per_node: int | None,
     traffic: str,
     routing: RoutingTrace,
+    oversubscription: float | None = None,
 ) -> Cluster:
     """The cluster the options describe; where they leave it open, one that the plans fill."""
     first = next(iter(plans.values()))
@@ -214,7 +225,8 @@ def plans_cluster(
         devices_per_node = -(-first.num_devices // max(nodes, 1))
     slots = max(plan.slots_per_device for plan in plans.values())
     return build_cluster(
-        file, preset, nodes, devices_per_node, slots, traffic, routing.num_experts
+        file, preset, nodes, devices_per_node, slots, traffic, routing.num_experts,
+        oversubscription,
     )
 
 

@@ -18,6 +18,7 @@ from .cli_options import (
     Nodes,
     NumExperts,
     Order,
+    Oversubscription,
     Preset,
     Seed,
     SlotsPerDevice,
@@ -96,6 +97,7 @@ def plan(
     devices_per_node: DevicesPerNode = 8,
     slots_per_device: SlotsPerDevice = None,
     traffic: TrafficMode = "return_home/per_expert",
+    oversubscription: Oversubscription = None,
     model: ModelSource = None,
     step_tokens: StepTokens = 512,
     concurrency: Concurrency = 64,
@@ -116,7 +118,7 @@ def plan(
         slots_per_device = standing.slots_per_device
     options: dict[str, Any] = {
         "cluster": build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device,
-                                 traffic, source.num_experts),
+                                 traffic, source.num_experts, oversubscription),
         "current": standing, "max_moves": max_moves, "max_bytes": max_bytes,
         "model": read_model(model), "dispatch": dispatch or _own_dispatch(standing),
         "objective": objective, "effort": effort, "seed": seed,

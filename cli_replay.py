@@ -14,6 +14,7 @@ from .cli_options import (
     Json,
     Nodes,
     NumExperts,
+    Oversubscription,
     Preset,
     Seed,
     StepTokens,
@@ -63,6 +64,7 @@ def replay(
         int | None, typer.Option(help="Devices in each node [default: the first plan's].")
     ] = None,
     traffic: TrafficMode = "return_home/per_expert",
+    oversubscription: Oversubscription = None,
     step_tokens: StepTokens = 512,
     concurrency: Concurrency = 64,
     order: Annotated[
@@ -87,7 +89,8 @@ def replay(
     routing, notes = read_trace(trace, num_experts)
     spec = read_model(model)
     assert spec is not None
-    place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing)
+    place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
+                          oversubscription)
     order = order or ("recorded" if routing.step is not None else "interleaved")
     came = None if arrivals is None else arrivals_of(routing, load_arrivals(arrivals))
     with show.progress_bar() as bar:

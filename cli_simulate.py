@@ -13,6 +13,7 @@ from .cli_options import (
     ClusterFile,
     Json,
     Nodes,
+    Oversubscription,
     Preset,
     Seed,
     TrafficMode,
@@ -92,6 +93,7 @@ def simulate(
         int | None, typer.Option(help="Devices in each node [default: the first plan's].")
     ] = None,
     traffic: TrafficMode = "return_home/per_expert",
+    oversubscription: Oversubscription = None,
     report: Annotated[Path | None, typer.Option(help="HTML report to write.")] = None,
     trace_out: Annotated[
         Path | None, typer.Option(help="Chrome trace of the first plan (opens in Perfetto).")
@@ -112,7 +114,8 @@ def simulate(
     routing, notes = read_trace(trace)
     spec = read_model(model)
     assert spec is not None
-    place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing)
+    place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
+                          oversubscription)
     happenings = build_happenings(faults, policy, every_steps, place, groups)
     load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
     name, first = next(iter(named.items()))

@@ -70,14 +70,7 @@ def _cluster(nodes: int, per_node: int, trace: RoutingTrace, blocking: float | N
         slots_per_device=round(1.25 * trace.num_experts / (nodes * per_node)),
         traffic="return_home/per_expert",
     )
-    hardware = cluster.hardware
-    links = {
-        leg: profile.model_copy(update={"spine_bytes_per_s": (
-            None if blocking is None else per_node * profile.nic_bytes_per_s / blocking
-        )})
-        for leg, profile in (("dispatch", hardware.dispatch), ("combine", hardware.combine))
-    }
-    return cluster.model_copy(update={"hardware": hardware.model_copy(update=links)})
+    return cluster if blocking is None else cluster.with_oversubscription(blocking)
 
 
 def _plans(trace: RoutingTrace, cluster: Cluster) -> list[Plan]:

@@ -196,6 +196,24 @@ class Cluster(BaseModel):
         """The same cluster under another traffic mode."""
         return self.model_copy(update={"traffic": Traffic.parse(traffic)})
 
+    def with_oversubscription(self, ratio: float) -> Self:
+        """The same cluster with a spine per node that carries its NICs' bandwidth over `ratio`.
+
+        Sized for the largest node; 2 is the usual 2:1. Raises UsageError below 1.
+        """
+        if not (np.isfinite(ratio) and ratio >= 1):
+            raise UsageError(
+                f"oversubscription {ratio} must be at least 1: what a node's NICs could carry over "
+                "what its spine does"
+            )
+        most = int(np.bincount(self.node_G).max())
+        legs = {
+            leg: link.model_copy(update={"spine_bytes_per_s": most * link.nic_bytes_per_s / ratio})
+            for leg, link in (("dispatch", self.hardware.dispatch),
+                              ("combine", self.hardware.combine))
+        }
+        return self.model_copy(update={"hardware": self.hardware.model_copy(update=legs)})
+
     def with_slots(self, slots_per_device: int) -> Self:
         """The same cluster with another number of slots on every device."""
         devices = tuple(d.model_copy(update={"slots": slots_per_device}) for d in self.devices)

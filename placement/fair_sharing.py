@@ -1,10 +1,12 @@
-"""How long an exchange takes where a node's devices share its spine: every flow gets a fair rate.
+"""How long an exchange between nodes takes when every flow gets a fair rate of its links.
 
 The most loaded port says how long an exchange takes as long as it works without a pause. A busy
 device behind an oversubscribed spine does not: at first all flows of its node get equal shares,
 and its own bytes are left over at the end, alone on the NIC. So here the rates are dealt, max-min
-fair, again whenever flows end. Knows copies from device to device and rates of links. Knows nothing
-of plans, experts or steps; `simulator/flows.py` is the slow, plain form of it, and its oracle.
+fair, again whenever flows end: exactly behind a shared spine. Without one, ends within MERGED of
+the port bound are dealt as one, at the first of them, which loses up to as much. Knows copies from
+device to device and rates of links. Knows nothing of plans, experts or steps; `simulator/flows.py`
+is the slow, plain form of it, and its oracle (benchmarks/simulator.py, `oracle`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ FloatArray = npt.NDArray[np.float64]
 
 # Dealing one exchange takes 0.1 to 1 ms on 16 devices, 2 to 12 ms on 64.
 MOST_DEALT = 64
-# Without a shared spine: cheaper, 0.05 ms, by dealing rates once for ends this near each other.
+# Without a shared spine: 0.1 ms, by dealing rates once for ends this near each other.
 MOST_DEALT_ANYWAY, MERGED = 16, 0.02
 
 

@@ -242,14 +242,14 @@ def _cluster(scenario: Scenario, trace: RoutingTrace) -> Cluster:
     links = {}
     for side in ("dispatch", "combine"):
         link = getattr(cluster.hardware, side)
-        nic = link.nic_bytes_per_s * scenario.nic
-        spine = scenario.oversubscription
         links[side] = link.model_copy(update={
             "nvlink_bytes_per_s": link.nvlink_bytes_per_s * scenario.nvlink,
-            "nic_bytes_per_s": nic,
-            "spine_bytes_per_s": None if spine is None else scenario.devices_per_node * nic / spine,
+            "nic_bytes_per_s": link.nic_bytes_per_s * scenario.nic,
         })
-    return cluster.model_copy(update={"hardware": cluster.hardware.model_copy(update=links)})
+    cluster = cluster.model_copy(update={"hardware": cluster.hardware.model_copy(update=links)})
+    if scenario.oversubscription is None:
+        return cluster
+    return cluster.with_oversubscription(scenario.oversubscription)
 
 
 def _told(

@@ -85,6 +85,29 @@ def test_a_cluster_too_small_is_infeasible(run: Run, trace: Path) -> None:
     assert "16 experts" in err and len(err.strip().splitlines()) == 1
 
 
+def test_every_verb_that_prices_a_plan_knows_oversubscription(
+    run: Run, trace: Path, tmp_path: Path
+) -> None:
+    """A narrow spine between two nodes costs time, and only there."""
+    model = tmp_path / "model.json"
+    spec = {"name": "m", "num_layers": 2, "num_experts": 16, "top_k": 2, "hidden": 4096,
+            "intermediate": 512}
+    model.write_text(json.dumps(spec))
+    plan = tmp_path / "plan.json"
+    assert run("plan", trace, "--out", plan, "--method", "eplb", "--oversubscription", 8,
+               "--nodes", 2, "--devices-per-node", 2, "--step-tokens", 128)[0] == 0
+    def step_us(*asked: object) -> float:
+        code, out, err = run("evaluate", trace, plan, "--model", model, "--step-tokens", 128,
+                             "--concurrency", 16, "--json", *asked)
+        assert code == 0, err
+        (row,) = json.loads(out)["rows"]
+        return float(row["step_time_us"])
+
+    two_nodes = ("--nodes", 2, "--devices-per-node", 2)
+    assert step_us(*two_nodes, "--oversubscription", 8) > step_us(*two_nodes)
+    assert step_us("--oversubscription", 8) == step_us()
+
+
 def test_evaluate_leaves_with_4_when_the_first_plan_is_worse(run: Run, trace: Path, tmp_path: Path
                                                              ) -> None:
     good, bad = tmp_path / "good.json", tmp_path / "bad.json"

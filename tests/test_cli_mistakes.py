@@ -69,6 +69,7 @@ def contents(folder: Path) -> dict[str, str]:
     ((*SYNTH, "-o", "new", "--switch-tokens", -5), 2, "switch_tokens -5"),
     (("evaluate", "trace", "plan.json", "other.json", *STEPS), 1, "plan other has 1 layers"),
     (("evaluate", "trace", "plan.json", "--devices-per-node", 0, *STEPS), 2, "devices_per_node 0"),
+    (("evaluate", "trace", "plan.json", "--oversubscription", 0.5, *STEPS), 2, "must be at least"),
 ])
 def test_a_mistake_is_one_line_and_changes_nothing(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[object, ...], code: int,

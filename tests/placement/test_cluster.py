@@ -148,6 +148,20 @@ def test_impossible_sizes_are_usage_errors() -> None:
             Cluster.preset("h100", devices_per_node=1, slots_per_device=1, speeds=[bad])
 
 
+def test_an_oversubscribed_spine_is_sized_by_a_nodes_nics(tmp_path: Path) -> None:
+    plain = Cluster.preset("h100", nodes=2, devices_per_node=4, slots_per_device=1)
+    half = plain.with_oversubscription(2)
+    for leg in ("dispatch", "combine"):
+        link = getattr(half.hardware, leg)
+        assert link.spine_bytes_per_s == 2 * link.nic_bytes_per_s
+    assert half.digest() != plain.digest()
+    (tmp_path / "cluster.yaml").write_text(half.to_yaml())
+    assert Cluster.from_yaml(tmp_path / "cluster.yaml") == half
+    for bad in (0.5, 0.0, -2.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="at least 1"):
+            plain.with_oversubscription(bad)
+
+
 def test_traffic_is_written_as_it_is_read() -> None:
     for text in ("return_home/per_expert", "return_home/per_rank", "return_home/per_node",
                  "allgather", "coherent"):

@@ -60,6 +60,14 @@ def test_more_load_and_slower_links_rank_lower(trace, model) -> None:
     assert [c.fields["nic"] for c in result.ranked("step_mean_us")] == [1.0, 0.01]
 
 
+def test_an_oversubscribed_spine_costs_time(trace, model) -> None:
+    result = run_whatif(study(trace, model, base=BASE | {"nodes": 2, "devices_per_node": 2},
+                              axes={"oversubscription": [None, 4.0, 0.5]}))
+    free, narrow, impossible = result.cells
+    assert narrow.figures["step_mean_us"] > free.figures["step_mean_us"]
+    assert "oversubscription" in impossible.error
+
+
 def test_any_executor_gives_the_same_bytes(trace, model) -> None:
     told = []
     grid = study(trace, model, axes={"slots_per_device": [2, 3], "dispatch": ["even", "balanced"]})
