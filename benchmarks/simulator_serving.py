@@ -57,7 +57,7 @@ def serving() -> dict[str, Any]:
     }
     worst = max(max(abs(e) for e in part["errors"].values()) for part in errors.values())
     return {
-        "holds": cpu <= 60.0 and identical and worst <= 0.01,
+        "holds": wall <= 60.0 and identical and worst <= 0.01,
         "wall_s": wall, "cpu_s": cpu, "identical": identical, "bank_worst_error": worst,
         "bank": errors, "requests": len(hour), "steps": len(result.steps),
         "ttft_ms": {"p50": result.ttft.p50 / 1e3, "p99": result.ttft.p99 / 1e3},
