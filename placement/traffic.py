@@ -105,15 +105,15 @@ def step_loads(
     chosen = list(range(plan.num_layers)) if layers is None else [int(i) for i in layers]
     if home_A is None:
         home_A = trace.home_rank_T(cluster.num_devices)[steps.token]
-    home_A = home_A.astype(np.int32)
+    from_A = home_A.astype(np.int32)
     if cluster.traffic.mode == "coherent":
         if layers is not None and chosen != list(range(plan.num_layers)):
             raise InputError("coherent traffic links layers: count all of them, not some")
-        counted = _coherent(trace, steps, plan, home_A, cluster, spec, expert_bytes_E, timed)
+        counted = _coherent(trace, steps, plan, from_A, cluster, spec, expert_bytes_E, timed)
     else:
         # Made one by one where nothing runs ahead: all layers' ids at once may not fit in memory.
         jobs = (
-            LayerJob(_layer_ids(trace, steps, i), home_A, steps.offset, plan.slots[i],
+            LayerJob(_layer_ids(trace, steps, i), from_A, steps.offset, plan.slots[i],
                      plan.num_experts)
             for i in chosen
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -142,11 +143,9 @@ class StepRouter:
         """
         self._tokens_read[order] += tokens
         if order not in self._laid_out and self._tokens_read[order] > self.trace.num_tokens:
-            ids = self.trace.ids
-            if order == "by token":
-                ids = np.ascontiguousarray(ids)
-            else:
-                ids = np.ascontiguousarray(ids.transpose(1, 0, 2)).transpose(1, 0, 2)
+            # A view of the axes in the order they shall lie in, copied, seen as [T, L, K] again.
+            axes = (0, 1, 2) if order == "by token" else (1, 0, 2)
+            ids: Any = np.ascontiguousarray(self.trace.ids.transpose(axes)).transpose(axes)
             self._laid_out[order] = dataclasses.replace(self.trace, ids=ids)
         return self._laid_out.get(order, self.trace)
 
