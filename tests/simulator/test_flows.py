@@ -1,4 +1,4 @@
-"""Fair flows: the slow oracle beside the port bound that `step_cost` uses."""
+"""Fair flows: the slow oracle of the port bound and the fair rates that `step_cost` uses."""
 
 from __future__ import annotations
 
