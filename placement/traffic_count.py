@@ -18,6 +18,7 @@ from .hardware import ComputeProfile
 from .tables import interpolate
 
 NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN = 0, 1, 2, 3
+PAIRS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,21 +63,45 @@ def count_layer(
         slot_AK, offset_W, width, slot_bytes_S, _table_by_tokens(profile, offset_W, slot_AK),
         tokens_WG, active_WG, bytes_WG, table_us_WG, _table_end(profile),
     )
-    ports_PWG = np.zeros((4, steps, devices))
+    if not (timed and deals_fairly(cluster)):
+        none_WGG = np.zeros((0, devices, devices))
+        ports_PWG = _count_ports(slot_AK, from_AX, offset_W, width, cluster, none_WGG)
+        return LayerCounts(
+            tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated), ports_PWG, None
+        )
+    # A few steps at a time: all steps' matrices at once may not fit in memory.
+    at_once = max(1, PAIRS_AT_ONCE // devices**2)
+    parts, fair = [], []
+    for first in range(0, max(steps, 1), at_once):
+        part_W = offset_W[first : first + at_once + 1]
+        far_WGG = np.zeros((len(part_W) - 1, devices, devices))
+        parts.append(_count_ports(slot_AK, from_AX, part_W, width, cluster, far_WGG))
+        fair.append(fair_copies_WX(far_WGG, cluster))
+    return LayerCounts(
+        tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated),
+        np.concatenate(parts, axis=1), np.concatenate(fair),
+    )
+
+
+def _count_ports(
+    slot_AK: npt.NDArray[np.int32],
+    from_AX: npt.NDArray[np.int32],
+    offset_W: npt.NDArray[np.int64],
+    slots_per_device: int,
+    cluster: Cluster,
+    far_WGG: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """[4, W, G] copies per port; those between nodes also by pair of devices, where wanted."""
     node_G, traffic = cluster.node_G, cluster.traffic
-    fairly = timed and deals_fairly(cluster)
-    far_WGG = np.zeros((steps if fairly else 0, devices, devices))
+    ports_PWG = np.zeros((4, len(offset_W) - 1, cluster.num_devices))
     if traffic.mode == "allgather":
         _count_allgather(from_AX, offset_W, node_G, ports_PWG, far_WGG)
     elif traffic.mode == "coherent" or traffic.payload == "per_expert":
-        _count_pairs(slot_AK, from_AX, offset_W, width, node_G, ports_PWG, far_WGG)
+        _count_pairs(slot_AK, from_AX, offset_W, slots_per_device, node_G, ports_PWG, far_WGG)
     else:
-        _count_merged(slot_AK, from_AX, offset_W, width, node_G, traffic.payload == "per_node",
-                      ports_PWG, far_WGG)
-    return LayerCounts(
-        tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated), ports_PWG,
-        fair_copies_WX(far_WGG, cluster) if fairly else None,
-    )
+        _count_merged(slot_AK, from_AX, offset_W, slots_per_device, node_G,
+                      traffic.payload == "per_node", ports_PWG, far_WGG)
+    return ports_PWG
 
 
 def _table_by_tokens(

@@ -113,6 +113,17 @@ def test_ports_are_what_the_tokens_send(traffic: str, policy: str, ragged: bool)
             assert np.array_equal(loads.active_WLG[w, layer], (used > 0).sum(axis=1))
 
 
+def test_steps_counted_in_parts_are_counted_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of devices are counted a few steps at a time, here one."""
+    cluster = place("return_home/per_node")
+    trace, steps, plan = random_case(11)
+    whole = step_loads(trace, steps, plan, cluster)
+    monkeypatch.setattr("loadmaster.placement.traffic_count.PAIRS_AT_ONCE", 16)
+    parts = step_loads(trace, steps, plan, cluster)
+    for name in (*(f"{n}_WLG" for n in PORT_NAMES), "fair_copies_WLX"):
+        assert np.array_equal(getattr(parts, name), getattr(whole, name)), name
+
+
 def test_allgather_enters_each_node_once_and_fans_out_there() -> None:
     """By hand the NIC load falls on the home's twin; in the sum per node it is the same."""
     cluster = place("allgather")
