@@ -51,7 +51,8 @@ Int64Array = npt.NDArray[np.int64]
 
 SHARED_SPINE = (
     "a node's devices share its spine: the exchange is priced by its most loaded port, fair "
-    f"sharing may take up to a quarter longer (its rates are dealt on up to {MOST_DEALT} devices)"
+    f"sharing may take up to a quarter longer (its rates are dealt on up to {MOST_DEALT} devices "
+    "with whole NICs)"
 )
 PORTS = ("nvlink_out", "nvlink_in", "nic_out", "nic_in", "spine_out", "spine_in")
 
@@ -60,7 +61,7 @@ PORTS = ("nvlink_out", "nvlink_in", "nic_out", "nic_in", "spine_out", "spine_in"
 class StepCost:
     """Times of W steps in microseconds, and who set them.
 
-    straggler_WL: the device whose experts took longest. *_port_WL: the port that set the exchange,
+    straggler_WL: the device whose experts took longest. *_port_WL: the port that was busy longest,
     kind·G + device (node for the spine), kinds as in PORTS; -1 where nothing crossed.
     """
 
@@ -84,11 +85,14 @@ def step_cost(
     dispatch: DispatchSpec,
     overlap: Overlap | None = None,
     slowdown_G: npt.ArrayLike | None = None,
+    nic_share_G: FloatArray | None = None,
 ) -> StepCost:
     """Price every step and layer of `loads`.
 
-    slowdown_G: factor on each device's compute time (stragglers), >= 0. Ties in blame go to the
-    lowest index. Raises UsageError when the model's sizes are unknown.
+    slowdown_G: factor on each device's compute time (stragglers), >= 0. nic_share_G: what is left
+    of each device's NIC, in (0, 1]; fair rates are of whole NICs, so the price is then the larger
+    of theirs and the ports'. Ties in blame go to the lowest index. Raises UsageError when the
+    model's sizes are unknown.
     """
     if not model.knows_sizes:
         raise UsageError(
@@ -102,9 +106,9 @@ def step_cost(
     fixed_WL = np.take_along_axis(fixed_WLG, straggler_WL[:, :, None], axis=2)[:, :, 0]
     hardware = cluster.hardware
     sent = _exchange(loads, model, cluster, hardware.dispatch, hardware.dispatch_bytes_per_value,
-                     False, notes)
+                     False, nic_share_G, notes)
     back = _exchange(loads, model, cluster, hardware.combine, hardware.combine_bytes_per_value,
-                     True, notes)
+                     True, nic_share_G, notes)
     counts_L = _counts_us(loads, cluster, dispatch)
     if overlap is None:
         layer_WL = schedule_layer(None, slowest_WL, sent.whole_us, back.whole_us)
@@ -214,6 +218,7 @@ def _exchange(
     profile: ExchangeProfile,
     bytes_per_value: float,
     mirrored: bool,
+    nic_share_G: FloatArray | None,
     notes: list[str],
 ) -> _Exchange:
     """One all-to-all of every step and layer; `mirrored` swaps out and in (the combine)."""
@@ -228,9 +233,11 @@ def _exchange(
     if loads.fair_copies_WLX is not None:
         nic_us = copy_bytes / profile.nic_bytes_per_s * 1e6
         fair_us = loads.fair_copies_WLX[:, :, int(mirrored)] * nic_us
-    elif shares_a_spine(profile, cluster):
+    if shares_a_spine(profile, cluster) and (
+        loads.fair_copies_WLX is None or nic_share_G is not None
+    ):
         notes.append(SHARED_SPINE)
-    port_us = _port_times(loads, cluster, profile, copy_bytes, mirrored)
+    port_us = _port_times(loads, cluster, profile, copy_bytes, mirrored, nic_share_G)
     near_ports = 2 * cluster.num_devices
     near_WLP, far_WLP = port_us[:, :, :near_ports], port_us[:, :, near_ports:]
     if profile.table_bytes:
@@ -256,6 +263,7 @@ def _port_times(
     profile: ExchangeProfile,
     copy_bytes: float,
     mirrored: bool,
+    nic_share_G: FloatArray | None,
 ) -> FloatArray:
     """[W, L, ports] microseconds each port is busy; port index = kind·G + device or node."""
     nv_out, nv_in = loads.nvlink_out_WLG, loads.nvlink_in_WLG
@@ -263,8 +271,9 @@ def _port_times(
     if mirrored:
         nv_out, nv_in, nic_out, nic_in = nv_in, nv_out, nic_in, nic_out
     near_us = copy_bytes / profile.nvlink_bytes_per_s * 1e6
-    far_us = copy_bytes / profile.nic_bytes_per_s * 1e6
-    parts = [nv_out * near_us, nv_in * near_us, nic_out * far_us, nic_in * far_us]
+    left_G = np.ones(cluster.num_devices) if nic_share_G is None else nic_share_G
+    far_us_G = copy_bytes / (profile.nic_bytes_per_s * left_G) * 1e6
+    parts = [nv_out * near_us, nv_in * near_us, nic_out * far_us_G, nic_in * far_us_G]
     if profile.spine_bytes_per_s is not None:
         spine_us = copy_bytes / profile.spine_bytes_per_s * 1e6
         first_N = np.flatnonzero(np.diff(cluster.node_G, prepend=-1))

@@ -14,8 +14,13 @@ from typing import Any
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on; 1 where the system does not say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    """Cores that this process may run on; 1 where the system does not say.
+
+    NUMBA_NUM_THREADS, where set, is the limit: jobs that share a machine set it to 1.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    limit = os.environ.get("NUMBA_NUM_THREADS", "")
+    return min(cores, max(1, int(limit))) if limit.isdigit() else cores
 
 
 class LayerThreads:

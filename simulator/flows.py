@@ -2,8 +2,8 @@
 
 Max-min fairness: every flow gets the largest rate that takes nothing from a slower one; rates are
 dealt again whenever a flow ends. Knows flows and links. Knows nothing of experts or steps.
-`step_cost` uses the most loaded port, and between nodes the compiled form of these rates
-(`placement/fair_sharing.py`); this is the oracle of both, for tests and benchmarks.
+`step_cost` uses the most loaded port and, between nodes of few enough devices, the compiled form of
+these rates (`placement/fair_sharing.py`); this is the oracle of both, for tests and benchmarks.
 
 The port bound is never above the fair makespan. It is far below where senders split their rate
 between a hot receiver and others at first, and the receiver's port alone is left at the end: m

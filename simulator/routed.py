@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,7 @@ FloatArray = npt.NDArray[np.float64]
 PORTS = COST_PORTS[:4]    # of a device; spines are a node's
 PORT_KINDS = len(COST_PORTS)
 TOKENS_WORTH_THREADS = 4_096
+_laid_out: WeakKeyDictionary[RoutingTrace, dict[str, RoutingTrace]] = WeakKeyDictionary()
 MIRROR = [1, 0, 3, 2]      # the combine goes back through the other end
 
 
@@ -104,7 +106,6 @@ class StepRouter:
         self.dispatch, self.overlap = dispatch, overlap
         self.expert_bytes_E = model.bytes_per_expert_E()
         self._tokens_read = {"by token": 0, "by layer": 0}
-        self._laid_out: dict[str, RoutingTrace] = {}
 
     def check(self, plan: Plan) -> None:
         """Raises InputError when the plan is for another model or cluster, InfeasibleError when
@@ -139,15 +140,16 @@ class StepRouter:
 
         Bulk counting reads token by token, routing reads layer by layer, both at random places:
         in the other order up to ten times as slow. Once as many tokens were read as the trace has,
-        a copy has paid.
+        a copy has paid. Routers of one trace share it; it goes with the trace.
         """
         self._tokens_read[order] += tokens
-        if order not in self._laid_out and self._tokens_read[order] > self.trace.num_tokens:
+        laid_out = _laid_out.setdefault(self.trace, {})
+        if order not in laid_out and self._tokens_read[order] > self.trace.num_tokens:
             # A view of the axes in the order they shall lie in, copied, seen as [T, L, K] again.
             axes = (0, 1, 2) if order == "by token" else (1, 0, 2)
             ids: Any = np.ascontiguousarray(self.trace.ids.transpose(axes)).transpose(axes)
-            self._laid_out[order] = dataclasses.replace(self.trace, ids=ids)
-        return self._laid_out.get(order, self.trace)
+            laid_out[order] = dataclasses.replace(self.trace, ids=ids)
+        return laid_out.get(order, self.trace)
 
     def cost(
         self,
@@ -162,17 +164,17 @@ class StepRouter:
 
     def price(self, loads: StepLoads, condition: Condition, spec: DispatchSpec) -> RoutedSteps:
         """Times of loads that are counted already."""
+        cost = step_cost(
+            loads, self.model, self.cluster, dispatch=spec, overlap=self.overlap,
+            slowdown_G=condition.slowdown_G, nic_share_G=condition.nic_share_G,
+        )
         if condition.nic_share_G is not None:
-            # A port at a fraction of its rate carries its copies as if there were more of them.
+            # A port at a fraction of its rate is busy as if it carried more copies.
             loads = dataclasses.replace(
                 loads,
                 nic_out_WLG=loads.nic_out_WLG / condition.nic_share_G,
                 nic_in_WLG=loads.nic_in_WLG / condition.nic_share_G,
             )
-        cost = step_cost(
-            loads, self.model, self.cluster, dispatch=spec, overlap=self.overlap,
-            slowdown_G=condition.slowdown_G,
-        )
         busy = loads.tokens_WLG / self.cluster.speed_G
         mean = busy.mean(axis=2)
         return RoutedSteps(

@@ -48,6 +48,10 @@ class Executor(Protocol):
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]: ...
 
 
+# What finished cells rest on beside their inputs: another text when steps are priced another way.
+PRICES = "fair sharing between nodes"
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """What all cells share; picklable."""
@@ -60,7 +64,7 @@ class Study:
 
     def digest(self) -> str:
         """Fingerprint of everything a cell's result depends on, its own fields apart."""
-        state = hashlib.sha256(self.trace.digest().encode())
+        state = hashlib.sha256(f"{PRICES} {self.trace.digest()}".encode())
         for array in (self.workload.arrival_ns, self.workload.prompt_tokens,
                       self.workload.output_tokens, self.workload.domain):
             state.update(b"-" if array is None else array.tobytes())

@@ -85,7 +85,7 @@ def test_a_cluster_too_small_is_infeasible(run: Run, trace: Path) -> None:
     assert "16 experts" in err and len(err.strip().splitlines()) == 1
 
 
-def test_every_verb_that_prices_a_plan_knows_oversubscription(
+def test_plan_and_evaluate_know_oversubscription(
     run: Run, trace: Path, tmp_path: Path
 ) -> None:
     """A narrow spine between two nodes costs time, and only there."""

@@ -145,6 +145,21 @@ def test_the_spine_binds_when_a_node_is_oversubscribed() -> None:
     assert cost.notes == (), "what the NICs cannot fill is shared by nobody"
 
 
+def test_a_narrowed_nic_slows_itself_and_not_the_spine() -> None:
+    """A copy takes 0.1 us on a NIC, two thirds of that on the spine: 40, all 60 on the spine, and 20
+    on half a NIC take 4 us each."""
+    link = ExchangeProfile(nvlink_bytes_per_s=1e11, nic_bytes_per_s=2e10, spine_bytes_per_s=3e10)
+    busy = loads(nic_out=[20, 40, 0, 0], nic_in=[0, 0, 30, 30])
+    place = cluster(dispatch=link, combine=link)
+    whole = step_cost(busy, MODEL, place, dispatch=EVEN).dispatch_us_WL[0, 0]
+    half = step_cost(busy, MODEL, place, dispatch=EVEN, nic_share_G=np.array([0.5, 1, 1, 1]))
+    quarter = step_cost(busy, MODEL, place, dispatch=EVEN, nic_share_G=np.array([0.25, 1, 1, 1]))
+    assert half.dispatch_us_WL[0, 0] == pytest.approx(whole), "40 on a whole NIC take as long"
+    assert quarter.dispatch_us_WL[0, 0] == pytest.approx(2 * whole)
+    assert port_name(int(quarter.dispatch_port_WL[0, 0]), 4) == "nic_out of device 0"
+    assert SHARED_SPINE in half.notes
+
+
 def test_exact_weight_bytes_replace_the_mean() -> None:
     known = dataclasses.replace(
         loads(), weight_bytes_WLG=np.array([[[2e6, 8e6, 0.0, 4e6]]])

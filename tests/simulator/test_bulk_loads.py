@@ -52,6 +52,8 @@ def test_bulk_counts_equal_step_loads(shape, ragged) -> None:
         trace = dataclasses.replace(trace, k_of_token=k)
     cluster = Cluster.preset("h100", nodes=nodes, devices_per_node=per_node,
                              slots_per_device=slots)
+    if nodes > 1 and ragged:
+        cluster = cluster.with_oversubscription(1.5)
     devices = nodes * per_node
     plan = random_plan(rng, devices, slots)
     bytes_E = rng.integers(1, 100, EXPERTS)
