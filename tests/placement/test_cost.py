@@ -146,8 +146,8 @@ def test_the_spine_binds_when_a_node_is_oversubscribed() -> None:
 
 
 def test_a_narrowed_nic_slows_itself_and_not_the_spine() -> None:
-    """A copy takes 0.1 us on a NIC, two thirds of that on the spine: 40, all 60 on the spine, and 20
-    on half a NIC take 4 us each."""
+    """A copy takes 0.1 us on a NIC, two thirds of that on the spine: 40, all 60 on the spine, and
+    20 on half a NIC take 4 us each."""
     link = ExchangeProfile(nvlink_bytes_per_s=1e11, nic_bytes_per_s=2e10, spine_bytes_per_s=3e10)
     busy = loads(nic_out=[20, 40, 0, 0], nic_in=[0, 0, 30, 30])
     place = cluster(dispatch=link, combine=link)
