@@ -33,7 +33,8 @@ def oracle() -> dict[str, Any]:
 
     Sampled steps under `contiguous` and `eplb` plans of every trace, `return_home/per_expert`.
     A spine of 2:1 gives a node half of what its NICs could send. `priced` is `step_cost`'s dispatch
-    without its alpha; `port_bound`, the most loaded port alone, is printed beside.
+    without its alpha, and decides; `port_bound`, the most loaded port alone, is printed beside with
+    a `holds` of its own: at 2:1 it mostly does not.
     """
     if not all((DATA / "routing" / f"{name}.npz").exists() for name in TRACES):
         return absent()

@@ -20,7 +20,7 @@ layer      counts + dispatch + slowest device + combine, under the overlap sched
 Between nodes, where the loads say how long max-min fair sharing takes (`fair_sharing.py`), that is
 the price: behind an oversubscribed spine the most loaded port is too low, at 2:1 by 6 to 13 % in
 the median and up to a quarter (benchmarks/simulator.py, `oracle`). On more devices than rates are
-dealt for, ports price it and a note says so.
+dealt for, ports price it; behind a shared spine a note says so.
 
 Sources: additive compute and port bound as fitted and checked in the presets' own `source` and
 `error` texts; the port bound is exact in the median on a non-blocking fabric.
