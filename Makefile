@@ -23,8 +23,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 
 # mypy needs to see the checkout under the package's own name.
-FLOORS := traces kernels placement simulator workers
-MODULES := $(FLOORS:%=-p loadmaster.%) -m loadmaster $(patsubst %.py,-m loadmaster.%,$(wildcard cli*.py))
+FLOORS := foundation traces kernels placement simulator workers app cli
+MODULES := $(FLOORS:%=-p loadmaster.%) -m loadmaster -m loadmaster.errors
 
 types: .venv/installed
 	rm -rf build

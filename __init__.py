@@ -11,47 +11,47 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import InfeasibleError, InputError, LoadmasterError, UsageError
     from .placement.cluster import Cluster
-    from .placement.comparison import Comparison, compare
-    from .placement.evaluate import Evaluation, evaluate
+    from .placement.comparison.compare import Comparison, compare
+    from .placement.cost.evaluate import Evaluation, evaluate
     from .placement.plan import DispatchSpec, Evidence, Plan
-    from .placement.planner import PlanResult, plan
-    from .placement.rebalance import rebalance
-    from .simulator.serve import simulate
-    from .simulator.workload import Workload
+    from .placement.planning.planner import PlanResult, plan
+    from .placement.rebalancing.rebalance import rebalance
+    from .simulator.serving.simulate import simulate
+    from .simulator.serving.workload import Workload
+    from .traces.model_spec import ModelSpec
     from .traces.profile import Profile
-    from .traces.spec import ModelSpec
     from .traces.steps import StepSampler
-    from .traces.store import load_trace, save_trace
+    from .traces.storage.store import load_trace, save_trace
     from .traces.trace import RoutingTrace
-    from .workers.group import Group
+    from .workers.group.group import Group
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Cluster": "placement.cluster",
-    "Comparison": "placement.comparison",
+    "Comparison": "placement.comparison.compare",
     "DispatchSpec": "placement.plan",
-    "Evaluation": "placement.evaluate",
+    "Evaluation": "placement.cost.evaluate",
     "Evidence": "placement.plan",
-    "Group": "workers.group",
+    "Group": "workers.group.group",
     "InfeasibleError": "errors",
     "InputError": "errors",
     "LoadmasterError": "errors",
-    "ModelSpec": "traces.spec",
+    "ModelSpec": "traces.model_spec",
     "Plan": "placement.plan",
-    "PlanResult": "placement.planner",
+    "PlanResult": "placement.planning.planner",
     "Profile": "traces.profile",
     "RoutingTrace": "traces.trace",
     "StepSampler": "traces.steps",
     "UsageError": "errors",
-    "Workload": "simulator.workload",
-    "compare": "placement.comparison",
-    "evaluate": "placement.evaluate",
-    "load_trace": "traces.store",
-    "plan": "placement.planner",
-    "rebalance": "placement.rebalance",
-    "save_trace": "traces.store",
-    "simulate": "simulator.serve",
+    "Workload": "simulator.serving.workload",
+    "compare": "placement.comparison.compare",
+    "evaluate": "placement.cost.evaluate",
+    "load_trace": "traces.storage.store",
+    "plan": "placement.planning.planner",
+    "rebalance": "placement.rebalancing.rebalance",
+    "save_trace": "traces.storage.store",
+    "simulate": "simulator.serving.simulate",
 }
 
 __all__ = [

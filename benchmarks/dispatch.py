@@ -24,10 +24,10 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.dispatch import assign, count_tokens, split
-from loadmaster.placement.eplb import eplb
+from loadmaster.placement.dispatch.quotas import assign, count_tokens, split
+from loadmaster.placement.methods.eplb import eplb
 from loadmaster.placement.plan import DispatchSpec
-from loadmaster.traces.synth import instance
+from loadmaster.traces.synth.generate import instance
 
 TOKENS, TOP_K, EXPERTS, SLOTS, DEVICES = 8192, 8, 256, 320, 32
 SEEDS, STEPS, REPEATS = (0, 1, 2), 4, 15

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from oracles.expert_layer import expert_layer, relative_error
 from torch import Tensor
 
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.cpu_packed import packed_available
+from loadmaster.kernels.cpu.packed import packed_available
+from loadmaster.kernels.cpu.panel_matrix import panels_available
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
-from loadmaster.kernels.oracle import expert_layer, relative_error
-from loadmaster.kernels.panels import panels_available
 from loadmaster.kernels.routing import assign_slots, combine_rows, sort_rows
 
 EXACT_CASES = 240
@@ -138,7 +138,7 @@ def sm90() -> dict[str, Any]:
     """Every kernel's machine code for Hopper, in a process where Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "loadmaster.kernels.compile_check"],
+        [sys.executable, "-m", "benchmarks.kernels_compile"],
         env=environment, capture_output=True, text=True, check=False,
     )
     builds = [json.loads(line) for line in done.stdout.splitlines()]

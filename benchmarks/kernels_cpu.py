@@ -16,10 +16,10 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.bench import microseconds
-from loadmaster.kernels.cpu_packed import pack, packed_available, packed_linear
+from loadmaster.kernels.cpu.packed import pack, packed_available, packed_linear
 from loadmaster.kernels.grouped import ExpertWeights, moe_layer
 from loadmaster.kernels.routing import combine_rows, histogram, sort_rows, top_k
+from loadmaster.kernels.time_experts import microseconds
 
 CPU = torch.device("cpu")
 DENSE_BLOCK_ROWS = 2048

@@ -1,8 +1,8 @@
 """A layer's time from what its experts take one by one: the calibrated model on other token counts.
 
-The model is the one `loadmaster calibrate` makes (rows of `kernels/bench.py`, fit of
-`simulator/machine.py`): experts alone are timed, no layer. Judged on whole layers of routed tokens
-that it has not seen, sampled in the same rounds. `kernels.py` prints.
+The model is the one `loadmaster calibrate` makes (rows of `kernels/time_experts.py`, fit of
+`simulator/calibrate/machine_profile.py`): experts alone are timed, no layer. Judged on whole layers
+of routed tokens that it has not seen, sampled in the same rounds. `kernels.py` prints.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 from kernels_cpu import CPU, PREFILL
 from torch import Tensor
 
-from loadmaster.kernels.bench import (
+from loadmaster.kernels.grouped import moe_layer
+from loadmaster.kernels.routing import histogram, top_k
+from loadmaster.kernels.time_experts import (
     SILU,
     cold_layers,
     expert_runs,
     microseconds,
     steady_medians_us,
 )
-from loadmaster.kernels.grouped import moe_layer
-from loadmaster.kernels.routing import histogram, top_k
+from loadmaster.placement.cost.tables import interpolate
 from loadmaster.placement.hardware import ComputeProfile
-from loadmaster.placement.tables import interpolate
-from loadmaster.simulator.machine import fit_expert_table
-from loadmaster.workers.calibration import ACTIVE_EXPERTS
+from loadmaster.simulator.calibrate.machine_profile import fit_expert_table
+from loadmaster.workers.calibrate.machine import ACTIVE_EXPERTS
 
 LAYER_TOKENS = (48, 96, 192, 320, 768, 1024, 1536)
 ZIPF = (0.0, 1.0, 1.5)

@@ -112,7 +112,7 @@ def machine(device: Any) -> dict[str, str]:
 
 def median_us(device: Any, runs: list[Callable[[], object]], repeats: int = REPEATS) -> float:
     """Median of single runs, walking round `runs` (one per weight set) after one warm-up round."""
-    from loadmaster.kernels.bench import microseconds
+    from loadmaster.kernels.time_experts import microseconds
 
     repeats = repeats if device.type == "cuda" else 1
     for run in runs:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from oracles.expert_layer import expert_layer, relative_error
 from torch import Tensor
 
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.dispatch_table import DispatchTable
 from loadmaster.kernels.grouped import (
     ExpertWeights,
     grouped_experts,
@@ -21,8 +21,8 @@ from loadmaster.kernels.grouped import (
     moe_layer_from_logits,
 )
 from loadmaster.kernels.load_record import LoadRecord
-from loadmaster.kernels.oracle import expert_layer, relative_error
 from loadmaster.kernels.routing import combine_rows, histogram, route, top_k
+from loadmaster.kernels.segment_table import DispatchTable
 
 SILU = ExpertActivation("silu")
 GPT_OSS = ExpertActivation("gptoss_clamped", limit=0.8, alpha=1.702, interleaved=True)

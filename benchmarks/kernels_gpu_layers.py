@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from kernels_gpu import median_us
+from oracles.expert_layer import relative_error
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import MixtralConfig
@@ -21,7 +22,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.grouped import ExpertWeights, moe_layer_from_logits
 from loadmaster.kernels.load_record import LoadRecord
-from loadmaster.kernels.oracle import relative_error
 from loadmaster.kernels.routing import histogram, top_k
 
 if TYPE_CHECKING:

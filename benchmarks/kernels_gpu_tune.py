@@ -18,10 +18,8 @@ import triton
 from kernels_gpu import median_us
 from kernels_gpu_layers import Layers, draw_logits
 
-from loadmaster.kernels import triton_routing
-from loadmaster.kernels.grouped import moe_layer_from_logits
-from loadmaster.kernels.routing import histogram, top_k
-from loadmaster.kernels.tile_configs import (
+from loadmaster.kernels.gpu import routing
+from loadmaster.kernels.gpu.tile_sizes import (
     SHARED_BYTES,
     TUNED_FILE,
     Tile,
@@ -32,6 +30,8 @@ from loadmaster.kernels.tile_configs import (
     parse_tiles,
     rows_percentile,
 )
+from loadmaster.kernels.grouped import moe_layer_from_logits
+from loadmaster.kernels.routing import histogram, top_k
 
 if TYPE_CHECKING:
     from kernels_gpu import Shape
@@ -100,7 +100,7 @@ def _candidates(rows: int) -> Iterator[Tiles]:
 def _run(
     layers: Layers, x: torch.Tensor, logits: torch.Tensor, tiles: Tiles, weight_set: int
 ) -> torch.Tensor:
-    with mock.patch.object(triton_routing, "choose_tiles", lambda key: tiles):
+    with mock.patch.object(routing, "choose_tiles", lambda key: tiles):
         return moe_layer_from_logits(
             x, logits, layers.ours[weight_set], k=layers.shape.choices, normalize=True
         )

@@ -34,7 +34,7 @@ from live_switches import (
     switch_slowdown,
 )
 
-from loadmaster.workers.group import Group
+from loadmaster.workers.group.group import Group
 from loadmaster.workers.reference import reference_model_dir
 
 RANKS = 4

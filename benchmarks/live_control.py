@@ -13,18 +13,24 @@ from live_load import STEP_TOKENS
 
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import Plan
-from loadmaster.placement.planner import plan
-from loadmaster.placement.policy import Policy
+from loadmaster.placement.planning.planner import plan
+from loadmaster.placement.rebalancing.policy import Policy
 from loadmaster.traces.trace import RoutingTrace
-from loadmaster.workers.controller import Controller
-from loadmaster.workers.decisions import Control
-from loadmaster.workers.demo_measure import predicted
-from loadmaster.workers.expert_fit import RECORDED, ExpertFit, fit_kernel, machine, scale_to_live
-from loadmaster.workers.group import Group, contiguous
-from loadmaster.workers.pinning import pin_in_turn
+from loadmaster.workers.calibrate.expert_fit import (
+    RECORDED,
+    ExpertFit,
+    fit_kernel,
+    machine,
+    scale_to_live,
+)
+from loadmaster.workers.control.controller import Controller
+from loadmaster.workers.control.decisions import Control
+from loadmaster.workers.demo.measure import predicted
+from loadmaster.workers.demo.pinning import pin_in_turn
+from loadmaster.workers.group.group import Group, contiguous
+from loadmaster.workers.protocol.settings import served_spec
 from loadmaster.workers.reference import reference_model_dir
 from loadmaster.workers.reference.prompts import DOMAINS, demo_prompts
-from loadmaster.workers.settings import served_spec
 
 RANKS = 4
 SLOTS = 8                # none spare: with some, one plan does for every mix it was made for

@@ -13,12 +13,12 @@ import torch
 from live_load import Load, random_plan, text_prompts
 
 from loadmaster.errors import LoadmasterError
-from loadmaster.workers import run_folder
-from loadmaster.workers.group import Group
-from loadmaster.workers.model import MoeCheckpoint, fingerprint
+from loadmaster.workers.group import run_folder
+from loadmaster.workers.group.group import Group
+from loadmaster.workers.rank.expert_store import ExpertStore
+from loadmaster.workers.rank.model import MoeCheckpoint, fingerprint
+from loadmaster.workers.rank.staging import Staging, to_bytes
 from loadmaster.workers.reference import reference_model_dir
-from loadmaster.workers.slots import ExpertStore
-from loadmaster.workers.staging import Staging, to_bytes
 
 RECOVERY_BAR_S = 30.0
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from loadmaster.placement.plan import Plan
-from loadmaster.traces.spec import ModelSpec
-from loadmaster.workers.group import Group
+from loadmaster.traces.model_spec import ModelSpec
+from loadmaster.workers.group.group import Group
 from loadmaster.workers.reference.prompts import DOMAINS, demo_prompts
 
 STEP_TOKENS = 4096

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from random_checkpoint import ARCHITECTURES, save_random_checkpoint
 
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import DispatchSpec, Plan
-from loadmaster.workers.coordinator import Coordinator
-from loadmaster.workers.group import Group, contiguous
-from loadmaster.workers.model import MoeCheckpoint
-from loadmaster.workers.random_checkpoint import ARCHITECTURES, save_random_checkpoint
-from loadmaster.workers.settings import GroupSettings, RankSettings, served_spec
-from loadmaster.workers.tables import PhasePlans
-from loadmaster.workers.thread_fleet import ThreadFleet
-from loadmaster.workers.work import ReplayedRouting
+from loadmaster.workers.coordinator.coordinator import Coordinator
+from loadmaster.workers.fleet.thread_fleet import ThreadFleet
+from loadmaster.workers.group.group import Group, contiguous
+from loadmaster.workers.protocol.phase_plans import PhasePlans
+from loadmaster.workers.protocol.settings import GroupSettings, RankSettings, served_spec
+from loadmaster.workers.protocol.step_messages import ReplayedRouting
+from loadmaster.workers.rank.model import MoeCheckpoint
 
 FP32_BAR = 1e-5
 BF16_BAR = 2e-2

@@ -14,9 +14,9 @@ import numpy as np
 import ray
 from live_load import Load, random_plan, text_prompts
 
-from loadmaster.workers import run_folder
-from loadmaster.workers.group import Group
-from loadmaster.workers.launch import NAMESPACE
+from loadmaster.workers.fleet.ray_fleet import NAMESPACE
+from loadmaster.workers.group import run_folder
+from loadmaster.workers.group.group import Group
 
 GROWTH_BAR = 0.02
 FILES_BAR = 8

@@ -18,13 +18,13 @@ from live_load import (
     swapped_plan,
     text_prompts,
 )
+from random_checkpoint import save_random_checkpoint
 
 from loadmaster.placement.plan import Plan
-from loadmaster.workers.group import Group
-from loadmaster.workers.random_checkpoint import save_random_checkpoint
-from loadmaster.workers.settings import Limits
-from loadmaster.workers.step_log import Measurements
-from loadmaster.workers.switch import ApplyReport
+from loadmaster.workers.coordinator.step_log import Measurements
+from loadmaster.workers.group.group import Group
+from loadmaster.workers.protocol.plan_switch import ApplyReport
+from loadmaster.workers.protocol.settings import Limits
 
 SLOWDOWN_BAR, COMMIT_BAR = 1.25, 2.0
 

@@ -21,17 +21,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadmaster.placement.chain import chain_cost, cluster_traffic, place_clusters
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.evaluate import evaluate
-from loadmaster.placement.moetuner import cluster_layer
-from loadmaster.placement.pack import pack_heaviest_first
+from loadmaster.placement.cost.evaluate import evaluate
+from loadmaster.placement.methods.cluster_assignment import (
+    chain_cost,
+    cluster_traffic,
+    place_clusters,
+)
+from loadmaster.placement.methods.moetuner import cluster_layer
+from loadmaster.placement.methods.pack import pack_heaviest_first
 from loadmaster.placement.plan import Plan
-from loadmaster.placement.planner import PlanResult, plan
+from loadmaster.placement.planning.planner import PlanResult, plan
+from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.pair_counts import count_transitions
-from loadmaster.traces.spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
-from loadmaster.traces.synth import synth_trace
+from loadmaster.traces.synth.generate import synth_trace
 from loadmaster.traces.trace import RoutingTrace
 
 SEEDS = (0, 1, 2)

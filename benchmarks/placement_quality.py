@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.evaluate import Evaluation, evaluate
+from loadmaster.placement.cost.evaluate import Evaluation, evaluate
 from loadmaster.placement.plan import Plan
-from loadmaster.placement.planner import plan
-from loadmaster.placement.rebalance import rebalance
+from loadmaster.placement.planning.planner import plan
+from loadmaster.placement.rebalancing.rebalance import rebalance
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.trace import RoutingTrace
 

@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.evaluate import evaluate
+from loadmaster.placement.cost.evaluate import evaluate
 from loadmaster.placement.plan import Plan
-from loadmaster.placement.planner import PlanResult, plan
-from loadmaster.placement.rebalance import rebalance
-from loadmaster.placement.search_average import even_device_load
+from loadmaster.placement.planning.planner import PlanResult, plan
+from loadmaster.placement.rebalancing.rebalance import rebalance
+from loadmaster.placement.search.annealing.even_average import even_device_load
 from loadmaster.traces.profile import Profile
 from loadmaster.traces.steps import StepSampler
-from loadmaster.traces.synth import FAMILIES, instance, synth_trace, zipf_shares
+from loadmaster.traces.synth.generate import FAMILIES, instance, synth_trace, zipf_shares
 
 SEEDS = (0, 1, 2)
 Array = npt.NDArray[Any]

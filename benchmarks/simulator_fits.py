@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from simulator_data import DATA, absent
 
-from loadmaster.simulator.calibrate import (
+from loadmaster.simulator.calibrate.fits import (
     FitError,
     fit_exchange,
     fit_expert_layers,
     hold_back_half,
     predict_expert_layers,
 )
-from loadmaster.simulator.measured import (
+from loadmaster.simulator.calibrate.measurements import (
     ExpertRows,
     deepep_low_latency,
     expert_rows_from,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from oracles.live_agreement import agreement, fit_rank_time, predict_critical_us
 
 from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.placement.plan import DispatchSpec, Plan
-from loadmaster.placement.planner import plan as make_plan
-from loadmaster.placement.traffic import step_loads
-from loadmaster.simulator.live_check import agreement, fit_rank_time, predict_critical_us
-from loadmaster.traces.spec import ModelSpec
+from loadmaster.placement.planning.planner import plan as make_plan
+from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.trace import RoutingTrace
-from loadmaster.workers.demo_traffic import mixed
-from loadmaster.workers.group import Group
+from loadmaster.workers.demo.traffic import mixed
+from loadmaster.workers.group.group import Group
 from loadmaster.workers.reference import reference_model_dir
 
 RANKS, STEP_TOKENS, STEPS, ROUNDS = 4, 4096, 12, 4

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from oracles.flows import Flows, Network, fair_finish_s, port_bound_s
 from simulator_data import DATA, absent, routing
 
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.cost import step_cost
-from loadmaster.placement.evaluate import evaluate
+from loadmaster.placement.cost.evaluate import evaluate
+from loadmaster.placement.cost.step_cost import step_cost
+from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.placement.plan import Plan
-from loadmaster.placement.planner import plan
-from loadmaster.placement.traffic import step_loads
-from loadmaster.simulator.flows import Flows, Network, fair_finish_s, port_bound_s
-from loadmaster.simulator.traffic_matrix import copies_GG
-from loadmaster.traces.spec import ModelSpec
+from loadmaster.placement.planning.planner import plan
+from loadmaster.simulator.report.traffic_matrix import copies_GG
+from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.steps import Steps, StepSampler
-from loadmaster.traces.synth import synth_trace
+from loadmaster.traces.synth.generate import synth_trace
 from loadmaster.traces.trace import RoutingTrace
 
 TRACES = ("gptoss20b_decode", "esft_law_translation")

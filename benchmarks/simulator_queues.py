@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
-from loadmaster.simulator.queueing import Queue, waits_by_recursion, waits_of_loop
+from oracles.queueing import Queue, waits_by_recursion, waits_of_loop
 
 KINDS = (("exponential", 1), ("deterministic", 1), ("lognormal", 1), ("exponential", 4))
 LOADS = (0.5, 0.8)

@@ -10,20 +10,20 @@ from simulator_data import DATA, absent, routing
 
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import Plan
-from loadmaster.placement.planner import plan as make_plan
-from loadmaster.simulator.bank import StepBank
-from loadmaster.simulator.batching import Batch, BatchLimits
-from loadmaster.simulator.engine import ServingGroup, ServingLoop
-from loadmaster.simulator.every_step import EveryStep
-from loadmaster.simulator.in_force import InForce
-from loadmaster.simulator.memory import MemorySpec
-from loadmaster.simulator.result import SimulationResult, Slo
-from loadmaster.simulator.routed import StepRouter
-from loadmaster.simulator.serve import Serving, simulate
-from loadmaster.simulator.token_source import TokenSource
-from loadmaster.simulator.workload import Workload, as_workload
+from loadmaster.placement.planning.planner import plan as make_plan
+from loadmaster.simulator.pricing.memory import MemorySpec
+from loadmaster.simulator.pricing.step_router import StepRouter
+from loadmaster.simulator.serving.active_state import InForce
+from loadmaster.simulator.serving.batching import Batch, BatchLimits
+from loadmaster.simulator.serving.event_loop import ServingGroup, ServingLoop
+from loadmaster.simulator.serving.every_step import EveryStep
+from loadmaster.simulator.serving.result import SimulationResult, Slo
+from loadmaster.simulator.serving.simulate import Serving, simulate
+from loadmaster.simulator.serving.step_time_bank import StepBank
+from loadmaster.simulator.serving.token_source import TokenSource
+from loadmaster.simulator.serving.workload import Workload, as_workload
 from loadmaster.traces.arrivals import load_arrivals
-from loadmaster.traces.spec import ModelSpec
+from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.trace import RoutingTrace
 
 # gpt-oss-20b: 24 layers, 4-bit weights with scales, 8 KV heads of 64, bf16.

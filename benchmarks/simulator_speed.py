@@ -14,10 +14,10 @@ import numpy as np
 
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import DispatchSpec, Plan
-from loadmaster.simulator.composition import Composition
-from loadmaster.simulator.replay import cost_all
-from loadmaster.simulator.routed import Condition, StepRouter
-from loadmaster.traces.spec import ModelSpec
+from loadmaster.simulator.pricing.step_composition import Composition
+from loadmaster.simulator.pricing.step_router import Condition, StepRouter
+from loadmaster.simulator.serving.replay import cost_all
+from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.trace import RoutingTrace
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 58, 256, 8, 7168, 2048

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from loadmaster.traces.drift import entropy_bits
-from loadmaster.traces.manifest import Manifest, create_manifest
-from loadmaster.traces.record import Recorder
-from loadmaster.traces.shard_file import ids_column
-from loadmaster.traces.spec import ModelSpec
-from loadmaster.traces.store import SHARD_TOKENS, TraceWriter, open_trace
-from loadmaster.traces.synth import synth_trace
+from loadmaster.traces.analysis.drift import entropy_bits
+from loadmaster.traces.model_spec import ModelSpec
+from loadmaster.traces.recording.recorder import Recorder
+from loadmaster.traces.storage.manifest import Manifest, create_manifest
+from loadmaster.traces.storage.shard_file import ids_column
+from loadmaster.traces.storage.store import SHARD_TOKENS, TraceWriter, open_trace
+from loadmaster.traces.synth.generate import synth_trace
 from loadmaster.traces.trace import RoutingTrace
 
 REPEATS = 5
@@ -129,7 +129,7 @@ def overhead(rounds: int = 48, step_tokens: int = 2048) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     model, forward = _small_model(step_tokens)
-    from loadmaster.traces.record_model import recording
+    from loadmaster.traces.recording.record_model import recording
 
     spec = ModelSpec(num_layers=6, num_experts=32, top_k=4)
     pairs = []

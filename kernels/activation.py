@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from . import cpu_loops
-from .cpu_float import as_array
+from .cpu import loops
+from .cpu.scalars import as_array
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu", "gptoss_clamped"]
 
@@ -76,7 +76,7 @@ def stored_rows(gate_first: Tensor, activation: ExpertActivation) -> Tensor:
 
 def compiled_activation(activation: ExpertActivation) -> tuple[int, np.float32, np.float32]:
     """The kind's number, limit and alpha, as compiled loops take them."""
-    kind = cpu_loops.ACTIVATIONS.index(activation.kind)
+    kind = loops.ACTIVATIONS.index(activation.kind)
     return kind, np.float32(activation.limit or 0.0), np.float32(activation.alpha or 0.0)
 
 
@@ -89,7 +89,7 @@ def gated_rows(gate_up_A2I: Tensor, activation: ExpertActivation, out_AI: Tensor
     compiled = gate_up_A2I.device.type == "cpu" and gate_up_A2I.dtype in COMPILED_DTYPES
     if compiled:
         kind, limit, alpha = compiled_activation(activation)
-        cpu_loops.activate_rows(kind, as_array(gate_up_A2I), limit, alpha, as_array(out_AI))
+        loops.activate_rows(kind, as_array(gate_up_A2I), limit, alpha, as_array(out_AI))
         return
     gate, up = gate_up_A2I.tensor_split(2, dim=1)
     if activation.kind == "gptoss_clamped":

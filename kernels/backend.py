@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .activation import ExpertActivation
-from .dispatch_table import DispatchTable
 from .load_record import LoadRecord
+from .segment_table import DispatchTable
 
 SlotTensors = dict[str, Tensor]
 """One expert: `gate_up` [2I, H] and `down` [H, I]; with biases, `gate_up_bias` and `down_bias`."""

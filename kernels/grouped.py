@@ -14,9 +14,9 @@ from torch import Tensor
 from ..errors import InputError
 from .activation import ExpertActivation
 from .backend import RowOrder
-from .dispatch_table import DispatchTable
 from .load_record import LoadRecord
 from .routing import check_integers, route, row_order, top_k
+from .segment_table import DispatchTable
 from .weights import BACKENDS, ExpertWeights
 
 __all__ = [

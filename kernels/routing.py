@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from . import cpu_loops
 from .activation import COMPILED_DTYPES
 from .backend import RowOrder
-from .cpu_float import as_array
+from .cpu import loops
+from .cpu.scalars import as_array
 from .load_record import LoadRecord
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -43,7 +43,7 @@ def top_k(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor
     if logits.device.type == "cpu":
         gate_TK = torch.empty(len(logits), k)
         ids_TK = torch.empty(len(logits), k, dtype=torch.int64)
-        cpu_loops.choose_top_k(as_array(logits), normalize, as_array(gate_TK), as_array(ids_TK))
+        loops.choose_top_k(as_array(logits), normalize, as_array(gate_TK), as_array(ids_TK))
         return gate_TK, ids_TK
     # A stable descending sort keeps the lower id first among equals; torch.topk promises nothing.
     sorted_TE, order_TE = torch.sort(logits, dim=1, descending=True, stable=True)
@@ -77,7 +77,7 @@ def histogram(ids_TK: Tensor, num_experts: int, *, k_of_token: Tensor | None = N
     if k_of_token is None:
         k_of_token = torch.full(ids.shape[:1], ids.shape[1], device=ids.device)
     if ids.device.type == "cpu":
-        cpu_loops.count_ids(
+        loops.count_ids(
             as_array(ids), as_array(k_of_token.long()), as_array(count_E[:num_experts])
         )
         return count_E[:num_experts]
@@ -101,7 +101,7 @@ def assign_slots(
     """
     ids, table, quota, experts = _checked_ids(ids_TK, slot_expert_S, quota_S, num_experts)
     slot_TK = torch.empty_like(ids)
-    wrong = cpu_loops.fill_slots(
+    wrong = loops.fill_slots(
         as_array(ids.view(-1)),
         as_array(quota),
         as_array(table),
@@ -151,7 +151,7 @@ def route(
     slot, order, row = (torch.empty_like(ids) for _ in range(3))
     offset_S = torch.empty(len(table) + 1, dtype=torch.int64)
     logical_E = torch.empty(experts, dtype=torch.int64)
-    wrong = cpu_loops.route_step(
+    wrong = loops.route_step(
         as_array(ids.view(-1)),
         as_array(quota),
         as_array(table),
@@ -247,7 +247,7 @@ def row_order(slot_TK: Tensor, num_slots: int) -> RowOrder:
     offset_S = torch.zeros(num_slots + 1, dtype=torch.int64, device=slot_TK.device)
     if slot_TK.device.type == "cpu":
         order_A, row_TK = torch.empty(slot_TK.numel(), dtype=torch.int64), torch.empty_like(slot_TK)
-        cpu_loops.sort_slots(
+        loops.sort_slots(
             as_array(slot_TK.view(-1)), as_array(order_A), as_array(offset_S),
             as_array(row_TK.view(-1)),
         )
@@ -302,7 +302,7 @@ def combine_rows(
             f"{(len(row_TK), hidden)} {y_AH.dtype}"
         )
     if y_AH.device.type == "cpu" and y_AH.dtype in COMPILED_DTYPES:
-        cpu_loops.combine_rows(
+        loops.combine_rows(
             as_array(y_AH.detach().contiguous()),
             as_array(row_TK.long().contiguous()),
             as_array(gate_TK.detach().float().contiguous()),
@@ -325,7 +325,7 @@ def combine_rows(
 def _reduced_on_device(y_AH: Tensor, row_TK: Tensor, gate_TK: Tensor, out: Tensor) -> bool:
     """The kernel that ends a fused layer, so that rows from other ranks round alike."""
     try:
-        from .triton_backend import reduce_rows, triton_available
+        from .gpu.backend import reduce_rows, triton_available
     except ImportError:
         return False
     if not triton_available(y_AH.device) or y_AH.dtype == torch.float64:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .activation import gate_rows_first, gated_rows, stored_rows
 from .backend import RowOrder, SlotShape, SlotTensors
 from .routing import combine_rows
-from .slot_table import SlotTable
+from .slot_rows import SlotTable
 
 # A product of fewer rows takes other code with other bits (measured on torch 2.13 CPU: float32
 # below 4 rows, bfloat16 a single row where H >= 2048), so blocks are padded up to this.

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import InputError
 from .activation import ExpertActivation
 from .backend import HostBackend, RoutingBackend, RowOrder, SlotBackend, SlotShape
-from .cpu_packed import PackedSlots, packed_available
-from .cpu_panels import PanelSlots, panels_preferred
-from .panels import panels_available
+from .cpu.packed import PackedSlots, packed_available
+from .cpu.panel_matrix import panels_available
+from .cpu.panels import PanelSlots, panels_preferred
 from .torch_backend import TorchSlots
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -222,7 +222,7 @@ def _choose_backend(shape: SlotShape, name: str) -> SlotBackend:
 def _triton_backend(shape: SlotShape) -> SlotBackend | None:
     """The Triton backend, where Triton is installed and runs on this device."""
     try:
-        from .triton_backend import TritonSlots, triton_available
+        from .gpu.backend import TritonSlots, triton_available
     except ImportError:
         return None
     if shape.dtype not in (torch.bfloat16, torch.float16, torch.float32):

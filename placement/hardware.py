@@ -1,8 +1,8 @@
 """HardwareProfile: what a device computes and a link carries, in microseconds and bytes per second.
 
 Numbers only, each with its source and its error. Knows nothing of plans, traces or queues; fitting
-these numbers from measurements is `simulator/calibrate.py`, measuring them is the workers' and the
-kernels' business.
+these numbers from measurements is `simulator/calibrate/fits.py`, measuring them is the workers' and
+the kernels' business.
 """
 
 from __future__ import annotations

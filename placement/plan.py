@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError, LoadmasterError, naming
-from ..traces.atomic_file import replacing
+from ..foundation.atomic_file import replacing
 
 SCHEMA_VERSION = 1
 EMPTY = -1

@@ -12,8 +12,11 @@ import loadmaster
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FLOORS = ("traces", "kernels", "placement", "simulator", "workers")
-FLOOR_OF = {"traces": 1, "kernels": 1, "placement": 2, "simulator": 3, "workers": 4}
+FLOOR_OF = {
+    "foundation": 0, "traces": 1, "kernels": 1, "placement": 2, "simulator": 3, "workers": 4,
+    "app": 5, "cli": 6,
+}
+FLOORS = tuple(FLOOR_OF)
 
 
 def test_kernels_is_a_namespace_folder() -> None:
@@ -60,7 +63,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 def test_help_imports_neither_torch_nor_ray() -> None:
     code = (
         "import sys; sys.argv = ['loadmaster', '--help']\n"
-        "from loadmaster.cli import main\n"
+        "from loadmaster.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'ray', 'numba', 'scipy', 'pyarrow', 'transformers'} & set(sys.modules)\n"

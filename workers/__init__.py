@@ -1,4 +1,10 @@
-"""What runs: live ranks on Ray, plan switches, the control loop, jobs, the demo."""
+"""What runs: live ranks on Ray, plan switches, the control loop, jobs, the demo.
+
+`group/` is the face; `coordinator/` leads, `rank/` computes, `fleet/` says where ranks live and
+`protocol/` what they say to each other; `control/` looks for better plans while they serve;
+`calibrate/`, `jobs/`, `demo/` and `reference/` (the shipped model) stand beside. Knows nothing of
+who asks: no command line, no HTTP.
+"""
 
 import os
 import sys

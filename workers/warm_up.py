@@ -12,17 +12,17 @@ import tempfile
 import numpy as np
 
 from ..placement.cluster import Cluster
-from ..placement.evaluate import evaluate
-from ..placement.planner import plan
-from ..traces.spec import ModelSpec
+from ..placement.cost.evaluate import evaluate
+from ..placement.planning.planner import plan
+from ..traces.model_spec import ModelSpec
 from ..traces.steps import StepSampler
-from ..traces.synth import synth_trace
-from .coordinator import Coordinator
-from .group import contiguous
+from ..traces.synth.generate import synth_trace
+from .coordinator.coordinator import Coordinator
+from .fleet.thread_fleet import ThreadFleet
+from .group.group import contiguous
+from .protocol.phase_plans import PhasePlans
+from .protocol.settings import GroupSettings, RankSettings, served_spec
 from .reference import reference_model_dir
-from .settings import GroupSettings, RankSettings, served_spec
-from .tables import PhasePlans
-from .thread_fleet import ThreadFleet
 
 
 def warm_up() -> None:

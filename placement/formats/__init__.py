@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import InputError, UsageError
-from ...traces.spec import ModelSpec
+from ...traces.model_spec import ModelSpec
 from ..plan import Plan
 from . import eplb, omni, sglang, trtllm, vllm_ascend
 from .imported import ImportedPlan, Known

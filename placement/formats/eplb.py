@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ...traces.atomic_file import replacing
-from ...traces.spec import ModelSpec
+from ...foundation.atomic_file import replacing
+from ...traces.model_spec import ModelSpec
 from ..plan import EMPTY, Plan
+from .array_files import read_npz, read_pt, whole_array
 from .even_rows import even_rows_LS
 from .imported import (
     MAX_EXPERTS,
@@ -26,7 +27,6 @@ from .imported import (
     shown,
     split_rows,
 )
-from .strict_files import read_npz, read_pt, whole_array
 
 NAMES = ("phy2log", "log2phy", "logcnt")
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
-from ...traces.spec import ModelSpec
+from ...traces.model_spec import ModelSpec
 from ..plan import DispatchSpec, Plan, Provenance
 
 MAX_EXPERTS = 32767

@@ -6,7 +6,7 @@ A trace that does not know numbers its layers 0, 1, 2, ..., so that count alone 
 from __future__ import annotations
 
 from ...errors import InputError
-from ...traces.spec import ModelSpec
+from ...traces.model_spec import ModelSpec
 from ..plan import Plan
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ...traces.atomic_file import replacing
-from ...traces.spec import ModelSpec
+from ...foundation.atomic_file import replacing
+from ...traces.model_spec import ModelSpec
 from ..plan import EMPTY, Plan
+from .array_files import read_npy, whole_array
 from .even_rows import refuse_duplicates
 from .imported import ImportedPlan, Known, build_plan, moe_layer_names
-from .strict_files import read_npy, whole_array
 
 
 def read(known: Known) -> ImportedPlan:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError, UsageError
-from ...traces.atomic_file import replacing
-from ...traces.spec import ModelSpec
+from ...foundation.atomic_file import replacing
+from ...traces.model_spec import ModelSpec
 from ..plan import Plan
+from .array_files import read_json, read_pt, whole_array
 from .even_rows import even_rows_LS
 from .imported import ImportedPlan, Known, build_plan, expert_ids, require_keys, shown, split_rows
 from .model_layers import model_layers
-from .strict_files import read_json, read_pt, whole_array
 
 KEY = "physical_to_logical_map"
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import InputError, UsageError
-from ...traces.atomic_file import replacing
-from ...traces.spec import ModelSpec
+from ...foundation.atomic_file import replacing
+from ...traces.model_spec import ModelSpec
 from ..plan import Plan
+from .array_files import read_yaml
 from .even_rows import even_rows_LS
 from .imported import ImportedPlan, Known, build_plan, expert_ids, require_keys, shown, split_rows
 from .model_layers import model_layers
-from .strict_files import read_yaml
 
 ASSIGNMENTS, UPDATES, SLOTS = "initial_global_assignments", "layer_updates_per_iter", "num_slots"
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...traces.atomic_file import replacing
-from ...traces.spec import ModelSpec
+from ...foundation.atomic_file import replacing
+from ...traces.model_spec import ModelSpec
 from ..plan import Plan
+from .array_files import read_json
 from .even_rows import even_rows_LS, refuse_duplicates
 from .imported import (
     ImportedPlan,
@@ -26,7 +27,6 @@ from .imported import (
     shown,
     split_rows,
 )
-from .strict_files import read_json
 
 LAYERS, DEVICES, EXPERTS = "layer_list", "device_list", "device_expert"
 

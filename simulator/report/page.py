@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from ...traces.atomic_file import replacing
-from ..result import SimulationResult
+from ...foundation.atomic_file import replacing
+from ..serving.result import SimulationResult
 from .svg import distribution_curves, heat_map, rows_of, stacked_bars
 from .views import PlanView
 

@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...placement.cluster import Cluster
+from ...placement.cost.step_loads import step_loads
 from ...placement.plan import DispatchSpec, Plan
-from ...placement.traffic import step_loads
 from ...traces.steps import StepSampler
 from ...traces.trace import RoutingTrace
-from ..traffic_matrix import mean_copies_GG
+from .traffic_matrix import mean_copies_GG
 
 FloatArray = npt.NDArray[np.float64]
 

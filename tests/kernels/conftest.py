@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.oracles.expert_layer import expert_layer, expert_rows
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.cpu_packed import packed_available
+from loadmaster.kernels.cpu.packed import packed_available
+from loadmaster.kernels.cpu.panel_matrix import panels_available
 from loadmaster.kernels.grouped import ExpertWeights
-from loadmaster.kernels.oracle import expert_layer, expert_rows
-from loadmaster.kernels.panels import panels_available
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from loadmaster.errors import InputError
-from loadmaster.kernels import cpu_loops
 from loadmaster.kernels.activation import ExpertActivation
+from loadmaster.kernels.cpu import loops
 from loadmaster.kernels.grouped import (
     DispatchTable,
     ExpertWeights,
@@ -111,7 +111,7 @@ def test_a_layer_from_logits_sorts_once(
     layer, x = layer_of(3, 16, 16), rows_of(9, 16, torch.float32)
     weights, logits = layer.weights(), torch.randn(9, 3)
     want = moe_layer_from_logits(x, logits, weights, k=2, normalize=True)
-    monkeypatch.setattr(cpu_loops, "sort_slots", None)
+    monkeypatch.setattr(loops, "sort_slots", None)
     out = moe_layer_from_logits(
         x, logits, weights, k=2, normalize=True, record=LoadRecord(3, 3, "cpu")
     )

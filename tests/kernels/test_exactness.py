@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadmaster.kernels import cpu_packed, torch_backend
+from loadmaster.kernels import torch_backend
 from loadmaster.kernels.activation import ExpertActivation
+from loadmaster.kernels.cpu import packed
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
 from loadmaster.kernels.routing import assign_slots, combine_rows, histogram, sort_rows
 
@@ -149,15 +150,15 @@ def test_single_rows_do_differ_without_the_padding(monkeypatch: pytest.MonkeyPat
     weight = torch.randn(1024, 2048, generator=generator)
     x = torch.randn(40, 2048, generator=generator)
     plain = [torch.equal(torch.mm(x[i : i + 1], weight.T)[0], (x @ weight.T)[i]) for i in range(40)]
-    packed = cpu_packed.pack(weight)
-    whole = cpu_packed.packed_linear(x, packed, None)
+    laid_out = packed.pack(weight)
+    whole = packed.packed_linear(x, laid_out, None)
     alone = [
-        torch.equal(cpu_packed.packed_linear(x[i : i + 1], packed, None)[0], whole[i])
+        torch.equal(packed.packed_linear(x[i : i + 1], laid_out, None)[0], whole[i])
         for i in range(40)
     ]
     if all(plain) or all(alone):
         pytest.skip("on this processor single rows take no path of their own")
-    assert torch_backend.LEAST_ROWS > 1 and cpu_packed.LEAST_ROWS > 1
+    assert torch_backend.LEAST_ROWS > 1 and packed.LEAST_ROWS > 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

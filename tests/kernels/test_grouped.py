@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.oracles.expert_layer import relative_error
 from loadmaster.errors import InputError
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
-from loadmaster.kernels.oracle import relative_error
 
 Maker = Callable[..., Any]
 

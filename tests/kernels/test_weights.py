@@ -9,7 +9,7 @@ import torch
 from loadmaster.errors import InputError
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
-from loadmaster.kernels.slot_table import SlotTable
+from loadmaster.kernels.slot_rows import SlotTable
 
 Maker = Callable[..., Any]
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from loadmaster.errors import InfeasibleError, InputError, LoadmasterError, UsageError
-from loadmaster.placement import layer_job
-from loadmaster.placement.bounds import BoundError
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.methods import LAYER_METHODS
-from loadmaster.placement.planner import METHODS, PlanResult, plan
+from loadmaster.placement.cost.lower_bounds import BoundError
+from loadmaster.placement.methods.baselines import LAYER_METHODS
+from loadmaster.placement.planning.planner import METHODS, PlanResult, plan
+from loadmaster.placement.search import layer_task
 from loadmaster.traces.profile import Profile
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.trace import RoutingTrace
@@ -169,7 +169,7 @@ def test_a_bound_above_the_objective_is_an_error_always(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever computed it: nothing is reported as better than the best possible."""
-    monkeypatch.setattr(layer_job, "layer_bound", lambda _task: 99.0)
+    monkeypatch.setattr(layer_task, "layer_bound", lambda _task: 99.0)
     with pytest.raises(BoundError, match="above the objective") as raised:
         quick(random_trace(400, 8), method=method)
     assert isinstance(raised.value, LoadmasterError)

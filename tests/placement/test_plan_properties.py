@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadmaster.placement.bounds import balance_bound_W
 from loadmaster.placement.cluster import Cluster, Device
-from loadmaster.placement.evaluate import evaluate
+from loadmaster.placement.cost.evaluate import evaluate
+from loadmaster.placement.cost.lower_bounds import balance_bound_W
 from loadmaster.placement.plan import Plan
-from loadmaster.placement.planner import plan
+from loadmaster.placement.planning.planner import plan
 from loadmaster.traces.steps import StepSampler
-from loadmaster.traces.synth import synth_trace
+from loadmaster.traces.synth.generate import synth_trace
 from loadmaster.traces.trace import RoutingTrace
 
 STEPS = StepSampler(tokens=96, concurrency=8)

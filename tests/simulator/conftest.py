@@ -7,8 +7,8 @@ import pytest
 
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import DispatchSpec, Plan
-from loadmaster.simulator.workload import Workload
-from loadmaster.traces.spec import ModelSpec
+from loadmaster.simulator.serving.workload import Workload
+from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.trace import RoutingTrace
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2

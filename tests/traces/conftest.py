@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from loadmaster.traces.spec import ModelSpec
+from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.trace import RoutingTrace
 
 MakeTrace = Callable[..., RoutingTrace]

@@ -16,16 +16,16 @@ import torch
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-from loadmaster.placement.capacity import CapacityRule
+from benchmarks.random_checkpoint import save_random_checkpoint
 from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.dispatch.token_limit import CapacityRule
 from loadmaster.placement.plan import DispatchSpec, Plan
-from loadmaster.traces.spec import ModelSpec
-from loadmaster.workers.coordinator import Coordinator
-from loadmaster.workers.group import contiguous
-from loadmaster.workers.random_checkpoint import save_random_checkpoint
-from loadmaster.workers.settings import GroupSettings, Limits, RankSettings, served_spec
-from loadmaster.workers.tables import PhasePlans
-from loadmaster.workers.thread_fleet import ThreadFleet
+from loadmaster.traces.model_spec import ModelSpec
+from loadmaster.workers.coordinator.coordinator import Coordinator
+from loadmaster.workers.fleet.thread_fleet import ThreadFleet
+from loadmaster.workers.group.group import contiguous
+from loadmaster.workers.protocol.phase_plans import PhasePlans
+from loadmaster.workers.protocol.settings import GroupSettings, Limits, RankSettings, served_spec
 
 RANKS = 4
 
@@ -171,7 +171,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray cluster for all tests that need it; ended by its handle."""
     import ray
 
-    from loadmaster.workers.launch import connect
+    from loadmaster.workers.fleet.ray_fleet import connect
 
     connect(num_cpus=4)
     yield

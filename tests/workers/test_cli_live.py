@@ -16,18 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadmaster.cli import main
-from loadmaster.cli_apply import how_it_stands
-from loadmaster.cli_progress import PlainProgress
+from loadmaster.cli.apply import how_it_stands
+from loadmaster.cli.main import main
+from loadmaster.cli.progress import PlainProgress
 from loadmaster.errors import LoadmasterError
 from loadmaster.placement.plan import Plan, PlanError
-from loadmaster.traces.record import RecordingSummary
-from loadmaster.traces.spec import ModelSpec
-from loadmaster.traces.synth import synth_trace
-from loadmaster.workers.advice import advise, asked_for
-from loadmaster.workers.step_log import Measurements
-from loadmaster.workers.tables import PhasePlans
-from loadmaster.workers.watch import capacity_report, recording_report, roomy_cluster, watch
+from loadmaster.traces.model_spec import ModelSpec
+from loadmaster.traces.recording.recorder import RecordingSummary
+from loadmaster.traces.synth.generate import synth_trace
+from loadmaster.workers.control.supervise import (
+    capacity_report,
+    recording_report,
+    roomy_cluster,
+    watch,
+)
+from loadmaster.workers.control.switch_preview import advise, asked_for
+from loadmaster.workers.coordinator.step_log import Measurements
+from loadmaster.workers.protocol.phase_plans import PhasePlans
 
 Run = Callable[..., tuple[int, str, str]]
 SPEC = ModelSpec(num_layers=2, num_experts=4, top_k=2, hidden=64, intermediate=32)
@@ -267,7 +272,7 @@ def test_a_group_is_run_controlled_applied_to_and_ended(
 def _shuffled(name: str, folder: Path) -> Path:
     """A plan with every expert on another rank than it is on now."""
     script(
-        "import sys, dataclasses\nfrom loadmaster.workers.group import Group\n"
+        "import sys, dataclasses\nfrom loadmaster.workers.group.group import Group\n"
         "plan = Group.find(sys.argv[1]).plan\n"
         "dataclasses.replace(plan, slots=plan.slots[:, ::-1].copy()).save(sys.argv[2])",
         name, folder / "plan.json",

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import InputError, naming
-from ..manifest import MANIFEST_NAME
-from ..store import open_trace
+from ..storage.manifest import MANIFEST_NAME
+from ..storage.store import open_trace
 from .arrays import SUFFIXES, import_arrays
 from .result import ImportResult
 from .sglang import import_recorder

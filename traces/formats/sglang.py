@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ..model_spec import MOST_EXPERTS
 from ..profile import Profile
-from ..spec import MOST_EXPERTS
 from .result import LOADS_ONLY, ImportResult
 from .sglang_tokens import import_tokens
 from .tensors import as_array, as_whole

@@ -1,0 +1,1 @@
+"""Slow, obvious answers that tests and benchmarks compare with."""

@@ -1,0 +1,1 @@
+"""How the reference model in `workers/reference/` was trained and measured."""

@@ -1,0 +1,133 @@
+"""`apply`: move a running group to a plan, or say what that would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import output as show
+from .options import Address, Json
+
+if TYPE_CHECKING:
+    from ..traces.trace import RoutingTrace
+    from ..workers.control.switch_preview import Advice
+    from ..workers.group.group import Group
+    from ..workers.protocol.phase_plans import PhasePlans
+
+SHOWN_MOVES = 40
+
+
+def apply(
+    plan: Annotated[Path, typer.Argument(help="Plan file.")],
+    decode_plan: Annotated[
+        Path | None,
+        typer.Option(help="A plan of its own for decode [default: what decode has now, where it "
+                     "has one of its own; else PLAN]. Name PLAN again to end that."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="The running group.")] = "default",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would move and what it is worth; move none.")
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Judge on this trace [default: what the group recorded].")
+    ] = None,
+    address: Address = None,
+    json: Json = False,
+) -> None:
+    """Move a running group to a plan: stage, verify, commit, without stopping it."""
+    from ..placement.plan import Plan
+    from ..workers.control.switch_preview import advise, asked_for
+    from ..workers.group.group import Group
+    from ..workers.protocol.phase_plans import PhasePlans
+    from .options import load_plan
+
+    target, decode = Plan.load(plan), load_plan(decode_plan)
+    group = Group.find(name, address)
+    status = group.status()
+    standing = PhasePlans.both(status["plan"], status["decode_plan"])
+    wanted = asked_for(standing, target, decode)
+    if dry_run:
+        advice = advise(status, wanted, _traffic(group, trace))
+        show.print_json(advice.to_dict()) if json else _print(advice)
+        return
+    told = _switch(group, wanted, int(status["epoch"]))
+    if json:
+        show.print_json(told)
+    else:
+        _print_done(told, name, plan, wanted.apart and decode is None)
+
+
+def _print_done(told: dict[str, Any], name: str, plan: Path, decode_kept: bool) -> None:
+    show.print_verdict(
+        f"group {name!r} serves under {plan.name}: epoch {told['epoch']}, "
+        f"{told['moves']} experts moved, {show.size(told['move_bytes'])}"
+    )
+    if decode_kept:
+        show.print_notes(["decode keeps the plan of its own; --decode-plan names another"])
+
+
+def _traffic(group: Group, trace: Path | None) -> RoutingTrace | None:
+    """What to judge on; None where nothing was recorded."""
+    from ..errors import LoadmasterError
+    from .options import read_trace
+
+    if trace is not None:
+        return read_trace(trace)[0]
+    try:
+        return group.trace()
+    except LoadmasterError:
+        return None
+
+
+def _switch(group: Group, wanted: PhasePlans, epoch: int) -> dict[str, Any]:
+    try:
+        report = group.apply(wanted.prefill, wanted.decode, epoch=epoch)
+    except KeyboardInterrupt:
+        show.err().print(how_it_stands(group.status(), epoch), markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    return {
+        "epoch": report.epoch, "moves": len(report.moved), "move_bytes": report.moved_bytes,
+        "retried_bytes": report.retried_bytes, "stage_steps": report.stage_steps,
+        "verify_us": report.verify_us, "commit_us": report.commit_us, "applied": True,
+    }
+
+
+def how_it_stands(status: dict[str, Any], epoch: int) -> str:
+    """What became of a switch from this epoch whose caller no longer waits."""
+    if status["epoch"] > epoch:
+        return (
+            f"interrupted, but the switch is done: epoch {status['epoch']} is in force; apply the "
+            "plan before to go back"
+        )
+    if status["switching"]:
+        return (
+            "interrupted; the group goes on with the switch by itself and will commit it: when it "
+            f"has (epoch {epoch + 1}), apply the plan before to go back"
+        )
+    return (
+        f"interrupted; epoch {epoch} is in force and no switch is under way (one asked for at the "
+        "last moment may still begin)"
+    )
+
+
+def _print(advice: Advice) -> None:
+    total = sum(advice.move_bytes)
+    show.print_verdict(
+        f"{advice.verdict}; {len(advice.moves)} experts would move, {show.size(total)}"
+    )
+    rows = [
+        (f"layer {layer}", device, expert, size)
+        for (layer, device, expert), size in zip(advice.moves, advice.move_bytes, strict=True)
+    ]
+    if rows:
+        show.print_table(
+            "would move", ("layer", "to device", "expert", "bytes"), rows[:SHOWN_MOVES]
+        )
+    notes = [n for table in advice.tables.values() for n in table.notes]
+    if len(rows) > SHOWN_MOVES:
+        notes.append(f"{len(rows) - SHOWN_MOVES} moves more: --json lists all")
+    if not advice.cluster_is_known:
+        notes.append("times: of equal CPU devices (the cpu preset), not measured on this group")
+    show.print_notes(notes)

@@ -1,0 +1,138 @@
+"""How the command line speaks: the verdict first, then tables; JSON on stdout, progress on stderr.
+
+Knows strings and numbers. Knows nothing of plans or traces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .progress import PlainProgress
+
+
+class ReaderGoneError(Exception):
+    """Whoever read stdout has seen enough, as in `loadmaster schema | head -1`."""
+
+
+def out() -> Console:
+    """Results, on stdout. Wide enough for a table when the output is a file.
+
+    Printing raises ReaderGoneError where nobody reads any more.
+    """
+    from rich.console import Console
+
+    class Results(Console):
+        def on_broken_pipe(self) -> None:
+            raise ReaderGoneError
+
+    return Results(soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def err() -> Console:
+    """Everything that is not a result, on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout; NaN and infinity become null. Raises ReaderGoneError."""
+    text = json.dumps(_plain(value), indent=2, sort_keys=False)
+    try:
+        print(text, flush=True)     # or a short one would break when Python ends
+    except BrokenPipeError as error:
+        raise ReaderGoneError from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_verdict(text: str) -> None:
+    """The answer in one sentence."""
+    from rich.text import Text
+
+    out().print(Text(text, style="bold"))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table: first column left, numbers right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*(Text(figure(cell)) for cell in row))
+    out().print(table)
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """What a reader must know beside the table, each said once."""
+    for note in dict.fromkeys(notes):
+        out().print(f"note: {note}", markup=False, style="dim")
+
+
+def figure(value: Any, digits: int = 3) -> str:
+    """A number for people: thousands grouped, small ones with `digits` decimals, None as a dash."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
+    return str(value)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
+
+
+def band(centre: float, low: float, high: float) -> str:
+    """A change in per cent with the reach of its band; ± ? where the band has no end."""
+    reach = (high - low) / 2
+    return f"{centre:+.1f} ± {reach:.1f}" if math.isfinite(reach) else f"{centre:+.1f} ± ?"
+
+
+def metric(name: str) -> str:
+    """The heading of a comparison's metric."""
+    return name.replace("_us", ", us").replace("_", " ")
+
+
+def progress_bar() -> Progress | PlainProgress:
+    """A progress bar on stderr; plain lines, now and then, where stderr is no terminal."""
+    from .progress import PlainProgress
+
+    if not sys.stderr.isatty():
+        return PlainProgress()
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=err(), transient=True,
+    )

@@ -1,0 +1,166 @@
+"""`plan`: options in, advice out. Other verbs on plans: `evaluate`, `plan_files`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import evaluate, plan_files
+from .options import (
+    Address,
+    ClusterFile,
+    Concurrency,
+    DevicesPerNode,
+    Json,
+    ModelSource,
+    Nodes,
+    NumExperts,
+    Order,
+    Oversubscription,
+    Preset,
+    Seed,
+    SlotsPerDevice,
+    StepTokens,
+    TraceArgument,
+    TrafficMode,
+    build_cluster,
+    build_executor,
+    build_sampler,
+    load_plan,
+    read_model,
+    read_routing,
+    require_target,
+)
+
+if TYPE_CHECKING:
+    from ..placement.plan import Plan
+
+PHASES = ("all", "prefill", "decode", "apart")
+
+
+def register(app: typer.Typer) -> None:
+    """Put the verbs about plans on the root command."""
+    app.command()(plan)
+    evaluate.register(app)
+    plan_files.register(app)
+
+
+def plan(
+    trace: TraceArgument,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Plan file to write.")] = None,
+    current: Annotated[
+        Path | None,
+        typer.Option(help="The plan in force: it stays unless another is better beyond the noise "
+                     "and, with --model, earns its moves back within --horizon."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Method to try; may repeat: auto, contiguous, round_robin, eplb, "
+            "eplb_hierarchical, greedy, lpt_swap, anticorrelation, affinity or moetuner "
+            "[default: auto, eplb, greedy, contiguous]."
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="time or balance [default: time with --model].")
+    ] = None,
+    dispatch: Annotated[
+        str | None,
+        typer.Option(
+            help="How tokens choose among replicas: even, nearest, balanced, fewest_active, or an "
+            "engine's own (sglang_static, sglang_dynamic, vllm_hash, trtllm_round_robin, "
+            "ascend_fixed) [default: that of --current, else balanced]."
+        ),
+    ] = None,
+    max_moves: Annotated[
+        int | None, typer.Option(help="With --current: move at most so many experts.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="With --current and --model: move at most so many bytes.")
+    ] = None,
+    horizon: Annotated[
+        float, typer.Option(help="With --current and --model: steps within which moves must pay.")
+    ] = 10_000,
+    phase: Annotated[
+        str, typer.Option(help="all, prefill, decode, or apart (a plan for each).")
+    ] = "all",
+    effort: Annotated[str, typer.Option(help="fast, normal or thorough.")] = "normal",
+    time_limit: Annotated[
+        float | None,
+        typer.Option(help="Seconds of planning, all methods together; then the best plans so far."),
+    ] = None,
+    cluster: ClusterFile = None,
+    preset: Preset = "h100",
+    nodes: Nodes = 1,
+    devices_per_node: DevicesPerNode = 8,
+    slots_per_device: SlotsPerDevice = None,
+    traffic: TrafficMode = "return_home/per_expert",
+    oversubscription: Oversubscription = None,
+    model: ModelSource = None,
+    step_tokens: StepTokens = 512,
+    concurrency: Concurrency = 64,
+    order: Order = "interleaved",
+    num_experts: NumExperts = None,
+    address: Address = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Plan placement, replicas and dispatch; say what the plan is worth before anyone moves."""
+    from .advise import answer
+
+    _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
+    targets = _targets(out, phase)
+    standing = load_plan(current)
+    source, notes = read_routing(trace, num_experts)
+    if slots_per_device is None and standing is not None:
+        slots_per_device = standing.slots_per_device
+    options: dict[str, Any] = {
+        "cluster": build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device,
+                                 traffic, source.num_experts, oversubscription),
+        "current": standing, "max_moves": max_moves, "max_bytes": max_bytes,
+        "model": read_model(model), "dispatch": dispatch or _own_dispatch(standing),
+        "objective": objective, "effort": effort, "seed": seed,
+        "steps": build_sampler(step_tokens, concurrency, order, 0), "horizon_steps": horizon,
+        "executor": build_executor(address),
+        **({"methods": method} if method else {}),
+    }
+    answer(trace, source, phase, targets, options, time_limit, notes, json=json)
+
+
+def _check_asked(
+    phase: str, current: Path | None, budget: tuple[int | None, int | None],
+    method: list[str] | None, horizon: float, time_limit: float | None,
+) -> None:
+    """Raises UsageError on options that mean nothing together."""
+    from ..errors import UsageError
+
+    if phase not in PHASES:
+        raise UsageError(f"unknown phase {phase!r}: {', '.join(PHASES[:-1])} or {PHASES[-1]}")
+    for name, value in zip(("--max-moves", "--max-bytes"), budget, strict=True):
+        if value is not None and current is None:
+            raise UsageError(f"{name} counts moves away from a plan: name it with --current")
+        if value is not None and method:
+            raise UsageError(f"{name} starts from the plan in force: leave --method out")
+    if not horizon > 0:
+        raise UsageError(f"--horizon {horizon} must be above 0")
+    if time_limit is not None and not time_limit > 0:
+        raise UsageError(f"--time-limit {time_limit} must be above 0")
+
+
+def _targets(out: Path | None, phase: str) -> dict[str, Path | None]:
+    """Phase ("" = all together) -> file to write; none of them exists, each can be written."""
+    parts = {"all": ("",), "apart": ("prefill", "decode")}.get(phase, (phase,))
+    targets: dict[str, Path | None] = {}
+    for part in parts:
+        target = out
+        if out is not None and phase == "apart":
+            target = out.with_suffix(f".{part}{out.suffix or '.json'}")
+        require_target(target)
+        targets[part] = target
+    return targets
+
+
+def _own_dispatch(standing: Plan | None) -> Any:
+    return "balanced" if standing is None else standing.dispatch

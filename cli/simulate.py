@@ -1,0 +1,138 @@
+"""`simulate`: serve the same requests under each plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import cache, calibrate, replay, whatif
+from . import output as show
+from .options import (
+    ClusterFile,
+    Json,
+    Nodes,
+    Oversubscription,
+    Preset,
+    Seed,
+    TrafficMode,
+    plans_cluster,
+    read_model,
+    read_plans,
+    read_trace,
+    require_targets,
+)
+from .serving_options import (
+    Dispatch,
+    EverySteps,
+    FaultsPath,
+    Groups,
+    KvBytesPerToken,
+    MaxRequests,
+    OtherBytes,
+    OtherUsPerToken,
+    OverlapName,
+    PolicyName,
+    Prefill,
+    SloTpotMs,
+    SloTtftMs,
+    TokenBudget,
+    build_happenings,
+    build_serving,
+    build_slo,
+)
+from .simulate_files import views_of, write_page, write_timeline
+from .simulate_print import print_served
+from .workload_options import (
+    ArrivalsFile,
+    OutputTokens,
+    PromptTokens,
+    Rate,
+    Requests,
+    build_workload,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Put the simulator's verbs on the root command."""
+    app.command()(simulate)
+    for verbs in (replay, whatif, cache, calibrate):
+        verbs.register(app)
+
+
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="Trace folder or array file: how tokens route.")],
+    plans: Annotated[list[Path], typer.Argument(help="Plan files; all serve the same requests.")],
+    model: Annotated[
+        Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: sizes make times.")
+    ],
+    dispatch: Dispatch = None,
+    arrivals: ArrivalsFile = None,
+    requests: Requests = 1000,
+    rate: Rate = 5.0,
+    prompt_tokens: PromptTokens = 1024,
+    output_tokens: OutputTokens = 128,
+    slo_ttft_ms: SloTtftMs = None,
+    slo_tpot_ms: SloTpotMs = None,
+    step_tokens: TokenBudget = 8192,
+    max_requests: MaxRequests = None,
+    prefill: Prefill = "chunked",
+    kv_bytes_per_token: KvBytesPerToken = None,
+    other_bytes: OtherBytes = None,
+    groups: Groups = 1,
+    overlap: OverlapName = "none",
+    other_us_per_token: OtherUsPerToken = 0.0,
+    faults: FaultsPath = None,
+    policy: PolicyName = None,
+    every_steps: EverySteps = 1000,
+    cluster: ClusterFile = None,
+    preset: Preset = "h100",
+    nodes: Nodes = 1,
+    devices_per_node: Annotated[
+        int | None, typer.Option(help="Devices in each node [default: the first plan's].")
+    ] = None,
+    traffic: TrafficMode = "return_home/per_expert",
+    oversubscription: Oversubscription = None,
+    report: Annotated[Path | None, typer.Option(help="HTML report to write.")] = None,
+    trace_out: Annotated[
+        Path | None, typer.Option(help="Chrome trace of the first plan (opens in Perfetto).")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Serve a workload under each plan, in simulation: who is faster beyond the noise, and why."""
+    from ..placement.cost.evaluate import resolve_dispatch
+    from ..simulator.pricing.step_router import StepRouter
+    from ..simulator.serving.compare_served import serve_each
+
+    require_targets(report, trace_out)
+    slo = build_slo(slo_ttft_ms, slo_tpot_ms)
+    service = build_serving(step_tokens, max_requests, prefill, kv_bytes_per_token, other_bytes,
+                            groups, overlap, other_us_per_token)
+    named = read_plans(plans)
+    routing, notes = read_trace(trace)
+    spec = read_model(model)
+    assert spec is not None
+    place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
+                          oversubscription)
+    happenings = build_happenings(faults, policy, every_steps, place, groups)
+    load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
+    name, first = next(iter(named.items()))
+    router = StepRouter(routing, place, spec, dispatch=resolve_dispatch(dispatch, first),
+                        overlap=service.overlap)
+    views = [] if report is None else views_of(named, routing, place, dispatch)
+    with show.progress_bar() as bar:
+        task = bar.add_task("serving under each plan", total=len(named))
+        served = serve_each(
+            named, load, place, trace=routing, model=spec, dispatch=dispatch, serving=service,
+            slo=slo, happenings=happenings, seed=seed, progress=lambda: bar.advance(task),
+        )
+    if report is not None:
+        write_page(report, served, views)
+    if trace_out is not None:
+        write_timeline(trace_out, served, name, first, router)
+    if json:
+        show.print_json(served.to_dict() | {"notes": [*notes, *served.notes]})
+    else:
+        print_served(served, notes)

@@ -1,0 +1,261 @@
+"""The compiled CPU loops of one expert layer: top-k, slots, counting sort, gate, combine.
+
+Plain loops over numpy arrays, one pass each; knows nothing of tensors, packed weights or errors:
+`routing.py` and `cpu_packed.py` check, convert and call. bfloat16 arrays come as uint16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .scalars import compiled, erf, exp, store, times_sigmoid, to_float
+
+Array = Any  # numpy arrays inside compiled loops; numba infers their types
+_F32 = np.float32
+
+
+@compiled
+def choose_top_k(logit_TE: Array, normalize: bool, gate_TK: Array, id_TK: Array) -> None:
+    """The best experts of every token, best first, and their softmax gates.
+
+    A chosen list kept sorted by insertion; only a strictly larger logit moves ahead, so equal
+    logits stay in expert order. A token with NaN among its logits gets NaN gates.
+    """
+    tokens, experts = logit_TE.shape
+    chosen = id_TK.shape[1]
+    for t in range(tokens):
+        for e in range(experts):
+            value = logit_TE[t, e]
+            if e >= chosen and not value > logit_TE[t, id_TK[t, chosen - 1]]:
+                continue
+            k = min(e, chosen - 1)
+            while k > 0 and value > logit_TE[t, id_TK[t, k - 1]]:
+                id_TK[t, k] = id_TK[t, k - 1]
+                k -= 1
+            id_TK[t, k] = e
+        highest = logit_TE[t, id_TK[t, 0]]
+        total, poison = _F32(0.0), _F32(0.0)
+        for e in range(experts):
+            poison += logit_TE[t, e] - logit_TE[t, e]  # 0, or NaN for NaN and infinities
+            if not normalize:
+                total += exp(logit_TE[t, e] - highest)
+        if normalize:
+            for k in range(chosen):
+                total += exp(logit_TE[t, id_TK[t, k]] - highest)
+        for k in range(chosen):
+            gate_TK[t, k] = exp(logit_TE[t, id_TK[t, k]] - highest) / total
+        if np.isnan(poison):
+            for e in range(experts):
+                if np.isnan(logit_TE[t, e]):
+                    gate_TK[t, :] = np.nan
+
+
+@compiled
+def count_ids(id_TK: Array, k_of_token_T: Array, count_E: Array) -> None:
+    """Add every id inside [0, E) to its count; only the first k_of_token_T[t] of token t."""
+    tokens, choices = id_TK.shape
+    experts = len(count_E)
+    for t in range(tokens):
+        for k in range(min(choices, k_of_token_T[t])):
+            e = id_TK[t, k]
+            if 0 <= e < experts:
+                count_E[e] += 1
+
+
+@compiled
+def fill_slots(
+    id_A: Array, quota_S: Array, slot_expert_S: Array, experts: int, slot_A: Array
+) -> int:
+    """Hand every assignment the first slot of its expert with quota left.
+
+    Ids outside [0, experts) get -1. Returns -1, or the lowest expert whose quotas do not equal
+    its assignments.
+    """
+    slots = len(quota_S)
+    first_E = np.full(experts, -1, np.int64)
+    next_S = np.full(slots, -1, np.int64)
+    for s in range(slots - 1, -1, -1):
+        e = slot_expert_S[s]
+        if 0 <= e < experts:
+            next_S[s] = first_E[e]
+            first_E[e] = s
+    left_S = quota_S.copy()
+    wrong = experts
+    for a in range(len(id_A)):
+        e = id_A[a]
+        slot_A[a] = -1
+        if not 0 <= e < experts:
+            continue
+        s = first_E[e]
+        while s >= 0 and left_S[s] <= 0:
+            s = next_S[s]
+        first_E[e] = s
+        if s < 0:
+            wrong = min(wrong, e)
+        else:
+            slot_A[a] = s
+            left_S[s] -= 1
+    for s in range(slots):
+        e = slot_expert_S[s]
+        if left_S[s] != 0 and 0 <= e < experts:
+            wrong = min(wrong, e)
+    return wrong if wrong < experts else -1
+
+
+@compiled
+def sort_slots(slot_A: Array, order_A: Array, offset_S: Array, row_A: Array) -> None:
+    """Counting sort by slot, stable; slots outside [0, S) are left out.
+
+    offset_S: [S + 1] int64, written: first row of each slot. order_A: assignment of each row.
+    row_A: row of each assignment, -1 where it was left out.
+    """
+    slots = len(offset_S) - 1
+    offset_S[:] = 0
+    for a in range(len(slot_A)):
+        if 0 <= slot_A[a] < slots:
+            offset_S[slot_A[a] + 1] += 1
+    for s in range(slots):
+        offset_S[s + 1] += offset_S[s]
+    next_row_S = offset_S[:-1].copy()
+    for a in range(len(slot_A)):
+        s = slot_A[a]
+        row_A[a] = -1
+        if 0 <= s < slots:
+            row_A[a] = next_row_S[s]
+            order_A[next_row_S[s]] = a
+            next_row_S[s] += 1
+
+
+@compiled
+def route_step(
+    id_A: Array,
+    quota_S: Array,
+    slot_expert_S: Array,
+    count_E: Array,
+    slot_A: Array,
+    order_A: Array,
+    row_A: Array,
+    offset_S: Array,
+) -> int:
+    """Counts, slots, and the order by slot of one step. See `fill_slots` and `sort_slots`.
+
+    quota_S: [S], or [0] to send every expert's tokens to its first slot. Returns what
+    `fill_slots` returns.
+    """
+    experts, slots = len(count_E), len(slot_expert_S)
+    count_E[:] = 0
+    for a in range(len(id_A)):
+        if 0 <= id_A[a] < experts:
+            count_E[id_A[a]] += 1
+    quota = quota_S
+    if len(quota_S) == 0:
+        quota = np.zeros(slots, np.int64)
+        left_E = count_E.copy()
+        for s in range(slots):
+            e = slot_expert_S[s]
+            if 0 <= e < experts:
+                quota[s] = left_E[e]
+                left_E[e] = 0
+    wrong = fill_slots(id_A, quota, slot_expert_S, experts, slot_A)
+    sort_slots(slot_A, order_A, offset_S, row_A)
+    return wrong
+
+
+# The gated activations: gate and up products [rows, 2I] into the input of the down product
+# [rows, I]. limit and alpha are gpt-oss's; the others take and ignore them.
+
+
+@compiled
+def silu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """gate * sigmoid(gate) * up."""
+    rows, width = out.shape
+    for r in range(rows):
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            store(out, r, c, times_sigmoid(gate_up[r, c], gate, gate) * up)
+
+
+@compiled
+def relu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """max(gate, 0) * up."""
+    rows, width = out.shape
+    for r in range(rows):
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            gate = _F32(0.0) if gate < _F32(0.0) else gate
+            store(out, r, c, gate * up)
+
+
+@compiled
+def gelu_tanh_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """The tanh form of gelu(gate) * up; 0.5 (1 + tanh z) is written as sigmoid(2 z)."""
+    rows, width = out.shape
+    for r in range(rows):
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            twice = _F32(1.59576912) * (gate + _F32(0.044715) * gate * gate * gate)
+            store(out, r, c, times_sigmoid(gate_up[r, c], gate, twice) * up)
+
+
+@compiled
+def gelu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """0.5 gate (1 + erf(gate / sqrt 2)) * up."""
+    rows, width = out.shape
+    for r in range(rows):
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            store(out, r, c, _F32(0.5) * gate * (_F32(1.0) + erf(gate * _F32(0.70710678))) * up)
+
+
+@compiled
+def gptoss_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """(up + 1) * gate * sigmoid(alpha * gate), gate <= limit and |up| <= limit."""
+    rows, width = out.shape
+    for r in range(rows):
+        for c in range(width):
+            gate, up = to_float(gate_up[r, c]), to_float(gate_up[r, width + c])
+            gate = limit if gate > limit else gate
+            up = limit if up > limit else up
+            up = -limit if up < -limit else up
+            glu = times_sigmoid(gate_up[r, c], gate, alpha * gate)
+            store(out, r, c, (up + _F32(1.0)) * glu)
+
+
+@compiled
+def activate_rows(kind: int, gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
+    """The activation at place `kind` of ACTIVATIONS, for compiled code that has it as a number."""
+    if kind == 0:
+        silu_rows(gate_up, limit, alpha, out)
+    elif kind == 1:
+        gelu_rows(gate_up, limit, alpha, out)
+    elif kind == 2:
+        gelu_tanh_rows(gate_up, limit, alpha, out)
+    elif kind == 3:
+        relu_rows(gate_up, limit, alpha, out)
+    else:
+        gptoss_rows(gate_up, limit, alpha, out)
+
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "gptoss_clamped")
+
+
+@compiled
+def combine_rows(y_AH: Array, row_TK: Array, gate_TK: Array, sum_H: Array, out_TH: Array) -> None:
+    """Each token's expert rows, weighted and summed in float32, choice 0 first.
+
+    row_TK: row of y of every choice, negative = left out. sum_H: float32 scratch.
+    """
+    tokens, choices = row_TK.shape
+    hidden = out_TH.shape[1]
+    for t in range(tokens):
+        sum_H[:] = _F32(0.0)
+        for k in range(choices):
+            row = row_TK[t, k]
+            if row >= 0:
+                gate = gate_TK[t, k]
+                for h in range(hidden):
+                    sum_H[h] += gate * to_float(y_AH[row, h])
+        for h in range(hidden):
+            store(out_TH, t, h, sum_H[h])

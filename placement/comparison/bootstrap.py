@@ -1,0 +1,116 @@
+"""Other steps that the same kind of requests could have made: an ordinary bootstrap over requests.
+
+For traces in which most requests are in flight throughout, so that the steps alone hardly tell how
+others would do. A draw takes as many requests as the trace has, with replacement, and cuts them
+into steps the way the trace was cut. Knows requests and steps. Knows nothing of plans.
+Deterministic for a seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InputError
+from ...traces.steps import Steps, StepSampler
+from ...traces.trace import RoutingTrace
+from .noise_band import CONFIDENCE
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+FEWEST_REQUESTS = 5          # fewer say nothing about others
+DRAWS = 100
+MOST_CHOICES = 1 << 25       # expert choices of all draws together; steps are thinned to keep to it
+
+
+@dataclass(frozen=True, eq=False)
+class Redrawn:
+    """Steps of many draws, to be judged in one go, and which draw each belongs to."""
+
+    steps: Steps
+    draw_W: IntArray
+    requests: int
+
+    def means(self, value_W: FloatArray) -> FloatArray:
+        """[B] mean over the steps of each draw; NaN steps are left out."""
+        kept = ~np.isnan(value_W)
+        draws = int(self.draw_W.max()) + 1
+        counts = np.bincount(self.draw_W[kept], minlength=draws)
+        sums = np.bincount(self.draw_W[kept], weights=value_W[kept], minlength=draws)
+        return np.asarray(sums[counts > 0] / counts[counts > 0], np.float64)
+
+    def noise(self, mean_B: FloatArray) -> FloatArray:
+        """[B] how far each draw's mean lies from the mean of all, widened where requests are few.
+
+        The bootstrap of n requests spreads sqrt((n - 1) / n) too little, and a band of two normal
+        standard deviations should be one of Student's with n - 1 degrees of freedom.
+        """
+        from scipy.stats import norm, t  # slow to import
+
+        tail, n = (1.0 + CONFIDENCE) / 2, self.requests
+        wider = np.sqrt(n / (n - 1)) * t.ppf(tail, n - 1) / norm.ppf(tail)
+        return np.asarray((mean_B - mean_B.mean()) * wider, np.float64)
+
+
+def redraw(
+    trace: RoutingTrace, sampler: StepSampler, whole: Steps, seed: int
+) -> Redrawn | None:
+    """Draws of the trace's requests, each cut into at most as many steps as `whole`, the sampler's
+    own of this trace. None = too few requests.
+
+    In `recorded` order a step keeps the tokens that its drawn requests had in it; in any other the
+    sampler cuts the drawn requests anew.
+    """
+    request_T = np.unique(trace.request_T(), return_inverse=True)[1].astype(np.int64)
+    requests = int(request_T.max()) + 1
+    if requests < FEWEST_REQUESTS:
+        return None
+    order = np.argsort(request_T, kind="stable").astype(np.int64)
+    start = np.searchsorted(request_T[order], np.arange(requests + 1))
+    choices = len(whole.token) * trace.num_layers * trace.top_k
+    most = max(1, min(len(whole), len(whole) * MOST_CHOICES // max(DRAWS * choices, 1)))
+    rng = np.random.default_rng([seed, 5])
+    found: list[Steps] = []
+    draw: list[int] = []
+    for _ in range(DRAWS):
+        drawn = np.sort(rng.integers(0, requests, requests))
+        cut = _cut(trace, sampler, drawn, order, start, len(whole))
+        if cut is not None:
+            found.append(_thinned(cut, most))
+            draw += [len(found) - 1] * len(found[-1])
+    if len(found) < DRAWS // 4:
+        return None
+    sizes = np.concatenate([np.diff(s.offset) for s in found])
+    token = np.concatenate([s.token for s in found])
+    offset = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+    return Redrawn(Steps(token, offset), np.array(draw, np.int64), requests)
+
+
+def _cut(
+    trace: RoutingTrace, sampler: StepSampler, drawn: IntArray, order: IntArray, start: IntArray,
+    most: int,
+) -> Steps | None:
+    """The drawn requests (a request drawn twice is two requests) in steps of the trace's tokens."""
+    parts = [order[start[r] : start[r + 1]] for r in drawn]
+    token = np.concatenate(parts)
+    request = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    # Steps depend on requests and recorded steps alone: the experts are left behind.
+    bare = RoutingTrace.from_arrays(
+        np.zeros((len(token), 1, 1), np.uint8), num_experts=1, request=request,
+        step=None if trace.step is None else trace.step[token],
+    )
+    try:
+        cut = sampler.sample(bare, most)
+    except InputError:          # the drawn requests do not fill one step
+        return None
+    return dataclasses.replace(cut, token=token[cut.token])
+
+
+def _thinned(steps: Steps, most: int) -> Steps:
+    if len(steps) <= most:
+        return steps
+    return steps.take(np.unique(np.linspace(0, len(steps) - 1, most).astype(np.int64)))

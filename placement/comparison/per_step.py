@@ -1,0 +1,213 @@
+"""Several plans judged on the same steps: each one's figures per step, and how they differ.
+
+Knows evaluations, steps and noise. Knows nothing of how plans were found or what is said of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...foundation.parallel import LayerThreads
+from ...traces.model_spec import ModelSpec
+from ...traces.steps import Steps, StepSampler
+from ...traces.trace import RoutingTrace
+from ..cluster import Cluster
+from ..cost.evaluate import Evaluation, check_model, check_slots, judge, resolve_dispatch
+from ..cost.overlap import Overlap
+from ..cost.step_loads import Executor, StepLoads, check_fit, step_loads
+from ..cost.token_transfers import copies_cost_bytes
+from ..plan import DispatchSpec, Plan
+from .bootstrap import redraw
+from .noise_band import StepMix, band, mean_noise, step_mix
+
+FloatArray = npt.NDArray[np.float64]
+Noise = Callable[[FloatArray], "FloatArray | None"]
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """One figure of P plans in W steps. noise: of a weighted sum of the plans' means; None =
+    cannot be told."""
+
+    value_PW: FloatArray
+    noise: Noise
+
+    @property
+    def mean_P(self) -> FloatArray:
+        return np.asarray(self.value_PW.mean(axis=1), np.float64)
+
+    def band(self, p: int) -> tuple[float, float]:
+        """95 % band of plan p's mean."""
+        return band(self.mean_P[p], self.noise(np.eye(len(self.value_PW))[p]))
+
+    def difference(self, p: int, q: int) -> tuple[float, float, float]:
+        """(plan p's mean less plan q's, low, high)."""
+        weight_P = np.eye(len(self.value_PW))[p] - np.eye(len(self.value_PW))[q]
+        gap = float(weight_P @ self.mean_P)
+        return (gap, *band(gap, self.noise(weight_P)))
+
+    def change_percent(self, p: int, q: int) -> tuple[float, float, float]:
+        """The same, in per cent of plan q's mean; 0 where that is 0."""
+        whole = float(self.mean_P[q])
+        gap, low, high = self.difference(p, q)
+        if whole == 0.0:
+            return 0.0, 0.0, 0.0
+        return gap / whole * 100, low / whole * 100, high / whole * 100
+
+    def sign(self, p: int, q: int) -> int:
+        """-1 where plan p's mean is the lesser beyond the noise, 1 the greater, 0 neither."""
+        _, low, high = self.difference(p, q)
+        return -1 if high < 0 else int(low > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Contest:
+    """Plans on the same steps. metric decides, and where copies count, they do within slack."""
+
+    names: list[str]
+    evaluations: dict[str, Evaluation]
+    metric: Figure
+    metric_name: str
+    copies: Figure | None
+    copies_name: str
+    slack: float
+    mix: StepMix
+    steps: int
+    resamples: int
+    method: str
+
+    def order(self, against: int) -> list[int]:
+        """Plans, best first, ties to `against`, then to the first given."""
+        mean_P = self.metric.mean_P
+
+        def key(p: int) -> tuple[float, ...]:
+            near = self.copies is not None and mean_P[p] <= mean_P.min() + self.slack
+            first = self.copies.mean_P[p] if near and self.copies is not None else mean_P[p]
+            return (not near, first, mean_P[p], p != against, p)
+
+        return sorted(range(len(self.names)), key=key)
+
+    def difference(self, p: int, q: int) -> int:
+        """-1 where plan p is better than q beyond the noise, 1 where worse, 0 = cannot be told."""
+        sign = self.metric.sign(p, q)
+        if self.copies is None:
+            return sign
+        gap = float(self.metric.mean_P[p] - self.metric.mean_P[q])
+        fewer = self.copies.sign(p, q)
+        if abs(gap) <= self.slack:
+            return fewer or sign
+        return sign or (fewer if fewer * gap > 0 else 0)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What plans are judged by, but for the steps."""
+
+    trace: RoutingTrace
+    cluster: Cluster
+    dispatch: str | DispatchSpec | None
+    model: ModelSpec | None
+    timed: bool                  # time decides
+    overlap: Overlap | None
+    executor: Executor | None
+
+    @property
+    def counts_copies(self) -> bool:
+        return not self.timed and copies_cost_bytes(self.cluster)
+
+    def judged(self, name: str, plan: Plan, steps: Steps, executor: Executor | None
+               ) -> tuple[Evaluation, FloatArray, FloatArray]:
+        """(evaluation, [W] what decides, [W] copies per token); NaN for a step without tokens.
+
+        `evaluate`, with each step's copies kept. Raises InputError naming the plan.
+        """
+        check_slots(plan, self.cluster, f"plan {name}")
+        check_fit(self.trace, plan, self.cluster, f"plan {name}")
+        if self.model is not None:
+            check_model(self.model, plan)
+        model, spec = self.model, resolve_dispatch(self.dispatch, plan)
+        loads = step_loads(
+            self.trace, steps, plan, self.cluster, spec, executor=executor,
+            expert_bytes_E=model.bytes_per_expert_E() if model and model.expert_bytes else None,
+            timed=model is not None,
+        )
+        found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap)
+        metric_W = found.step_time_us_W if self.timed else _mean_over_layers(found.peak_WL)
+        assert metric_W is not None
+        return found, metric_W, _copies_W(loads, self.cluster)
+
+
+def hold_contest(
+    bench: Bench, plans: dict[str, Plan], sampler: StepSampler, max_steps: int | None,
+    slack: float, resamples: int, seed: int,
+) -> Contest:
+    """Judge every plan on the sampler's steps; where those cannot tell noise, on redrawn ones."""
+    steps = sampler.sample(bench.trace, max_steps)
+    judged = [bench.judged(name, plan, steps, bench.executor) for name, plan in plans.items()]
+    metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
+    copies_PW = np.stack([copies_W for _, _, copies_W in judged])
+    kept = ~np.isnan(metric_PW).any(axis=0)
+    metric_PW, copies_PW = metric_PW[:, kept], copies_PW[:, kept]
+    mix = step_mix(bench.trace, steps, np.flatnonzero(kept))
+    method = "paired, 95 % bands by a parametric bootstrap over requests"
+
+    def fitted(value_PW: FloatArray) -> Noise:
+        return lambda weight_P: mean_noise(weight_P @ value_PW, mix, resamples, seed)
+
+    noises = fitted(metric_PW), fitted(copies_PW)
+    again = None if mix.tells else redrawn_noise(bench, plans, sampler, steps, seed)
+    if again is not None:
+        *drawn, resamples, requests = again
+        noises = drawn[0], drawn[1]
+        method = f"paired, 95 % bands by redrawing {requests} requests, cut into steps anew"
+    return Contest(
+        list(plans), {n: found[0] for n, found in zip(plans, judged, strict=True)},
+        Figure(metric_PW, noises[0]), _metric_name(bench),
+        Figure(copies_PW, noises[1]) if bench.counts_copies else None,
+        "device copies" if bench.cluster.num_nodes == 1 else "node copies",
+        slack, mix, int(metric_PW.shape[1]), resamples, method,
+    )
+
+
+def redrawn_noise(
+    bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int
+) -> tuple[Noise, Noise, int, int] | None:
+    """(noise of the metric, noise of copies, draws, requests) by an ordinary bootstrap."""
+    redrawn = redraw(bench.trace, sampler, steps, seed)
+    if redrawn is None:
+        return None
+    threads = bench.executor or LayerThreads()
+    judged = [bench.judged(name, plan, redrawn.steps, threads) for name, plan in plans.items()]
+    metric_PB = np.stack([redrawn.means(metric_W) for _, metric_W, _ in judged])
+    copies_PB = np.stack([redrawn.means(copies_W) for _, _, copies_W in judged])
+
+    def noise_of(mean_PB: FloatArray) -> Noise:
+        return lambda weight_P: redrawn.noise(weight_P @ mean_PB)
+
+    draws = int(metric_PB.shape[1])
+    return noise_of(metric_PB), noise_of(copies_PB), draws, redrawn.requests
+
+
+def _metric_name(bench: Bench) -> str:
+    if bench.timed:
+        return "step_time_us"
+    equal = len(set(bench.cluster.speed_G.tolist())) == 1
+    return "imbalance_mean" if equal else "peak_mean"
+
+
+def _mean_over_layers(value_WL: FloatArray) -> FloatArray:
+    """[W] mean over the layers that held tokens; NaN where none did."""
+    count_W = (~np.isnan(value_WL)).sum(axis=1)
+    sum_W = np.nansum(value_WL, axis=1)
+    return np.where(count_W > 0, sum_W / np.maximum(count_W, 1), np.nan)
+
+
+def _copies_W(loads: StepLoads, cluster: Cluster) -> FloatArray:
+    """[W] remote copies per token and layer, dispatch direction; between nodes if there are any."""
+    crossing_WLG = loads.nic_out_WLG if cluster.num_nodes > 1 else loads.nvlink_out_WLG
+    tokens_W = np.maximum(loads.tokens_W, 1) * crossing_WLG.shape[1]
+    return np.asarray(crossing_WLG.sum(axis=(1, 2)) / tokens_W, np.float64)

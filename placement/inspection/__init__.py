@@ -1,0 +1,1 @@
+"""What a plan says (`describe`) and what differs between two (`difference`). Changes nothing."""

@@ -1,0 +1,121 @@
+"""How many copies each expert gets, and how many slots each layer.
+
+Knows loads and slot counts. Knows nothing of devices' contents (`pack.py` places the copies) and
+nothing of steps or dispatch beyond "an expert's copies share its load evenly".
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InfeasibleError
+from ...foundation.compiled import compiled
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def copies_by_load(load_E: FloatArray, slots: int, most_copies: int) -> IntArray:
+    """Copies of each expert so that the heaviest copy is as light as possible.
+
+    load_E: [E] finite, >= 0. slots: S >= E copies to hand out. most_copies: no expert gets more
+    (the number of devices, since two copies on one device are waste).
+    Returns copies_E [E] int64, each in 1..most_copies, summing to min(S, E·most_copies).
+    Gives one copy at a time to the largest load per copy; this is optimal for max load/copies.
+    Ties go to the expert with fewer copies, then to the lower id, so a layer that nobody used
+    spreads its spare slots evenly.
+    Raises InfeasibleError if S < E. Cost O(S log E).
+    """
+    experts = len(load_E)
+    if slots < experts:
+        raise InfeasibleError(
+            f"{slots} slots cannot hold {experts} experts: {experts - slots} slots short; add "
+            "devices or slots per device"
+        )
+    spare = min(slots, experts * most_copies) - experts
+    return _hand_out(np.ascontiguousarray(load_E, np.float64), spare, most_copies)
+
+
+@compiled
+def _hand_out(load_E: FloatArray, spare: int, most_copies: int) -> IntArray:
+    """Spare copies one by one from a heap ordered by (-load per copy, copies, id)."""
+    copies_E = np.ones(len(load_E), np.int64)
+    if spare == 0 or most_copies == 1:
+        return copies_E
+    heap = [(-load_E[e], 1, e) for e in range(len(load_E))]
+    heapq.heapify(heap)
+    for _ in range(spare):
+        _, copies, e = heap[0]
+        copies_E[e] = copies + 1
+        if copies + 1 < most_copies:
+            heapq.heapreplace(heap, (-load_E[e] / (copies + 1), copies + 1, e))
+        else:
+            heapq.heappop(heap)
+    return copies_E
+
+
+def lightest_heaviest_copy(load_E: FloatArray, most_spare: int, most_copies: int) -> FloatArray:
+    """[R+1] load of the heaviest copy with 0..R = most_spare spare slots, as `copies_by_load`."""
+    load = np.ascontiguousarray(load_E, np.float64)
+    return _heaviest_by_spare(load, most_spare, most_copies)
+
+
+@compiled
+def _heaviest_by_spare(load_E: FloatArray, most_spare: int, most_copies: int) -> FloatArray:
+    heap = [(-load_E[e], 1, e) for e in range(len(load_E))]
+    heapq.heapify(heap)
+    heaviest_R, capped = np.zeros(most_spare + 1), 0.0
+    for spare in range(most_spare + 1):
+        heaviest_R[spare] = max(capped, -heap[0][0] if len(heap) > 0 else 0.0)
+        if len(heap) == 0:
+            continue
+        load, copies, e = heap[0]
+        if copies < most_copies:
+            heapq.heapreplace(heap, (-load_E[e] / (copies + 1), copies + 1, e))
+        else:
+            capped = max(capped, -load)
+            heapq.heappop(heap)
+    return heaviest_R
+
+
+def share_slots_between_layers(
+    cost_LR: FloatArray, budget: int, *, least: int = 0
+) -> IntArray:
+    """Spare slots per layer under one budget for all layers, by marginal benefit.
+
+    cost_LR: [L, R+1] cost of layer l with r spare slots (any unit, added over layers); inf = not
+    allowed. budget: spare slots in all, >= L·least. Returns spare_L [L] int64 in least..R.
+    Works on each layer's lower convex envelope, so a benefit that comes only after several slots
+    is found; steps that would overshoot the budget are skipped. Slots that bring nothing stay
+    unused. Ties go to the lower layer. Source: the knapsack of marginal benefit in CRAFT.
+    """
+    layers, widest = cost_LR.shape
+    spare_L = np.full(layers, least, np.int64)
+    left = budget - layers * least
+    heap: list[tuple[float, int, int]] = []
+    for layer in range(layers):
+        _push_best_step(heap, cost_LR[layer], layer, least, widest)
+    while heap and left > 0:
+        _, layer, target = heapq.heappop(heap)
+        step = target - int(spare_L[layer])
+        if step > left:
+            continue
+        spare_L[layer] = target
+        left -= step
+        _push_best_step(heap, cost_LR[layer], layer, target, widest)
+    return spare_L
+
+
+def _push_best_step(
+    heap: list[tuple[float, int, int]], cost_R: FloatArray, layer: int, at: int, widest: int
+) -> None:
+    """The step along the convex envelope from `at`: the steepest fall per slot, if any."""
+    if at + 1 >= widest:
+        return
+    slope = (cost_R[at + 1 :] - cost_R[at]) / np.arange(1, widest - at)
+    best = int(np.argmin(slope))
+    if slope[best] < 0:
+        heapq.heappush(heap, (float(slope[best]), layer, at + 1 + best))

@@ -1,0 +1,138 @@
+"""A plan's evidence: objective, bound and gap from its layers' answers, and what to know beside.
+
+Knows answers, planning steps and what was asked. Knows nothing of how slots were found or of files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...traces.model_spec import ModelSpec
+from ..cluster import Cluster
+from ..cost.lower_bounds import checked_gap
+from ..cost.token_transfers import copies_cost_bytes
+from ..dispatch.quotas import needs_all_counts
+from ..plan import DispatchSpec, Evidence, LayerEvidence
+from ..planning_traffic import PlanningSteps
+from ..search.annealing.fixed_shares import NEAREST_RULES
+from ..search.layer_task import LayerAnswer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a planning run was asked, checked once."""
+
+    cluster: Cluster
+    dispatch: DispatchSpec
+    objective: str
+    model: ModelSpec | None
+    slack: float
+    seed: int
+    effort: str
+    deadline: float | None
+
+
+def evidence_of(
+    answers: list[LayerAnswer],
+    data: PlanningSteps,
+    settings: Settings,
+    notes: tuple[str, ...] = (),
+) -> Evidence:
+    """Objective, bound and gap; time adds layers up, balance takes their mean."""
+    name = settings.objective
+    counted = data.trace is not None and copies_cost_bytes(settings.cluster)
+    layers = []
+    for answer in answers:
+        reached = answer.planning.objective(name)
+        bound, _ = checked_gap(reached, answer.bound, f"layer {answer.layer}")
+        layers.append(
+            LayerEvidence(
+                objective=reached, bound=bound, imbalance_mean=answer.planning.imbalance,
+                replicas=int((answer.slots_GC >= 0).sum()) - data.num_experts,
+                copies=answer.planning.copies if counted else None,
+            )
+        )
+    other_us = settings.model.other_time_us if name == "time" and settings.model else 0.0
+    sums = np.array([[x.objective, x.bound] for x in layers])
+    objective, bound = sums.sum(axis=0) + other_us if name == "time" else sums.mean(axis=0)
+    bound, gap = checked_gap(float(objective), float(bound), "plan")
+    checks = [a.validation.objective(name) for a in answers if a.validation is not None]
+    validation = None
+    if checks:
+        validation = float(np.sum(checks)) + other_us if name == "time" else float(np.mean(checks))
+    return Evidence(
+        objective_name=name, objective=float(objective), bound=bound, gap=gap,
+        validation=validation, layers=tuple(layers), steps=data.said,
+        bound_kind=BOUND_KINDS[name],
+        notes=(*data.notes, *notes, *remarks(answers, data, settings)),
+        copies=float(np.mean([a.planning.copies for a in answers])) if counted else None,
+    )
+
+
+BOUND_KINDS = {
+    "balance": "mean load; copies that the heaviest experts need",
+    "time": "every used expert read once, every token computed once; exchanges start, and send "
+            "what no device's slots could keep at home",
+}
+
+
+def remarks(
+    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
+) -> tuple[str, ...]:
+    """What a reader of the plan should know beside the numbers."""
+    said = []
+    filled = sum(int((a.slots_GC >= 0).sum()) for a in answers)
+    closed = closed_by_memory(answers, settings)
+    slots = data.num_layers * settings.cluster.total_slots - closed
+    empty = slots - filled
+    if closed:
+        said.append(
+            f"{closed} of {slots + closed} slots are closed: the devices' expert_memory_bytes hold "
+            "no more experts"
+        )
+    searched = any(a.name.startswith("search") or a.name.endswith(" slots") for a in answers)
+    if empty and searched and settings.objective == "time":
+        said.append(
+            f"{empty} of {slots} slots are left empty: another replica there would cost more in "
+            "weight reads than it saves in balance"
+        )
+    elif empty and searched and settings.dispatch.policy in NEAREST_RULES:
+        said.append(
+            f"{empty} of {slots} slots are left empty: under {settings.dispatch.policy} another "
+            "replica there would take few tokens and not balance better"
+        )
+    single = filled == data.num_layers * data.num_experts
+    if single and settings.objective == "time" and needs_all_counts(settings.dispatch):
+        said.append(
+            f"no expert has a replica: dispatch even makes the same choices as "
+            f"{settings.dispatch.policy} and need not gather counts in every layer"
+        )
+    unused = [a.layer for a in answers if not data.layer(a.layer).planning_WE().any()]
+    if unused:
+        said.append(f"no token used layer {unused[0]} ({len(unused)} such layers)")
+    return tuple(said)
+
+
+def closed_by_memory(answers: list[LayerAnswer], settings: Settings) -> int:
+    """Empty slots of all layers that no expert could fill, because their device's memory is full.
+
+    Experts of one size share a device's memory between layers; of different sizes, every layer has
+    the same bytes (`layer_rooms.py`).
+    """
+    model, devices = settings.model, settings.cluster.devices
+    if model is None or not (model.knows_sizes or model.expert_bytes):
+        return 0
+    size_E = np.maximum(model.bytes_per_expert_E().astype(np.float64), 1.0)
+    memory_G = np.array([d.expert_memory_bytes or np.inf for d in devices])
+    held_LG = np.stack([
+        np.where(a.slots_GC >= 0, size_E[np.maximum(a.slots_GC, 0)], 0.0).sum(axis=1)
+        for a in answers
+    ])
+    empty_LG = settings.cluster.slots_G - np.stack([(a.slots_GC >= 0).sum(axis=1) for a in answers])
+    if size_E.min() == size_E.max():
+        empty_G, left_G = empty_LG.sum(axis=0), memory_G - held_LG.sum(axis=0)
+        return int(np.maximum(empty_G - np.floor(left_G / size_E.min()), 0).sum())
+    left_LG = memory_G / len(answers) - held_LG
+    return int(np.maximum(empty_LG - np.floor(left_LG / size_E.min()), 0).sum())

@@ -1,0 +1,338 @@
+"""plan(): from a trace and a cluster to a plan with its evidence.
+
+Knows how the parts fit: planning steps, methods, search, bounds, evidence. Every layer is a job of
+its own and goes through an executor with an ordered `map`; the answer does not depend on which.
+Methods in which layers depend on each other place all of them first; the jobs then only judge.
+Knows nothing of Ray, files or printing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InfeasibleError, InputError, UsageError
+from ...foundation.parallel import LayerThreads
+from ...traces.model_spec import ModelSpec
+from ...traces.profile import Profile
+from ...traces.steps import StepSampler
+from ...traces.trace import RoutingTrace
+from ..cluster import Cluster
+from ..cost.evaluate import check_slots
+from ..cost.lower_bounds import checked_gap
+from ..dispatch.policies import policy_of
+from ..dispatch.quotas import default_slack
+from ..methods.affinity import affinity
+from ..methods.baselines import LAYER_METHODS, require_room
+from ..methods.moetuner import moetuner
+from ..methods.whole_model import Laid, Method, whole_model
+from ..plan import DispatchSpec, Evidence, Plan, Provenance
+from ..planning_traffic import MOST_STEPS, MOST_TIMED_STEPS, PlanningSteps, planning_steps
+from ..search.layer_search import EFFORTS
+from ..search.layer_task import LayerAnswer, LayerTask, answer_with, judged
+from ..search.milp_refine import search_and_polish
+from .evidence import Settings, evidence_of
+from .layer_alignment import linked, stacked
+from .layer_capacity import LayerRooms, layer_rooms
+
+WHOLE_MODEL_METHODS: dict[str, Method] = {"affinity": affinity, "moetuner": moetuner}
+METHODS = (*LAYER_METHODS, *WHOLE_MODEL_METHODS, "auto")
+
+Progress = Callable[[int, int, float], None]     # layers done, layers, gap so far
+SlotArray = npt.NDArray[np.int16]
+
+
+class Executor(Protocol):
+    """Runs one function over many items and keeps their order."""
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]: ...
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A plan, what it is worth, and what finding it took.
+
+    moves and pays_back_after_steps are `rebalance`'s: (layer, device, expert) to send, in order,
+    and after how many steps their cost is earned back (None: never, or nothing to earn).
+    """
+
+    plan: Plan
+    evidence: Evidence
+    seconds: float
+    truncated: bool = False
+    moves: tuple[tuple[int, int, int], ...] = ()
+    pays_back_after_steps: float | None = None
+
+
+def plan(
+    trace: RoutingTrace | Profile,
+    cluster: Cluster,
+    *,
+    method: str = "auto",
+    objective: str | None = None,
+    dispatch: str | DispatchSpec = "balanced",
+    steps: StepSampler = StepSampler(),  # noqa: B008  (frozen)
+    seed: int = 0,
+    model: ModelSpec | None = None,
+    current: Plan | None = None,
+    effort: str = "normal",
+    executor: Executor | None = None,
+    time_limit_s: float | None = None,
+    balance_slack: float | None = None,
+    progress: Progress | None = None,
+) -> PlanResult:
+    """Decide which device holds which expert and replica, for the dispatch that will run.
+
+    method: see METHODS. objective: "time" (default with a model of known sizes) or "balance":
+    smallest per-step imbalance and, where the traffic mode makes copies cost bytes, the fewest
+    copies among plans within balance_slack of it (by default what the dispatch may spend on it:
+    0.02 where copies to one place are sent once, 0.002 where each is sent). current: a
+    standing plan, taken as one more candidate. effort: "fast", "normal" or "thorough", a budget in
+    units of work, so the same input and seed give the same plan byte for byte on any executor.
+    time_limit_s: a guard; when it fires the best so far is returned, `truncated`. Evidence holds a
+    bound over all plans and the gap.
+    Raises UsageError on an unknown option, InputError on a bad trace, InfeasibleError when the
+    cluster cannot hold every expert.
+    """
+    started = time.perf_counter()
+    settings = resolve_settings(
+        cluster, method, objective, dispatch, model, balance_slack, seed, effort, time_limit_s
+    )
+    require_room(trace.num_experts, cluster.slots_G)
+    data = planning_steps(trace, steps, most_steps=most_steps(settings))
+    _check_model(settings, data)
+    if current is not None:
+        check_current(current, data, cluster)
+    rooms = rooms_of_layers(data, settings)
+    tasks = layer_tasks(data, settings, rooms, current)
+    work: Callable[[LayerTask], LayerAnswer]
+    laid: Laid | None = None
+    if method in WHOLE_MODEL_METHODS:
+        laid = lay(method, data, settings, progress)
+        work, progress = Judge(method, laid.slots_LGC), None
+    else:
+        work = search_and_polish if method == "auto" else Baseline(method)
+    answers = run_layers(work, tasks, data.num_layers, executor, progress)
+    notes = rooms.notes if laid is None else (*rooms.notes, *laid.notes)
+    if cluster.traffic.mode == "coherent":
+        answers, said = linked(answers, data, settings, align=method == "auto" and not current)
+        notes = (*notes, *said)
+    evidence = evidence_of(answers, data, settings, notes)
+    made = assemble(answers, data, settings, method, trace_digest(trace), evidence)
+    truncated = any(a.truncated for a in answers) or (laid is not None and laid.truncated)
+    return PlanResult(made, evidence, time.perf_counter() - started, truncated)
+
+
+def lay(
+    method: str, data: PlanningSteps, settings: Settings, progress: Progress | None
+) -> Laid:
+    """All layers by a method that places them together."""
+    model = whole_model(
+        data, settings.cluster, method, settings.seed, settings.effort, settings.deadline
+    )
+
+    def done(layers: int, gap: float) -> None:
+        if progress is not None:
+            progress(layers, data.num_layers, gap)
+
+    return WHOLE_MODEL_METHODS[method](model, done)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Slots that are decided already, judged layer by layer, as a job."""
+
+    method: str
+    slots_LGC: SlotArray
+
+    def __call__(self, task: LayerTask) -> LayerAnswer:
+        return answer_with(task, judged(task, self.method, self.slots_LGC[task.layer]))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method that looks at loads alone, as a job (picklable, unlike a closure)."""
+
+    method: str
+
+    def __call__(self, task: LayerTask) -> LayerAnswer:
+        slots_GC = LAYER_METHODS[self.method](task.loads())
+        return answer_with(task, judged(task, self.method, slots_GC))
+
+
+def rooms_of_layers(
+    data: PlanningSteps, settings: Settings, current: Plan | None = None
+) -> LayerRooms:
+    """Slots and bytes of each layer; loads are counted only where memory may be the limit."""
+    cluster, shape = settings.cluster, (data.num_layers, data.num_experts)
+    load_LE = np.zeros(shape)
+    if any(device.expert_memory_bytes is not None for device in cluster.devices):
+        for layer in range(data.num_layers):
+            load_LE[layer] = data.layer(layer).planning_WE().mean(axis=0)
+    return layer_rooms(load_LE, cluster, settings.model, current)
+
+
+def layer_tasks(
+    data: PlanningSteps, settings: Settings, rooms: LayerRooms, current: Plan | None = None
+) -> Iterator[LayerTask]:
+    """One job per layer, made as they are asked for."""
+    for layer in range(data.num_layers):
+        yield LayerTask(
+            layer=layer, layers=data.num_layers, traffic=data.layer(layer),
+            slots_G=rooms.slots_LG[layer],
+            room_G=None if rooms.room_LG is None else rooms.room_LG[layer],
+            cluster=settings.cluster, dispatch=settings.dispatch, objective=settings.objective,
+            model=settings.model, slack=settings.slack, seed=settings.seed,
+            effort=settings.effort, deadline=settings.deadline,
+            start_GC=None if current is None else current.slots[layer],
+        )
+
+
+def run_layers(
+    work: Callable[[LayerTask], LayerAnswer],
+    tasks: Iterable[LayerTask],
+    layers: int,
+    executor: Executor | None,
+    progress: Progress | None,
+) -> list[LayerAnswer]:
+    """Answers in layer order; None = threads of this process, one per usable core."""
+    answers: list[LayerAnswer] = []
+    runner: Executor = LayerThreads() if executor is None else executor
+    for answer in runner.map(work, tasks):
+        answers.append(answer)
+        if progress is not None:
+            objective = "time" if answer.planning.time_us is not None else "balance"
+            reached = float(np.mean([a.planning.objective(objective) for a in answers]))
+            bound = float(np.mean([a.bound for a in answers]))
+            progress(len(answers), layers, checked_gap(reached, bound, "plan")[1])
+    return answers
+
+
+def assemble(
+    answers: list[LayerAnswer],
+    data: PlanningSteps,
+    settings: Settings,
+    method: str,
+    digest: str,
+    evidence: Evidence,
+) -> Plan:
+    """The plan itself."""
+    from ... import __version__
+
+    slots_LGC = stacked([a.slots_GC for a in answers])
+    made = Plan(
+        slots=slots_LGC,
+        num_experts=data.num_experts,
+        dispatch=settings.dispatch,
+        layer_indices=data.layer_indices,
+        model_digest="" if settings.model is None else settings.model.digest(),
+        cluster_digest=settings.cluster.digest(),
+        provenance=Provenance(
+            method=method, seed=settings.seed, effort=settings.effort, trace_digest=digest,
+            version=__version__, notes=data.notes,
+        ),
+        evidence=evidence,
+    )
+    _check_memory(made, settings)
+    return made
+
+
+def _check_memory(made: Plan, settings: Settings) -> None:
+    """Raises InfeasibleError where the experts of a device exceed its own memory."""
+    model = settings.model
+    if model is None or not (model.knows_sizes or model.expert_bytes):
+        return
+    held_G = made.copies_LGE().sum(axis=0) @ model.bytes_per_expert_E()
+    for g, device in enumerate(settings.cluster.devices):
+        if device.expert_memory_bytes is not None and held_G[g] > device.expert_memory_bytes:
+            raise InfeasibleError(
+                f"{made.provenance.method} puts {held_G[g]:,} bytes of experts on device {g}, "
+                f"whose expert_memory_bytes allow {device.expert_memory_bytes:,}: use auto or "
+                "greedy, which keep to it"
+            )
+
+
+def trace_digest(source: RoutingTrace | Profile) -> str:
+    """Fingerprint of what the plan was made from."""
+    if isinstance(source, RoutingTrace):
+        return source.digest()
+    if source.sample is not None:
+        return source.sample.digest()
+    return ""
+
+
+def resolve_settings(
+    cluster: Cluster,
+    method: str,
+    objective: str | None,
+    dispatch: str | DispatchSpec,
+    model: ModelSpec | None,
+    slack: float | None,
+    seed: int,
+    effort: str,
+    time_limit_s: float | None,
+) -> Settings:
+    """Check every option once. Raises UsageError on one that means nothing."""
+    spec = DispatchSpec(policy=dispatch) if isinstance(dispatch, str) else dispatch
+    policy_of(spec)
+    sized = model is not None and model.knows_sizes
+    objective = objective or ("time" if sized else "balance")
+    for what, value, known in (
+        ("method", method, METHODS),
+        ("objective", objective, ("balance", "time")),
+        ("effort", effort, tuple(EFFORTS)),
+    ):
+        if value not in known:
+            raise UsageError(f"unknown {what} {value!r}; there are: {', '.join(known)}")
+    if objective == "time" and not sized:
+        raise UsageError(
+            "objective time needs the model's hidden and intermediate sizes: give the model "
+            "(model=ModelSpec; --model), or use objective balance"
+        )
+    slack = default_slack(cluster) if slack is None else slack
+    if not 0.0 <= slack < 1.0:
+        raise UsageError(f"balance_slack {slack} must lie in [0, 1)")
+    if seed < 0:
+        raise UsageError(f"seed {seed} must be at least 0")
+    if time_limit_s is not None and not time_limit_s > 0:
+        raise UsageError(f"time_limit_s {time_limit_s} must be above 0")
+    deadline = None if time_limit_s is None else time.time() + time_limit_s
+    return Settings(cluster, spec, objective, model, slack, seed, effort, deadline)
+
+
+def most_steps(settings: Settings) -> int:
+    """Steps to plan on at most, of the planning part and of what is held back alike."""
+    return MOST_TIMED_STEPS if settings.objective == "time" else MOST_STEPS
+
+
+def _check_model(settings: Settings, data: PlanningSteps) -> None:
+    model = settings.model
+    if model is None:
+        return
+    if (model.num_layers, model.num_experts) != (data.num_layers, data.num_experts):
+        raise InputError(
+            f"the model {model.name} has {model.num_layers} layers of {model.num_experts} experts, "
+            f"the trace {data.num_layers} of {data.num_experts}: they do not belong together"
+        )
+    if settings.objective == "time" and data.trace is None:
+        raise UsageError(
+            "average loads cannot tell time per step: record a trace of tokens, or use objective "
+            "balance"
+        )
+
+
+def check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:
+    """Whether a standing plan fits trace, cluster and its slots. Raises InputError."""
+    shape = (current.num_layers, current.num_experts, current.num_devices)
+    if shape != (data.num_layers, data.num_experts, cluster.num_devices):
+        raise InputError(
+            f"the current plan has {shape[0]} layers of {shape[1]} experts on {shape[2]} devices; "
+            f"the trace and cluster have {data.num_layers} of {data.num_experts} on "
+            f"{cluster.num_devices}"
+        )
+    check_slots(current, cluster, "the current plan")

@@ -1,0 +1,213 @@
+"""advise: several methods on one trace, judged on requests they have not seen, with a verdict.
+
+What `loadmaster plan` answers. Knows plans and traces. Prints nothing, runs nothing live.
+Average loads without a trace: `advise_loads.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ...errors import InputError
+from ...traces.model_spec import ModelSpec
+from ...traces.steps import StepSampler
+from ...traces.trace import RoutingTrace
+from ..cluster import Cluster
+from ..comparison.compare import Comparison, ComparisonRow, compare
+from ..comparison.verdict import metric_text, verdict_of
+from ..cost.evaluate import check_slots
+from ..plan import DispatchSpec, Plan
+from ..planning.planner import PlanResult
+from .switch_payback import HORIZON_STEPS, Moving, price_moves
+from .trial_plans import REBALANCE, USUAL_METHODS, attempt
+
+CURRENT = "current"
+HELD_BACK = 0.3          # share of requests that only judge
+
+
+@dataclass(frozen=True, eq=False)
+class Advice:
+    """The plan to use, and why. `chosen` may be the current plan: leave it alone.
+
+    cannot: methods that found no plan, and why. moving: by plan, what coming to it from the current
+    one takes; empty without one.
+    """
+
+    verdict: str
+    chosen: str
+    comparison: Comparison
+    results: dict[str, PlanResult]
+    plans: dict[str, Plan]
+    judged_on: str
+    cannot: dict[str, str] = field(default_factory=dict)
+    moving: dict[str, Moving] = field(default_factory=dict)
+    horizon_steps: float = HORIZON_STEPS
+
+    @property
+    def plan(self) -> Plan:
+        """The plan the verdict names."""
+        return self.plans[self.chosen]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know beside the table."""
+        fired = [name for name, result in self.results.items() if result.truncated]
+        told = {self.chosen, REBALANCE}
+        return (
+            f"judged on {self.judged_on}",
+            *(f"{name}: cannot ({why})" for name, why in self.cannot.items()),
+            *([f"time limit fired: {', '.join(fired)} may improve with more time"] if fired
+              else []),
+            *(n for name, r in self.results.items() if name in told for n in r.evidence.notes),
+            *self.comparison.notes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the comparison, with bound, gap and seconds of each method."""
+        out = self.comparison.to_dict()
+        for row in out["rows"]:
+            result, moving = self.results.get(row["name"]), self.moving.get(row["name"])
+            row["chosen"] = row["name"] == self.chosen
+            row["bound"] = None if result is None else result.evidence.bound
+            row["gap"] = None if result is None else result.evidence.gap
+            row["seconds"] = None if result is None else result.seconds
+            row["truncated"] = False if result is None else result.truncated
+            row |= {} if moving is None else moving.to_dict()
+            if result is not None and result.moves:
+                row["ordered_moves"] = [list(move) for move in result.moves]
+        return out | {
+            "verdict": self.verdict, "chosen": self.chosen, "judged_on": self.judged_on,
+            "cannot": self.cannot, "notes": list(self.notes),
+            "horizon_steps": self.horizon_steps if self.moving else None,
+        }
+
+
+def advise(
+    trace: RoutingTrace,
+    cluster: Cluster,
+    *,
+    methods: Sequence[str] = USUAL_METHODS,
+    current: Plan | None = None,
+    max_moves: int | None = None,
+    max_bytes: int | None = None,
+    horizon_steps: float = HORIZON_STEPS,
+    dispatch: str | DispatchSpec = "balanced",
+    steps: StepSampler = StepSampler(),  # noqa: B008  (frozen)
+    model: ModelSpec | None = None,
+    objective: str | None = None,
+    balance_slack: float | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Advice:
+    """Plan by every method on 70 % of the requests, judge on the rest, choose.
+
+    The reference is `current`, else contiguous. It is chosen unless a plan beats it beyond the
+    noise and, with sizes known, earns its moves back within `horizon_steps`: a switch must earn its
+    place. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
+    `current`. `options` go to `attempt` (effort, executor, progress, time_limit_s). Judged where
+    planned, and said, where the trace is too short to hold requests back. Raises UsageError on a
+    budget without `current`, InfeasibleError where no method finds a plan.
+    """
+    if current is not None:
+        check_slots(current, cluster, "the current plan")
+    planning, judging, judged_on = hold_back(trace, steps, seed)
+    asked: dict[str, Any] = dict(dispatch=dispatch, steps=steps, model=model, seed=seed,
+                                 objective=objective, balance_slack=balance_slack)
+    tried = attempt(planning, cluster, methods, current, (max_moves, max_bytes), **asked, **options)
+    plans = {} if current is None else {CURRENT: current}
+    plans |= {name: result.plan for name, result in tried.results.items()}
+    reference = CURRENT if current is not None else _reference(plans)
+    table = compare(plans, judging, cluster, current=reference, **asked)
+    moving = {} if current is None else _moving(table, plans, cluster, model)
+    chosen, verdict = _choice(table, moving, horizon_steps, in_force=current is not None)
+    return Advice(verdict, chosen, table, tried.results, plans, judged_on, tried.cannot, moving,
+                  horizon_steps)
+
+
+def _moving(
+    table: Comparison, plans: dict[str, Plan], cluster: Cluster, model: ModelSpec | None
+) -> dict[str, Moving]:
+    """What coming from the current plan to each other one takes, and gains per step."""
+    now = table.evaluations[CURRENT].step_time_us
+    found = {}
+    for row in table.rows:
+        if row.name == CURRENT:
+            continue
+        new, gain_us, sure_us = table.evaluations[row.name].step_time_us, None, None
+        if now is not None and new is not None:
+            gain_us = now - new
+            if table.metric_name == "step_time_us" and table.sure:
+                sure_us = -row.change_high_percent / 100 * table.row(CURRENT).metric
+        found[row.name] = price_moves(
+            plans[CURRENT], plans[row.name], cluster, model, gain_us, sure_us
+        )
+    return found
+
+
+def _choice(
+    table: Comparison, moving: dict[str, Moving], horizon_steps: float, *, in_force: bool
+) -> tuple[str, str]:
+    """(the plan to use, the verdict)."""
+    best = table.rows[0]
+    if not table.sure and not in_force:
+        return best.name, (
+            f"{best.name} came out best ({metric_text(best.metric, table.metric_name)}); how sure "
+            "that is is not known: so few requests cannot tell, record more"
+        )
+    if not in_force:
+        return (best.name if best.better else table.reference), table.verdict
+    refused = ""
+    for row in table.rows:
+        if row.name == CURRENT or not row.better:
+            continue
+        why, said = moving[row.name].refusal(horizon_steps), _better_text(table, row)
+        if why is None:
+            instead = f"; {refused}" if refused else ""
+            return row.name, f"{said}; {moving[row.name]}{instead}"
+        refused = refused or f"{said}, but {why}"
+    if refused:
+        return CURRENT, f"leave it: {refused}"
+    if REBALANCE in moving and not moving[REBALANCE].moves:
+        return CURRENT, (
+            "leave it: no moves within the budget show a gain on requests they were not searched on"
+        )
+    return CURRENT, table.verdict
+
+
+def _better_text(table: Comparison, row: ComparisonRow) -> str:
+    """That this plan is better than the current one, and by how much."""
+    if row.best:
+        return table.verdict
+    return verdict_of(
+        (row, table.row(CURRENT)), CURRENT, table.metric_name, table.copies_name,
+        table.balance_slack,
+    )
+
+
+def hold_back(
+    trace: RoutingTrace, steps: StepSampler, seed: int
+) -> tuple[RoutingTrace, RoutingTrace, str]:
+    """(plan on, judge on, what that means in words).
+
+    Raises InputError where the trace does not fill one step.
+    """
+    if len(np.unique(trace.request_T())) >= 2:
+        planning, judging = trace.split(1.0 - HELD_BACK, seed=seed)
+        try:
+            count = len(steps.sample(judging))
+            steps.sample(planning)
+        except InputError:
+            count = 0
+        if count >= 2:
+            said = f"{count} steps of {HELD_BACK:.0%} of the requests, held back from planning"
+            return planning, judging, said
+    steps.sample(trace)  # too short for even one step is said now, not after planning
+    return trace, trace, "the planning steps themselves: too few requests to hold any back"
+
+
+def _reference(plans: dict[str, Plan]) -> str:
+    return "contiguous" if "contiguous" in plans else next(iter(plans))

@@ -1,0 +1,304 @@
+"""One layer's search: starts, improvement on sampled and imagined steps, and the choice.
+
+`search_layer` is pure: the same task gives the same answer on any machine, unless its guard on
+time fires. Knows the searches and when each applies. Knows nothing of other layers or executors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InfeasibleError, InputError
+from ...foundation.compiled import random_state
+from ..cost.token_transfers import CopyModel, copy_model, no_copies
+from ..methods.baselines import LayerLoads, contiguous, greedy, lpt_swap
+from .annealing.annealer import Annealing, Found, SearchSpace, search_space
+from .annealing.even_average import improve_average
+from .annealing.exact_balance import MOST_DEVICES, improve_few_devices
+from .annealing.fixed_shares import NEAREST_RULES, improve_fixed_shares
+from .annealing.water_filled import improve_many_devices
+from .layer_task import Candidate, LayerAnswer, LayerTask, answer_with, judged
+from .scenarios import home_rows, request_kinds, search_rows
+from .time_search import time_candidates
+
+FloatArray = npt.NDArray[np.float64]
+SlotArray = npt.NDArray[np.int16]
+Improve = Callable[..., Found]
+
+EFFORTS = {"fast": 0.3, "normal": 1.0, "thorough": 4.0}   # units of work
+# Rounds of moves, each with fresh scenarios; the last one with more of them, cold. More on few
+# devices where copies are free: on a shifted mix no farther from fewer than seeds are from each
+# other. Where copies cost, more rounds saved fewer (28.9 % of those between nodes, not 31.0 %).
+ROUNDS, ROUNDS_BALANCE = 6, 24
+# Moves over all rounds: so many per slot, and at least so many. Within a budget of moves most break
+# it, and cost nothing.
+PER_SLOT_FEW, FEWEST_FEW, FEWEST_BALANCE = 200, 6_000, 16_000
+PER_SLOT_BUDGETED, FEWEST_BUDGETED = 1_000, 30_000
+PER_SLOT_MANY, FEWEST_MANY = 10, 2_500
+SCENARIOS_FEW, SCENARIOS_MANY = 192, 8    # fresh rows of each kind, each round: few are overfitted
+SCENARIOS_COPIES = 48        # the same where copies cost: rows ask for room that saves none
+HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
+BEND = 1.0                   # weight of squared overload: the tail counts more
+ROBUSTNESS_PRICE = 0.005     # imbalance at home that robustness may cost
+COPY_TOKENS = 4_096          # tokens whose copies are counted while searching
+# Price of one copy per token against overload: a search each on few devices, one on many.
+COPY_WEIGHTS_FEW, COPY_WEIGHT = (1.0, 2.0, 4.0), 0.3
+
+
+def search_layer(task: LayerTask) -> LayerAnswer:
+    """Search one layer and choose among its candidates by the steps held back."""
+    candidates: list[Candidate] = []
+    truncated = False
+    for name, slots in _candidates(task):
+        if not task.fits(slots):
+            continue
+        candidates.append(judged(task, name, slots))
+        if task.expired():
+            truncated = True
+            break
+    return replace(answer_with(task, choose(task, candidates)), truncated=truncated)
+
+
+def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
+    """One search from given slots, within the task's budget of moves.
+
+    Raises InputError where a device holds more than its slots in this layer.
+    """
+    loads = task.loads()
+    start_GC = within_slots(without_duplicates(start_GC), loads.usable_slots_G())
+    if not loads.load_WE.any():
+        return start_GC
+    if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
+        return _average(task, loads, start_GC)
+    return _by_rows(task, loads, start_GC, COPY_WEIGHT if task.counts_copies else 0.0)
+
+
+def without_duplicates(slots_GC: SlotArray) -> SlotArray:
+    """Second and further copies of an expert on one device become empty slots."""
+    slots_GC = slots_GC.copy()
+    for row in slots_GC:
+        _, first = np.unique(row, return_index=True)
+        again = np.ones(len(row), bool)
+        again[first] = False
+        row[again] = -1
+    return slots_GC
+
+
+def within_slots(
+    slots_GC: SlotArray, most_G: npt.NDArray[np.int64], width: int | None = None
+) -> SlotArray:
+    """The same contents, each device's in its first most_G[g] slots; what lies there stays there.
+
+    width: C of the result; None = as given, at least the widest device's. Raises InputError where
+    a device holds more.
+    """
+    widest = int(most_G.max())
+    fitted = np.full((len(slots_GC), max(slots_GC.shape[1], widest)), -1, np.int16)
+    for g, (row, most) in enumerate(zip(slots_GC, most_G.tolist(), strict=True)):
+        fitted[g, : len(row[:most])] = row[:most]
+        beyond = row[most:][row[most:] >= 0]
+        free = np.flatnonzero(fitted[g, :most] < 0)
+        if len(beyond) > len(free):
+            raise InputError(
+                f"the current plan holds {int((row >= 0).sum())} experts on device {g} in a layer "
+                f"in which it has {most} slots"
+            )
+        fitted[g, free[: len(beyond)]] = beyond
+    return fitted if width is None else fitted[:, :width]
+
+
+def choose(task: LayerTask, candidates: list[Candidate]) -> Candidate:
+    """The best candidate; see the objective in `plan`.
+
+    time: the least. balance: the lowest peak, where a searched placement may cost
+    ROBUSTNESS_PRICE at home; where copies cost bytes, the fewest copies among those within slack.
+    """
+    if task.objective == "time":
+        return min(candidates, key=lambda c: c.decisive.objective("time"))
+    least = min(c.decisive.peak for c in candidates)
+    if task.counts_copies:
+        near = [c for c in candidates if c.decisive.peak <= least + task.slack]
+        return min(near, key=lambda c: (c.decisive.copies, c.decisive.peak))
+    for candidate in candidates:
+        if candidate.name == SEARCHED and candidate.decisive.peak <= least + ROBUSTNESS_PRICE:
+            return candidate
+    return min(candidates, key=lambda c: c.decisive.peak)
+
+
+SEARCHED = "search"
+
+
+def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
+    """(name, slots), cheap ones first, so that a fired guard still has something to choose."""
+    loads = task.loads()
+    if task.start_GC is not None:
+        yield "current", task.start_GC
+    starts = _starts(task, loads)
+    yield from starts
+    start = starts[0][1]
+    if not loads.load_WE.any():
+        return                       # a layer nobody used: any placement is as good
+    if task.objective == "time":
+        yield "contiguous", contiguous(loads)
+    if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
+        yield SEARCHED, _average(task, loads, start)
+        return
+    found = _by_rows(task, loads, start, 0.0)
+    yield SEARCHED, found
+    if task.counts_copies:
+        few = loads.devices <= MOST_DEVICES
+        for weight in COPY_WEIGHTS_FEW if few else (COPY_WEIGHT,):
+            yield f"search, copies {weight}", _by_rows(task, loads, found, weight)
+    if task.objective == "time":
+        yield from time_candidates(task, loads, _space(task, loads), found, EFFORTS[task.effort])
+    if task.dispatch.policy in NEAREST_RULES:
+        yield from _with_fewer_copies(task, loads)
+
+
+def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
+    """(name, slots) packed by load, the first to search from; where nothing packs these experts
+    into memory but the standing plan does, that. Raises InfeasibleError where neither does."""
+    try:
+        starts = [("lpt_swap", lpt_swap(loads))]
+        if task.dispatch.policy in NEAREST_RULES:
+            starts.append(("greedy", greedy(loads)))
+    except InfeasibleError:
+        if task.start_GC is None or not task.fits(task.start_GC):
+            raise
+        kept_GC = within_slots(without_duplicates(task.start_GC), loads.usable_slots_G())
+        return [("current, no duplicates", kept_GC)]
+    return starts
+
+
+def _with_fewer_copies(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
+    """The same with slots left empty: a replica costs weight reads, and under some engines' rules
+    it takes few tokens but disturbs the rest."""
+    experts, slots = loads.experts, int(loads.usable_slots_G().sum())
+    for share in (0.5, 0.25, 0.0):
+        keep = experts + round(share * (slots - experts))
+        if keep >= slots:
+            continue
+        fewer = replace(loads, slots_G=_trimmed(loads.slots_G, keep))
+        part = replace(task, slots_G=fewer.slots_G)
+        try:
+            start = lpt_swap(fewer)
+        except InfeasibleError:          # memory needs more slots than these
+            return
+        yield f"lpt_swap, {keep} of {slots} slots", _widened(start, loads.most_slots)
+        found = _by_rows(part, fewer, start, 0.0)
+        yield f"search, {keep} of {slots} slots", _widened(found, loads.most_slots)
+
+
+def _trimmed(slots_G: npt.NDArray[np.int64], keep: int) -> npt.NDArray[np.int64]:
+    """Fewer slots, taken one by one from the device with most (ties: the last)."""
+    slots = slots_G.copy()
+    while int(slots.sum()) > keep:
+        slots[len(slots) - 1 - int(np.argmax(slots[::-1]))] -= 1
+    return slots
+
+
+def _widened(slots_GC: SlotArray, width: int) -> SlotArray:
+    wide = np.full((len(slots_GC), width), -1, np.int16)
+    wide[:, : slots_GC.shape[1]] = slots_GC
+    return wide
+
+
+def _average(task: LayerTask, loads: LayerLoads, start_GC: SlotArray) -> SlotArray:
+    moves = round(MOVES_PER_SLOT_AVERAGE * int(loads.slots_G.sum()) * EFFORTS[task.effort])
+    return improve_average(
+        _space(task, loads), start_GC, loads.load_E, moves, random_state(task.seed, task.layer)
+    )
+
+
+MOVES_PER_SLOT_AVERAGE = 600
+
+
+def _by_rows(
+    task: LayerTask, loads: LayerLoads, start_GC: SlotArray, copy_weight: float
+) -> SlotArray:
+    """Anneal in rounds, each on home steps and fresh scenarios; the last is cold and has more."""
+    few = loads.devices <= MOST_DEVICES
+    improve = _improver(task, few)
+    space = _space(task, loads)
+    copies = _copies(task, copy_weight)
+    rng = np.random.default_rng([task.seed, task.layer])
+    state = random_state(task.seed, task.layer)
+    home = home_rows(task.traffic.search_WE(), float(loads.speed_G.sum()))
+    kinds = request_kinds(task.traffic.request_RE())
+    scenarios = SCENARIOS_FEW if few else SCENARIOS_MANY
+    if copy_weight > 0.0:
+        scenarios = min(scenarios, SCENARIOS_COPIES)
+    rounds, moves = _rounds(task, few, int(np.asarray(space.slots_G).sum()))
+    heat = HOT * (COLD / HOT) ** (np.arange(rounds) / (rounds - 1))
+    free = 1.0 if copy_weight == 0.0 else 1.0 + task.slack / 2
+    found_GC = start_GC
+    for turn in range(rounds):
+        last = turn == rounds - 1
+        rows = search_rows(
+            home, kinds, scenarios * (3 if last else 1), float(loads.speed_G.sum()), rng
+        )
+        annealing = Annealing(
+            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1]), BEND, free
+        )
+        found = improve(space, rows.load_WE, rows.weight_W, found_GC, annealing, copies, state)
+        found_GC = found.best_GC if last else found.last_GC
+        if task.expired():
+            return found.best_GC
+    return found_GC
+
+
+def _rounds(task: LayerTask, few: bool, slots: int) -> tuple[int, int]:
+    """(rounds, moves in each)."""
+    rounds = ROUNDS
+    if not few:
+        moves = max(FEWEST_MANY, PER_SLOT_MANY * slots)
+    elif task.move_budget is not None:
+        moves = max(FEWEST_BUDGETED, PER_SLOT_BUDGETED * slots)
+    elif task.counts_copies:
+        moves = max(FEWEST_FEW, PER_SLOT_FEW * slots)
+    else:
+        rounds, moves = ROUNDS_BALANCE, max(FEWEST_BALANCE, PER_SLOT_FEW * slots)
+    return rounds, round(moves * EFFORTS[task.effort] / rounds)
+
+
+def _space(task: LayerTask, loads: LayerLoads) -> SearchSpace:
+    """Devices as the searches see them; a budget of moves counts from the standing plan."""
+    budget = task.move_budget
+    return search_space(
+        loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.room_G,
+        standing_GC=None if budget is None else task.start_GC,
+        move_price_E=task.move_price_E, move_budget=0.0 if budget is None else budget,
+    )
+
+
+def _improver(task: LayerTask, few: bool) -> Improve:
+    """The search that models how the dispatch shares tokens among copies."""
+    if task.dispatch.policy in ("balanced", "fewest_active"):
+        return improve_few_devices if few else improve_many_devices
+    if task.dispatch.policy in NEAREST_RULES:
+        first = task.dispatch.policy == "sglang_static"
+        return partial(improve_fixed_shares, node_G=task.cluster.node_G, first_near=first)
+    return improve_fixed_shares
+
+
+def _copies(task: LayerTask, weight: float) -> CopyModel:
+    """Copies of a sample of the tokens; none where they cost nothing."""
+    trace = task.traffic.trace
+    if weight == 0.0 or trace is None:
+        return no_copies(task.cluster.num_devices)
+    # Drawn at random from all requests, those held back too: which experts go together differs more
+    # from request to request than loads do, and the steps held back still decide on balance.
+    rng = np.random.default_rng([task.seed, task.layer, 3])
+    token = rng.permutation(trace.num_tokens)[:COPY_TOKENS]
+    ids_TK = trace.ids[token, 0].astype(np.int32)
+    valid = trace.valid_TLK(token)
+    if valid is not None:
+        ids_TK[~valid[:, 0]] = -1
+    home_T = trace.home_rank_T(task.cluster.num_devices)[token]
+    model = copy_model(ids_TK, home_T, task.traffic.num_experts, task.cluster, weight)
+    return no_copies(task.cluster.num_devices) if model is None else model

@@ -1,0 +1,231 @@
+"""One layer as a job of its own: what there is to place, and what given slots are worth.
+
+A `LayerTask` holds everything and travels to any machine. Knows counts, devices, dispatch, traffic
+and, with a model, time. Knows nothing of how slots are found, of other layers or of executors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...traces.model_spec import ModelSpec
+from ...traces.steps import Steps
+from ..cluster import Cluster
+from ..cost.evaluate import imbalance_of, peak_of
+from ..cost.lower_bounds import balance_bound_W, most_copies, time_bound_us
+from ..cost.step_cost import step_cost
+from ..cost.step_loads import step_loads
+from ..cost.token_transfers import copies_cost_bytes
+from ..dispatch.quotas import count_tokens
+from ..methods.baselines import LayerLoads
+from ..plan import DispatchSpec, Plan
+from ..planning_traffic import LayerTraffic
+from .balance_score import HOME_BLIND, fluid_tokens_WG, mean_over_steps, tokens_WG
+
+FloatArray = npt.NDArray[np.float64]
+SlotArray = npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One layer to place."""
+
+    layer: int
+    layers: int                          # of the whole plan
+    traffic: LayerTraffic
+    slots_G: npt.NDArray[np.int64]       # slots in this layer, at most the cluster's
+    room_G: FloatArray | None            # bytes for this layer; None = slots are the limit
+    cluster: Cluster
+    dispatch: DispatchSpec
+    objective: str                       # "balance" or "time"
+    model: ModelSpec | None              # this layer's sizes, needed for "time"
+    slack: float                         # of balance, in favour of fewer copies
+    seed: int
+    effort: str
+    deadline: float | None = None        # time.time() after which only cheap work is begun
+    start_GC: SlotArray | None = None    # a standing plan's slots, also a candidate
+    move_budget: float | None = None     # most that moves away from it may cost; None = free
+    move_price_E: FloatArray | None = None   # cost of sending each expert; None = 1
+
+    def loads(self) -> LayerLoads:
+        """What the load-only methods see."""
+        sizes = None if self.model is None else self.model.bytes_per_expert_E().astype(np.float64)
+        return LayerLoads(
+            load_WE=self.traffic.planning_WE(), slots_G=self.slots_G,
+            speed_G=self.cluster.speed_G, nodes=self.cluster.num_nodes,
+            expert_groups=1 if self.model is None else self.model.num_expert_groups,
+            size_E=sizes, room_G=self.room_G,
+        )
+
+    def expired(self) -> bool:
+        """Whether the guard on time has fired."""
+        return self.deadline is not None and time.time() > self.deadline
+
+    def fits(self, slots_GC: SlotArray) -> bool:
+        """Whether slots keep to each device's slots and bytes in this layer."""
+        held = slots_GC >= 0
+        if (held.sum(axis=1) > self.slots_G).any():
+            return False
+        sizes_E = self.loads().size_E if self.room_G is not None else None
+        if sizes_E is None or self.room_G is None:
+            return True
+        held_G = np.where(held, sizes_E[np.maximum(slots_GC, 0)], 0.0).sum(axis=1)
+        return bool((held_G <= self.room_G).all())
+
+    @property
+    def counts_copies(self) -> bool:
+        """Whether fewer copies are worth something here."""
+        return self.traffic.trace is not None and copies_cost_bytes(self.cluster)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What slots are worth on some steps.
+
+    peak: balance, as it decides (`evaluate.peak_of`). imbalance: as it is told; the same where
+    devices are equally fast. copies: remote, per token; between nodes if any.
+    """
+
+    peak: float
+    imbalance: float
+    copies: float = 0.0
+    time_us: float | None = None
+
+    def objective(self, name: str) -> float:
+        """The figure that decides."""
+        if name == "time":
+            assert self.time_us is not None
+            return self.time_us
+        return self.peak
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Slots, and their score on the steps that decide: held back where possible."""
+
+    name: str
+    slots_GC: SlotArray
+    decisive: Score
+
+
+@dataclass(frozen=True)
+class LayerAnswer:
+    """The slots found and what they are worth."""
+
+    layer: int
+    slots_GC: SlotArray
+    name: str                        # the candidate that won
+    planning: Score
+    bound: float                     # on the objective, over all plans, on the planning steps
+    validation: Score | None
+    truncated: bool = False
+
+
+def judged(task: LayerTask, name: str, slots_GC: SlotArray) -> Candidate:
+    """Score slots on the steps that decide."""
+    traffic = task.traffic
+    steps = traffic.planning if traffic.validation is None else traffic.validation
+    return Candidate(name, slots_GC, score(task, slots_GC, steps))
+
+
+def answer_with(task: LayerTask, candidate: Candidate) -> LayerAnswer:
+    """The layer's answer: the candidate, its planning score and the bound beside it."""
+    bound = layer_bound(task)
+    if task.traffic.validation is None:
+        return LayerAnswer(
+            task.layer, candidate.slots_GC, candidate.name, candidate.decisive, bound, None
+        )
+    planning = score(task, candidate.slots_GC, task.traffic.planning)
+    return LayerAnswer(
+        task.layer, candidate.slots_GC, candidate.name, planning, bound, candidate.decisive
+    )
+
+
+def score(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> Score:
+    """What slots are worth on these steps (the average loads where there is no trace)."""
+    tokens, copies, time_us_W = _measured(task, slots_GC, steps)
+    return Score(
+        mean_over_steps(peak_of(tokens[:, None], task.cluster)[:, 0]),
+        mean_over_steps(imbalance_of(tokens[:, None], task.cluster)[:, 0]),
+        copies, None if time_us_W is None else float(time_us_W.mean()),
+    )
+
+
+def objective_W(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> FloatArray:
+    """[W] the objective in every step; NaN where a step without tokens has no balance."""
+    tokens, _, time_us_W = _measured(task, slots_GC, steps)
+    return peak_of(tokens[:, None], task.cluster)[:, 0] if time_us_W is None else time_us_W
+
+
+def _measured(
+    task: LayerTask, slots_GC: SlotArray, steps: Steps | None
+) -> tuple[FloatArray, float, FloatArray | None]:
+    """(tokens [W, G], remote copies per token, microseconds [W] for objective time)."""
+    traffic, cluster = task.traffic, task.cluster
+    if traffic.load_WE is not None:
+        return fluid_tokens_WG(traffic.load_WE, slots_GC, cluster, task.dispatch), 0.0, None
+    assert traffic.trace is not None and steps is not None
+    plain = task.objective == "balance" and not task.counts_copies
+    if plain and task.dispatch.policy in HOME_BLIND:
+        counts = traffic.counts(steps)[:, None]
+        return tokens_WG(counts, slots_GC, cluster, task.dispatch), 0.0, None
+    plan = Plan(slots=slots_GC[None], num_experts=traffic.num_experts, dispatch=task.dispatch)
+    sizes = None
+    if task.model is not None and task.model.expert_bytes is not None:
+        sizes = task.model.bytes_per_expert_E()
+    timed = task.objective == "time"
+    loads = step_loads(
+        traffic.trace, steps, plan, cluster, task.dispatch, expert_bytes_E=sizes, timed=timed
+    )
+    time_us_W = None
+    if timed:
+        assert task.model is not None
+        time_us_W = step_cost(
+            loads, task.model, cluster, dispatch=task.dispatch
+        ).layer_us_WL[:, 0]
+    crossing = loads.nvlink_out_WLG if cluster.num_nodes == 1 else loads.nic_out_WLG
+    return (
+        loads.tokens_WLG[:, 0].astype(np.float64),
+        float(crossing.sum() / max(loads.tokens_W.sum(), 1)),
+        time_us_W,
+    )
+
+
+def layer_bound(task: LayerTask) -> float:
+    """Least possible objective of this layer on the planning steps, over all plans.
+
+    Where layers share memory, "all plans" are those of every share-out, not of the task's alone.
+    """
+    load_WE = task.traffic.planning_WE()
+    if task.objective == "time":
+        assert task.model is not None
+        return float(
+            time_bound_us(load_WE, task.model, task.cluster, _counts_by_home(task)).mean()
+        )
+    used = load_WE.sum(axis=1) > 0
+    if not used.any():
+        return 1.0
+    slots = most_copies(task.cluster, task.model, task.layers, task.traffic.num_experts)
+    return float(balance_bound_W(load_WE[used], slots, task.cluster.speed_G).mean())
+
+
+def _counts_by_home(task: LayerTask) -> npt.NDArray[np.int32] | None:
+    """[W, G, E] assignments of the planning steps by home rank; None where no tokens are known."""
+    traffic, devices = task.traffic, task.cluster.num_devices
+    if traffic.trace is None or traffic.planning is None:
+        return None
+    token, offset = traffic.planning.token, traffic.planning.offset
+    ids_AK = traffic.trace.ids[token, 0].astype(np.int32)
+    valid = traffic.trace.valid_TLK(token)
+    if valid is not None:
+        ids_AK[~valid[:, 0]] = -1
+    home_A = traffic.trace.home_rank_T(devices)[token]
+    return np.stack([
+        count_tokens(ids_AK[a:b], home_A[a:b], devices, traffic.num_experts)
+        for a, b in itertools.pairwise(offset.tolist())
+    ])

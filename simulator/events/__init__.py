@@ -1,0 +1,1 @@
+"""What happens beside requests: faults, plan switches, replanning. Knows the event loop's clock."""

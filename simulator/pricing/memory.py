@@ -1,0 +1,79 @@
+"""What expert replicas leave for the KV cache.
+
+Knows bytes. Knows nothing of requests or time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import InfeasibleError, UsageError
+from ...placement.cluster import Cluster
+from ...placement.plan import Plan
+from ...traces.model_spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """Bytes beside the experts.
+
+    kv_bytes_per_token: keys and values of one token over all layers, on the device that serves it.
+    other_bytes: attention, embeddings, activations, on every device. usable: share of the memory
+    that may be filled.
+    """
+
+    kv_bytes_per_token: float
+    other_bytes: int = 0
+    usable: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.kv_bytes_per_token) and self.kv_bytes_per_token > 0):
+            raise UsageError(f"kv_bytes_per_token {self.kv_bytes_per_token} must be above 0")
+        if self.other_bytes < 0 or not 0 < self.usable <= 1:
+            raise UsageError(
+                f"other_bytes {self.other_bytes} must be >= 0 and usable {self.usable} in (0, 1]"
+            )
+
+
+def expert_bytes_G(plan: Plan, model: ModelSpec) -> npt.NDArray[np.int64]:
+    """[G] bytes of the expert weights that the plan keeps on each device, all layers."""
+    bytes_E = model.bytes_per_expert_E()
+    copies_GE = plan.copies_LGE().sum(axis=0)
+    held: npt.NDArray[np.int64] = copies_GE @ bytes_E
+    return held
+
+
+def require_experts_fit(plan: Plan, cluster: Cluster, model: ModelSpec) -> None:
+    """Raises InfeasibleError naming the first device whose memory the plan's experts exceed."""
+    for g, held in enumerate(expert_bytes_G(plan, model).tolist()):
+        own, whole = cluster.devices[g].expert_memory_bytes, cluster.hardware.memory_bytes
+        name, most = ("memory_bytes", whole) if own is None else ("expert_memory_bytes", own)
+        if held > most:
+            raise InfeasibleError(
+                f"device {g}: the plan's experts need {held:,} bytes, {name} allows {most:,}: use "
+                "fewer slots or more devices"
+            )
+
+
+def kv_tokens_per_device(
+    plan: Plan, cluster: Cluster, model: ModelSpec, memory: MemorySpec
+) -> tuple[int, ...]:
+    """[G] tokens of KV cache each device has room for beside the plan's experts.
+
+    Raises InfeasibleError when a device cannot even hold its experts.
+    """
+    require_experts_fit(plan, cluster, model)
+    limit = round(cluster.hardware.memory_bytes * memory.usable)
+    held_G = expert_bytes_G(plan, model)
+    free_G = limit - memory.other_bytes - held_G
+    if (free_G < 0).any():
+        g = int(np.argmin(free_G))
+        raise InfeasibleError(
+            f"device {g}: the plan's experts need {held_G[g]:,} bytes and other weights "
+            f"{memory.other_bytes:,}, usable memory is {limit:,}: use fewer slots, more devices or "
+            "narrower weights"
+        )
+    return tuple(int(t) for t in free_G // memory.kv_bytes_per_token)

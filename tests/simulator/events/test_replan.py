@@ -1,0 +1,157 @@
+"""The policies of the live controller, acting on a simulated service over a drifting day."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loadmaster.errors import InfeasibleError, UsageError
+from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.plan import Plan
+from loadmaster.placement.rebalancing.policy import Policy
+from loadmaster.simulator.events.faults import LostDevices
+from loadmaster.simulator.events.replan import Replanning, compare_policies, sample_requests
+from loadmaster.simulator.serving.batching import BatchLimits
+from loadmaster.simulator.serving.simulate import Serving, simulate
+from loadmaster.simulator.serving.token_source import TokenSource
+from loadmaster.simulator.serving.workload import Workload
+from loadmaster.traces.steps import StepSampler
+
+from ..conftest import EXPERTS, contiguous_plan, steady_workload
+
+SERVING = Serving(BatchLimits(step_tokens=512, max_requests=64))
+STEPS = StepSampler(tokens=128, concurrency=8)
+SHARED = dict(window_steps=20, window_tokens=4096, windows_kept=2, steps=STEPS)
+
+
+def policy(name: str) -> Policy:
+    return Policy(name, every_steps=20, fewest_tokens=500, horizon_steps=2000)
+
+
+def fits_front() -> Plan:
+    """Level for front-domain traffic (experts 0, 1, 2 are hot), bad for the other."""
+    return Plan(
+        np.tile(np.array([[0, 7], [1, 6], [2, 5], [3, 4]], np.int16), (3, 1, 1)), EXPERTS
+    )
+
+
+@pytest.fixture(scope="module")
+def day() -> Workload:
+    """Front-domain requests all morning, back-domain ones from noon on."""
+    rng = np.random.default_rng(0)
+    load = Workload.from_arrays(
+        np.cumsum(rng.exponential(300.0, 500)), rng.integers(40, 160, 500),
+        rng.integers(2, 12, 500),
+    )
+    noon = float(load.arrival_ns[250]) / 1e3
+    return load.with_domains(("front", "back"), [(0.0, (1, 0)), (noon, (0, 1))])
+
+
+@pytest.fixture(scope="module")
+def outcomes(day, trace, model):
+    """From a plan with replicas of the wrong experts; a switch stops the service."""
+    fat = model.model_copy(
+        update={"hidden": 8192, "intermediate": 8192, "bytes_per_parameter": 0.05}
+    )
+    node = Cluster.preset("h100", devices_per_node=4, slots_per_device=3)
+
+    def serve(happenings):
+        return simulate(contiguous_plan(slots=3), day, node, trace=trace, model=fat,
+                        serving=SERVING, happenings=happenings)
+
+    specs = {
+        name: Replanning(policy(name), mode="stop", max_moves=12, **SHARED)
+        for name in ("never", "every_n", "drift", "net_benefit")
+    }
+    return {o.name: o for o in compare_policies(specs, serve)}
+
+
+def test_never_never_moves(outcomes) -> None:
+    assert outcomes["never"].switches == 0 and outcomes["never"].moved_bytes == 0
+
+
+def test_net_benefit_beats_keeping_and_switching_blindly(outcomes) -> None:
+    best = outcomes["net_benefit"]
+    assert best.switches >= 1
+    assert best.latency_mean_us < outcomes["never"].latency_mean_us
+    assert best.latency_mean_us <= outcomes["every_n"].latency_mean_us
+    # Not fewer: rebalance moves nothing that gains nothing, so a blind policy moves no more.
+    assert best.moved_bytes <= outcomes["every_n"].moved_bytes
+
+
+def test_drift_looks_less_often_than_every_n(outcomes) -> None:
+    assert 1 <= outcomes["drift"].looks < outcomes["every_n"].looks
+
+
+def test_outcomes_come_best_first(outcomes) -> None:
+    costs = [o.latency_mean_us for o in outcomes.values()]
+    assert costs == sorted(costs)
+
+
+def test_a_plan_that_fits_is_left_alone(day, trace, model, cluster) -> None:
+    morning = day.head(240)
+    front_only = trace.slice_domains(["front"])
+    result = simulate(
+        fits_front(), Workload(morning.arrival_ns, morning.prompt_tokens, morning.output_tokens),
+        cluster, trace=front_only, model=model, serving=SERVING,
+        happenings=[Replanning(policy("net_benefit"), **SHARED)],
+    )
+    assert "apply" not in [e.kind for e in result.events]
+
+
+def test_a_days_run_repeats_byte_for_byte(day, trace, model, cluster) -> None:
+    runs = [
+        simulate(fits_front(), day.head(300), cluster, trace=trace, model=model, serving=SERVING,
+                 happenings=[Replanning(policy("net_benefit"), **SHARED)]).to_json()
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_a_windows_sample_holds_what_its_requests_read(trace) -> None:
+    load = steady_workload(10).with_domains(("front", "back"), [(0.0, (1, 1))])
+    source = TokenSource(trace, load, seed=0)
+    window = sample_requests(source, trace, np.arange(3, 6), 20, load.prompt_tokens)
+    assert window.num_tokens == 60
+    assert np.unique(window.request).tolist() == [3, 4, 5]
+    for r in (3, 4, 5):
+        assert (window.domain[window.request == r] == load.domain[r]).all()
+
+
+def test_what_cannot_be_is_refused(day, trace, model, cluster) -> None:
+    for bad in ({"window_steps": 0}, {"mode": "slowly"}, {"candidates": "guess"}):
+        with pytest.raises(UsageError, match="Replanning"):
+            simulate(fits_front(), day.head(5), cluster, trace=trace, model=model,
+                     happenings=[Replanning(policy("never"), **(SHARED | bad))])
+
+
+def test_after_a_loss_candidates_are_for_the_survivors(trace, model) -> None:
+    """A plan from nothing for all devices becomes one for those that are left."""
+    node = Cluster.preset("h100", devices_per_node=4, slots_per_device=3)
+    seen = []
+
+    class Watch:
+        def start(self, run) -> None:
+            run.loop.groups[0].on_step.append(lambda: seen.append(run.in_force.of(0)))
+
+    spec = Replanning(policy("every_n"), mode="stop", candidates="replan", method="eplb", **SHARED)
+    lost = LostDevices(2e3, devices=(1,), detect_us=10.0, replan_us=10.0)
+    result = simulate(contiguous_plan(slots=3), steady_workload(150), node, trace=trace,
+                      model=model, serving=SERVING, happenings=[lost, spec, Watch()])
+    assert {"apply", "leave it"} & {e.kind for e in result.events if e.at_us > 3e3}
+    assert (seen[-1].plan.slots[:, 1] == -1).all()
+
+
+def test_a_candidate_that_cannot_be_is_left_and_said(trace, model) -> None:
+    node = Cluster.preset("h100", devices_per_node=4, slots_per_device=3)
+
+    def cannot(*args, **kwargs):
+        raise InfeasibleError("no room")
+
+    spec = Replanning(policy("every_n"), candidates="replan", method="eplb", **SHARED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loadmaster.simulator.events.replan.survivors_plan", cannot)
+        lost = LostDevices(2e3, devices=(1,), detect_us=10.0, replan_us=10.0)
+        result = simulate(contiguous_plan(slots=3), steady_workload(150), node, trace=trace,
+                          model=model, serving=SERVING, happenings=[lost, spec])
+    assert ("cannot", "no room") in [(e.kind, e.detail) for e in result.events]

@@ -1,0 +1,133 @@
+"""ModelSpec: the numbers of an MoE model that placement needs.
+
+Knows shapes and sizes. Knows nothing of weights, checkpoints' contents or devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Far beyond any model, and small enough that bytes and operations stay whole numbers.
+MOST_LAYERS, MOST_EXPERTS, MOST_WIDE, MOST_BYTES = 10_000, 65_536, 2**24, 2**50
+
+
+class ModelSpec(BaseModel):
+    """Shapes and sizes of one MoE model; only what routes and is placed.
+
+    Layers are MoE layers, counted from 0; `layer_indices` names them in the model's own count
+    (a DeepSeek-V3 checkpoint has 61 layers of which 3..60 are MoE).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = "model"
+    num_layers: int = Field(gt=0, le=MOST_LAYERS, description="L, MoE layers")
+    num_experts: int = Field(gt=0, le=MOST_EXPERTS, description="E, logical experts per layer")
+    top_k: int = Field(gt=0, description="K, experts chosen per token")
+    hidden: int | None = Field(default=None, gt=0, le=MOST_WIDE, description="H")
+    intermediate: int | None = Field(
+        default=None, gt=0, le=MOST_WIDE, description="I, per expert"
+    )
+    matrices_per_expert: int = Field(
+        default=3, gt=0, le=64, description="gate, up, down; 2 without gate"
+    )
+    bytes_per_parameter: float = Field(default=2.0, gt=0, le=64)
+    scale_bytes_per_expert: int = Field(
+        default=0, ge=0, le=MOST_BYTES, description="quantisation scales, biases"
+    )
+    activation_bytes: float = Field(
+        default=2.0, gt=0, le=64, description="bytes per activation sent"
+    )
+    num_shared_experts: int = Field(default=0, ge=0)
+    num_expert_groups: int = Field(default=1, gt=0, description="routing groups (DeepSeek n_group)")
+    groups_per_token: int | None = Field(default=None, gt=0)
+    expert_bytes: tuple[int, ...] | None = Field(
+        default=None, description="[E] bytes per expert where experts differ in size"
+    )
+    layer_indices: tuple[int, ...] | None = Field(
+        default=None, description="[L] the model's own indices of its MoE layers"
+    )
+    total_layers: int | None = Field(default=None, gt=0, description="all hidden layers, dense too")
+    other_time_us: float = Field(
+        default=0.0, ge=0, description="time of a step outside the experts and their exchange"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k {self.top_k} is larger than num_experts {self.num_experts}: "
+                "a token cannot choose more experts than a layer has"
+            )
+        if self.expert_bytes is not None and len(self.expert_bytes) != self.num_experts:
+            raise ValueError(
+                f"expert_bytes lists {len(self.expert_bytes)} sizes for {self.num_experts} experts"
+            )
+        if not all(0 < size <= MOST_BYTES for size in self.expert_bytes or ()):
+            raise ValueError(f"expert_bytes must all lie in 1..{MOST_BYTES}")
+        if self.layer_indices is not None and len(self.layer_indices) != self.num_layers:
+            raise ValueError(
+                f"layer_indices lists {len(self.layer_indices)} layers, num_layers is "
+                f"{self.num_layers}"
+            )
+        own = self.layer_indices or ()
+        if len(set(own)) != len(own) or min(own, default=0) < 0:
+            raise ValueError(
+                f"layer_indices {list(own)[:8]} must be the model's own layer numbers, from 0, "
+                "each once"
+            )
+        if self.num_experts % self.num_expert_groups:
+            raise ValueError(
+                f"{self.num_experts} experts do not divide into {self.num_expert_groups} groups"
+            )
+        return self
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> ModelSpec:
+        """The model in a Hugging Face checkpoint folder, from its config.json alone.
+
+        Raises InputError where the checkpoint is not MoE or its architecture is not known, saying
+        which fields were looked for and how to write a ModelSpec by hand.
+        """
+        from .model_config import read_checkpoint
+
+        return read_checkpoint(Path(folder))
+
+    @property
+    def knows_sizes(self) -> bool:
+        """Whether time can be computed: hidden and intermediate sizes are known."""
+        return self.hidden is not None and self.intermediate is not None
+
+    def bytes_per_expert_E(self) -> npt.NDArray[np.int64]:
+        """[E] weight bytes of each expert of a layer (gate, up, down, scales); 1 if unknown."""
+        if self.expert_bytes is not None:
+            return np.asarray(self.expert_bytes, np.int64)
+        if self.hidden is None or self.intermediate is None:
+            return np.ones(self.num_experts, np.int64)
+        parameters = self.matrices_per_expert * self.hidden * self.intermediate
+        weights = parameters * self.bytes_per_parameter
+        return np.full(
+            self.num_experts, round(weights) + self.scale_bytes_per_expert, np.int64
+        )
+
+    @property
+    def flops_per_assignment(self) -> float:
+        """Floating point operations of one token in one expert: 6·H·I with three matrices."""
+        if self.hidden is None or self.intermediate is None:
+            return 0.0
+        return 2.0 * self.matrices_per_expert * self.hidden * self.intermediate
+
+    def own_layer_indices(self) -> tuple[int, ...]:
+        """[L] the model's own layer indices; 0..L-1 where not recorded."""
+        return self.layer_indices or tuple(range(self.num_layers))
+
+    def digest(self) -> str:
+        """Fingerprint of everything above but the name; equal models, equal digests."""
+        text = self.model_dump_json(exclude={"name"})
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

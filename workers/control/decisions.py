@@ -1,0 +1,94 @@
+"""What the control loop is told, what it needs of a group, and what it answers.
+
+Knows names and numbers. Knows nothing of how a decision comes about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from ...placement.plan import Plan
+from ...placement.rebalancing.policy import Policy
+from ...traces.model_spec import ModelSpec
+from ...traces.trace import RoutingTrace
+from ..coordinator.step_log import Measurements
+from ..protocol.phase_plans import PhasePlans
+from ..protocol.plan_switch import ApplyReport
+
+Answer = Literal["apply", "leave it", "not enough data", "cannot"]
+
+
+class ControlledGroup(Protocol):
+    """What the controller needs of a group; `workers.group.Group` is one."""
+
+    @property
+    def model_spec(self) -> ModelSpec: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+    def record(self, on: bool) -> None: ...
+
+    def trace(self, *, take: bool = False) -> RoutingTrace: ...
+
+    def measurements(self, after_step: int = 0) -> Measurements: ...
+
+    def apply(self, plan: Plan, decode: Plan | None = None, *, epoch: int | None = None
+              ) -> ApplyReport: ...
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is in force in a group, all of one moment."""
+
+    plans: PhasePlans
+    epoch: int
+    step: int
+
+    @classmethod
+    def of(cls, group: ControlledGroup) -> Standing:
+        """Ask the group."""
+        told = group.status()
+        plans = PhasePlans.both(told["plan"], told["decode_plan"])
+        return cls(plans, int(told["epoch"]), int(told["step"]))
+
+
+@dataclass(frozen=True)
+class Control:
+    """How the loop runs.
+
+    window_steps: steps per window. windows_kept: how many windows a plan is made from.
+    candidates: `rebalance` moves a few experts from the plan in force, `replan` starts afresh.
+    max_moves: budget of one switch; None = rebalance's own. planning_shares_cores: what looking
+    takes (measuring, planning, comparing; CPU time of this process) is taken from the ranks (one
+    machine), so a switch must pay for it too.
+    worse_by: share of a step by which a switch may measure worse than promised before it is undone.
+    advise_only: decide and log, change nothing.
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    window_steps: int = 32
+    windows_kept: int = 2
+    candidates: Literal["rebalance", "replan"] = "rebalance"
+    max_moves: int | None = None
+    effort: str = "fast"
+    planning_shares_cores: bool = False
+    worse_by: float = 0.01
+    advise_only: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One decision, with what it was based on."""
+
+    step: int
+    answer: Answer
+    reason: str
+    numbers: dict[str, float]
+    rolled_back: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,2 @@
+"""What coordinator and ranks say to each other: steps, plans per phase, switches, transfers,
+settings."""
