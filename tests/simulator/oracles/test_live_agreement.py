@@ -10,8 +10,8 @@ from loadmaster.errors import InputError
 from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.traces.steps import StepSampler
 
-from ..simulator.conftest import contiguous_plan
-from ..simulator.serving.test_replay import spread
+from ..conftest import contiguous_plan
+from ..serving.test_replay import spread
 
 STEPS = StepSampler(tokens=200, concurrency=16)
 

@@ -17,7 +17,7 @@ from loadmaster.placement.plan import DispatchSpec
 from loadmaster.simulator.report.traffic_matrix import copies_GG, mean_copies_GG
 from loadmaster.traces.steps import StepSampler
 
-from ..simulator.conftest import contiguous_plan
+from ..conftest import contiguous_plan
 
 
 def network(nodes=1, per_node=4, oversubscription=None) -> Network:
