@@ -40,8 +40,8 @@ def _builds(tmp_path: Path, command: str) -> list[dict[str, Any]]:
 SCRIPT = """
 import json
 from dataclasses import asdict
-from loadmaster.kernels.compile_check import compile_launch, faults, product_launches
-from loadmaster.kernels.tile_configs import default_tiles, fit_tiles
+from benchmarks.kernels_compile import compile_launch, faults, product_launches
+from loadmaster.kernels.gpu.tile_sizes import default_tiles, fit_tiles
 few = default_tiles(16)
 smallest = fit_tiles(few, 2, aligned=False)
 launches = [

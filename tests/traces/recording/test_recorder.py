@@ -294,8 +294,8 @@ def no_space(writer: TraceWriter, trace: object) -> None:
 
 FULL_DISK = """
 import resource, signal, sys, numpy as np
-from loadmaster.traces.record import Recorder
-from loadmaster.traces.spec import ModelSpec
+from loadmaster.traces.recording.recorder import Recorder
+from loadmaster.traces.model_spec import ModelSpec
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 recorder = Recorder(sys.argv[1], ModelSpec(num_layers=3, num_experts=8, top_k=2), buffer_tokens=64)
 for step in range(100):

@@ -343,7 +343,7 @@ def test_a_shard_that_a_crash_left_uncommitted_does_not_count(
 
 WRITE_FOREVER = """
 import sys, numpy as np
-from loadmaster.traces.store import TraceWriter
+from loadmaster.traces.storage.store import TraceWriter
 from loadmaster.traces.trace import RoutingTrace
 writer = TraceWriter(sys.argv[1])
 ids = np.zeros((500, 3, 2), np.uint8) + np.arange(2, dtype=np.uint8)
@@ -376,7 +376,7 @@ def test_killed_while_writing_the_committed_shards_are_whole(
 FULL_DISK = """
 import resource, signal, sys, numpy as np
 from loadmaster.errors import LoadmasterError
-from loadmaster.traces.store import save_trace
+from loadmaster.traces.storage.store import save_trace
 from loadmaster.traces.trace import RoutingTrace
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 ids = np.random.default_rng(0).integers(0, 8, (20000, 3, 1))
