@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from .placement.rebalancing.rebalance import rebalance
     from .simulator.serving.simulate import simulate
     from .simulator.serving.workload import Workload
+    from .traces.load import load_trace
     from .traces.model_spec import ModelSpec
     from .traces.profile import Profile
     from .traces.steps import StepSampler
-    from .traces.storage.store import load_trace, save_trace
+    from .traces.storage.store import save_trace
     from .traces.trace import RoutingTrace
     from .workers.group.group import Group
 
@@ -47,7 +48,7 @@ _HOME = {
     "Workload": "simulator.serving.workload",
     "compare": "placement.comparison.compare",
     "evaluate": "placement.cost.evaluate",
-    "load_trace": "traces.storage.store",
+    "load_trace": "traces.load",
     "plan": "placement.planning.planner",
     "rebalance": "placement.rebalancing.rebalance",
     "save_trace": "traces.storage.store",

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for Hopper without a GPU and read what the machine code says.
 
-`python -m benchmarks.kernels_compile` prints one JSON record per build: registers, shared
+`python benchmarks/kernels_compile.py` prints one JSON record per build: registers, shared
 memory, matrix instructions, spills, and what of it is not as meant; then it exits with 1. Uses the
 disassembler that ships with Triton. Must run in a process of its own where TRITON_INTERPRET is not
 set: an interpreted kernel cannot be compiled. Knows nothing of tensors or launches.

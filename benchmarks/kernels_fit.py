@@ -25,8 +25,7 @@ from loadmaster.kernels.time_experts import (
     microseconds,
     steady_medians_us,
 )
-from loadmaster.placement.cost.tables import interpolate
-from loadmaster.placement.hardware import ComputeProfile
+from loadmaster.placement.hardware import ComputeProfile, interpolate
 from loadmaster.simulator.calibrate.machine_profile import fit_expert_table
 from loadmaster.workers.calibrate.machine import ACTIVE_EXPERTS
 

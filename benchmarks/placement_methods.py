@@ -33,7 +33,7 @@ from loadmaster.placement.methods.pack import pack_heaviest_first
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.planning.planner import PlanResult, plan
 from loadmaster.traces.model_spec import ModelSpec
-from loadmaster.traces.pair_counts import count_transitions
+from loadmaster.traces.profile import count_transitions
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.synth.generate import synth_trace
 from loadmaster.traces.trace import RoutingTrace

@@ -37,11 +37,11 @@ def apply(
     json: Json = False,
 ) -> None:
     """Move a running group to a plan: stage, verify, commit, without stopping it."""
+    from ..app.inputs import load_plan
     from ..placement.plan import Plan
     from ..workers.control.switch_preview import advise, asked_for
     from ..workers.group.group import Group
     from ..workers.protocol.phase_plans import PhasePlans
-    from .options import load_plan
 
     target, decode = Plan.load(plan), load_plan(decode_plan)
     group = Group.find(name, address)
@@ -70,8 +70,8 @@ def _print_done(told: dict[str, Any], name: str, plan: Path, decode_kept: bool) 
 
 def _traffic(group: Group, trace: Path | None) -> RoutingTrace | None:
     """What to judge on; None where nothing was recorded."""
+    from ..app.inputs import read_trace
     from ..errors import LoadmasterError
-    from .options import read_trace
 
     if trace is not None:
         return read_trace(trace)[0]

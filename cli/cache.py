@@ -7,21 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..app.inputs import build_cluster, build_sampler, read_model, read_trace
 from . import output as show
-from .options import (
-    Concurrency,
-    Json,
-    NumExperts,
-    Order,
-    Preset,
-    Seed,
-    TraceArgument,
-    build_cluster,
-    build_sampler,
-    read_model,
-    read_trace,
-)
-from .workload_options import whole, within
+from .options import Concurrency, Json, NumExperts, Order, Preset, Seed, TraceArgument
+from .serving_options import whole, within
 
 if TYPE_CHECKING:
     from ..simulator.cache.compare import CacheTable

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..app.inputs import read_model, require_targets, writing
 from . import output as show
-from .options import Json, read_model, require_targets, writing
-from .workload_options import whole
+from .options import Json
+from .serving_options import whole
 
 if TYPE_CHECKING:
     from ..placement.hardware import HardwareProfile

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import output as show
 
 if TYPE_CHECKING:
-    from ..workers.demo.run import DemoResult
+    from ..workers.demo.result import DemoResult
 
 
 def print_demo(result: DemoResult) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..app.inputs import build_cluster, build_sampler, read_model, read_trace
 from . import output as show
 from .options import (
     ClusterFile,
@@ -22,10 +23,6 @@ from .options import (
     StepTokens,
     TraceArgument,
     TrafficMode,
-    build_cluster,
-    build_sampler,
-    read_model,
-    read_trace,
 )
 
 if TYPE_CHECKING:

@@ -7,6 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..app.inputs import (
+    build_cluster,
+    build_executor,
+    build_sampler,
+    load_plan,
+    read_model,
+    read_routing,
+    require_target,
+)
 from . import evaluate, plan_files
 from .options import (
     Address,
@@ -25,13 +34,6 @@ from .options import (
     StepTokens,
     TraceArgument,
     TrafficMode,
-    build_cluster,
-    build_executor,
-    build_sampler,
-    load_plan,
-    read_model,
-    read_routing,
-    require_target,
 )
 
 if TYPE_CHECKING:

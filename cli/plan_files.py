@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..app.inputs import read_model, require_target
 from . import output as show
-from .options import Json, ModelSource, NumExperts, read_model, require_target
+from .options import Json, ModelSource, NumExperts
 
 
 def register(app: typer.Typer) -> None:

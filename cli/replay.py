@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..app.inputs import build_sampler, load_plan, plans_cluster, read_model, read_plans, read_trace
+from ..app.serving import build_overlap
 from . import output as show
 from .options import (
     ClusterFile,
@@ -20,16 +22,9 @@ from .options import (
     StepTokens,
     TraceArgument,
     TrafficMode,
-    build_sampler,
-    load_plan,
-    plans_cluster,
-    read_model,
-    read_plans,
-    read_trace,
 )
-from .serving_options import Dispatch, OverlapName, build_overlap
+from .serving_options import Dispatch, OverlapName, whole
 from .simulate_print import print_blame
-from .workload_options import whole
 
 if TYPE_CHECKING:
     from ..placement.plan import Plan

@@ -80,8 +80,8 @@ def run(
     address: Address = None,
 ) -> None:
     """Start a named group of live ranks; serves until Ctrl-C, and ends it then."""
+    from ..app.inputs import load_plan
     from ..workers.group.group import Group
-    from .options import load_plan
 
     if ranks < 1:
         raise UsageError(f"--ranks {ranks}: a group needs at least one rank")

@@ -3,21 +3,79 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import UsageError
-from .workload_options import above_zero, whole, within
 
-if TYPE_CHECKING:
-    from ..placement.cluster import Cluster
-    from ..placement.cost.overlap import Overlap
-    from ..simulator.serving.result import Slo
-    from ..simulator.serving.simulate import Happening, Serving
+MOST_REQUESTS, MOST_TOKENS = 10_000_000, 10_000_000
 
-MOST_IN_FLIGHT = 1024        # requests, where a step has room for so many
+
+def within(option: str, low: float, high: float = math.inf) -> Callable[[float], float]:
+    """A check of one option's number: finite, from `low` to `high`; None passes."""
+    def check(value: float) -> float:
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            reach = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:,.0f}"
+            raise UsageError(f"{option} {value:g} must be a finite number, {reach}")
+        return value
+
+    return check
+
+
+def above_zero(option: str) -> Callable[[float], float]:
+    """A check of one option's number: finite and above 0; None passes."""
+    def check(value: float) -> float:
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{option} {value:g} must be a finite number above 0")
+        return value
+
+    return check
+
+
+def whole(option: str, low: int, high: int | None = None) -> Callable[[int], int]:
+    """A check of one option's whole number: from `low` to `high`; None passes."""
+    def check(value: int) -> int:
+        if value is not None and not low <= value <= (value if high is None else high):
+            reach = f"at least {low}" if high is None else f"{low} to {high:,}"
+            raise UsageError(f"{option} {value} must be {reach}")
+        return value
+
+    return check
+
+
+ArrivalsFile = Annotated[
+    Path | None, typer.Option("--arrivals", help="Azure .csv or Mooncake .jsonl [default: Poisson]")
+]
+
+
+Requests = Annotated[
+    int,
+    typer.Option(help="Requests, at most.", callback=whole("--requests", 1, MOST_REQUESTS)),
+]
+
+
+Rate = Annotated[
+    float, typer.Option(help="Poisson arrivals per second.", callback=above_zero("--rate"))
+]
+
+
+PromptTokens = Annotated[
+    float,
+    typer.Option(
+        help="Mean prompt length (Poisson).", callback=within("--prompt-tokens", 1, MOST_TOKENS)
+    ),
+]
+
+
+OutputTokens = Annotated[
+    float,
+    typer.Option(
+        help="Mean output length (Poisson).", callback=within("--output-tokens", 1, MOST_TOKENS)
+    ),
+]
 
 Dispatch = Annotated[
     str | None, typer.Option(help="Serve all plans under this dispatch [default: each its own].")
@@ -79,60 +137,3 @@ EverySteps = Annotated[
     typer.Option(help="Steps between looks for a better plan, with --policy.",
                  callback=whole("--every-steps", 1)),
 ]
-
-
-def build_slo(ttft_ms: float | None, tpot_ms: float | None) -> Slo | None:
-    """The limits; one that is not given is no limit."""
-    from ..simulator.serving.result import Slo
-
-    if ttft_ms is None and tpot_ms is None:
-        return None
-    return Slo(
-        math.inf if ttft_ms is None else ttft_ms * 1e3,
-        math.inf if tpot_ms is None else tpot_ms * 1e3,
-    )
-
-
-def build_overlap(name: str) -> Overlap | None:
-    """The schedule; None for none."""
-    from ..placement.cost.overlap import Overlap
-
-    if name not in ("none", "two_batch", "pipeline"):
-        raise UsageError(f"--overlap {name!r}: none, two_batch or pipeline")
-    return None if name == "none" else Overlap(name)  # type: ignore[arg-type]
-
-
-def build_serving(
-    step_tokens: int, max_requests: int | None, prefill: str, kv_bytes_per_token: float | None,
-    other_bytes: int | None, groups: int, overlap: str, other_us_per_token: float,
-) -> Serving:
-    """How the service runs."""
-    from ..simulator.pricing.memory import MemorySpec
-    from ..simulator.serving.batching import BatchLimits
-    from ..simulator.serving.simulate import Serving
-
-    if other_bytes is not None and kv_bytes_per_token is None:
-        raise UsageError("--other-bytes counts only with --kv-bytes-per-token: name both")
-    in_flight = min(MOST_IN_FLIGHT, step_tokens) if max_requests is None else max_requests
-    return Serving(
-        BatchLimits(step_tokens, in_flight, prefill=prefill),  # type: ignore[arg-type]
-        None if kv_bytes_per_token is None else MemorySpec(kv_bytes_per_token, other_bytes or 0),
-        groups, build_overlap(overlap), other_us_per_token,
-    )
-
-
-def build_happenings(
-    faults: Path | None, policy: str | None, every_steps: int, cluster: Cluster, groups: int
-) -> list[Happening]:
-    """The faults of the file, and the policy at work on every serving group."""
-    from ..placement.rebalancing.policy import Policy
-    from ..simulator.events.fault_file import read_faults
-    from ..simulator.events.replan import Replanning
-
-    found: list[Happening] = [] if faults is None else [*read_faults(faults, cluster, groups)]
-    if policy is not None:
-        name = policy.replace("-", "_")      # as `run --control` spells it
-        rule = Policy(name, every_steps=every_steps)  # type: ignore[arg-type]
-        window = min(Replanning(rule).window_steps, every_steps)
-        found += [Replanning(rule, window_steps=window, group=g) for g in range(groups)]
-    return found

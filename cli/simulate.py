@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..app.inputs import plans_cluster, read_model, read_plans, read_trace, require_targets, writing
+from ..app.serving import build_happenings, build_serving, build_slo, build_workload
 from . import cache, calibrate, replay, whatif
 from . import output as show
-from .options import (
-    ClusterFile,
-    Json,
-    Nodes,
-    Oversubscription,
-    Preset,
-    Seed,
-    TrafficMode,
-    plans_cluster,
-    read_model,
-    read_plans,
-    read_trace,
-    require_targets,
-)
+from .options import ClusterFile, Json, Nodes, Oversubscription, Preset, Seed, TrafficMode
 from .serving_options import (
+    ArrivalsFile,
     Dispatch,
     EverySteps,
     FaultsPath,
@@ -32,26 +22,24 @@ from .serving_options import (
     MaxRequests,
     OtherBytes,
     OtherUsPerToken,
+    OutputTokens,
     OverlapName,
     PolicyName,
     Prefill,
-    SloTpotMs,
-    SloTtftMs,
-    TokenBudget,
-    build_happenings,
-    build_serving,
-    build_slo,
-)
-from .simulate_files import views_of, write_page, write_timeline
-from .simulate_print import print_served
-from .workload_options import (
-    ArrivalsFile,
-    OutputTokens,
     PromptTokens,
     Rate,
     Requests,
-    build_workload,
+    SloTpotMs,
+    SloTtftMs,
+    TokenBudget,
 )
+from .simulate_print import print_served
+
+if TYPE_CHECKING:
+    from ..placement.plan import Plan
+    from ..simulator.pricing.step_router import StepRouter
+    from ..simulator.report.views import PlanView
+    from ..simulator.serving.compare_served import Served
 
 
 def register(app: typer.Typer) -> None:
@@ -104,6 +92,7 @@ def simulate(
     """Serve a workload under each plan, in simulation: who is faster beyond the noise, and why."""
     from ..placement.cost.evaluate import resolve_dispatch
     from ..simulator.pricing.step_router import StepRouter
+    from ..simulator.report.views import views_of
     from ..simulator.serving.compare_served import serve_each
 
     require_targets(report, trace_out)
@@ -136,3 +125,26 @@ def simulate(
         show.print_json(served.to_dict() | {"notes": [*notes, *served.notes]})
     else:
         print_served(served, notes)
+
+
+def write_page(path: Path, served: Served, views: list[PlanView]) -> None:
+    """The HTML report."""
+    from ..simulator.report.page import render_report, write_report
+
+    page = render_report(
+        title="Loadmaster simulation", verdict=served.verdict, results=served.results,
+        views=views, notes=(
+            "loads and traffic: steps of 512 tokens, 64 requests in flight, from the trace",
+            *served.paired.notes,
+        ),
+    )
+    with writing(path):
+        write_report(path, page)
+
+
+def write_timeline(path: Path, served: Served, name: str, plan: Plan, router: StepRouter) -> None:
+    """The Chrome trace of one plan's run."""
+    from ..simulator.report.chrome_trace import write_chrome_trace
+
+    with writing(path):
+        write_chrome_trace(path, served.results[name], plan, router)

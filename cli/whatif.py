@@ -7,25 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..app.inputs import build_executor, read_model, read_trace, require_targets, writing
+from ..app.serving import build_workload
 from . import output as show
-from .options import (
-    Address,
-    Json,
-    Seed,
-    build_executor,
-    read_model,
-    read_trace,
-    require_targets,
-    writing,
-)
-from .workload_options import (
-    ArrivalsFile,
-    OutputTokens,
-    PromptTokens,
-    Rate,
-    Requests,
-    build_workload,
-)
+from .options import Address, Json, Seed
+from .serving_options import ArrivalsFile, OutputTokens, PromptTokens, Rate, Requests
 
 if TYPE_CHECKING:
     from ..simulator.whatif.run import WhatIf

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .activation import COMPILED_DTYPES
 from .backend import RowOrder
 from .cpu import loops
+from .cpu.gates import COMPILED_DTYPES
 from .cpu.scalars import as_array
 from .load_record import LoadRecord
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .activation import gate_rows_first, gated_rows, stored_rows
+from .activation import gate_rows_first, stored_rows
 from .backend import RowOrder, SlotShape, SlotTensors
+from .cpu.gates import gated_rows
 from .routing import combine_rows
 from .slot_rows import SlotTable
 

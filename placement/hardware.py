@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -101,3 +102,18 @@ class HardwareProfile(BaseModel):
         """Fingerprint of the numbers; the texts do not count."""
         text = self.model_dump_json(exclude={"name", "source", "error"})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def interpolate(
+    at: npt.ArrayLike, points: Sequence[float], values: Sequence[float]
+) -> tuple[FloatArray, bool]:
+    """(values at `at`, whether any of them lies past the last point). points must increase."""
+    x = np.asarray(at, np.float64)
+    inside = np.interp(x, points, values)
+    past = x > points[-1]
+    if not past.any():
+        return inside, False
+    slope = 0.0
+    if len(points) > 1:
+        slope = max(0.0, (values[-1] - values[-2]) / (points[-1] - points[-2]))
+    return np.where(past, values[-1] + slope * (x - points[-1]), inside), True

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..activation import gate_rows_first, gated_rows, stored_rows
+from ..activation import gate_rows_first, stored_rows
 from ..backend import RowOrder, SlotShape, SlotTensors
+from .gates import gated_rows
 from .huge_pages import use_huge_pages
 from .loops import combine_rows
 from .scalars import as_array

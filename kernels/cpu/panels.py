@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..activation import compiled_activation, gate_rows_first, stored_rows
+from ..activation import gate_rows_first, stored_rows
 from ..backend import RowOrder, SlotShape, SlotTensors
 from ..slot_rows import SlotTable
+from .gates import compiled_activation
 from .loops import combine_rows
 from .panel_loops import CHUNK_ROWS, expert_rows
 from .panel_matrix import Panels, factor_dtype, narrowed, panels_available

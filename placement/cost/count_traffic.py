@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from ...foundation.compiled import compiled
 from ..cluster import Cluster
-from ..hardware import ComputeProfile
+from ..hardware import ComputeProfile, interpolate
 from .max_min_rates import deals_fairly, fair_copies_WX
-from .tables import interpolate
 
 NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN = 0, 1, 2, 3
 PAIRS_AT_ONCE = 2**20

@@ -16,8 +16,7 @@ from ...errors import LoadmasterError
 from ...foundation.compiled import compiled
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
-from ..hardware import ExchangeProfile
-from .tables import interpolate
+from ..hardware import ExchangeProfile, interpolate
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

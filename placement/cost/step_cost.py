@@ -39,12 +39,11 @@ from ...errors import InputError, UsageError
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
 from ..dispatch.quotas import needs_all_counts
-from ..hardware import ComputeProfile, ExchangeProfile
+from ..hardware import ComputeProfile, ExchangeProfile, interpolate
 from ..plan import DispatchSpec, Plan
 from .max_min_rates import MOST_DEALT, shares_a_spine
 from .overlap import Overlap, schedule_layer
 from .step_loads import StepLoads
-from .tables import interpolate
 
 FloatArray = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]

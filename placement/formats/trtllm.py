@@ -14,8 +14,16 @@ from ...traces.model_spec import ModelSpec
 from ..plan import Plan
 from .array_files import read_yaml
 from .even_rows import even_rows_LS
-from .imported import ImportedPlan, Known, build_plan, expert_ids, require_keys, shown, split_rows
-from .model_layers import model_layers
+from .imported import (
+    ImportedPlan,
+    Known,
+    build_plan,
+    expert_ids,
+    model_layers,
+    require_keys,
+    shown,
+    split_rows,
+)
 
 ASSIGNMENTS, UPDATES, SLOTS = "initial_global_assignments", "layer_updates_per_iter", "num_slots"
 

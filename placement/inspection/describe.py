@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.model_layers import told_layers
+from ..formats.imported import told_layers
 from ..plan import DispatchSpec, Evidence, Plan, Provenance
 
 Row = tuple[Any, ...]

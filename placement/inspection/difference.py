@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...traces.model_spec import ModelSpec
-from ..formats.model_layers import told_layers
+from ..formats.imported import told_layers
 from ..plan import Plan
 from .describe import IntArray, Row, dispatch_text, layer_names, layer_range, merged_rows
 

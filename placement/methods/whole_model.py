@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InfeasibleError, UsageError
-from ...traces.pair_counts import count_transitions
+from ...traces.profile import count_transitions
 from ..cluster import Cluster
 from ..planning_traffic import PlanningSteps
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from ...foundation.compiled import random_state
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
-from ..cost.tables import interpolate
 from ..dispatch.quotas import needs_all_counts
+from ..hardware import interpolate
 from ..methods.baselines import LayerLoads, eplb_global
 from ..methods.pack import pack_heaviest_first
 from ..methods.replicate import copies_by_load

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...placement.cluster import Cluster
+from ...placement.cost.evaluate import resolve_dispatch
 from ...placement.cost.step_loads import step_loads
 from ...placement.plan import DispatchSpec, Plan
 from ...traces.steps import StepSampler
@@ -56,3 +57,14 @@ def plan_views(
         traffic = mean_copies_GG(trace, shown, plan, cluster, dispatch, max_steps=SHOWN_STEPS)
         views.append(PlanView(name, load_LG, traffic))
     return views
+
+
+def views_of(
+    plans: dict[str, Plan], routing: RoutingTrace, cluster: Cluster, dispatch: str | None
+) -> list[PlanView]:
+    """Each plan's loads and traffic, under the dispatch it serves with."""
+    return [
+        view for name, plan in plans.items()
+        for view in plan_views({name: plan}, routing, cluster,
+                               dispatch=resolve_dispatch(dispatch, plan))
+    ]

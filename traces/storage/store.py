@@ -26,7 +26,6 @@ from ..merge import in_step_order, without_unlabelled
 from ..model_spec import ModelSpec
 from ..trace import RoutingTrace
 from .manifest import (
-    MANIFEST_NAME,
     PER_TOKEN_COLUMNS,
     Manifest,
     Shard,
@@ -184,25 +183,6 @@ def open_trace(folder: Path | str, *, verify: bool = True) -> StoredTrace:
     for shard in manifest.shards:
         _check_shard(folder, shard, verify)
     return StoredTrace(folder, manifest)
-
-
-def load_trace(path: Path | str, *, verify: bool = True) -> RoutingTrace:
-    """The whole trace at `path`: a stored trace, or an array file or engine dump (formats/).
-
-    Raises InputError where the file holds loads only, which are a Profile and not a trace.
-    """
-    path = Path(path)
-    if (path / MANIFEST_NAME).exists():
-        return open_trace(path, verify=verify).read()
-    from ..formats import import_any
-
-    result = import_any(path)
-    if result.trace is None:
-        raise InputError(
-            f"{path}: holds loads per expert, not routing per token; import it as a profile "
-            "(`loadmaster plan` takes it directly, and plans for load only)"
-        )
-    return result.trace
 
 
 def save_trace(

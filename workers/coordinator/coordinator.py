@@ -22,11 +22,10 @@ from ...traces.recording.recorder import RecordingSummary
 from ...traces.trace import DECODE, PREFILL, RoutingTrace
 from ..fleet.fleet import Fleet, OverdueError, RankLostError
 from ..fleet.heartbeat import ANSWER_S, QUICK_ANSWER_S, gather_watched, silent_for_certain
-from ..protocol.exchange_errors import ExchangeError
 from ..protocol.phase_plans import PhasePlans, Tables
 from ..protocol.plan_switch import ApplyReport
 from ..protocol.settings import GroupSettings
-from ..protocol.step_messages import Chunk, ReplayedRouting, StepResult, StepWork
+from ..protocol.step_messages import Chunk, ExchangeError, ReplayedRouting, StepResult, StepWork
 from ..protocol.transfers import Round
 from .active_plans import InForce
 from .journal import Journal, Switches

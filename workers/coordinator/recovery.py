@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ...errors import InputError, LoadmasterError
 from ...placement.cluster import Cluster
-from ...placement.plan import PlanError
+from ...placement.plan import EMPTY, Plan, PlanError, Provenance
+from ...placement.rebalancing.survivors import plan_without
 from ..fleet.fleet import Fleet, RankLostError
 from ..fleet.heartbeat import LOADING_ANSWER_S, gather_watched, silent_for_certain
 from ..protocol.phase_plans import PhasePlans, Tables
 from ..protocol.settings import GroupSettings, RankSettings
-from .membership import with_more_ranks, without_ranks
 
 _SETTLE_S = 10.0
 
@@ -299,3 +301,28 @@ class Crew:
         )
         self._fleet.replace(self._ranks[rank], self._settings.replace_timeout_s)
         self._load([rank])
+
+
+def without_ranks(plans: PhasePlans, lost: Sequence[int], most_slots: int | None) -> PhasePlans:
+    """The plans on the surviving ranks, in their old order, with every expert covered.
+
+    What goes where says `placement/rebalancing/survivors.py`. most_slots: that a rank may use in a
+    layer. Raises InfeasibleError, with the numbers, when the survivors have no room.
+    """
+    decode = plan_without(plans.decode, lost, most_slots) if plans.apart else None
+    return PhasePlans.both(plan_without(plans.prefill, lost, most_slots), decode)
+
+
+def with_more_ranks(plans: PhasePlans, ranks: int) -> PhasePlans:
+    """The same plans with empty ranks added at the end, up to `ranks`."""
+
+    def grown(plan: Plan) -> Plan:
+        layers, devices, width = plan.slots.shape
+        slots = np.full((layers, ranks, width), EMPTY, np.int16)
+        slots[:, :devices] = plan.slots
+        return dataclasses.replace(
+            plan, slots=slots, cluster_digest="", evidence=None,
+            provenance=Provenance(method="grown"),
+        )
+
+    return PhasePlans.both(grown(plans.prefill), grown(plans.decode) if plans.apart else None)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ...errors import LoadmasterError
 from ..fleet.fleet import RankLostError
-from ..protocol.exchange_errors import ExchangeError
+from ..protocol.step_messages import ExchangeError
 
 Answer = TypeVar("Answer")
 _Queue = deque[tuple[Callable[[], Any], Future[Any]]]

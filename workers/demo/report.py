@@ -18,7 +18,7 @@ from ...traces.trace import RoutingTrace
 from .measure import RECORDED, Figures
 
 if TYPE_CHECKING:
-    from .run import DemoResult
+    from .result import DemoResult
 
 
 def leave(

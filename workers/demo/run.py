@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,84 +43,13 @@ from .measure import (
 )
 from .pinning import pin_in_turn
 from .report import leave
+from .result import DemoResult, DemoSize, Served
 
 STEP_TOKENS = 4096
 OVERHEAD_STEPS = 3
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class DemoSize:
-    """How much the demo serves; the default stays well under three minutes on two cores."""
-
-    plan_steps: int = 24
-    judge_steps: int = 36
-    rounds: int = 4             # stretches of the judged traffic, each served under both plans
-    decode_prompts: int = 32
-    decode_tokens: int = 8
-    overhead_pairs: int = 6
-
-
-@dataclass(frozen=True)
-class Served:
-    """One plan's turn: what came out, what it took, what was recorded."""
-
-    outputs: tuple[object, ...]      # a digest per prompt, then the tokens generated
-    steps: Measurements
-    decode_steps: Measurements
-    trace: RoutingTrace | None = None
-    decode_trace: RoutingTrace | None = None
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """Everything the demo found out."""
-
-    verdict: str
-    before: Figures
-    predicted: Figures
-    measured: Figures
-    decode_verdict: str
-    decode_before: Figures
-    decode_predicted: Figures
-    decode_measured: Figures
-    gain: Gain
-    outputs_identical: bool
-    applied: ApplyReport
-    overhead: Overhead
-    fit: ExpertFit
-    planned: PlanResult
-    comparison: Comparison
-    simulated: dict[str, SimulationResult]
-    ranks: int
-    cores: int
-    seconds: float
-    folder: Path
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        moved = self.applied
-        return {
-            "verdict": self.verdict,
-            "prefill": {n: getattr(self, n).to_dict() for n in ("before", "predicted", "measured")},
-            "decode": {
-                "verdict": self.decode_verdict,
-                **{n: getattr(self, f"decode_{n}").to_dict()
-                   for n in ("before", "predicted", "measured")},
-            },
-            "measured_gain": vars(self.gain),
-            "outputs_identical": self.outputs_identical,
-            "moved_experts": len(moved.moved), "moved_bytes": moved.moved_bytes,
-            "commit_us": moved.commit_us, "stage_steps": moved.stage_steps,
-            "recording_overhead": vars(self.overhead),
-            "fit": {**vars(self.fit), "compute": self.fit.compute.model_dump(mode="json")},
-            "bound": self.planned.evidence.bound, "gap": self.planned.evidence.gap,
-            "plan_seconds": self.planned.seconds,
-            "simulated_latency_us": {n: vars(s.latency) for n, s in self.simulated.items()},
-            "ranks": self.ranks, "cores": self.cores, "seconds": self.seconds,
-            "run_folder": str(self.folder),
-        }
+_USUAL = DemoSize()
 
 
 def run_demo(
@@ -129,7 +57,7 @@ def run_demo(
     ranks: int = 4,
     out: Path | None = None,
     seed: int = 0,
-    size: DemoSize = DemoSize(),
+    size: DemoSize = _USUAL,
     progress: Progress | None = None,
 ) -> DemoResult:
     """Serve the reference model under contiguous, plan, simulate, apply, serve on under both plans

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ...errors import LoadmasterError
 from .phase_plans import Tables
 from .transfers import Round
 
@@ -78,3 +79,11 @@ class StepResult:
     stage_us: float = 0.0             # of wall_us, what moving experts and switching took
     cpu_us: float = 0.0               # of the whole process
     wall_us: float = 0.0
+
+
+class ExchangeError(LoadmasterError):
+    """A collective failed: a peer died, hangs, or left the group."""
+
+
+class EpochMismatchError(LoadmasterError):
+    """Ranks met in one exchange with different plans in force; nothing was computed."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ..protocol.exchange_errors import EpochMismatchError, ExchangeError
+from ..protocol.step_messages import EpochMismatchError, ExchangeError
 
 IntArray = npt.NDArray[np.int64]
 

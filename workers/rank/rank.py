@@ -22,10 +22,9 @@ from ...errors import LoadmasterError, UsageError
 from ...kernels.cpu.dense import use_panels
 from ...traces.recording.recorder import Recorder, RecordingSummary
 from ...traces.trace import RoutingTrace
-from ..protocol.exchange_errors import EpochMismatchError
 from ..protocol.phase_plans import Tables
 from ..protocol.settings import RankSettings, served_spec
-from ..protocol.step_messages import Chunk, StepResult, StepWork
+from ..protocol.step_messages import Chunk, EpochMismatchError, StepResult, StepWork
 from ..protocol.transfers import Round
 from . import attention, expert_layer
 from .attention import PackedStep, RequestCache

@@ -21,8 +21,12 @@ from loadmaster.placement.cost.step_cost import (
     step_cost,
 )
 from loadmaster.placement.cost.step_loads import StepLoads, step_loads
-from loadmaster.placement.cost.tables import interpolate
-from loadmaster.placement.hardware import ComputeProfile, ExchangeProfile, HardwareProfile
+from loadmaster.placement.hardware import (
+    ComputeProfile,
+    ExchangeProfile,
+    HardwareProfile,
+    interpolate,
+)
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.steps import StepSampler

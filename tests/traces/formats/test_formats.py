@@ -12,7 +12,8 @@ import pytest
 
 from loadmaster.errors import InputError
 from loadmaster.traces.formats import ImportResult, import_any
-from loadmaster.traces.storage.store import load_trace, save_trace
+from loadmaster.traces.load import load_trace
+from loadmaster.traces.storage.store import save_trace
 
 torch = pytest.importorskip("torch")
 save_torch = pytest.importorskip("safetensors.torch").save_file

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from loadmaster.errors import InputError, UsageError
+from loadmaster.traces.load import load_trace
 from loadmaster.traces.recording.record_model import Text, record_model
-from loadmaster.traces.storage.store import load_trace
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

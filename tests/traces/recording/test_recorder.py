@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loadmaster.errors import InputError, LoadmasterError, UsageError
+from loadmaster.traces.load import load_trace
 from loadmaster.traces.merge import concatenate
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.recording.recorder import Recorder
 from loadmaster.traces.storage.manifest import read_manifest
 from loadmaster.traces.storage.shard_file import read_shard
-from loadmaster.traces.storage.store import TraceWriter, load_trace
+from loadmaster.traces.storage.store import TraceWriter
 
 
 def feed(

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loadmaster.errors import InputError, LoadmasterError, UsageError
+from loadmaster.traces.load import load_trace
 from loadmaster.traces.storage.manifest import Manifest, create_manifest, read_manifest
-from loadmaster.traces.storage.store import TraceWriter, load_trace, open_trace, save_trace
+from loadmaster.traces.storage.store import TraceWriter, open_trace, save_trace
 from loadmaster.traces.trace import RoutingTrace
 
 COLUMNS = ("gates", "k_of_token", "step", "request", "source", "phase", "domain")

@@ -16,7 +16,7 @@ import transformers
 from benchmarks.random_checkpoint import ARCHITECTURES
 from loadmaster.errors import InputError, LoadmasterError
 from loadmaster.placement.plan import Plan, PlanError
-from loadmaster.traces.storage.store import load_trace
+from loadmaster.traces.load import load_trace
 from loadmaster.workers.coordinator.coordinator import Coordinator
 from loadmaster.workers.fleet.thread_fleet import ThreadFleet
 from loadmaster.workers.protocol.settings import Limits, served_spec

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loadmaster.errors import InfeasibleError
 from loadmaster.placement.plan import Plan
-from loadmaster.workers.coordinator.membership import with_more_ranks, without_ranks
+from loadmaster.workers.coordinator.recovery import with_more_ranks, without_ranks
 from loadmaster.workers.protocol.phase_plans import PhasePlans
 
 

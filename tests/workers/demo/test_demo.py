@@ -8,10 +8,11 @@ import pytest
 
 from loadmaster.errors import UsageError
 from loadmaster.placement.plan import Plan
-from loadmaster.traces.storage.store import load_trace
+from loadmaster.traces.load import load_trace
 from loadmaster.workers.demo import traffic
 from loadmaster.workers.demo.measure import recording_overhead
-from loadmaster.workers.demo.run import DemoSize, run_demo
+from loadmaster.workers.demo.result import DemoSize
+from loadmaster.workers.demo.run import run_demo
 
 
 def test_traffic_repeats_and_its_last_third_is_of_other_domains() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 
-from loadmaster.workers.protocol.exchange_errors import EpochMismatchError, ExchangeError
+from loadmaster.workers.protocol.step_messages import EpochMismatchError, ExchangeError
 from loadmaster.workers.rank.exchange import Exchange, Rendezvous, agree, return_tokens, send_tokens
 
 RANKS, SLOTS, HIDDEN = 3, 2, 8
