@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-fast lint types clean
 
 demo: .venv/installed
-	$(BIN)/loadmaster demo
+	@$(BIN)/loadmaster demo
 
 # Files of tests in two processes; live groups of ranks by themselves: they share a Ray, and time.
 PYTEST := $(BIN)/python -m pytest -q
@@ -21,6 +21,7 @@ test-fast: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 
 # mypy needs to see the checkout under the package's own name.
 FLOORS := foundation traces kernels placement simulator workers app cli
@@ -33,14 +34,21 @@ types: .venv/installed
 	     --cache-dir "$(CURDIR)/.mypy_cache" $(MODULES); \
 	status=$$?; rm -rf $$link; exit $$status
 
-# torch comes first: its CPU build then satisfies the floor, and nothing larger is fetched.
+# Installing talks into a file; it is shown where a step fails. torch comes first: its CPU build
+# then satisfies the floor, and nothing larger is fetched.
+LOG := .venv/install.log
+QUIET = >> $(LOG) 2>&1 || { tail -n 40 $(LOG); echo "installing failed; all of it is in $(LOG)"; exit 1; }
+
 .venv/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -r constraints.txt
-	$(BIN)/python -m pip install -q -e ".[dev]" -c constraints.txt
-	OMP_NUM_THREADS=1 $(BIN)/python -m loadmaster.workers.warm_up
-	touch $@
+	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
+	@: > $(LOG)
+	@echo "installing what Loadmaster needs into .venv (the first time: a few minutes)"
+	@$(BIN)/python -m pip install --upgrade pip $(QUIET)
+	@$(BIN)/python -m pip install -r constraints.txt $(QUIET)
+	@$(BIN)/python -m pip install -e ".[dev]" -c constraints.txt $(QUIET)
+	@echo "compiling its loops, once"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m loadmaster.workers.warm_up $(QUIET)
+	@touch $@
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

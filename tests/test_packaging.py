@@ -24,11 +24,14 @@ def test_kernels_is_a_namespace_folder() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_every_folder_with_code_is_listed_as_a_package() -> None:
+def test_every_folder_with_code_or_data_is_listed_as_a_package() -> None:
+    """setuptools takes a folder of data for a package, and complains where it is not listed."""
     folders = {"loadmaster"}
     for floor in FLOORS:
         for folder in (ROOT / floor, *(ROOT / floor).rglob("*")):
-            if folder.is_dir() and any(folder.glob("*.py")):
+            if folder.is_dir() and folder.name != "__pycache__" and any(
+                path.is_file() for path in folder.iterdir()
+            ):
                 folders.add("loadmaster." + ".".join(folder.relative_to(ROOT).parts))
     assert sorted(folders) == sorted(PROJECT["tool"]["setuptools"]["packages"])
 

@@ -9,7 +9,6 @@ the rest of traces/ works without them.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import re
 import shutil
 import warnings
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import InputError, LoadmasterError, UsageError
+from ...foundation.quiet import quiet_transformers
 from ..model_config import vocabulary_size
 from ..model_spec import ModelSpec
 from ..storage.manifest import require_unused
@@ -201,26 +201,13 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
     import transformers
 
     try:
-        with _no_bar():
+        with quiet_transformers():
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # transformers raises whatever the files provoke
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder}: transformers cannot load it: {text}") from error
     loaded: Any = model
     return loaded.eval().to(torch.device(device))
-
-
-@contextlib.contextmanager
-def _no_bar() -> Iterator[None]:
-    """transformers draws no bar of its own meanwhile: progress is one line, ours."""
-    logging: Any = importlib.import_module("transformers.utils.logging")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Nothing here ever runs `ray stop`: only what this module started is ended, by ha
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from ...errors import LoadmasterError, UsageError
+from ...foundation.quiet import quiet_ray
 from ..protocol.settings import RankSettings
 from .fleet import OverdueError, RankLostError
 
@@ -53,6 +55,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
                 f"{address}: RAY_AUTH_MODE is {mode!r}: another machine's cluster is used with "
                 "token authentication only; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             )
+    quiet_ray()
     if address is None:
         _start_here(num_cpus)
     else:
@@ -68,6 +71,7 @@ def _start_here(num_cpus: int | None) -> None:
                 log_to_driver=False,
                 num_cpus=num_cpus,
                 include_dashboard=False,
+                logging_level=logging.WARNING,
                 _node_ip_address=LOOPBACK,
             )
             return
@@ -85,7 +89,8 @@ def _join(address: str) -> None:
     if address != "auto":
         os.environ["RAY_ADDRESS"] = address
     try:
-        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
+        ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False,
+                 logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise LoadmasterError(
             f"no Ray cluster at {address}: {str(error).splitlines()[0]}"

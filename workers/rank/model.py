@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...foundation.quiet import quiet_transformers
 from ...kernels.activation import ExpertActivation
 from ...kernels.grouped import ExpertWeights
 from ...traces.model_spec import ModelSpec
@@ -133,7 +134,6 @@ class MoeCheckpoint:
 
     def load_dense(self, dtype: torch.dtype) -> Any:
         """The model in evaluation mode, every experts module without parameters."""
-        logging: Any = importlib.import_module("transformers.utils.logging")
         modules = self.expert_modules
 
         def build(model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -146,9 +146,7 @@ class MoeCheckpoint:
             self._skeleton_class.__name__, (self._skeleton_class,), {"__init__": build}
         )
         without_experts.__module__ = self._skeleton_class.__module__
-        quiet = logging.get_verbosity()
-        logging.set_verbosity_error()
-        try:
+        with quiet_transformers():
             model, info = without_experts.from_pretrained(
                 None,
                 config=self.config,
@@ -158,8 +156,6 @@ class MoeCheckpoint:
                 attn_implementation=EXPERTS_IMPLEMENTATION,
                 output_loading_info=True,
             )
-        finally:
-            logging.set_verbosity(quiet)
         if info["missing_keys"]:
             raise InputError(
                 f"{self.directory}: tensor {sorted(info['missing_keys'])[0]} is missing from the "
