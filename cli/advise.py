@@ -1,4 +1,4 @@
-"""What `plan` does with its options, and how it says what came out."""
+"""What `plan` does with its options, and how it prints the answer."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def answer(
             _print_advice(advice, name if phase != "all" else "", target, notes,
                           options["cluster"].num_nodes)
     if json:
-        told = {n: a.to_dict() | {"notes": [*a.notes, *notes]} for n, a in answers.items()}
-        show.print_json(told if phase == "apart" else next(iter(told.values())))
+        documents = {n: a.to_dict() | {"notes": [*a.notes, *notes]} for n, a in answers.items()}
+        show.print_json(documents if phase == "apart" else next(iter(documents.values())))
 
 
 def _parts(
@@ -110,7 +110,7 @@ def _print_advice(
     rows = [_advice_row(advice, row.name, nodes) for row in advice.comparison.rows]
     rows += [("  " + n, *(["cannot"] + [None] * 7)) for n in advice.cannot]
     columns = ("plan", show.metric(advice.comparison.metric_name), "change, %", "p99 imbalance",
-               "node copies" if nodes > 1 else "device copies", "bound", "gap", "seconds",
+               "node transfers" if nodes > 1 else "device transfers", "bound", "gap", "seconds",
                "replicas")
     show.print_table("* = use this", columns, rows)
     _print_moving(advice.moving)
@@ -119,7 +119,7 @@ def _print_advice(
     show.print_notes((
         *advice.notes[:1],
         "bound: no plan can be better on the planning steps; gap: how far above it this one is",
-        *([f"pays back after: steps until the sure gain, the low end of its band, has earned the "
+        *([f"pays back after: steps until the significant gain, the low end of its band, has paid for the "
            f"transfer back; at most --horizon {advice.horizon_steps:,.0f}"] if priced else []),
         *advice.notes[1:], *notes,
     ))
@@ -156,7 +156,7 @@ def _print_moving(moving: dict[str, Moving]) -> None:
             None if steps is None else f"{steps:,.0f} steps",
         ))
     columns = ("plan", "experts to send", "of its slots", "bytes", "transfer, ms",
-               "sure gain, us", "pays back after")
+               "significant gain, us", "pays back after")
     known = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
     show.print_table("from the current plan", [columns[i] for i in known],
                      [[row[i] for i in known] for row in rows])

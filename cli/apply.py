@@ -52,17 +52,17 @@ def apply(
         advice = advise(status, wanted, _traffic(group, trace))
         show.print_json(advice.to_dict()) if json else _print(advice)
         return
-    told = _switch(group, wanted, int(status["epoch"]))
+    switched = _switch(group, wanted, int(status["epoch"]))
     if json:
-        show.print_json(told)
+        show.print_json(switched)
     else:
-        _print_done(told, name, plan, wanted.apart and decode is None)
+        _print_done(switched, name, plan, wanted.apart and decode is None)
 
 
-def _print_done(told: dict[str, Any], name: str, plan: Path, decode_kept: bool) -> None:
+def _print_done(switched: dict[str, Any], name: str, plan: Path, decode_kept: bool) -> None:
     show.print_verdict(
-        f"group {name!r} serves under {plan.name}: epoch {told['epoch']}, "
-        f"{told['moves']} experts moved, {show.size(told['move_bytes'])}"
+        f"group {name!r} serves under {plan.name}: epoch {switched['epoch']}, "
+        f"{switched['moves']} experts moved, {show.size(switched['move_bytes'])}"
     )
     if decode_kept:
         show.print_notes(["decode keeps the plan of its own; --decode-plan names another"])
@@ -85,7 +85,7 @@ def _switch(group: Group, wanted: PhasePlans, epoch: int) -> dict[str, Any]:
     try:
         report = group.apply(wanted.prefill, wanted.decode, epoch=epoch)
     except KeyboardInterrupt:
-        show.err().print(how_it_stands(group.status(), epoch), markup=False, soft_wrap=True)
+        show.err().print(switch_outcome(group.status(), epoch), markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
     return {
         "epoch": report.epoch, "moves": len(report.moved), "move_bytes": report.moved_bytes,
@@ -94,11 +94,11 @@ def _switch(group: Group, wanted: PhasePlans, epoch: int) -> dict[str, Any]:
     }
 
 
-def how_it_stands(status: dict[str, Any], epoch: int) -> str:
+def switch_outcome(status: dict[str, Any], epoch: int) -> str:
     """What became of a switch from this epoch whose caller no longer waits."""
     if status["epoch"] > epoch:
         return (
-            f"interrupted, but the switch is done: epoch {status['epoch']} is in force; apply the "
+            f"interrupted, but the switch is done: epoch {status['epoch']} is active; apply the "
             "plan before to go back"
         )
     if status["switching"]:
@@ -107,7 +107,7 @@ def how_it_stands(status: dict[str, Any], epoch: int) -> str:
             f"has (epoch {epoch + 1}), apply the plan before to go back"
         )
     return (
-        f"interrupted; epoch {epoch} is in force and no switch is under way (one asked for at the "
+        f"interrupted; epoch {epoch} is active and no switch is under way (one asked for at the "
         "last moment may still begin)"
     )
 

@@ -1,4 +1,4 @@
-"""How the demo's result is told: verdict, before / predicted / measured, and what to do next."""
+"""How the demo's result is printed: verdict, before / predicted / measured, and what to do next."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _rows(*columns: Any) -> list[tuple[Any, ...]]:
 
     return [
         row("imbalance, mean", "imbalance_mean"), row("imbalance, p99", "imbalance_p99"),
-        row("remote copies per token and layer", "remote_copies_per_token"),
+        row("remote transfers per token and layer", "remote_copies_per_token"),
         row("critical-path expert CPU time, ms a step", "critical_path_us", 1e3),
         row("step wall time, ms", "step_wall_us", 1e3),
     ]

@@ -107,7 +107,7 @@ def _print_comparison(table: Comparison, notes: tuple[str, ...]) -> None:
         ))
     show.print_table(
         "", ("plan", show.metric(table.metric_name), "95 %", f"% vs {table.reference}",
-             "imbalance", "p99", "worst", "device copies", "node copies", "active"), rows,
+             "imbalance", "p99", "worst", "device transfers", "node transfers", "active"), rows,
     )
     show.print_notes((
         f"{table.steps} steps, worth {table.independent_steps:.0f} independent ones; "

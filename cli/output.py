@@ -86,7 +86,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """What a reader must know beside the table, each said once."""
+    """What a reader must know besides the table, each printed once."""
     for note in dict.fromkeys(notes):
         out().print(f"note: {note}", markup=False, style="dim")
 

@@ -54,8 +54,8 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Plan file to write.")] = None,
     current: Annotated[
         Path | None,
-        typer.Option(help="The plan in force: it stays unless another is better beyond the noise "
-                     "and, with --model, earns its moves back within --horizon."),
+        typer.Option(help="The active plan: it stays unless another is better beyond the noise "
+                     "and, with --model, pays back its moves within --horizon."),
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -144,7 +144,7 @@ def _check_asked(
         if value is not None and current is None:
             raise UsageError(f"{name} counts moves away from a plan: name it with --current")
         if value is not None and method:
-            raise UsageError(f"{name} starts from the plan in force: leave --method out")
+            raise UsageError(f"{name} starts from the active plan: leave --method out")
     if not horizon > 0:
         raise UsageError(f"--horizon {horizon} must be above 0")
     if time_limit is not None and not time_limit > 0:

@@ -29,14 +29,14 @@ def plan_show(
     from ..placement.inspection.describe import describe_plan
     from ..placement.plan import Plan
 
-    told = describe_plan(Plan.load(plan_file))
+    described = describe_plan(Plan.load(plan_file))
     if json:
-        show.print_json(told.to_dict())
+        show.print_json(described.to_dict())
         return
-    show.print_verdict(told.summary)
-    show.print_table("", ("plan", ""), told.facts)
-    show.print_table("", told.layer_columns, told.layer_rows)
-    show.print_notes(told.notes)
+    show.print_verdict(described.summary)
+    show.print_table("", ("plan", ""), described.facts)
+    show.print_table("", described.layer_columns, described.layer_rows)
+    show.print_notes(described.notes)
 
 
 def plan_diff(
@@ -50,16 +50,16 @@ def plan_diff(
     from ..placement.plan import Plan
 
     before, after = Plan.load(old), Plan.load(new)
-    told = diff_plans(before, after, read_model(model))
+    described = diff_plans(before, after, read_model(model))
     if json:
-        show.print_json(told.to_dict())
+        show.print_json(described.to_dict())
         return
-    show.print_verdict(told.summary)
-    if told.rows:
-        show.print_table("", told.columns, told.rows)
-    if told.device_rows:
-        show.print_table("", told.device_columns, told.device_rows)
-    show.print_notes(told.notes)
+    show.print_verdict(described.summary)
+    if described.rows:
+        show.print_table("", described.columns, described.rows)
+    if described.device_rows:
+        show.print_table("", described.device_columns, described.device_rows)
+    show.print_notes(described.notes)
 
 
 def plan_export(

@@ -43,7 +43,7 @@ def replay(
         Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: sizes make times.")
     ],
     current: Annotated[
-        Path | None, typer.Option(help="The plan in force, what the verdict is about.")
+        Path | None, typer.Option(help="The active plan: the verdict compares the others with it.")
     ] = None,
     dispatch: Dispatch = None,
     arrivals: Annotated[
@@ -105,7 +105,7 @@ def replay(
 def _with_current(
     named: dict[str, Plan], current: Path | None
 ) -> tuple[dict[str, Plan], str | None]:
-    """The plans and the one in force among them; the name of that one."""
+    """The plans, the active one among them; the name of that one."""
     plan = load_plan(current)
     if plan is None or current is None:
         return named, None

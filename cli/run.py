@@ -1,4 +1,4 @@
-"""`run`: a named group of live ranks, and the controller beside it."""
+"""`run`: a named group of live ranks, and its controller."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class _Advised:
             raise UsageError(f"{self._out} exists: name another run folder with --out")
 
     def controller(self, group: Group) -> Controller | None:
-        """Ready to tick; says where it logs. None where none was asked for."""
+        """Ready to tick; prints where it logs. None where none was asked for."""
         if self._name is None:
             return None
         from ..foundation.output_folder import new_run_folder
@@ -203,7 +203,7 @@ def _greet(group: Group) -> None:
 
 
 def _report(group: Group, rule: CapacityRule | None) -> None:
-    """What was recorded and what a capacity rule did; what a broken group cannot tell, it says."""
+    """What was recorded and what a capacity rule did; a broken group prints what it cannot report."""
     from ..workers.control.supervise import capacity_report, recording_report
 
     try:

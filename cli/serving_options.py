@@ -101,7 +101,7 @@ MaxRequests = Annotated[
                  callback=whole("--max-requests", 1)),
 ]
 Prefill = Annotated[
-    str, typer.Option(help="chunked: beside decoding requests; first: prompts go alone.")
+    str, typer.Option(help="chunked: together with decoding requests; first: prompts run alone.")
 ]
 KvBytesPerToken = Annotated[
     float | None,
@@ -110,14 +110,14 @@ KvBytesPerToken = Annotated[
 ]
 OtherBytes = Annotated[
     int | None,
-    typer.Option(help="Weights beside the experts on each device, with --kv-bytes-per-token.",
+    typer.Option(help="Weights other than experts on each device, with --kv-bytes-per-token.",
                  callback=whole("--other-bytes", 0)),
 ]
 Groups = Annotated[
     int, typer.Option(help="Equal clusters behind one queue.", callback=whole("--groups", 1, 64))
 ]
 OverlapName = Annotated[
-    str, typer.Option("--overlap", help="Exchange beside compute: none, two_batch or pipeline.")
+    str, typer.Option("--overlap", help="How exchange overlaps compute: none, two_batch or pipeline.")
 ]
 OtherUsPerToken = Annotated[
     float,

@@ -77,7 +77,7 @@ def print_blame(blames: Mapping[str, Blame]) -> None:
 
 
 def _print_events(served: Served) -> None:
-    """Faults, switches and what a policy decided; what comes again and again is told once."""
+    """Faults, switches and decisions of a policy; what repeats is printed once."""
     rows: list[tuple[Any, ...]] = []
     left = 0
     for name, result in served.results.items():

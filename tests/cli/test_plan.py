@@ -25,7 +25,7 @@ def test_methods_named_are_the_ones_tried(run: Run, trace: Path) -> None:
 
 def test_the_table_shows_bound_gap_and_seconds(run: Run, trace: Path) -> None:
     _, out, _ = run("plan", trace, *SMALL)
-    for column in ("bound", "gap", "seconds", "replicas", "device copies"):
+    for column in ("bound", "gap", "seconds", "replicas", "device transfers"):
         assert column in out
     assert "judged on" in out and "no plan can be better" in out
 
