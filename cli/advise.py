@@ -119,8 +119,8 @@ def _print_advice(
     show.print_notes((
         *advice.notes[:1],
         "bound: no plan can be better on the planning steps; gap: how far above it this one is",
-        *([f"pays back after: steps until the significant gain, the low end of its band, has paid for the "
-           f"transfer back; at most --horizon {advice.horizon_steps:,.0f}"] if priced else []),
+        *([f"pays back after: steps until the significant gain, the low end of its band, pays "
+           f"for the moves; at most --horizon {advice.horizon_steps:,.0f}"] if priced else []),
         *advice.notes[1:], *notes,
     ))
     _print_written(advice.chosen, target)

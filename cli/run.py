@@ -203,7 +203,7 @@ def _greet(group: Group) -> None:
 
 
 def _report(group: Group, rule: CapacityRule | None) -> None:
-    """What was recorded and what a capacity rule did; a broken group prints what it cannot report."""
+    """What was recorded and what a capacity rule did; a broken group prints what it cannot tell."""
     from ..workers.control.supervise import capacity_report, recording_report
 
     try:

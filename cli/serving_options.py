@@ -117,7 +117,8 @@ Groups = Annotated[
     int, typer.Option(help="Equal clusters behind one queue.", callback=whole("--groups", 1, 64))
 ]
 OverlapName = Annotated[
-    str, typer.Option("--overlap", help="How exchange overlaps compute: none, two_batch or pipeline.")
+    str,
+    typer.Option("--overlap", help="How exchange overlaps compute: none, two_batch or pipeline."),
 ]
 OtherUsPerToken = Annotated[
     float,
