@@ -2,9 +2,10 @@
 
     python benchmarks/kernels.py [--json] [--only cpu routing_share exact oracle sm90 gpu fit]
 
-cpu            the whole expert layer against dense packed oneDNN products over as many rows and
-               against transformers' `grouped_mm`: prefill, decode, a Mixtral-like layer
-routing_share  top-k, histogram, sort and combine over the layer, at prefill
+cpu            the whole expert layer (sort, gather, grouped experts, combine) against dense packed
+               oneDNN products over as many rows and against transformers' `grouped_mm`: prefill,
+               decode, a Mixtral-like layer
+routing_share  counts, slots, sort and combine over the layer, at prefill
 exact          one token, one bit pattern: random plans, splits and batches in bfloat16
 oracle         error against float64 over odd shapes
 sm90           every Triton kernel compiled for Hopper: registers, matrix instructions, spills

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from oracles.expert_layer import expert_layer, relative_error
+from rank_layer import rank_layer
 from torch import Tensor
 
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.cpu.packed import packed_available
 from loadmaster.kernels.cpu.panel_matrix import panels_available
-from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
+from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
 from loadmaster.kernels.routing import assign_slots, combine_rows, sort_rows
 
 EXACT_CASES = 240
@@ -46,7 +47,7 @@ def _same_bits(case: int) -> bool:
     ids = torch.rand(tokens, num_experts, generator=g).argsort(1)[:, :choices]
     gate = torch.rand(tokens, choices, generator=g)
     alone = _weights(experts, range(num_experts), torch.bfloat16)
-    whole = moe_layer(x, ids, gate, alone)
+    whole = rank_layer(x, ids, gate, alone)
 
     slots = -(-(num_experts + spare) // ranks) * ranks
     extra = torch.randint(num_experts, (slots - num_experts,), generator=g)
@@ -67,7 +68,7 @@ def _same_bits(case: int) -> bool:
         y[start:stop] = grouped_experts(rows, counts, weights)
         start = stop
     keep = torch.rand(tokens, generator=g) < 0.4
-    part = moe_layer(x[keep], ids[keep], gate[keep], alone)
+    part = rank_layer(x[keep], ids[keep], gate[keep], alone)
     return torch.equal(combine_rows(y, row, gate), whole) and torch.equal(part, whole[keep])
 
 
@@ -120,7 +121,7 @@ def _oracle_cases(backend: str, dtype: torch.dtype) -> Iterator[tuple[str, Tenso
         gate = torch.rand(tokens, choices, generator=g)
         name = f"T{tokens} E{num_experts} K{choices} H{hidden} I{intermediate}"
         for variant, x_given, ids_given in _variants(x, ids):
-            out = moe_layer(x_given, ids_given, gate, weights)
+            out = rank_layer(x_given, ids_given, gate, weights)
             expected = expert_layer(x_given, ids_given, gate, experts, SILU)
             yield f"{name} {variant}", out, expected
 

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loadmaster.kernels.gpu import product_kernels, routing_kernels
+from loadmaster.kernels.gpu import product_kernels
 from loadmaster.kernels.gpu.tile_sizes import (
     GROUP_TILES,
     Tile,
@@ -42,29 +42,19 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INTEGERS = "*i32"
 # Argument types by name; what is not here is an int32 array.
 _ARGUMENT_TYPES = {
-    **dict.fromkeys(("x", "weights", "biases", "act", "y", "out", "logits"), "*{float}"),
-    **dict.fromkeys(("tokens", "experts", "blocks", "segments", "row_limit", "rows"), "i32"),
-    **dict.fromkeys(("hidden", "intermediate"), "i32"),
-    **dict.fromkeys(("stride_x", "stride_y", "stride_out", "stride_logits"), "i64"),
+    **dict.fromkeys(("x", "weights", "biases", "act", "y", "out"), "*{float}"),
+    **dict.fromkeys(("rows", "hidden", "intermediate"), "i32"),
+    **dict.fromkeys(("stride_x", "stride_y", "stride_out"), "i64"),
     **dict.fromkeys(("limit", "alpha"), "fp32"),
     "gates": "*fp32",
-    "load": "*i64",
+    "where": "*i64",
 }
 # Sizes and strides a launch finds divisible by 16, as it does for pointers.
-_DIVISIBLE = ("hidden", "intermediate", "stride_x", "stride_y", "stride_out", "stride_logits")
-_PRODUCTS = ("up_swiglu", "down_scatter")
+_DIVISIBLE = ("hidden", "intermediate", "stride_x", "stride_y", "stride_out")
+_PRODUCTS = ("up_gated", "down")
 # Registers a thread may use. The widest up blocks and what is loaded element by element fill all
 # that there are; their bound is that nothing spills.
-MOST_REGISTERS = {
-    "up_swiglu": 255,
-    "down_scatter": 168,
-    "route": 144,
-    "scan_blocks": 80,
-    "scan": 80,
-    "place": 128,
-    "reduce": 64,
-    "clear_tail": 40,
-}
+MOST_REGISTERS = {"up_gated": 255, "down": 168, "reduce": 64}
 _MOST_SHARED_BYTES = 227 * 1024
 
 
@@ -115,7 +105,7 @@ def most_registers(build: Build) -> int:
         return MOST_REGISTERS[build.kernel]
     if not build.aligned or build.float_type == "fp32":
         return 255
-    if build.kernel == "up_swiglu" and build.constants["BLOCK_ROWS"] < 128:
+    if build.kernel == "up_gated" and build.constants["BLOCK_ROWS"] < 128:
         return 176  # gpt-oss's activation with biases; the others stay below 128
     return MOST_REGISTERS[build.kernel]
 
@@ -134,8 +124,7 @@ class Launch(NamedTuple):
 def compile_launch(launch: Launch) -> Build:
     """Compile one kernel for sm_90 and read its machine code."""
     name, constants, warps, stages, float_type, aligned = launch
-    routing = hasattr(routing_kernels, name)
-    function = getattr(routing_kernels if routing else product_kernels, name)
+    function = getattr(product_kernels, name)
     signature = {
         argument: "constexpr"
         if argument in constants
@@ -176,40 +165,21 @@ def product_launches(
     bias: bool = False,
     *,
     even: bool = True,
-    moved: bool = True,
     float_type: str = "bf16",
     aligned: bool = True,
     **sizes: int,
 ) -> Iterator[Launch]:
-    """Both products with the given blocks, as the layer launches them.
+    """Both products with the given blocks, as `backend.py` launches them.
 
-    even: sizes are multiples of the depth. moved: rows are gathered and scattered, as in a layer,
-    or lie in order, as for `grouped_experts`. sizes: hidden or intermediate of 1, which Triton
+    even: sizes are multiples of the depth. sizes: hidden or intermediate of 1, which Triton
     compiles in.
     """
     common: dict[str, Any] = {"HAS_BIAS": bias, "EVEN": even, "UPCAST": False}
     common |= {"PRECISION": "ieee", "GROUP": GROUP_TILES, **sizes}
-    up = {"K": 8, "KIND": kind, "GATHER": moved, **common, **_blocks(tiles.up)}
-    yield Launch("up_swiglu", up, tiles.up.warps, tiles.up.stages, float_type, aligned)
-    down = {"SCATTER": moved, **common, **_blocks(tiles.down)}
-    yield Launch("down_scatter", down, tiles.down.warps, tiles.down.stages, float_type, aligned)
-
-
-def routing_launches(experts: int, block_tokens: int, block_tiles: int) -> Iterator[Launch]:
-    """Everything beside the products, for one padded number of experts."""
-    route = {"K": 8, "KP": 8, "EP": experts, "BLOCK_T": block_tokens, "RECORD": True}
-    for from_logits in (True, False):
-        choice = {"FROM_LOGITS": from_logits, "NORMALIZE": True}
-        yield Launch("route", route | choice, 8, 3)
-    yield Launch("scan_blocks", {"EP": experts, "BLOCK_B": 128, "BLOCK_E": 16}, 4, 3)
-    scan = {"EP": experts, "SP": experts, "BLOCK_ROWS": 64, "BLOCK_TILES": block_tiles}
-    for quotas in (True, False):
-        yield Launch("scan", scan | {"HAS_QUOTAS": quotas, "RECORD": True}, 4, 3)
-    for one_block in (True, False):
-        place = {"K": 8, "EP": experts, "BLOCK_T": block_tokens, "ONE_BLOCK": one_block}
-        yield Launch("place", place, 8, 3)
-    yield Launch("reduce", {"K": 8, "BLOCK_H": 1024}, 4, 3)
-    yield Launch("clear_tail", {"BLOCK_ROWS": 64, "BLOCK_H": 128}, 4, 3)
+    up = {"KIND": kind, **common, **_blocks(tiles.up)}
+    yield Launch("up_gated", up, tiles.up.warps, tiles.up.stages, float_type, aligned)
+    down = {**common, **_blocks(tiles.down)}
+    yield Launch("down", down, tiles.down.warps, tiles.down.stages, float_type, aligned)
 
 
 def all_launches() -> Iterator[Launch]:
@@ -223,7 +193,6 @@ def all_launches() -> Iterator[Launch]:
     for tiles in (usual[0], usual[-1]):
         yield from product_launches(fit_tiles(tiles, 2), float_type="fp16")
         yield from product_launches(fit_tiles(tiles, 2), even=False)
-        yield from product_launches(fit_tiles(tiles, 2), moved=False)
     for bits, float_type in ((2, "bf16"), (4, "fp32")):
         for tiles in dict.fromkeys(fit_tiles(tiles, bits, aligned=False) for tiles in in_use):
             yield from product_launches(tiles, even=False, float_type=float_type, aligned=False)
@@ -233,8 +202,7 @@ def all_launches() -> Iterator[Launch]:
     yield from product_launches(smallest, even=False, aligned=False, hidden=1, intermediate=1)
     for kind in product_kernels.ACTIVATIONS[1:]:
         yield from product_launches(default_tiles(64), kind, bias=kind == "gptoss_clamped")
-    yield from routing_launches(128, 32, 32)
-    yield from routing_launches(512, 8, 8)
+    yield Launch("reduce", {"K": 8, "BLOCK_H": 1024}, 4, 3)
 
 
 def all_builds() -> Iterator[Build]:

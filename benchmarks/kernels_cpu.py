@@ -11,14 +11,15 @@ from statistics import median
 from typing import Any
 
 import torch
+from rank_layer import choose_experts, rank_layer
 from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.cpu.packed import pack, packed_available, packed_linear
-from loadmaster.kernels.grouped import ExpertWeights, moe_layer
-from loadmaster.kernels.routing import combine_rows, histogram, sort_rows, top_k
+from loadmaster.kernels.grouped import ExpertWeights
+from loadmaster.kernels.routing import assign_slots, combine_rows, histogram, sort_rows
 from loadmaster.kernels.time_experts import microseconds
 
 CPU = torch.device("cpu")
@@ -88,11 +89,11 @@ class Layer:
         return noise - torch.log(torch.arange(1, self.shape.experts + 1))
 
     def run(self, distribution: str) -> Callable[[], Tensor]:
-        gate, ids = top_k(self.logits(distribution), self.shape.choices, normalize=True)
-        return lambda: moe_layer(self.x, ids, gate, self.weights)
+        gate, ids = choose_experts(self.logits(distribution), self.shape.choices)
+        return lambda: rank_layer(self.x, ids, gate, self.weights)
 
     def run_transformers(self, distribution: str) -> Callable[[], Tensor]:
-        gate, ids = top_k(self.logits(distribution), self.shape.choices, normalize=True)
+        gate, ids = choose_experts(self.logits(distribution), self.shape.choices)
         typed = gate.to(self.dtype)
         return lambda: self.transformers(self.x, ids, typed)
 
@@ -181,24 +182,24 @@ def _compare(name: str, layer: Layer) -> dict[str, Any]:
 
 
 def routing_share() -> dict[str, Any]:
-    """Routing, histogram, sort and combine over the layer with them, at prefill in bfloat16."""
+    """Counts, slots, sort and combine over the layer with them, at prefill in bfloat16."""
     layer, shape = Layer(PREFILL, torch.bfloat16), PREFILL
-    logits = layer.logits("uniform")
-    gate, ids = top_k(logits, shape.choices, normalize=True)
+    gate, ids = choose_experts(layer.logits("uniform"), shape.choices)
+    count, table = histogram(ids, shape.experts), torch.arange(shape.experts)
     order, _, row = sort_rows(ids, shape.experts)
     y = torch.randn(len(order), shape.hidden).to(layer.dtype)
     ms = medians_ms(
         {
             "layer": layer.run("uniform"),
-            "top_k": lambda: top_k(logits, shape.choices, normalize=True),
             "histogram": lambda: histogram(ids, shape.experts),
+            "assign": lambda: assign_slots(ids, count, table),
             "sort": lambda: sort_rows(ids, shape.experts),
             "combine": lambda: combine_rows(y, row, gate),
         },
         repeats=9,
     )
-    parts = ms["top_k"] + ms["histogram"] + ms["sort"] + ms["combine"]
-    share = parts / (ms["layer"] + ms["top_k"] + ms["histogram"])
+    parts = ms["histogram"] + ms["assign"] + ms["sort"] + ms["combine"]
+    share = parts / (ms["layer"] + ms["histogram"] + ms["assign"])
     return {
         "share": round(share, 4),
         "ms": {key: round(value, 3) for key, value in ms.items()},

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from kernels_cpu import CPU, PREFILL
+from rank_layer import choose_experts, rank_layer
 from torch import Tensor
 
-from loadmaster.kernels.grouped import moe_layer
-from loadmaster.kernels.routing import histogram, top_k
+from loadmaster.kernels.routing import histogram
 from loadmaster.kernels.time_experts import (
     SILU,
     cold_layers,
@@ -94,7 +94,7 @@ def _layers(
             gate, ids = _route(tokens, zipf, generator)
             counts[tokens, zipf] = histogram(ids, shape.experts).tolist()
             runs[tokens, zipf] = lambda x=x, ids=ids, gate=gate: microseconds(
-                CPU, lambda: moe_layer(x, ids, gate, weights)
+                CPU, lambda: rank_layer(x, ids, gate, weights)
             )
     return runs, counts
 
@@ -102,7 +102,7 @@ def _layers(
 def _route(tokens: int, zipf: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     draws = torch.rand(tokens, PREFILL.experts, generator=generator).clamp(1e-9, 1 - 1e-7)
     popularity = zipf * torch.log(torch.arange(1, PREFILL.experts + 1))
-    return top_k(-torch.log(-torch.log(draws)) - popularity, PREFILL.choices, normalize=True)
+    return choose_experts(-torch.log(-torch.log(draws)) - popularity, PREFILL.choices)
 
 
 def _layer_us(compute: ComputeProfile, count_E: list[int]) -> float:

@@ -4,17 +4,16 @@
 
 Checks every path against float64 and against itself bit for bit (`kernels_gpu_checks.py`), reads
 the roofline of this device (an 8192-cubed bfloat16 product, a device copy), then times the layer
-of E128 H2048 I768 K8 beside `torch.nn.functional.grouped_mm` and transformers' own experts
-implementations, at uniform and skewed routing, recording on and off. Writes
-benchmarks/results/kernels_gpu_<device>.json; commit that file.
+of E128 H2048 I768 K8 (sort, gather, grouped experts, combine) beside
+`torch.nn.functional.grouped_mm` and transformers' own experts implementations, at uniform and
+skewed routing. Writes benchmarks/results/kernels_gpu_<device>.json; commit that file.
 
 --routing   recorded ids, an integer array [tokens, K] or [tokens, layers, K] with ids < 128
---tune      first search block sizes and write kernels/tile_configs.json (a few minutes)
+--tune      first search block sizes and write kernels/gpu/tile_configs.json (a few minutes)
 --rehearse  walk through everything on the CPU, interpreted and tiny; times mean nothing then and
             nothing is written
 
-Event times, medians, weight sets rotated so that the L2 cache cannot help; outputs are poisoned
-before they are checked.
+Event times, medians, weight sets rotated so that the L2 cache cannot help.
 """
 
 from __future__ import annotations
@@ -23,32 +22,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from kernels_gpu_shapes import Shape, median_us
+
 RESULTS = Path(__file__).parent / "results"
-REPEATS = 30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The layer that is timed."""
-
-    experts: int
-    hidden: int
-    intermediate: int
-    choices: int
-    tokens: tuple[int, ...]
-
-    @property
-    def expert_bytes(self) -> int:
-        return 3 * self.hidden * self.intermediate * 2
-
-    def flops(self, tokens: int) -> float:
-        return 6.0 * tokens * self.choices * self.hidden * self.intermediate
 
 
 FULL = Shape(128, 2048, 768, 8, (1, 16, 128, 512, 2048, 4096, 8192, 32768))
@@ -110,16 +89,6 @@ def machine(device: Any) -> dict[str, str]:
     }
 
 
-def median_us(device: Any, runs: list[Callable[[], object]], repeats: int = REPEATS) -> float:
-    """Median of single runs, walking round `runs` (one per weight set) after one warm-up round."""
-    from loadmaster.kernels.time_experts import microseconds
-
-    repeats = repeats if device.type == "cuda" else 1
-    for run in runs:
-        run()
-    return median(microseconds(device, runs[i % len(runs)]) for i in range(repeats))
-
-
 def roofline(device: Any) -> dict[str, float]:
     """What this device reaches on one large product and on a copy, in this run."""
     import torch
@@ -161,7 +130,7 @@ def time_layers(
 
 
 def judge(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The issue's targets on the uniform records; recording on every one of 128 tokens or more."""
+    """The targets, on the uniform records."""
     uniform = [r for r in records if r["kind"] == "uniform"]
     small = [r for r in uniform if r["tokens"] <= 512]
     large = [r for r in uniform if r["tokens"] >= 8192]
@@ -171,7 +140,6 @@ def judge(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         return {"target": wanted, "values": values, "holds": holds}
 
     by_tokens = {r["tokens"]: r["tflops"] for r in uniform}
-    recording = [r["us"]["layer"] / r["us"]["recording"] for r in records if r["tokens"] >= 128]
     return {
         "small_batches": target(
             ">= 0.75 of the floor at T <= 512", [r["of_floor"] for r in small], 0.75
@@ -184,7 +152,6 @@ def judge(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         "transformers_large": target(
             ">= 1.3 times grouped_mm at T >= 8192", [r["over_grouped_mm"] for r in large], 1.3
         ),
-        "recording": target("off / on >= 0.99", recording, 0.99),
     }
 
 

@@ -8,24 +8,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from kernels_gpu import median_us
+from kernels_gpu_shapes import Shape, median_us
 from oracles.expert_layer import relative_error
+from rank_layer import choose_experts, rank_layer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.grouped import ExpertWeights, moe_layer_from_logits
-from loadmaster.kernels.load_record import LoadRecord
-from loadmaster.kernels.routing import histogram, top_k
-
-if TYPE_CHECKING:
-    from kernels_gpu import Shape
+from loadmaster.kernels.grouped import ExpertWeights
+from loadmaster.kernels.routing import histogram
 
 # Three sets of this layer's weights are far larger than the 50 MB L2 cache.
 WEIGHT_SETS = 3
@@ -64,18 +61,14 @@ class Layers:
         """Everyone's median, after ours was found right beside transformers' eager layer."""
         shape = self.shape
         x = torch.randn(tokens, shape.hidden, device=self.device).bfloat16()
-        gate, ids = top_k(logits, shape.choices, normalize=True)
-        out = torch.full_like(x, float("nan"))
-        moe_layer_from_logits(
-            x, logits, self.ours[0], k=shape.choices, normalize=True, out=out
-        )
+        gate, ids = choose_experts(logits, shape.choices)
+        out = rank_layer(x, ids, gate, self.ours[0])
         expected = self._run_transformers("eager", x, ids, gate)[0]()
         error = relative_error(out, expected)
         if not error <= 2e-2:
             raise SystemExit(f"{tokens} tokens, {kind}: off by {error} from transformers' eager")
         us = {
-            "layer": median_us(self.device, self._run_ours(x, logits, None)),
-            "recording": median_us(self.device, self._run_ours(x, logits, self._record())),
+            "layer": median_us(self.device, self._run_ours(x, ids, gate)),
             "transformers_grouped_mm": self._median("grouped_mm", x, ids, gate),
             "transformers_eager": self._median("eager", x, ids, gate),
             "grouped_mm_products": median_us(self.device, self._run_products(x, ids)),
@@ -93,17 +86,9 @@ class Layers:
             "over_grouped_mm": us["transformers_grouped_mm"] / us["layer"],
         }
 
-    def _record(self) -> LoadRecord:
-        return LoadRecord(self.shape.experts, self.shape.experts, self.device)
-
-    def _run_ours(
-        self, x: Tensor, logits: Tensor, record: LoadRecord | None
-    ) -> list[Callable[[], object]]:
+    def _run_ours(self, x: Tensor, ids: Tensor, gate: Tensor) -> list[Callable[[], object]]:
         return [
-            lambda weights=weights: moe_layer_from_logits(
-                x, logits, weights, k=self.shape.choices, normalize=True, record=record
-            )
-            for weights in self.ours
+            lambda weights=weights: rank_layer(x, ids, gate, weights) for weights in self.ours
         ]
 
     def _median(self, implementation: str, x: Tensor, ids: Tensor, gate: Tensor) -> float:
@@ -125,7 +110,7 @@ class Layers:
         """torch's grouped products alone: rows already gathered, offsets already known."""
         order = torch.argsort(ids.flatten().long(), stable=True)
         rows = x[order // self.shape.choices]
-        offsets = histogram(ids, self.shape.experts).cumsum(0).to(torch.int32)
+        offsets = histogram(ids, self.shape.experts).cumsum(0).to(self.device, torch.int32)
 
         def run(module: Any) -> Tensor:
             gate_up = F.grouped_mm(rows, module.gate_up_proj.transpose(1, 2), offs=offsets)

@@ -1,4 +1,4 @@
-"""Search block sizes on this device and write kernels/tile_configs.json.
+"""Search block sizes on this device and write kernels/gpu/tile_configs.json.
 
 For a few histograms (active experts, rows per expert) every candidate that fits is checked
 against the default blocks bit for bit, then timed; the fastest is kept. Entries of other devices
@@ -10,15 +10,16 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from kernels_gpu import median_us
 from kernels_gpu_layers import Layers, draw_logits
+from kernels_gpu_shapes import Shape, median_us
+from rank_layer import choose_experts, rank_layer
 
-from loadmaster.kernels.gpu import routing
+from loadmaster.kernels.gpu import backend
 from loadmaster.kernels.gpu.tile_sizes import (
     SHARED_BYTES,
     TUNED_FILE,
@@ -30,11 +31,7 @@ from loadmaster.kernels.gpu.tile_sizes import (
     parse_tiles,
     rows_percentile,
 )
-from loadmaster.kernels.grouped import moe_layer_from_logits
-from loadmaster.kernels.routing import histogram, top_k
-
-if TYPE_CHECKING:
-    from kernels_gpu import Shape
+from loadmaster.kernels.routing import histogram
 
 TOKENS = (16, 128, 512, 2048, 8192, 32768)
 KINDS = ("uniform", "zipf")
@@ -47,31 +44,32 @@ def tune(shape: Shape, device: torch.device) -> None:
     tuned = []
     for tokens, kind in itertools.product(TOKENS, KINDS):
         logits = draw_logits(shape, tokens, kind, None, device)
-        _, ids = top_k(logits, shape.choices, normalize=True)
+        gate, ids = choose_experts(logits, shape.choices)
         active, rows_p90 = rows_percentile(histogram(ids, shape.experts).tolist())
         key = TileKey(
             name, triton.__version__, "bfloat16", shape.hidden, shape.intermediate, active, rows_p90
         )
         print(f"tuning {tokens} tokens, {kind} ...", file=sys.stderr)
-        tuned.append((key, _fastest(layers, tokens, logits, rows_p90, device)))
+        tuned.append((key, _fastest(layers, ids, gate, rows_p90, device)))
     kept = [entry for entry in parse_tiles(TUNED_FILE.read_text()) if entry[0].device != name]
     TUNED_FILE.write_text(format_tiles(kept + tuned, f"{name}, triton {triton.__version__}"))
 
 
 def _fastest(
-    layers: Layers, tokens: int, logits: torch.Tensor, rows_p90: int, device: torch.device
+    layers: Layers, ids: torch.Tensor, gate: torch.Tensor, rows_p90: int, device: torch.device
 ) -> Tiles:
     """The quickest blocks: first of the up product, then of the down product."""
-    x = torch.randn(tokens, layers.shape.hidden, device=device).bfloat16()
+    x = torch.randn(len(ids), layers.shape.hidden, device=device).bfloat16()
     best = default_tiles(rows_p90)
-    expected = _run(layers, x, logits, best, 0)
-    best_us = _time(layers, x, logits, best, device)
+    step = (x, ids, gate)
+    expected = _run(layers, step, best, 0)
+    best_us = _time(layers, step, best, device)
     for rows in _row_counts(rows_p90):
         for tiles in _candidates(rows):
             try:
-                if not torch.equal(_run(layers, x, logits, tiles, 0), expected):
+                if not torch.equal(_run(layers, step, tiles, 0), expected):
                     raise SystemExit(f"{tiles} changes bits: block sizes must never do that")
-                us = _time(layers, x, logits, tiles, device)
+                us = _time(layers, step, tiles, device)
             except triton.runtime.errors.OutOfResources:
                 continue
             if us < best_us:
@@ -98,19 +96,16 @@ def _candidates(rows: int) -> Iterator[Tiles]:
 
 
 def _run(
-    layers: Layers, x: torch.Tensor, logits: torch.Tensor, tiles: Tiles, weight_set: int
+    layers: Layers, step: tuple[torch.Tensor, ...], tiles: Tiles, weight_set: int
 ) -> torch.Tensor:
-    with mock.patch.object(routing, "choose_tiles", lambda key: tiles):
-        return moe_layer_from_logits(
-            x, logits, layers.ours[weight_set], k=layers.shape.choices, normalize=True
-        )
+    x, ids, gate = step
+    with mock.patch.object(backend, "choose_tiles", lambda key: tiles):
+        return rank_layer(x, ids, gate, layers.ours[weight_set])
 
 
-def _time(
-    layers: Layers, x: torch.Tensor, logits: torch.Tensor, tiles: Tiles, device: Any
-) -> float:
+def _time(layers: Layers, step: tuple[torch.Tensor, ...], tiles: Tiles, device: Any) -> float:
     runs = [
-        lambda weight_set=weight_set: _run(layers, x, logits, tiles, weight_set)
+        lambda weight_set=weight_set: _run(layers, step, tiles, weight_set)
         for weight_set in range(len(layers.ours))
     ]
     return median_us(device, runs, repeats=15)

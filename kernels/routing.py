@@ -1,8 +1,8 @@
-"""From router output to slots and back: which rows go where, in what order, how many.
+"""From chosen experts to slots and back: which rows go where, in what order, how many.
 
 Tensors in, tensors out. Knows token counts per slot (quotas) but nothing of how they were
-chosen, nothing of devices' load, networks or plans. CPU tensors take compiled loops, others
-torch operations; integers agree exactly, gates to the last bits.
+chosen, nothing of devices' load, networks or plans. Ids and slots are sorted on the CPU, where
+dispatch is decided; rows are combined where they lie.
 
 Axes: T tokens, K experts chosen per token, A = T * K assignments in token order (flat index
 t * K + k), E experts, S slots, H hidden. A negative id or slot marks an assignment that is left
@@ -11,46 +11,16 @@ out everywhere: not counted, not sorted, not computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .backend import RowOrder
 from .cpu import loops
 from .cpu.gates import COMPILED_DTYPES
 from .cpu.scalars import as_array
-from .load_record import LoadRecord
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def top_k(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Choose the k best experts of every token.
-
-    Returns gate_TK float32 and ids_TK int64, best expert first; equal logits go to the lower
-    expert id. Gates are the softmax over all experts; with `normalize` the chosen ones are
-    rescaled to sum to one (the softmax over the chosen alone). NaN logits give NaN gates, in
-    their token only.
-    """
-    if logits_TE.dim() != 2 or not 1 <= k <= logits_TE.shape[1]:
-        raise InputError(
-            f"top_k needs logits [T, E] and 1 <= k <= E; got {tuple(logits_TE.shape)} and k={k}"
-        )
-    logits = logits_TE.detach().float().contiguous()
-    if logits.device.type == "cpu":
-        gate_TK = torch.empty(len(logits), k)
-        ids_TK = torch.empty(len(logits), k, dtype=torch.int64)
-        loops.choose_top_k(as_array(logits), normalize, as_array(gate_TK), as_array(ids_TK))
-        return gate_TK, ids_TK
-    # A stable descending sort keeps the lower id first among equals; torch.topk promises nothing.
-    sorted_TE, order_TE = torch.sort(logits, dim=1, descending=True, stable=True)
-    ids_TK = order_TE[:, :k].contiguous()
-    if normalize:
-        return torch.softmax(sorted_TE[:, :k], dim=1), ids_TK
-    return torch.softmax(logits, dim=1).gather(1, ids_TK), ids_TK
 
 
 def check_integers(name: str, tensor: Tensor) -> None:
@@ -59,33 +29,17 @@ def check_integers(name: str, tensor: Tensor) -> None:
         raise InputError(f"{name} are {tensor.dtype}; they must be integers, as int32 or int64")
 
 
-def histogram(ids_TK: Tensor, num_experts: int, *, k_of_token: Tensor | None = None) -> Tensor:
-    """Count the tokens of every expert: count_E int64, exact.
+def histogram(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Count the tokens of every expert: count_E int64 on the CPU, exact.
 
-    ids outside [0, num_experts) are left out. k_of_token [T]: only the first k_of_token[t]
-    choices of token t count.
+    ids outside [0, num_experts) are left out.
     """
-    if ids_TK.dim() != 2 or (k_of_token is not None and k_of_token.shape != ids_TK.shape[:1]):
-        lengths = None if k_of_token is None else tuple(k_of_token.shape)
-        raise InputError(
-            f"histogram needs ids [T, K] and k_of_token [T]; got {tuple(ids_TK.shape)} "
-            f"and {lengths}"
-        )
+    if ids_TK.dim() != 2:
+        raise InputError(f"histogram needs ids [T, K]; got {tuple(ids_TK.shape)}")
     check_integers("ids", ids_TK)
-    ids = ids_TK.long()
-    count_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    if k_of_token is None:
-        k_of_token = torch.full(ids.shape[:1], ids.shape[1], device=ids.device)
-    if ids.device.type == "cpu":
-        loops.count_ids(
-            as_array(ids), as_array(k_of_token.long()), as_array(count_E[:num_experts])
-        )
-        return count_E[:num_experts]
-    choice_K = torch.arange(ids.shape[1], device=ids.device)
-    counted = (ids >= 0) & (ids < num_experts) & (choice_K < k_of_token[:, None])
-    # One bin beyond the experts collects what is left out: no data-dependent shape, so no sync.
-    bins = torch.where(counted, ids, num_experts).flatten()
-    return count_E.index_add_(0, bins, torch.ones_like(bins))[:num_experts]
+    count_E = torch.zeros(num_experts, dtype=torch.int64)
+    loops.count_ids(as_array(ids_TK.detach().cpu().long().flatten()), as_array(count_E))
+    return count_E
 
 
 def assign_slots(
@@ -113,91 +67,24 @@ def assign_slots(
     return slot_TK.to(ids_TK.device)
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Where the assignments of one step go, in every order anyone asks for.
-
-    slot_TK: slot of each, -1 = left out. order_A: flat assignment of each row, slot by slot,
-    token order inside. row_TK: row of each assignment in that order, -1 = left out. offset_S:
-    [S + 1] first row of each slot. logical_E, physical_S: tokens per expert and per slot.
-    All int64.
-    """
-
-    slot_TK: Tensor
-    order_A: Tensor
-    row_TK: Tensor
-    offset_S: Tensor
-    logical_E: Tensor
-    physical_S: Tensor
-
-
-def route(
-    ids_TK: Tensor,
-    slot_expert_S: Tensor,
-    *,
-    quota_S: Tensor | None = None,
-    num_experts: int | None = None,
-    record: LoadRecord | None = None,
-) -> Routing:
-    """Everything between chosen experts and sorted rows, in one pass on the host.
-
-    Without quota_S every expert's tokens go to its first slot. record: adds the step's counts
-    where its flag is set. See `assign_slots` for the order, the ids left out and the errors.
-    """
-    device = ids_TK.device
-    ids, table, quota, experts = _checked_ids(ids_TK, slot_expert_S, quota_S, num_experts)
-    if record is not None:
-        record.check(experts, len(table), device)
-    slot, order, row = (torch.empty_like(ids) for _ in range(3))
-    offset_S = torch.empty(len(table) + 1, dtype=torch.int64)
-    logical_E = torch.empty(experts, dtype=torch.int64)
-    wrong = loops.route_step(
-        as_array(ids.view(-1)),
-        as_array(quota),
-        as_array(table),
-        as_array(logical_E),
-        as_array(slot.view(-1)),
-        as_array(order.view(-1)),
-        as_array(row.view(-1)),
-        as_array(offset_S),
-    )
-    if wrong >= 0:
-        raise _quota_error(wrong, ids, quota, table)
-    routing = Routing(
-        slot_TK=slot.to(device),
-        order_A=order.view(-1)[: int(offset_S[-1])].to(device),
-        row_TK=row.to(device),
-        offset_S=offset_S.to(device),
-        logical_E=logical_E.to(device),
-        physical_S=offset_S.diff().to(device),
-    )
-    if record is not None and int(record.enabled):
-        record.logical_E += routing.logical_E
-        record.physical_S += routing.physical_S
-    return routing
-
-
 def _checked_ids(
-    ids_TK: Tensor, slot_expert_S: Tensor, quota_S: Tensor | None, num_experts: int | None
+    ids_TK: Tensor, slot_expert_S: Tensor, quota_S: Tensor, num_experts: int | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Ids, slot table and quotas (none: empty) as int64 on the host, and the expert count."""
-    if slot_expert_S.dim() != 1 or (quota_S is not None and quota_S.shape != slot_expert_S.shape):
-        quotas = None if quota_S is None else tuple(quota_S.shape)
+    """Ids, slot table and quotas as int64 on the CPU, and the number of experts."""
+    if slot_expert_S.dim() != 1 or quota_S.shape != slot_expert_S.shape:
         raise InputError(
-            f"quotas {quotas} and slot table {tuple(slot_expert_S.shape)} must both be [slots]"
+            f"quotas {tuple(quota_S.shape)} and slot table {tuple(slot_expert_S.shape)} must both "
+            "be [slots]"
         )
     check_integers("ids", ids_TK)
     check_integers("experts of the slot table", slot_expert_S)
-    if quota_S is not None:
-        check_integers("quotas", quota_S)
+    check_integers("quotas", quota_S)
     ids = ids_TK.detach().cpu().long().contiguous()
     table = slot_expert_S.cpu().long().contiguous()
     experts = max(int(table.max()) + 1 if len(table) else 0, 0)
     if num_experts is None and ids.numel() and int(ids.max()) >= experts:
         raise InputError(f"id {int(ids.max())} is past the slot table's {experts} experts")
     experts = experts if num_experts is None else num_experts
-    if quota_S is None:
-        return ids, table, torch.empty(0, dtype=torch.int64), experts
     quota = quota_S.cpu().long().contiguous()
     _check_quotas(quota, table, experts)
     return ids, table, quota, experts
@@ -215,7 +102,7 @@ def _check_quotas(quota: Tensor, table: Tensor, experts: int) -> None:
 
 
 def _quota_error(expert: int, ids: Tensor, quota: Tensor, table: Tensor) -> InputError:
-    placed = int(quota[table == expert].sum()) if len(quota) else 0
+    placed = int(quota[table == expert].sum())
     return InputError(
         f"expert {expert} has {int((ids == expert).sum())} assignments but quotas for {placed}; "
         "compute the quotas from these ids"
@@ -235,29 +122,15 @@ def sort_by_slot(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
 def sort_rows(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """`sort_by_slot`, and row_TK: the row of every assignment in that order, -1 if left out."""
     check_integers("slots", slot_TK)
-    slots = slot_TK.long().contiguous()
+    slots = slot_TK.detach().cpu().long().contiguous()
     if slots.numel() and int(slots.max()) >= num_slots:
         raise InputError(f"slot {int(slots.max())} is past the table of {num_slots} slots")
-    order_A, offset_S, row_TK = row_order(slots, num_slots)
-    return order_A, offset_S.diff(), row_TK
-
-
-def row_order(slot_TK: Tensor, num_slots: int) -> RowOrder:
-    """`sort_rows` of checked int64 slots."""
-    offset_S = torch.zeros(num_slots + 1, dtype=torch.int64, device=slot_TK.device)
-    if slot_TK.device.type == "cpu":
-        order_A, row_TK = torch.empty(slot_TK.numel(), dtype=torch.int64), torch.empty_like(slot_TK)
-        loops.sort_slots(
-            as_array(slot_TK.view(-1)), as_array(order_A), as_array(offset_S),
-            as_array(row_TK.view(-1)),
-        )
-        return RowOrder(order_A[: int(offset_S[-1])], offset_S, row_TK)
-    row_TK = torch.full_like(slot_TK, -1)
-    order_A = torch.argsort(slot_TK.view(-1), stable=True)
-    order_A = order_A[int((slot_TK < 0).sum()) :]
-    row_TK.view(-1)[order_A] = torch.arange(len(order_A), device=slot_TK.device)
-    offset_S[1:] = torch.bincount(slot_TK[slot_TK >= 0], minlength=num_slots).cumsum(0)
-    return RowOrder(order_A, offset_S, row_TK)
+    order_A, row_TK = torch.empty(slots.numel(), dtype=torch.int64), torch.empty_like(slots)
+    offset_S = torch.empty(num_slots + 1, dtype=torch.int64)
+    loops.sort_slots(
+        as_array(slots.view(-1)), as_array(order_A), as_array(offset_S), as_array(row_TK.view(-1))
+    )
+    return order_A[: int(offset_S[-1])], offset_S.diff(), row_TK
 
 
 def combine(y_TKH: Tensor, gate_TK: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -323,7 +196,7 @@ def combine_rows(
 
 
 def _reduced_on_device(y_AH: Tensor, row_TK: Tensor, gate_TK: Tensor, out: Tensor) -> bool:
-    """The kernel that ends a fused layer, so that rows from other ranks round alike."""
+    """The Triton kernel, where it runs on this device."""
     try:
         from .gpu.backend import reduce_rows, triton_available
     except ImportError:

@@ -7,8 +7,6 @@ Invariant: there are as many rows as slots, so a slot that must stop sharing fin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 
 class SlotTable:
     """rows[s] is the row slot s reads; starts as the identity."""
@@ -23,7 +21,3 @@ class SlotTable:
             row = min(set(range(len(self.rows))) - set(self.rows))
             self.rows[slot] = row
         return row
-
-    def rearrange(self, source_S: Sequence[int]) -> None:
-        """Slot s takes over what slot source_S[s] read before."""
-        self.rows = [self.rows[source] for source in source_S]

@@ -6,15 +6,12 @@ knows nothing of plans.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .activation import gate_rows_first, stored_rows
-from .backend import RowOrder, SlotShape, SlotTensors
+from .backend import SlotShape, SlotTensors
 from .cpu.gates import gated_rows
-from .routing import combine_rows
 from .slot_rows import SlotTable
 
 # A product of fewer rows takes other code with other bits (measured on torch 2.13 CPU: float32
@@ -50,9 +47,6 @@ class TorchSlots:
             for name, tensor in tensors.items()
         }
 
-    def rearrange(self, source_S: Sequence[int]) -> None:
-        self._table.rearrange(source_S)
-
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         start = 0
         for slot, count in enumerate(count_S.tolist()):
@@ -60,12 +54,6 @@ class TorchSlots:
                 rows = slice(start, start + count)
                 out_AH[rows] = self._run_slot(x_AH[rows], self._table.rows[slot])[:count]
                 start += count
-
-    def layer(self, x_TH: Tensor, order: RowOrder, gate_TK: Tensor, out_TH: Tensor) -> None:
-        x_AH = x_TH[order.order_A // max(gate_TK.shape[1], 1)]
-        y_AH = torch.empty_like(x_AH)
-        self.run(x_AH, order.offset_S.diff(), y_AH)
-        combine_rows(y_AH, order.row_TK, gate_TK, out=out_TH)
 
     def _run_slot(self, x_AH: Tensor, row: int) -> Tensor:
         if len(x_AH) < LEAST_ROWS:

@@ -1,20 +1,19 @@
 """The expert weights of one layer's slots on one rank, in the form its backend computes on.
 
-Chooses the backend; knows how experts go in, come out and change slots. Knows nothing of rows,
-routing, plans or ranks: `grouped.py` checks inputs and calls `run*`.
+Chooses the backend; knows how experts go in and come out. Knows nothing of rows, routing, plans
+or ranks: `grouped.py` checks inputs and calls `run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from .activation import ExpertActivation
-from .backend import HostBackend, RoutingBackend, RowOrder, SlotBackend, SlotShape
+from .backend import SlotBackend, SlotShape
 from .cpu.packed import PackedSlots, packed_available
 from .cpu.panel_matrix import panels_available
 from .cpu.panels import PanelSlots, panels_preferred
@@ -153,37 +152,9 @@ class ExpertWeights:
         self._check_slot(slot)
         return self._backend.get_slot(slot)
 
-    def copy_slot(self, source: int, target: int) -> None:
-        """Give slot `target` the expert of slot `source`; copies no weights."""
-        self._check_slot(target)
-        order = list(range(self.slots))
-        order[target] = source
-        self.rearrange(order)
-
-    def rearrange(self, source_S: Sequence[int]) -> None:
-        """Slot s takes the expert that slot source_S[s] holds; swaps a table, copies no weights.
-
-        So a plan is applied by filling spare slots and then one `rearrange` between two steps.
-        """
-        if len(source_S) != self.slots:
-            raise InputError(f"rearrange needs {self.slots} sources; got {len(source_S)}")
-        for source in source_S:
-            self._check_slot(source)
-        self._backend.rearrange(source_S)
-
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         """Compute checked rows; callers use `grouped_experts`."""
         self._backend.run(x_AH, count_S, out_AH)
-
-    @property
-    def router(self) -> RoutingBackend | None:
-        """The backend, if it routes by itself; callers use `moe_layer` and its sister."""
-        routes = hasattr(self._backend, "layer_from_ids")
-        return cast(RoutingBackend, self._backend) if routes else None
-
-    def run_layer(self, x_TH: Tensor, order: RowOrder, gate_TK: Tensor, out_TH: Tensor) -> None:
-        """Compute a checked and sorted layer, where `router` is None; callers use `moe_layer`."""
-        cast(HostBackend, self._backend).layer(x_TH, order, gate_TK, out_TH)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.slots:

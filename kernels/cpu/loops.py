@@ -1,7 +1,7 @@
-"""The compiled CPU loops of one expert layer: top-k, slots, counting sort, gate, combine.
+"""The compiled CPU loops of one expert layer: counts, slots, counting sort, gate, combine.
 
 Plain loops over numpy arrays, one pass each; knows nothing of tensors, packed weights or errors:
-`routing.py` and `cpu_packed.py` check, convert and call. bfloat16 arrays come as uint16 bits.
+`routing.py` and `gates.py` check, convert and call. bfloat16 arrays come as uint16 bits.
 """
 
 from __future__ import annotations
@@ -10,58 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from .scalars import compiled, erf, exp, store, times_sigmoid, to_float
+from .scalars import compiled, erf, store, times_sigmoid, to_float
 
 Array = Any  # numpy arrays inside compiled loops; numba infers their types
 _F32 = np.float32
 
 
 @compiled
-def choose_top_k(logit_TE: Array, normalize: bool, gate_TK: Array, id_TK: Array) -> None:
-    """The best experts of every token, best first, and their softmax gates.
-
-    A chosen list kept sorted by insertion; only a strictly larger logit moves ahead, so equal
-    logits stay in expert order. A token with NaN among its logits gets NaN gates.
-    """
-    tokens, experts = logit_TE.shape
-    chosen = id_TK.shape[1]
-    for t in range(tokens):
-        for e in range(experts):
-            value = logit_TE[t, e]
-            if e >= chosen and not value > logit_TE[t, id_TK[t, chosen - 1]]:
-                continue
-            k = min(e, chosen - 1)
-            while k > 0 and value > logit_TE[t, id_TK[t, k - 1]]:
-                id_TK[t, k] = id_TK[t, k - 1]
-                k -= 1
-            id_TK[t, k] = e
-        highest = logit_TE[t, id_TK[t, 0]]
-        total, poison = _F32(0.0), _F32(0.0)
-        for e in range(experts):
-            poison += logit_TE[t, e] - logit_TE[t, e]  # 0, or NaN for NaN and infinities
-            if not normalize:
-                total += exp(logit_TE[t, e] - highest)
-        if normalize:
-            for k in range(chosen):
-                total += exp(logit_TE[t, id_TK[t, k]] - highest)
-        for k in range(chosen):
-            gate_TK[t, k] = exp(logit_TE[t, id_TK[t, k]] - highest) / total
-        if np.isnan(poison):
-            for e in range(experts):
-                if np.isnan(logit_TE[t, e]):
-                    gate_TK[t, :] = np.nan
-
-
-@compiled
-def count_ids(id_TK: Array, k_of_token_T: Array, count_E: Array) -> None:
-    """Add every id inside [0, E) to its count; only the first k_of_token_T[t] of token t."""
-    tokens, choices = id_TK.shape
+def count_ids(id_A: Array, count_E: Array) -> None:
+    """Add every id inside [0, E) to its count."""
     experts = len(count_E)
-    for t in range(tokens):
-        for k in range(min(choices, k_of_token_T[t])):
-            e = id_TK[t, k]
-            if 0 <= e < experts:
-                count_E[e] += 1
+    for a in range(len(id_A)):
+        if 0 <= id_A[a] < experts:
+            count_E[id_A[a]] += 1
 
 
 @compiled
@@ -126,41 +87,6 @@ def sort_slots(slot_A: Array, order_A: Array, offset_S: Array, row_A: Array) -> 
             row_A[a] = next_row_S[s]
             order_A[next_row_S[s]] = a
             next_row_S[s] += 1
-
-
-@compiled
-def route_step(
-    id_A: Array,
-    quota_S: Array,
-    slot_expert_S: Array,
-    count_E: Array,
-    slot_A: Array,
-    order_A: Array,
-    row_A: Array,
-    offset_S: Array,
-) -> int:
-    """Counts, slots, and the order by slot of one step. See `fill_slots` and `sort_slots`.
-
-    quota_S: [S], or [0] to send every expert's tokens to its first slot. Returns what
-    `fill_slots` returns.
-    """
-    experts, slots = len(count_E), len(slot_expert_S)
-    count_E[:] = 0
-    for a in range(len(id_A)):
-        if 0 <= id_A[a] < experts:
-            count_E[id_A[a]] += 1
-    quota = quota_S
-    if len(quota_S) == 0:
-        quota = np.zeros(slots, np.int64)
-        left_E = count_E.copy()
-        for s in range(slots):
-            e = slot_expert_S[s]
-            if 0 <= e < experts:
-                quota[s] = left_E[e]
-                left_E[e] = 0
-    wrong = fill_slots(id_A, quota, slot_expert_S, experts, slot_A)
-    sort_slots(slot_A, order_A, offset_S, row_A)
-    return wrong
 
 
 # The gated activations: gate and up products [rows, 2I] into the input of the down product

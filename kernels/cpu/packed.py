@@ -12,16 +12,13 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..activation import gate_rows_first, stored_rows
-from ..backend import RowOrder, SlotShape, SlotTensors
+from ..backend import SlotShape, SlotTensors
 from .gates import gated_rows
 from .huge_pages import use_huge_pages
-from .loops import combine_rows
-from .scalars import as_array
 from .scratch import SCRATCH
 
 # Rows of one pair of products: enough to read the weights rarely, few enough for the cache.
@@ -153,9 +150,6 @@ class PackedSlots:
             tensors["down_bias"] = expert.down_bias.clone()
         return tensors
 
-    def rearrange(self, source_S: Sequence[int]) -> None:
-        self._experts = [self._experts[source] for source in source_S]
-
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         x_AH = x_AH.contiguous()
         for strip in row_strips(count_S.tolist()):
@@ -165,19 +159,6 @@ class PackedSlots:
                 x = SCRATCH.take("x", reach - first, self.shape.hidden, self.shape.dtype)
                 x[: len(x_AH) - first] = x_AH[first:]
             self._run_strip(strip, x, out_AH)
-
-    def layer(self, x_TH: Tensor, order: RowOrder, gate_TK: Tensor, out_TH: Tensor) -> None:
-        hidden, x_TH = self.shape.hidden, x_TH.contiguous()
-        token_A = order.order_A.div(max(gate_TK.shape[1], 1), rounding_mode="floor")
-        y_AH = SCRATCH.take("y", len(token_A), hidden, self.shape.dtype)
-        for strip in row_strips(order.offset_S.diff().tolist()):
-            first, last, reach = strip_span(strip)
-            x = SCRATCH.take("x", reach - first, hidden, self.shape.dtype)
-            torch.index_select(x_TH, 0, token_A[first:last], out=x[: last - first])
-            self._run_strip(strip, x, y_AH)
-        sum_H = np.empty(hidden, np.float32)
-        row_TK, gates = as_array(order.row_TK), as_array(gate_TK)
-        combine_rows(as_array(y_AH), row_TK, gates, sum_H, as_array(out_TH))
 
     def _run_strip(self, strip: list[RowBlock], x: Tensor, out_AH: Tensor) -> None:
         """Products of one strip; x starts at the strip's first row and covers its padding.

@@ -1,6 +1,6 @@
 """Experts held as panels, in one compiled pass over all rows of a step.
 
-Per expert: gather its rows, then panel by panel the gate and up products, the activation while
+Per expert: widen its rows, then panel by panel the gate and up products, the activation while
 both are in cache, and the down product. Knows numpy arrays and slots; knows nothing of tensors
 or of how panels multiply.
 """
@@ -8,8 +8,6 @@ or of how panels multiply.
 from __future__ import annotations
 
 from typing import Any
-
-import numpy as np
 
 from .loops import activate_rows
 from .scalars import compiled, put, store
@@ -24,39 +22,31 @@ CHUNK_ROWS = 512
 
 @compiled
 def expert_rows(
-    x_TH: Array,
-    order_A: Array,
-    choices: int,
+    x_AH: Array,
     offset_S: Array,
-    held_S: Array,
     up: tuple[Array, Array],
     down: tuple[Array, Array],
     activation: tuple[int, Any, Any],
     scratch: tuple[Array, Array, Array, Array],
     y_AH: Array,
 ) -> None:
-    """Row a of y: token order_A[a] // choices through the expert of its slot.
+    """Every row of y: that row of x through the expert of its slot.
 
-    offset_S: [S + 1] first row of every slot. held_S: which matrices each slot reads. up, down:
-    panels [matrices, P, depth, PANEL] and bias [matrices, P * PANEL]; the panels of all gate
-    columns stand before those of all up columns. activation: kind, limit, alpha. scratch: four
-    arrays of CHUNK_ROWS rows: x, as wide as the up panels are deep; float32 [2 * PANEL]; [PANEL];
-    act, as wide as the down panels are deep. All but the second have the type that rows are
-    multiplied in: that of x_TH, or float32.
+    offset_S: [S + 1] first row of every slot. up, down: panels [S, P, depth, PANEL] and bias
+    [S, P * PANEL]; the panels of all gate columns stand before those of all up columns.
+    activation: kind, limit, alpha. scratch: four arrays of CHUNK_ROWS rows: x, as wide as the up
+    panels are deep; float32 [2 * PANEL]; [PANEL]; act, as wide as the down panels are deep. All
+    but the second have the type that rows are multiplied in: that of x_AH, or float32.
     """
     x, gate_up, block, act = scratch
     for s in range(len(offset_S) - 1):
         for first in range(offset_S[s], offset_S[s + 1], CHUNK_ROWS):
             rows = min(offset_S[s + 1] - first, CHUNK_ROWS)
-            _gather(x_TH, order_A[first : first + rows], choices, x)
+            _widen(x_AH[first : first + rows], x)
             _gate_and_up(
-                x[:rows], up[0][held_S[s]], up[1][held_S[s]], activation,
-                gate_up[:rows], block[:rows], act[:rows],
+                x[:rows], up[0][s], up[1][s], activation, gate_up[:rows], block[:rows], act[:rows]
             )
-            _down(
-                act[:rows], down[0][held_S[s]], down[1][held_S[s]],
-                gate_up[:rows], y_AH[first : first + rows],
-            )
+            _down(act[:rows], down[0][s], down[1][s], gate_up[:rows], y_AH[first : first + rows])
 
 
 @compiled
@@ -68,18 +58,17 @@ def dense_rows(
     x, block = scratch
     for first in range(0, len(x_RK), CHUNK_ROWS):
         rows = min(len(x_RK) - first, CHUNK_ROWS)
-        _gather(x_RK, np.arange(first, first + rows), 1, x)
+        _widen(x_RK[first : first + rows], x)
         _down(x[:rows], panels, bias, block[:rows], y_RN[first : first + rows])
 
 
 @compiled
-def _gather(x_TH: Array, order_R: Array, choices: int, x_RK: Array) -> None:
-    """The tokens of some assignments; x_RK may have a column more, which becomes zero."""
-    hidden = x_TH.shape[1]
-    for r in range(len(order_R)):
-        token = order_R[r] // choices
+def _widen(rows_RH: Array, x_RK: Array) -> None:
+    """The rows in the type they are multiplied in; x_RK may have a column more, which is zero."""
+    hidden = rows_RH.shape[1]
+    for r in range(len(rows_RH)):
         for h in range(hidden):
-            put(x_RK, r, h, x_TH[token, h])
+            put(x_RK, r, h, rows_RH[r, h])
         for h in range(hidden, x_RK.shape[1]):
             x_RK[r, h] = 0
 

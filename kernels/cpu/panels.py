@@ -8,19 +8,13 @@ has no bfloat16, a layer of 64 experts takes an eighth of what torch needs. Know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..activation import gate_rows_first, stored_rows
-from ..backend import RowOrder, SlotShape, SlotTensors
-from ..slot_rows import SlotTable
+from ..backend import SlotShape, SlotTensors
 from .gates import compiled_activation
-from .loops import combine_rows
 from .panel_loops import CHUNK_ROWS, expert_rows
 from .panel_matrix import Panels, factor_dtype, narrowed, panels_available
 from .scalars import as_array
@@ -42,65 +36,43 @@ def panels_preferred(hidden: int, intermediate: int, dtype: torch.dtype) -> bool
 
 
 class PanelSlots:
-    """Panels per slot, read through a slot table. Gate columns are padded apart from up columns."""
+    """Panels per slot. Gate columns are padded apart from up columns."""
 
     name = "panels"
 
     def __init__(self, shape: SlotShape) -> None:
         self.shape = shape
-        self._table = SlotTable(shape.slots)
-        self._row_S = np.arange(shape.slots)
         self._half = padded_columns(shape.intermediate)
         self._up = Panels(shape.slots, 2 * self._half, shape.hidden, shape.dtype)
         self._down = Panels(shape.slots, shape.hidden, shape.intermediate, shape.dtype)
 
     def set_slot(self, slot: int, tensors: SlotTensors) -> None:
-        row, shape = self._table.row_to_write(slot), self.shape
-        self._row_S = np.array(self._table.rows)
-        self._up.set(row, self._apart(gate_rows_first(tensors["gate_up"], shape.activation)))
-        self._down.set(row, tensors["down"])
+        shape = self.shape
+        self._up.set(slot, self._apart(gate_rows_first(tensors["gate_up"], shape.activation)))
+        self._down.set(slot, tensors["down"])
         if shape.bias:
             bias = self._apart(gate_rows_first(tensors["gate_up_bias"], shape.activation))
-            self._up.bias[row] = bias.float().numpy()
-            self._down.bias[row, : shape.hidden] = tensors["down_bias"].float().numpy()
+            self._up.bias[slot] = bias.float().numpy()
+            self._down.bias[slot, : shape.hidden] = tensors["down_bias"].float().numpy()
 
     def get_slot(self, slot: int) -> SlotTensors:
-        row, shape = self._table.rows[slot], self.shape
-        gate_up = self._together(self._up.get(row, 2 * self._half))
+        shape = self.shape
+        gate_up = self._together(self._up.get(slot, 2 * self._half))
         tensors = {
             "gate_up": stored_rows(gate_up, shape.activation),
-            "down": self._down.get(row, shape.hidden),
+            "down": self._down.get(slot, shape.hidden),
         }
         if shape.bias:
-            bias = self._together(narrowed(self._up.bias[row], shape.dtype))
+            bias = self._together(narrowed(self._up.bias[slot], shape.dtype))
             tensors["gate_up_bias"] = stored_rows(bias, shape.activation)
-            down_bias = self._down.bias[row, : shape.hidden]
+            down_bias = self._down.bias[slot, : shape.hidden]
             tensors["down_bias"] = narrowed(down_bias, shape.dtype)
         return tensors
-
-    def rearrange(self, source_S: Sequence[int]) -> None:
-        self._table.rearrange(source_S)
-        self._row_S = np.array(self._table.rows)
 
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         offset_S = np.zeros(self.shape.slots + 1, np.int64)
         np.cumsum(as_array(count_S), out=offset_S[1:])
         y_AH = out_AH if out_AH.is_contiguous() else torch.empty(x_AH.shape, dtype=x_AH.dtype)
-        self._expert_rows(x_AH, np.arange(len(x_AH)), 1, offset_S, y_AH)
-        if y_AH is not out_AH:
-            out_AH.copy_(y_AH)
-
-    def layer(self, x_TH: Tensor, order: RowOrder, gate_TK: Tensor, out_TH: Tensor) -> None:
-        order_A, offset_S = as_array(order.order_A), as_array(order.offset_S)
-        y_AH = SCRATCH.take("y", len(order_A), self.shape.hidden, self.shape.dtype)
-        self._expert_rows(x_TH, order_A, max(gate_TK.shape[1], 1), offset_S, y_AH)
-        row_TK, gates = as_array(order.row_TK), as_array(gate_TK)
-        sum_H = np.empty(self.shape.hidden, np.float32)
-        combine_rows(as_array(y_AH), row_TK, gates, sum_H, as_array(out_TH))
-
-    def _expert_rows(
-        self, x: Tensor, order_A: NDArray[Any], choices: int, offset_S: NDArray[Any], y_AH: Tensor
-    ) -> None:
         up, down, dtype = self._up, self._down, factor_dtype(self.shape.dtype)
         scratch = (
             SCRATCH.take_array("panel_x", CHUNK_ROWS, up.row_elements, dtype),
@@ -109,17 +81,16 @@ class PanelSlots:
             SCRATCH.take_array("panel_act", CHUNK_ROWS, down.row_elements, dtype),
         )
         expert_rows(
-            as_array(x.contiguous()),
-            order_A,
-            choices,
+            as_array(x_AH.contiguous()),
             offset_S,
-            self._row_S,
             (up.values, up.bias),
             (down.values, down.bias),
             compiled_activation(self.shape.activation),
             scratch,
             as_array(y_AH),
         )
+        if y_AH is not out_AH:
+            out_AH.copy_(y_AH)
 
     def _apart(self, gate_first: Tensor) -> Tensor:
         """Gate and up rows, each padded with zeros to whole panels."""

@@ -1,11 +1,10 @@
 """Triton kernels that multiply, written for Hopper.
 
-    up_swiglu     gathers rows, gate and up products in two accumulators, activation
-    down_scatter  second product; every row is written once, to its own place
-    reduce        a token's rows, weighted and summed in float32 in its own top-k order
-    clear_tail    zeroes the rows that no slot's count reached
+    up_gated  gate and up products in two accumulators, activation
+    down      second product; every row is written once
+    reduce    a token's rows, weighted and summed in float32 in its own top-k order
 
-Knows pointers, strides and block sizes only; `triton_backend.py` allocates and launches.
+Knows pointers, strides and block sizes only; `backend.py` allocates and launches.
 
 Exactness: in both products weights stand on the M side and tokens on the N side, at every
 batch size, so the same matrix instruction walks K in the same order whatever the tile. Nothing is
@@ -78,16 +77,13 @@ def _work_item(
 
 
 @triton.jit
-def up_swiglu(
+def up_gated(
     x: tl.tensor,
     weights: tl.tensor,
     biases: tl.tensor,
     act: tl.tensor,
-    source: tl.tensor,
-    segment_slot: tl.tensor,
-    slot_row: tl.tensor,
     row_end: tl.tensor,
-    tile_segment: tl.tensor,
+    tile_slot: tl.tensor,
     tile_row: tl.tensor,
     tile_count: tl.tensor,
     hidden: tl.tensor,
@@ -95,10 +91,8 @@ def up_swiglu(
     stride_x: tl.tensor,
     limit: tl.tensor,
     alpha: tl.tensor,
-    K: tl.constexpr,
     KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    GATHER: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,9 +103,8 @@ def up_swiglu(
 ) -> None:
     """act [A, I] = f(gate(x), up(x)) for every row, persistent over tiles x column blocks.
 
-    weights [rows, 2I, H], gate rows first; GATHER: row r reads token source[r] // K, else row r.
-    EVEN: H is a multiple of BLOCK_K, so the loop needs no mask; rows and columns past their end
-    read the first one instead and are not stored.
+    weights [S, 2I, H], gate rows first. EVEN: H is a multiple of BLOCK_K, so the loop needs no
+    mask; rows and columns past their end read the first one instead and are not stored.
     """
     FRESH: tl.constexpr = weights.dtype.element_ty == tl.float32
     tiles = tl.load(tile_count)
@@ -122,20 +115,16 @@ def up_swiglu(
     for work in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
         tile, block = _work_item(work, tiles, columns, GROUP)
         column = block * BLOCK_N + n
-        segment = tl.load(tile_segment + tile)
-        end = tl.load(row_end + segment)
+        slot = tl.load(tile_slot + tile).to(tl.int64)
         row = tl.load(tile_row + tile) + m
-        kept = row < end
-        weight_row = tl.load(slot_row + tl.load(segment_slot + segment)).to(tl.int64)
-        token = tl.where(kept, row, 0)
-        if GATHER:
-            token = tl.load(source + token) // K
-        x_at = x + token.to(tl.int64)[None, :] * stride_x + k[:, None]
+        kept = row < tl.load(row_end + slot)
+        x_row = tl.where(kept, row, 0).to(tl.int64)
+        x_at = x + x_row[None, :] * stride_x + k[:, None]
         within = column < intermediate
         offset = tl.where(within, column, 0).to(tl.int64)[:, None] * hidden + k[None, :]
-        # 64 bits wide from weight_row: a size of 1 is a plain number here, with no type to widen.
-        gate_at = weights + 2 * weight_row * intermediate * hidden + offset
-        up_at = weights + (2 * weight_row + 1) * intermediate * hidden + offset
+        # 64 bits wide from slot: a size of 1 is a plain number here, with no type to widen.
+        gate_at = weights + 2 * slot * intermediate * hidden + offset
+        up_at = weights + (2 * slot + 1) * intermediate * hidden + offset
         gate = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
         for start in range(0, hidden, BLOCK_K):
@@ -158,7 +147,7 @@ def up_swiglu(
             gate_at += BLOCK_K
             up_at += BLOCK_K
         if HAS_BIAS:
-            bias_at = biases + weight_row * (2 * intermediate) + column
+            bias_at = biases + slot * (2 * intermediate) + column
             gate += tl.load(bias_at, mask=within, other=0.0).to(tl.float32)[:, None]
             up += tl.load(bias_at + intermediate, mask=within, other=0.0).to(tl.float32)[:, None]
         value = _gated(gate, up, limit, alpha, KIND)
@@ -168,23 +157,19 @@ def up_swiglu(
 
 
 @triton.jit
-def down_scatter(
+def down(
     act: tl.tensor,
     weights: tl.tensor,
     biases: tl.tensor,
     y: tl.tensor,
-    source: tl.tensor,
-    segment_slot: tl.tensor,
-    slot_row: tl.tensor,
     row_end: tl.tensor,
-    tile_segment: tl.tensor,
+    tile_slot: tl.tensor,
     tile_row: tl.tensor,
     tile_count: tl.tensor,
     hidden: tl.tensor,
     intermediate: tl.tensor,
     stride_y: tl.tensor,
     HAS_BIAS: tl.constexpr,
-    SCATTER: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -193,9 +178,9 @@ def down_scatter(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> None:
-    """y = down(act), unweighted; row r goes to row source[r] with SCATTER, else to row r.
+    """y = down(act), unweighted.
 
-    weights [rows, H, I]. Every row of y is written by one tile, once per column block. Gates
+    weights [S, H, I]. Every row of y is written by one tile, once per column block. Gates
     are left to `reduce`, so that rows computed here and on another rank round alike.
     """
     FRESH: tl.constexpr = weights.dtype.element_ty == tl.float32
@@ -207,16 +192,14 @@ def down_scatter(
     for work in range(tl.program_id(0), tiles * columns, tl.num_programs(0)):
         tile, block = _work_item(work, tiles, columns, GROUP)
         column = block * BLOCK_N + n
-        segment = tl.load(tile_segment + tile)
-        end = tl.load(row_end + segment)
+        slot = tl.load(tile_slot + tile).to(tl.int64)
         row = tl.load(tile_row + tile) + m
-        kept = row < end
-        weight_row = tl.load(slot_row + tl.load(segment_slot + segment)).to(tl.int64)
+        kept = row < tl.load(row_end + slot)
         within = column < hidden
         act_row = tl.where(kept, row, 0).to(tl.int64)
         act_at = act + act_row[None, :] * intermediate + k[:, None]
         offset = tl.where(within, column, 0).to(tl.int64)[:, None] * intermediate + k[None, :]
-        weight_at = weights + weight_row * hidden * intermediate + offset
+        weight_at = weights + slot * hidden * intermediate + offset
         total = tl.zeros([BLOCK_N, BLOCK_ROWS], tl.float32)
         for start in range(0, intermediate, BLOCK_K):
             if EVEN:
@@ -233,13 +216,9 @@ def down_scatter(
             act_at += BLOCK_K
             weight_at += BLOCK_K
         if HAS_BIAS:
-            bias_at = biases + weight_row * hidden + column
+            bias_at = biases + slot * hidden + column
             total += tl.load(bias_at, mask=within, other=0.0).to(tl.float32)[:, None]
-        if SCATTER:
-            target = tl.load(source + row, mask=kept, other=0).to(tl.int64)
-        else:
-            target = row.to(tl.int64)
-        y_at = y + target[None, :] * stride_y + column[:, None]
+        y_at = y + row.to(tl.int64)[None, :] * stride_y + column[:, None]
         tl.store(y_at, total.to(y.dtype.element_ty), mask=within[:, None] & kept[None, :])
 
 
@@ -273,29 +252,3 @@ def reduce(
         value = tl.load(y + row * stride_y + h, mask=kept, other=0.0).to(tl.float32)
         total += tl.where(kept, gate * value, 0.0)
     tl.store(out + t * stride_out + h, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def clear_tail(
-    y: tl.tensor,
-    row_end: tl.tensor,
-    rows: tl.tensor,
-    segments: tl.tensor,
-    hidden: tl.tensor,
-    stride_y: tl.tensor,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-) -> None:
-    """Zero the rows of y past the last segment's end, so that nobody reads what lay there before.
-
-    Counts on the device are not read back: where they sum to less, this is all that can be done.
-    """
-    end = tl.load(row_end + segments - 1)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    past = (row >= end) & (row < rows)
-    if (tl.program_id(0) + 1) * BLOCK_ROWS > end:
-        for start in range(0, hidden, BLOCK_H):
-            h = start + tl.arange(0, BLOCK_H)
-            at = y + row.to(tl.int64)[:, None] * stride_y + h[None, :]
-            zero = tl.zeros([BLOCK_ROWS, BLOCK_H], y.dtype.element_ty)
-            tl.store(at, zero, mask=past[:, None] & (h < hidden)[None, :])

@@ -41,7 +41,7 @@ class Tile:
     stages: int
 
     def shared_bytes(self, weight_tiles: int, element_bytes: int) -> int:
-        """Shared memory of all stages; `up_swiglu` holds two weight tiles, `down_scatter` one."""
+        """Shared memory of all stages; `up_gated` holds two weight tiles, `down` one."""
         per_stage = self.depth * (weight_tiles * self.columns + self.rows) * element_bytes
         return per_stage * self.stages
 

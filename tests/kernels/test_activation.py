@@ -7,9 +7,10 @@ import torch
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from benchmarks.rank_layer import rank_layer
 from loadmaster.errors import InputError
 from loadmaster.kernels.activation import ExpertActivation, gate_rows_first, stored_rows
-from loadmaster.kernels.grouped import ExpertWeights, moe_layer
+from loadmaster.kernels.grouped import ExpertWeights
 
 
 def test_interleaved_rows_come_apart_and_back_together() -> None:
@@ -68,4 +69,4 @@ def test_gpt_oss_experts_compute_what_transformers_computes(backend: str) -> Non
     gate = torch.rand(30, 3, generator=generator)
     with torch.no_grad():
         expected = theirs(x, ids, gate)
-    torch.testing.assert_close(moe_layer(x, ids, gate, weights), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(rank_layer(x, ids, gate, weights), expected, rtol=1e-4, atol=1e-3)

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.rank_layer import rank_layer
 from loadmaster.kernels import torch_backend
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.cpu import packed
-from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
+from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
 from loadmaster.kernels.routing import assign_slots, combine_rows, histogram, sort_rows
 
 Maker = Callable[..., Any]
@@ -91,14 +92,14 @@ def test_any_plan_over_any_ranks_gives_the_bits_of_one_process(
     x = torch.randn(tokens, 40, generator=generator).to(dtype)
     ids = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :choices]
     gate = torch.rand(tokens, choices, generator=generator)
-    single = moe_layer(x, ids, gate, layer.weights(backend))
+    single = rank_layer(x, ids, gate, layer.weights(backend))
     plan = random_plan(experts, ranks, data.draw(st.integers(0, 6)), seed)
     local = len(plan) // ranks
     shards = [layer.weights(backend, plan[r * local : (r + 1) * local]) for r in range(ranks)]
     home = torch.randint(ranks, (tokens,), generator=generator)
     assert torch.equal(layer_over_ranks(x, ids, gate, shards, plan, home, seed), single)
     keep = torch.rand(tokens, generator=generator) < 0.5
-    alone = moe_layer(x[keep], ids[keep], gate[keep], layer.weights(backend))
+    alone = rank_layer(x[keep], ids[keep], gate[keep], layer.weights(backend))
     assert torch.equal(alone, single[keep])
 
 
@@ -168,12 +169,12 @@ def test_five_runs_and_two_threads_give_the_same_bits(
     layer = layer_of(6, 64, 48, torch.bfloat16)
     weights = layer.weights(backend)
     x, ids, gate = rows_of(300, 64, torch.bfloat16), ids_of(300, 2, 6), gates_of(300, 2)
-    first = moe_layer(x, ids, gate, weights)
+    first = rank_layer(x, ids, gate, weights)
     for _ in range(4):
-        assert torch.equal(moe_layer(x, ids, gate, weights), first)
+        assert torch.equal(rank_layer(x, ids, gate, weights), first)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(moe_layer(x, ids, gate, weights), first)
+        assert torch.equal(rank_layer(x, ids, gate, weights), first)
     finally:
         torch.set_num_threads(1)
 
@@ -181,17 +182,16 @@ def test_five_runs_and_two_threads_give_the_same_bits(
 def test_a_switch_between_steps_changes_no_bit(
     layer_of: Maker, ids_of: Maker, rows_of: Maker, gates_of: Maker
 ) -> None:
-    """Fill spare slots, swap the table, route by the new one: the output is the old one."""
+    """Fill spare slots, then route by the new plan: the output is the old one."""
     layer = layer_of(4, 32, 16, torch.bfloat16)
     weights = layer.weights("auto", [0, 1, 2, 3, -1, -1])
     x, ids, gate = rows_of(50, 32, torch.bfloat16), ids_of(50, 2, 4), gates_of(50, 2)
-    before = moe_layer(x, ids, gate, weights)
+    before = rank_layer(x, ids, gate, weights)
     weights.load_slot(4, layer.experts[2])
     weights.load_slot(5, layer.experts[0])
-    assert torch.equal(moe_layer(x, ids, gate, weights), before)
-    weights.rearrange([4, 5, 3, 1, 0, 2])
-    table = torch.tensor([2, 0, 3, 1, 0, 2])
+    assert torch.equal(rank_layer(x, ids, gate, weights), before)
+    table = torch.tensor([0, 1, 2, 3, 2, 0])
     count = histogram(ids, 4)
-    quota = torch.tensor([10, count[0] - 5, count[3], count[1], 5, count[2] - 10])
+    quota = torch.tensor([count[0] - 5, count[1], 10, count[3], count[2] - 10, 5])
     slot = assign_slots(ids, quota, table)
-    assert torch.equal(moe_layer(x, ids, gate, weights, slot_TK=slot), before)
+    assert torch.equal(rank_layer(x, slot, gate, weights), before)

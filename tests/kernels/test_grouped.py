@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from benchmarks.oracles.expert_layer import relative_error
+from benchmarks.rank_layer import rank_layer
 from loadmaster.errors import InputError
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.grouped import ExpertWeights, grouped_experts, moe_layer
+from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
 
 Maker = Callable[..., Any]
 
@@ -51,7 +52,7 @@ def test_layer_matches_float64(
     layer = layer_of(experts, hidden, intermediate, dtype)
     x, ids = rows_of(tokens, hidden, dtype), ids_of(tokens, choices, experts)
     gate = gates_of(tokens, choices)
-    out = moe_layer(x, ids, gate, layer.weights(backend))
+    out = rank_layer(x, ids, gate, layer.weights(backend))
     assert out.dtype == dtype
     assert relative_error(out, layer.oracle(x, ids, gate)) <= tolerance
 
@@ -84,7 +85,7 @@ def test_every_activation_with_and_without_biases(
 ) -> None:
     layer = layer_of(5, 40, 24, dtype, activation, bias)
     x, ids, gate = rows_of(21, 40, dtype), ids_of(21, 2, 5), gates_of(21, 2)
-    out = moe_layer(x, ids, gate, layer.weights(backend))
+    out = rank_layer(x, ids, gate, layer.weights(backend))
     assert relative_error(out, layer.oracle(x, ids, gate)) <= tolerance
 
 
@@ -139,13 +140,11 @@ def test_rows_and_weights_may_lie_anyhow(
 def test_left_out_assignments_add_nothing(
     backend: str, layer_of: Maker, rows_of: Maker
 ) -> None:
-    """Negative slots, and transformers' mark: an id equal to the number of experts here."""
     layer = layer_of(3, 16, 8)
     x, gate = rows_of(3, 16, torch.float32), torch.rand(3, 2)
-    ids = torch.tensor([[0, 3], [-1, -99999], [2, 1]])
-    out = moe_layer(x, ids, gate, layer.weights(backend))
-    kept = torch.where((ids >= 0) & (ids < 3), ids, -1)
-    assert relative_error(out, layer.oracle(x, kept, gate)) <= 1e-6
+    slot = torch.tensor([[0, -1], [-1, -99999], [2, 1]])
+    out = rank_layer(x, slot, gate, layer.weights(backend))
+    assert relative_error(out, layer.oracle(x, slot, gate)) <= 1e-6
     assert (out[1] == 0).all()
 
 
@@ -155,14 +154,14 @@ def test_shards_of_the_experts_add_up_to_the_whole(
 ) -> None:
     layer = layer_of(6, 16, 8)
     x, ids, gate = rows_of(20, 16, torch.float32), ids_of(20, 3, 6), gates_of(20, 3)
-    whole = moe_layer(x, ids, gate, layer.weights(backend))
+    whole = rank_layer(x, ids, gate, layer.weights(backend))
     parts = torch.zeros_like(whole)
     for shard in ([0, 1], [2, 3, 4], [5]):
         slot = torch.full_like(ids, -1)
         for place, expert in enumerate(shard):
             slot[ids == expert] = place
         weights = layer.weights(backend, shard)
-        parts += moe_layer(x, ids, gate, weights, slot_TK=slot)
+        parts += rank_layer(x, slot, gate, weights)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
 
 
@@ -178,13 +177,20 @@ def test_nan_in_a_token_stays_in_that_token(
 ) -> None:
     weights = layer_of(3, 24, 16, dtype).weights(backend)
     x, ids, gate = rows_of(40, 24, dtype), ids_of(40, 2, 3), gates_of(40, 2)
-    clean = moe_layer(x, ids, gate, weights)
+    clean = rank_layer(x, ids, gate, weights)
     x[7, 3] = float("nan")
-    out = moe_layer(x, ids, gate, weights)
+    out = rank_layer(x, ids, gate, weights)
     others = torch.arange(40) != 7
     assert out[7].isnan().all()
     assert torch.equal(out[others], clean[others])
-    assert torch.equal(moe_layer(x[others], ids[others], gate[others], weights), clean[others])
+    assert torch.equal(rank_layer(x[others], ids[others], gate[others], weights), clean[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_rank_with_nothing_to_do_gives_zeros(dtype: torch.dtype, layer_of: Maker) -> None:
+    layer, x = layer_of(3, 8, 4, dtype), torch.ones(5, 8, dtype=dtype)
+    out = rank_layer(x, torch.full((5, 2), -1), torch.ones(5, 2), layer.weights("torch"))
+    assert torch.equal(out, torch.zeros(5, 8, dtype=dtype))
 
 
 def _weights(dtype: torch.dtype = torch.float32) -> ExpertWeights:
@@ -220,32 +226,12 @@ def test_refuses_mixed_types_and_wrong_outputs() -> None:
         grouped_experts(x, counts, _weights(), out=torch.zeros(4, 8))
     with pytest.raises(InputError, match="out is"):
         grouped_experts(x, counts, _weights(), out=torch.zeros(5, 8).bfloat16())
-
-
-def test_refuses_a_layer_whose_parts_do_not_fit() -> None:
-    x, ids, gate = torch.zeros(5, 8), torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 2)
-    with pytest.raises(InputError, match=r"ids and gates must both be \[T, K\]"):
-        moe_layer(x, ids, gate[:, :1], _weights())
-    with pytest.raises(InputError, match=r"ids and gates must both be \[T, K\]"):
-        moe_layer(x, ids[:4], gate[:4], _weights())
-    with pytest.raises(InputError, match="id 4 is past the table of 3 experts"):
-        moe_layer(x, ids + 4, gate, _weights())
-    with pytest.raises(InputError, match=r"ids are torch\.float32; they must be integers"):
-        moe_layer(x, ids.float(), gate, _weights())
-    with pytest.raises(InputError, match=r"slots are torch\.float64"):
-        moe_layer(x, ids, gate, _weights(), slot_TK=ids.double())
-    with pytest.raises(InputError, match="slot 9 is past the table of 3 slots"):
-        moe_layer(x, ids, gate, _weights(), slot_TK=ids + 9)
-    with pytest.raises(InputError, match="slot_TK is"):
-        moe_layer(x, ids, gate, _weights(), slot_TK=ids[:, :1])
-    with pytest.raises(InputError, match="give slot_TK, or what slots are made from"):
-        moe_layer(x, ids, gate, _weights(), slot_TK=ids, quota_S=torch.tensor([10, 0, 0]))
-    with pytest.raises(InputError, match=r"quotas are torch\.float32"):
-        moe_layer(x, ids, gate, _weights(), quota_S=torch.tensor([10.0, 0.0, 0.0]))
     with pytest.raises(InputError, match="out requires grad"):
-        moe_layer(x, ids, gate, _weights(), out=torch.zeros(5, 8, requires_grad=True))
+        grouped_experts(x, counts, _weights(), out=torch.zeros(5, 8, requires_grad=True))
     with pytest.raises(InputError, match="out is expanded"):
-        moe_layer(x, ids, gate, _weights(), out=torch.zeros(1, 8).expand(5, 8))
+        grouped_experts(x, counts, _weights(), out=torch.zeros(1, 8).expand(5, 8))
+    with pytest.raises(InputError, match="on meta; it must be"):
+        grouped_experts(x, counts.to("meta"), _weights())
 
 
 def test_refuses_unknown_backends_and_empty_sizes() -> None:

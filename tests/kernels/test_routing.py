@@ -1,4 +1,4 @@
-"""From router output to slots, rows and back."""
+"""From chosen experts to slots, rows and back."""
 
 import numpy as np
 import pytest
@@ -12,54 +12,11 @@ from loadmaster.kernels.routing import (
     combine,
     combine_rows,
     histogram,
-    route,
     sort_by_slot,
     sort_rows,
-    top_k,
 )
 
 NAN = float("nan")
-
-
-class TestTopK:
-    @pytest.mark.parametrize("tokens", [0, 1, 17])
-    @pytest.mark.parametrize(("experts", "k"), [(1, 1), (7, 3), (64, 8), (12, 12), (257, 9)])
-    def test_agrees_with_softmax_then_a_full_sort(self, tokens: int, experts: int, k: int) -> None:
-        logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(experts))
-        scores = torch.softmax(logits.double(), dim=1)
-        best = torch.argsort(logits, dim=1, descending=True, stable=True)[:, :k]
-        gate, ids = top_k(logits, k, normalize=False)
-        assert torch.equal(ids, best)
-        torch.testing.assert_close(gate.double(), scores.gather(1, best), rtol=1e-5, atol=1e-7)
-        gate, ids = top_k(logits, k, normalize=True)
-        chosen = scores.gather(1, best)
-        assert torch.equal(ids, best)
-        expected = chosen / chosen.sum(1, keepdim=True)
-        torch.testing.assert_close(gate.double(), expected, rtol=1e-5, atol=1e-7)
-
-    def test_equal_logits_go_to_the_lower_expert(self) -> None:
-        _, ids = top_k(torch.tensor([[1.0, 3.0, 3.0, 1.0, 3.0]]), 4, normalize=True)
-        assert ids.tolist() == [[1, 2, 4, 0]]
-
-    def test_nan_poisons_its_own_token_only(self) -> None:
-        logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-        clean_gate, clean_ids = top_k(logits, 2, normalize=True)
-        logits[1, 5] = NAN
-        gate, ids = top_k(logits, 2, normalize=True)
-        assert gate[1].isnan().all()
-        assert sorted(set(ids[1].tolist())) == sorted(ids[1].tolist())
-        assert torch.equal(gate[[0, 2]], clean_gate[[0, 2]])
-        assert torch.equal(ids[[0, 2]], clean_ids[[0, 2]])
-
-    def test_minus_infinity_is_a_gate_of_zero(self) -> None:
-        gate, ids = top_k(torch.tensor([[0.0, -torch.inf, -torch.inf]]), 2, normalize=True)
-        assert ids.tolist() == [[0, 1]]
-        assert gate.tolist() == [[1.0, pytest.approx(0.0, abs=1e-30)]]
-
-    @pytest.mark.parametrize(("shape", "k"), [((4,), 1), ((4, 3), 0), ((4, 3), 4)])
-    def test_refuses_what_it_cannot_choose(self, shape: tuple[int, ...], k: int) -> None:
-        with pytest.raises(InputError, match="1 <= k <= E"):
-            top_k(torch.zeros(shape), k, normalize=True)
 
 
 class TestHistogram:
@@ -75,17 +32,8 @@ class TestHistogram:
         expected = [sum(row.count(e) for row in rows) for e in range(10)]
         assert histogram(ids, 10).tolist() == expected
 
-    def test_counts_only_the_choices_a_token_made(self) -> None:
-        ids = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 2]])
-        count = histogram(ids, 4, k_of_token=torch.tensor([3, 1, 0]))
-        assert count.tolist() == [2, 1, 1, 0]
-
     def test_no_tokens_count_nothing(self) -> None:
         assert histogram(torch.empty(0, 4, dtype=torch.int64), 3).tolist() == [0, 0, 0]
-
-    def test_refuses_lengths_of_other_tokens(self) -> None:
-        with pytest.raises(InputError, match=r"k_of_token \[T\]"):
-            histogram(torch.zeros(3, 2, dtype=torch.int64), 4, k_of_token=torch.tensor([1]))
 
 
 class TestAssignSlots:
@@ -138,9 +86,8 @@ class TestAssignSlots:
         ids, table = torch.tensor([[expert]]), torch.tensor([0])
         with pytest.raises(InputError, match=f"id {expert} is past the slot table's 1 experts"):
             assign_slots(ids, torch.tensor([1]), table)
-        with pytest.raises(InputError, match=f"id {expert} is past the slot table's 1 experts"):
-            route(ids, table)
-        assert route(ids, table, num_experts=1).slot_TK.tolist() == [[-1]]
+        none = torch.tensor([0])
+        assert assign_slots(ids, none, table, num_experts=1).tolist() == [[-1]]
 
     def test_refuses_numbers_that_are_not_whole(self) -> None:
         ids, table = torch.tensor([[0.5]]), torch.tensor([0])
@@ -232,6 +179,12 @@ class TestCombine:
             combine(torch.zeros(2, 3, 4), torch.zeros(2, 2))
         with pytest.raises(InputError, match="past the 2 rows of y"):
             combine_rows(torch.zeros(2, 4), torch.tensor([[2]]), torch.ones(1, 1))
+        for dtype in (torch.float32, torch.float64):
+            y, gate = torch.ones(2, 8, dtype=dtype), torch.ones(2, 1)
+            with pytest.raises(InputError, match="row 7 is past the 2 rows of y"):
+                combine_rows(y, torch.full((2, 1), 7), gate)
+            with pytest.raises(InputError, match="rows are"):
+                combine_rows(y, torch.full((2, 1), 0.7), gate)
         with pytest.raises(InputError, match="out is"):
             combine(torch.zeros(2, 3, 4), torch.zeros(2, 3), out=torch.zeros(2, 5))
 

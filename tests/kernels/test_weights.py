@@ -1,4 +1,4 @@
-"""Experts in slots: what goes in comes out, bit for bit, and moves cost no copies."""
+"""Experts in slots: what goes in comes out, bit for bit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from loadmaster.errors import InputError
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
-from loadmaster.kernels.slot_rows import SlotTable
+from loadmaster.kernels.weights import with_index
 
 Maker = Callable[..., Any]
 
@@ -61,30 +61,6 @@ def test_slots_not_filled_yet_are_zero(backend: str, layer_of: Maker) -> None:
     assert (y == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rearranging_moves_experts_between_slots(backend: str, layer_of: Maker) -> None:
-    layer = layer_of(4, 16, 8)
-    weights = layer.weights(backend)
-    weights.rearrange([2, 0, 0, 3])
-    assert all(_same(weights.get_slot(s), layer.experts[e]) for s, e in enumerate([2, 0, 0, 3]))
-    weights.copy_slot(3, 1)
-    assert all(_same(weights.get_slot(s), layer.experts[e]) for s, e in enumerate([2, 3, 0, 3]))
-    # Filling a slot that shares its weights must not reach the other one.
-    weights.load_slot(3, layer.experts[1])
-    assert all(_same(weights.get_slot(s), layer.experts[e]) for s, e in enumerate([2, 3, 0, 1]))
-    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    y = grouped_experts(x, torch.tensor([2, 2, 2, 2]), weights)
-    in_order = grouped_experts(x, torch.tensor([2, 2, 2, 2]), layer.weights(backend, [2, 3, 0, 1]))
-    assert torch.equal(y, in_order)
-
-
-def test_the_slot_table_never_runs_out_of_rows() -> None:
-    table = SlotTable(3)
-    table.rearrange([1, 1, 1])
-    assert [table.row_to_write(slot) for slot in (2, 0, 1)] == [0, 2, 1]
-    assert table.rows == [2, 1, 0]
-
-
 def test_refuses_experts_that_do_not_fit(layer_of: Maker) -> None:
     layer = layer_of(2, 16, 8, torch.float32, GPT_OSS, True)
     weights, expert = layer.weights(), layer.experts[0]
@@ -98,10 +74,14 @@ def test_refuses_experts_that_do_not_fit(layer_of: Maker) -> None:
         weights.load_slot(0, {**expert, "down": expert["down"].T})
     with pytest.raises(InputError, match=r"must be .* torch\.float32"):
         weights.load_slot(0, {**expert, "down": expert["down"].bfloat16()})
-    with pytest.raises(InputError, match="needs 2 sources; got 1"):
-        weights.rearrange([0])
-    with pytest.raises(InputError, match="slot 5 is past the table"):
-        weights.rearrange([0, 5])
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors name their GPU with its number; "cuda" alone would equal none of them."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert with_index(torch.device("cuda")) == torch.device("cuda:3")
+    assert with_index(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert with_index(torch.device("cpu:0")) == torch.zeros(0).device
 
 
 def test_no_slot_is_left_half_changed_by_a_refused_expert(layer_of: Maker) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.rank_layer import rank_layer
 from loadmaster.kernels import weights
 from loadmaster.kernels.cpu import packed
 from loadmaster.kernels.cpu.huge_pages import use_huge_pages
@@ -30,7 +31,6 @@ from loadmaster.kernels.cpu.packed import (
 )
 from loadmaster.kernels.cpu.scalars import as_array, rounded_by_hand
 from loadmaster.kernels.cpu.tiles import HAS_WIDE_VECTORS
-from loadmaster.kernels.grouped import moe_layer
 
 Maker = Callable[..., Any]
 
@@ -88,9 +88,9 @@ def test_without_the_private_operators_auto_takes_plain_torch(
     layer = layer_of(3, 24, 16, torch.float32)
     x, ids, gate = rows_of(20, 24, torch.float32), ids_of(20, 2, 3), gates_of(20, 2)
     monkeypatch.setattr(weights, "panels_available", lambda dtype: False)
-    packed = layer.weights("auto")
-    assert packed.backend == "packed"
-    expected = moe_layer(x, ids, gate, packed)
+    laid_out = layer.weights("auto")
+    assert laid_out.backend == "packed"
+    expected = rank_layer(x, ids, gate, laid_out)
 
     class Without:
         def __getattr__(self, name: str) -> object:
@@ -113,7 +113,7 @@ def test_without_the_private_operators_auto_takes_plain_torch(
         assert not packed_available(torch.float32)
         plain = layer.weights("auto")
         assert plain.backend == "torch"
-        out = moe_layer(x, ids, gate, plain)
+        out = rank_layer(x, ids, gate, plain)
     finally:
         monkeypatch.undo()
         packed_available.cache_clear()
@@ -138,7 +138,7 @@ def test_float64_and_float16_run_on_plain_torch(
         assert weights.backend == "torch"
         x, ids, gate = rows_of(9, 24, dtype), ids_of(9, 2, 3), gates_of(9, 2)
         expected = layer.oracle(x, ids, gate)
-        error = (moe_layer(x, ids, gate, weights).double() - expected).norm() / expected.norm()
+        error = (rank_layer(x, ids, gate, weights).double() - expected).norm() / expected.norm()
         assert error <= tolerance
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from benchmarks.kernels_compile import MOST_REGISTERS, Build, faults
 
 GOOD = Build(
-    kernel="down_scatter", float_type="bf16", aligned=True, constants={"BLOCK_ROWS": 64},
+    kernel="down", float_type="bf16", aligned=True, constants={"BLOCK_ROWS": 64},
     warps=4, stages=3, registers=120, shared_bytes=100_000, warp_group_products=8,
     warp_products=0, asynchronous_copies=12, spills=0, chained_products=1,
 )
@@ -57,7 +57,7 @@ print("\\n".join(json.dumps(asdict(one) | {"faults": faults(one)}) for one in bu
 def test_decode_blocks_sizes_of_one_and_float32(tmp_path: Path) -> None:
     builds = _builds(tmp_path, f"-c {SCRIPT}")
     kernels = [build["kernel"] for build in builds]
-    assert kernels == ["up_swiglu", "up_swiglu", "up_swiglu", "down_scatter"]
+    assert kernels == ["up_gated", "up_gated", "up_gated", "down"]
     assert [build["faults"] for build in builds] == [[]] * 4
     assert all(build["warp_group_products"] for build in builds[:2])
 
