@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ...errors import InfeasibleError, InputError, UsageError
 from ...foundation.parallel import Executor, LayerThreads
+from ...foundation.version import VERSION
 from ...traces.model_spec import ModelSpec
 from ...traces.profile import Profile
 from ...traces.steps import StepSampler
@@ -215,8 +216,6 @@ def assemble(
     evidence: Evidence,
 ) -> Plan:
     """The plan itself."""
-    from ... import __version__
-
     slots_LGC = stacked([a.slots_GC for a in answers])
     made = Plan(
         slots=slots_LGC,
@@ -227,7 +226,7 @@ def assemble(
         cluster_digest=settings.cluster.digest(),
         provenance=Provenance(
             method=method, seed=settings.seed, effort=settings.effort, trace_digest=digest,
-            version=__version__, notes=data.notes,
+            version=VERSION, notes=data.notes,
         ),
         evidence=evidence,
     )
