@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .foundation.version import VERSION
+
 if TYPE_CHECKING:
     from .errors import InfeasibleError, InputError, LoadmasterError, UsageError
     from .placement.cluster import Cluster
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from .traces.trace import RoutingTrace
     from .workers.group.group import Group
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOME = {
     "Cluster": "placement.cluster",

@@ -61,6 +61,7 @@ def read_model(source: Path | None) -> ModelSpec | None:
     """A checkpoint's or a JSON file's ModelSpec; None without a source."""
     from pydantic import ValidationError
 
+    from ..foundation.documents import first_fault, read_json, require_mapping
     from ..traces.model_spec import ModelSpec
 
     if source is None:
@@ -68,19 +69,16 @@ def read_model(source: Path | None) -> ModelSpec | None:
     if source.is_dir():
         return ModelSpec.from_pretrained(source)
     try:
-        return ModelSpec.model_validate_json(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{source}: no such checkpoint folder or ModelSpec file") from None
-    except UnicodeDecodeError:
-        raise InputError(
-            f"{source}: is no text: give a checkpoint's folder, or a ModelSpec as JSON"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read: {error.strerror or error}") from None
+        value = read_json(source)
+    except InputError as error:
+        raise InputError(f"{error}; give a checkpoint's folder, or a ModelSpec as JSON") from None
+    wanted = "num_layers, num_experts, top_k and what else is known"
+    fields = require_mapping(value, str(source), "a ModelSpec file", wanted)
+    try:
+        return ModelSpec.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(p) for p in first["loc"]) or "file"
-        raise InputError(f"{source}: {where}: {first['msg']}") from None
+        known = ", ".join(ModelSpec.model_fields)
+        raise InputError(f"{source}: {first_fault(error, known)}") from None
 
 
 def read_routing(path: Path, num_experts: int | None = None) -> tuple[

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .. import __version__
 from ..errors import LoadmasterError
+from ..foundation.version import VERSION
 from . import live, plan, simulate, trace
 from .output import ReaderGoneError
 
@@ -52,7 +52,7 @@ for verbs in (plan, simulate, live):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"loadmaster {__version__}")
+        typer.echo(f"loadmaster {VERSION}")
         raise typer.Exit
 
 

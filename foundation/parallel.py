@@ -1,7 +1,8 @@
-"""An executor for one process: layers in threads, answers in order.
+"""Many tasks at once, answers in order: what an executor is, and the one for one process.
 
-The compiled searches release the GIL, so threads use every core they may. Each layer's answer
-depends on its task alone, so the number of threads changes nothing but the time.
+Lower floors take an `Executor` and hand it tasks whose answers depend on the task alone, so where
+they run changes nothing but the time. `LayerThreads` runs them in threads, for compiled loops that
+release the GIL; the one over Ray lives with the workers. Knows nothing of the tasks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 
 def usable_cores() -> int:
@@ -21,6 +22,13 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     limit = os.environ.get("NUMBA_NUM_THREADS", "")
     return min(cores, max(1, int(limit))) if limit.isdigit() else cores
+
+
+class Executor(Protocol):
+    """Runs one function over many items."""
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+        """Results in the order of the items; an error is raised where its result would come."""
 
 
 class LayerThreads:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..errors import InputError, UsageError
+from ..foundation.documents import first_fault, parse_yaml, read_mapping
 from .hardware import HardwareProfile
 
 PRESETS = ("h100", "h200", "b200", "gb200", "a100", "pcie", "cpu")
@@ -135,25 +136,14 @@ class Cluster(BaseModel):
     def from_yaml(cls, path: str | Path) -> Self:
         """Read a cluster file; `hardware:` may be a preset's name. InputError names the field."""
         path = Path(path)
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: no such cluster file") from error
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            said = " ".join(str(error).split())
-            raise InputError(f"{path}: not YAML: {said}") from error
-        if not isinstance(data, dict):
-            raise InputError(f"{path}: a cluster file is a mapping with `devices` and `hardware`")
+        data = read_mapping(path, "cluster", "`devices` and `hardware`")
         try:
             if isinstance(data.get("hardware"), str):
                 data["hardware"] = preset_hardware(data["hardware"])
             return cls.model_validate(_expand(data))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(p) for p in first["loc"])
-            raise InputError(f"{path}: {where or 'cluster'}: {first['msg']}") from error
+            known = ", ".join(cls.model_fields)
+            raise InputError(f"{path}: {first_fault(error, known)}") from error
         except UsageError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -229,8 +219,8 @@ def preset_hardware(name: str) -> HardwareProfile:
     """The hardware profile of a preset. Raises UsageError on an unknown name."""
     if name not in PRESETS:
         raise UsageError(f"unknown hardware preset {name!r}; there are: {', '.join(PRESETS)}")
-    text = resources.files(__package__).joinpath("presets", f"{name}.yaml").read_text("utf-8")
-    return HardwareProfile.model_validate(yaml.safe_load(text))
+    file = resources.files(__package__).joinpath("presets", f"{name}.yaml")
+    return HardwareProfile.model_validate(parse_yaml(file.read_text("utf-8"), file.name))
 
 
 def _expand(data: dict[str, Any]) -> dict[str, Any]:

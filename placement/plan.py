@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError, LoadmasterError, naming
 from ..foundation.atomic_file import replacing
+from ..foundation.documents import first_fault, parse_json, read_text
 
 SCHEMA_VERSION = 1
 EMPTY = -1
@@ -227,9 +228,9 @@ class Plan:
     def from_json(cls, text: str, *, where: str = "plan") -> Self:
         """Read `to_json`'s text. Raises PlanError naming the field."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{where}: not JSON: {error}") from error
+            data = parse_json(text, where)
+        except InputError as error:
+            raise PlanError(str(error)) from error
         if not isinstance(data, dict) or data.get("format") != "loadmaster-plan":
             raise PlanError(
                 f"{where}: not a Loadmaster plan; `loadmaster plan-import` reads other engines'"
@@ -243,9 +244,8 @@ class Plan:
             file = _PlanFile.model_validate(data)
             slots = np.array(file.slots, np.int64)
         except ValidationError as error:
-            first = error.errors()[0]
-            field_name = ".".join(str(p) for p in first["loc"])
-            raise PlanError(f"{where}: {field_name}: {first['msg']}") from error
+            known = ", ".join(_PlanFile.model_fields)
+            raise PlanError(f"{where}: {first_fault(error, known)}") from error
         except OverflowError as error:
             raise PlanError(f"{where}: slots: a number that is no expert's") from error
         except ValueError as error:
@@ -275,11 +275,9 @@ class Plan:
     def load(cls, path: str | Path) -> Self:
         """Read a plan file. Raises PlanError naming the file and field."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise PlanError(f"{path}: no such plan file") from error
-        except (UnicodeDecodeError, OSError) as error:
-            raise PlanError(f"{path}: not a plan file: {error}") from error
+            text = read_text(Path(path), "plan")
+        except InputError as error:
+            raise PlanError(str(error)) from error
         return cls.from_json(text, where=str(path))
 
     def same_slots(self, other: Plan) -> bool:

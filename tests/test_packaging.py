@@ -19,6 +19,10 @@ FLOOR_OF = {
 FLOORS = tuple(FLOOR_OF)
 
 
+def test_the_version_is_said_alike_in_the_wheel_and_in_the_code() -> None:
+    assert loadmaster.__version__ == PROJECT["project"]["version"]
+
+
 def test_kernels_is_a_namespace_folder() -> None:
     """A regular package of that name would shadow Hugging Face's `kernels`."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

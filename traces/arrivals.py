@@ -7,7 +7,6 @@ token counts. Knows nothing of what requests say, of routing or of how they are 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError, UsageError
+from ..foundation.documents import parse_json
 
 IntArray = npt.NDArray[np.int64]
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -181,10 +181,7 @@ def _mooncake_rows(path: Path) -> Iterator[tuple[int, int, int]]:
             if not line.strip():
                 continue
             where = f"{path}, row {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: is not JSON ({error})") from error
+            row = parse_json(line, where, finite=False)     # fields are checked below
             missing = [n for n in _MOONCAKE if not isinstance(row, dict) or n not in row]
             if missing:
                 raise InputError(f"{where}: lacks {', '.join(missing)}")

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json as a ModelSpec.
+"""A checkpoint's config.json as the fields of a ModelSpec.
 
 A table of field names and one rule per architecture for which layers are MoE. Reads JSON only:
 knows nothing of weights, torch or transformers. Rules and names follow the architectures' own
@@ -7,19 +7,19 @@ modelling code; tests build every one of them and compare.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from ..errors import InputError
-from .model_spec import MOST_LAYERS, ModelSpec
+from ..foundation.documents import read_json
 
 Config = dict[str, Any]
 LayerRule = Callable[[Config, int], Iterable[int]]
+
+MOST_LAYERS = 10_000         # far beyond any model
 
 # The same quantity under the names that architectures give it; the first that is set counts.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -136,86 +136,78 @@ _RULES: dict[str, LayerRule] = {
 _WITHOUT_GATE = frozenset({"nemotron_h"})
 _ALWAYS_ONE_SHARED = frozenset({"llama4_text"})
 _WITH_EXPERT_BIASES = frozenset({"gpt_oss", "openai_privacy_filter"})
-_BY_HAND = (
+BY_HAND = (
     "describe the model yourself: ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, "
     "intermediate=…, layer_indices=(…))"
 )
 
 
-def read_checkpoint(folder: Path) -> ModelSpec:
-    """The ModelSpec of a checkpoint folder. Raises InputError; see `ModelSpec.from_pretrained`."""
-    path = folder / "config.json"
-    whole = _read_json(path)
+def checkpoint_fields(path: Path) -> dict[str, Any]:
+    """ModelSpec's fields from a checkpoint's config.json, which it may still refuse.
+
+    Raises InputError; see `ModelSpec.from_pretrained`.
+    """
+    whole = _read_config(path)
     config = _language_model(whole)
     architecture = str(config.get("model_type", ""))
     experts, top_k = _find(config, "experts"), _find(config, "top_k")
     if not experts or experts < 2:
         raise InputError(
             f"{path}: model_type {architecture!r} is not a mixture of experts: none of "
-            f"{', '.join(FIELDS['experts'])} says 2 or more; give an MoE checkpoint, or {_BY_HAND}"
+            f"{', '.join(FIELDS['experts'])} says 2 or more; give an MoE checkpoint, or {BY_HAND}"
         )
     layers = _find(config, "layers") or len(_blocks(config))
     if architecture not in _RULES:
         raise InputError(
             f"{path}: model_type {architecture!r} is not known (it says {experts} experts, top-k "
-            f"{top_k}, {layers} layers, but not which of them are MoE); {_BY_HAND}"
+            f"{top_k}, {layers} layers, but not which of them are MoE); {BY_HAND}"
         )
     if not top_k or not layers:
         missing = "top_k" if not top_k else "layers"
         raise InputError(
-            f"{path}: none of {', '.join(FIELDS[missing])} is set; add it, or {_BY_HAND}"
+            f"{path}: none of {', '.join(FIELDS[missing])} is set; add it, or {BY_HAND}"
         )
     if layers > MOST_LAYERS:
         raise InputError(f"{path}: says {layers} layers, at most {MOST_LAYERS} can be")
     try:
-        return _spec(path, whole, config, architecture, (layers, experts, top_k))
+        return _fields(path, whole, config, architecture, (layers, experts, top_k))
     except InputError:
         raise
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise InputError(
             f"{path}: which layers are MoE, or how weights are quantised, is written in a way that "
-            f"cannot be read ({error}); correct it, or {_BY_HAND}"
+            f"cannot be read ({error}); correct it, or {BY_HAND}"
         ) from error
 
 
-def _spec(
+def _fields(
     path: Path, whole: Config, config: Config, architecture: str, shape_LEK: tuple[int, int, int]
-) -> ModelSpec:
+) -> dict[str, Any]:
     layers, experts, top_k = shape_LEK
     indices = _moe_layers(config, architecture, layers)
     if not indices:
-        raise InputError(f"{path}: no layer is MoE by its own fields; {_BY_HAND}")
+        raise InputError(f"{path}: no layer is MoE by its own fields; {BY_HAND}")
     hidden, width = _find(config, "hidden"), _find(config, "intermediate")
     matrices = 2 if architecture in _WITHOUT_GATE else 3
     weight_bytes, scale_bytes = _weight_bytes(path, whole, config, (hidden, width, matrices))
     if architecture in _WITH_EXPERT_BIASES and hidden and width:
         scale_bytes += 2 * ((matrices - 1) * width + hidden)  # kept in 16 bits
     groups = _find(config, "groups") or 1
-    try:
-        return ModelSpec(
-            name=path.parent.resolve().name, num_layers=len(indices), num_experts=experts,
-            top_k=top_k, hidden=hidden, intermediate=width, matrices_per_expert=matrices,
-            bytes_per_parameter=weight_bytes, scale_bytes_per_expert=scale_bytes,
-            activation_bytes=min(4.0, max(2.0, _dtype_bytes(whole, config))),
-            num_shared_experts=_shared_experts(config, architecture), num_expert_groups=groups,
-            groups_per_token=_find(config, "groups per token") if groups > 1 else None,
-            layer_indices=indices, total_layers=layers,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in first["loc"])
-        raise InputError(f"{path}: {where}{first['msg']}; {_BY_HAND}") from error
+    return dict(
+        name=path.parent.resolve().name, num_layers=len(indices), num_experts=experts,
+        top_k=top_k, hidden=hidden, intermediate=width, matrices_per_expert=matrices,
+        bytes_per_parameter=weight_bytes, scale_bytes_per_expert=scale_bytes,
+        activation_bytes=min(4.0, max(2.0, _dtype_bytes(whole, config))),
+        num_shared_experts=_shared_experts(config, architecture), num_expert_groups=groups,
+        groups_per_token=_find(config, "groups per token") if groups > 1 else None,
+        layer_indices=indices, total_layers=layers,
+    )
 
 
-def _read_json(path: Path) -> Config:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: not there; give the folder of a Hugging Face checkpoint"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+def _read_config(path: Path) -> Config:
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: not there; give the folder of a Hugging Face checkpoint")
+    config = read_json(path, finite=False)      # some architectures write a limit as Infinity
     if not isinstance(config, dict):
         raise InputError(f"{path}: is not a JSON object, so not a checkpoint's configuration")
     return config
@@ -285,7 +277,7 @@ def _weight_bytes(
     if bits is None:
         raise InputError(
             f"{path}: quantization_config {method!r} is not known, so the experts' bytes are not; "
-            f"{_BY_HAND} with bytes_per_parameter=…"
+            f"{BY_HAND} with bytes_per_parameter=…"
         )
     group = quantised.get("group_size")
     per_group = 2.0 + bits / 8  # a 16-bit scale and a zero point
@@ -316,5 +308,5 @@ def _block_scale_bytes(block: Any, shape: tuple[int | None, int | None, int]) ->
 
 def vocabulary_size(folder: Path) -> int | None:
     """The checkpoint's vocab_size; None where its config.json does not say."""
-    size = _language_model(_read_json(folder / "config.json")).get("vocab_size")
+    size = _language_model(_read_config(folder / "config.json")).get("vocab_size")
     return size if isinstance(size, int) else None

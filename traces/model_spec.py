@@ -11,10 +11,14 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import InputError
+from ..foundation.documents import first_fault
+from .model_config import BY_HAND, MOST_LAYERS, checkpoint_fields
 
 # Far beyond any model, and small enough that bytes and operations stay whole numbers.
-MOST_LAYERS, MOST_EXPERTS, MOST_WIDE, MOST_BYTES = 10_000, 65_536, 2**24, 2**50
+MOST_EXPERTS, MOST_WIDE, MOST_BYTES = 65_536, 2**24, 2**50
 
 
 class ModelSpec(BaseModel):
@@ -95,14 +99,22 @@ class ModelSpec(BaseModel):
         Raises InputError where the checkpoint is not MoE or its architecture is not known, saying
         which fields were looked for and how to write a ModelSpec by hand.
         """
-        from .model_config import read_checkpoint
-
-        return read_checkpoint(Path(folder))
+        path = Path(folder) / "config.json"
+        fields = checkpoint_fields(path)
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise InputError(f"{path}: {first_fault(error)}; {BY_HAND}") from error
 
     @property
     def knows_sizes(self) -> bool:
         """Whether time can be computed: hidden and intermediate sizes are known."""
         return self.hidden is not None and self.intermediate is not None
+
+    @property
+    def knows_bytes(self) -> bool:
+        """Whether `bytes_per_expert_E` are bytes: from the sizes, or listed expert by expert."""
+        return self.knows_sizes or self.expert_bytes is not None
 
     def bytes_per_expert_E(self) -> npt.NDArray[np.int64]:
         """[E] weight bytes of each expert of a layer (gate, up, down, scales); 1 if unknown."""
@@ -115,6 +127,10 @@ class ModelSpec(BaseModel):
         return np.full(
             self.num_experts, round(weights) + self.scale_bytes_per_expert, np.int64
         )
+
+    def listed_bytes_E(self) -> npt.NDArray[np.int64] | None:
+        """[E] weight bytes of each expert where they are listed; None where all are alike."""
+        return None if self.expert_bytes is None else self.bytes_per_expert_E()
 
     @property
     def flops_per_assignment(self) -> float:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ...errors import InputError
+from ...foundation.documents import parse_json
 
 TUNED_FILE = Path(__file__).with_name("tile_configs.json")
 # What one Hopper multiprocessor holds: shared memory for blocks of threads, and registers.
@@ -186,7 +187,7 @@ def parse_tiles(text: str) -> tuple[tuple[TileKey, Tiles], ...]:
     """
     entries = tuple(
         (TileKey(**entry["key"]), Tiles(Tile(*entry["up"]), Tile(*entry["down"])))
-        for entry in json.loads(text)["entries"]
+        for entry in parse_json(text, "tuned blocks")["entries"]
     )
     depths: dict[tuple[str, str, str], int] = {}
     for key, tiles in entries:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UsageError
+from ...foundation.parallel import Executor
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import StepSampler
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..cost.evaluate import Evaluation
 from ..cost.overlap import Overlap
-from ..cost.step_loads import Executor
 from ..dispatch.quotas import default_slack
 from ..plan import DispatchSpec, Plan
 from .noise_band import CONFIDENCE

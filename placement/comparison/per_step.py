@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ...foundation.parallel import LayerThreads
+from ...foundation.parallel import Executor, LayerThreads
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import Steps, StepSampler
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..cost.evaluate import Evaluation, check_model, check_slots, judge, resolve_dispatch
 from ..cost.overlap import Overlap
-from ..cost.step_loads import Executor, StepLoads, check_fit, step_loads
+from ..cost.step_loads import StepLoads, check_fit, step_loads
 from ..cost.token_transfers import copies_cost_bytes
 from ..plan import DispatchSpec, Plan
 from .bootstrap import redraw
@@ -132,7 +132,7 @@ class Bench:
         model, spec = self.model, resolve_dispatch(self.dispatch, plan)
         loads = step_loads(
             self.trace, steps, plan, self.cluster, spec, executor=executor,
-            expert_bytes_E=model.bytes_per_expert_E() if model and model.expert_bytes else None,
+            expert_bytes_E=None if model is None else model.listed_bytes_E(),
             timed=model is not None,
         )
         found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.parallel import Executor
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import Steps, StepSampler
 from ...traces.trace import RoutingTrace
@@ -22,7 +23,7 @@ from ..dispatch.policies import policy_of
 from ..plan import DispatchSpec, Plan
 from .overlap import Overlap
 from .step_cost import step_cost
-from .step_loads import Executor, StepLoads, step_loads
+from .step_loads import StepLoads, step_loads
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -92,7 +93,7 @@ def evaluate(
     if model is not None:
         check_model(model, plan)
     spec = resolve_dispatch(dispatch, plan)
-    sizes = model.bytes_per_expert_E() if model is not None and model.expert_bytes else None
+    sizes = None if model is None else model.listed_bytes_E()
     loads = step_loads(
         trace, sampled, plan, cluster, spec, expert_bytes_E=sizes, executor=executor,
         timed=model is not None,

@@ -70,7 +70,7 @@ def most_copies(cluster: Cluster, model: ModelSpec | None, layers: int, experts:
     """
     most = int(np.minimum(cluster.slots_G, experts).sum())
     memory = [device.expert_memory_bytes for device in cluster.devices]
-    if model is None or not (model.knows_sizes or model.expert_bytes) or None in memory:
+    if model is None or not model.knows_bytes or None in memory:
         return most
     size_E = model.bytes_per_expert_E().astype(np.float64)
     memory_G = np.array(memory, np.float64)

@@ -26,12 +26,13 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.parallel import Executor
 from ...traces.steps import Steps
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
@@ -41,13 +42,6 @@ from .count_traffic import LayerCounts, count_layer
 
 Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-
-
-class Executor(Protocol):
-    """Anything with an ordered map: a pool, Ray tasks, or nothing at all."""
-
-    def map(self, function: Any, items: Any) -> Any:
-        """Results of function over items, in order."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,11 +1,11 @@
-"""Foreign files read strictly: text, JSON, YAML, numpy and torch, each with its faults in one line.
+"""Foreign arrays read strictly: numpy's files and torch's, each with its faults in one line.
 
-Knows syntax. Knows nothing of what the files mean. Nothing here runs code from a file.
+Knows syntax. Knows nothing of what the arrays mean. Nothing here runs code from a file. JSON and
+YAML: `foundation/documents.py`.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 import zlib
@@ -16,38 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-
-
-def read_json(path: Path) -> Any:
-    """Raises InputError on anything but JSON, a key given twice, NaN and infinity."""
-    text = _read_text(path)
-    try:
-        return json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
-        )
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {_first_line(error)}") from error
-
-
-def read_yaml(path: Path) -> Any:
-    """Raises InputError on anything but plain YAML, or a key given twice."""
-    import yaml
-
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-        """Plain values only; a key given twice is an error, not the last one's."""
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        loader.flatten_mapping(node)
-        return _unique_keys(
-            (loader.construct_object(k, deep=True), loader.construct_object(v, deep=True))
-            for k, v in node.value
-        )
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        return yaml.load(_read_text(path), Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not YAML: {_first_line(error)}") from error
 
 
 def read_npy(path: Path) -> npt.NDArray[Any]:
@@ -116,30 +84,9 @@ def _load_numpy(path: Path) -> npt.NDArray[Any] | dict[str, npt.NDArray[Any]]:
         raise InputError(f"{path}: not numpy's .npy or .npz: {_first_line(error)}") from error
 
 
-def _read_text(path: Path) -> str:
-    _require_file(path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as text: {_first_line(error)}") from error
-
-
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-
-
-def _unique_keys(pairs: Any) -> dict[Any, Any]:
-    out: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"the key {str(key)[:40]!r} stands twice")
-        out[key] = value
-    return out
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of a plan")
 
 
 def _first_line(error: Exception) -> str:

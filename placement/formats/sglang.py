@@ -13,9 +13,10 @@ import numpy as np
 
 from ...errors import InputError, UsageError
 from ...foundation.atomic_file import replacing
+from ...foundation.documents import read_json
 from ...traces.model_spec import ModelSpec
 from ..plan import Plan
-from .array_files import read_json, read_pt, whole_array
+from .array_files import read_pt, whole_array
 from .even_rows import even_rows_LS
 from .imported import (
     ImportedPlan,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ...errors import InputError, UsageError
 from ...foundation.atomic_file import replacing
+from ...foundation.documents import read_yaml
 from ...traces.model_spec import ModelSpec
 from ..plan import Plan
-from .array_files import read_yaml
 from .even_rows import even_rows_LS
 from .imported import (
     ImportedPlan,

@@ -13,9 +13,9 @@ from typing import Any
 
 from ...errors import InputError
 from ...foundation.atomic_file import replacing
+from ...foundation.documents import read_json
 from ...traces.model_spec import ModelSpec
 from ..plan import Plan
-from .array_files import read_json
 from .even_rows import even_rows_LS, refuse_duplicates
 from .imported import (
     ImportedPlan,

@@ -143,7 +143,7 @@ def _notes(old: Plan, new: Plan, changes: bool) -> tuple[str, ...]:
 
 def _expert_bytes(plan: Plan, model: ModelSpec | None) -> IntArray | None:
     """[E], or None where no model gives sizes."""
-    if model is None or not (model.knows_sizes or model.expert_bytes):
+    if model is None or not model.knows_bytes:
         return None
     if (model.num_layers, model.num_experts) != (plan.num_layers, plan.num_experts):
         raise InputError(

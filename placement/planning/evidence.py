@@ -122,7 +122,7 @@ def closed_by_memory(answers: list[LayerAnswer], settings: Settings) -> int:
     the same bytes (`layer_rooms.py`).
     """
     model, devices = settings.model, settings.cluster.devices
-    if model is None or not (model.knows_sizes or model.expert_bytes):
+    if model is None or not model.knows_bytes:
         return 0
     size_E = np.maximum(model.bytes_per_expert_E().astype(np.float64), 1.0)
     memory_G = np.array([d.expert_memory_bytes or np.inf for d in devices])

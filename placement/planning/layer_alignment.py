@@ -121,9 +121,8 @@ def _layer_us(
     """[L] mean microseconds; None where there are no such steps."""
     if steps is None or data.trace is None:
         return None
-    sizes_E = model.bytes_per_expert_E() if model.expert_bytes is not None else None
     loads = step_loads(
-        data.trace, steps, whole, cluster, whole.dispatch, expert_bytes_E=sizes_E
+        data.trace, steps, whole, cluster, whole.dispatch, expert_bytes_E=model.listed_bytes_E()
     )
     cost = step_cost(loads, model, cluster, dispatch=whole.dispatch)
     return np.asarray(cost.layer_us_WL.mean(axis=0))

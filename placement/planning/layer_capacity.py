@@ -48,7 +48,7 @@ def layer_rooms(
     memory = [d.expert_memory_bytes for d in cluster.devices]
     if all(own is None for own in memory):
         return LayerRooms(slots_LG)
-    if model is None or not (model.knows_sizes or model.expert_bytes):
+    if model is None or not model.knows_bytes:
         return LayerRooms(
             slots_LG, notes=("expert_memory_bytes not counted: give the model, for its sizes",)
         )

@@ -11,13 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import InfeasibleError, InputError, UsageError
-from ...foundation.parallel import LayerThreads
+from ...foundation.parallel import Executor, LayerThreads
+from ...foundation.version import VERSION
 from ...traces.model_spec import ModelSpec
 from ...traces.profile import Profile
 from ...traces.steps import StepSampler
@@ -45,12 +45,6 @@ METHODS = (*LAYER_METHODS, *WHOLE_MODEL_METHODS, "auto")
 
 Progress = Callable[[int, int, float], None]     # layers done, layers, gap so far
 SlotArray = npt.NDArray[np.int16]
-
-
-class Executor(Protocol):
-    """Runs one function over many items and keeps their order."""
-
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -222,8 +216,6 @@ def assemble(
     evidence: Evidence,
 ) -> Plan:
     """The plan itself."""
-    from ... import __version__
-
     slots_LGC = stacked([a.slots_GC for a in answers])
     made = Plan(
         slots=slots_LGC,
@@ -234,7 +226,7 @@ def assemble(
         cluster_digest=settings.cluster.digest(),
         provenance=Provenance(
             method=method, seed=settings.seed, effort=settings.effort, trace_digest=digest,
-            version=__version__, notes=data.notes,
+            version=VERSION, notes=data.notes,
         ),
         evidence=evidence,
     )
@@ -245,7 +237,7 @@ def assemble(
 def _check_memory(made: Plan, settings: Settings) -> None:
     """Raises InfeasibleError where the experts of a device exceed its own memory."""
     model = settings.model
-    if model is None or not (model.knows_sizes or model.expert_bytes):
+    if model is None or not model.knows_bytes:
         return
     held_G = made.copies_LGE().sum(axis=0) @ model.bytes_per_expert_E()
     for g, device in enumerate(settings.cluster.devices):

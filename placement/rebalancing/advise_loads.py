@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...foundation.parallel import Executor
 from ...traces.model_spec import ModelSpec
 from ...traces.profile import Profile
 from ..cluster import Cluster
 from ..cost.evaluate import check_slots
 from ..plan import DispatchSpec, Plan
-from ..planning.planner import Executor, PlanResult
+from ..planning.planner import PlanResult
 from .advise import CURRENT
 from .rebalance import rebalance
 from .switch_payback import Moving, price_moves

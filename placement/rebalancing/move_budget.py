@@ -43,7 +43,7 @@ class Budget:
             if moves is None:
                 moves = int(DEFAULT_SHARE * int((current.slots >= 0).sum()))
             return cls(moves, None, None)
-        if model is None or not (model.knows_sizes or model.expert_bytes):
+        if model is None or not model.knows_bytes:
             raise UsageError(
                 "max_bytes needs the experts' sizes: give model=ModelSpec, or max_moves"
             )

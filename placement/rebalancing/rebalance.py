@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ...foundation.parallel import LayerThreads
+from ...foundation.parallel import Executor, LayerThreads
 from ...traces.model_spec import ModelSpec
 from ...traces.profile import Profile
 from ...traces.steps import StepSampler
@@ -28,7 +28,6 @@ from ..cost.step_cost import move_cost
 from ..plan import DispatchSpec, Plan
 from ..planning.evidence import Settings, evidence_of
 from ..planning.planner import (
-    Executor,
     PlanResult,
     assemble,
     check_current,

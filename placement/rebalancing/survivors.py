@@ -48,8 +48,7 @@ def survivors_plan(
         slots[layer, alive, : covered.shape[1]] = covered
     notes = [f"lost devices {sorted(lost)}"]
     memory = [cluster.devices[g].expert_memory_bytes for g in alive.tolist()]
-    sized = model is not None and (model.knows_sizes or model.expert_bytes is not None)
-    if sized and model is not None:
+    if model is not None and model.knows_bytes:
         most_G = np.array([np.inf if own is None else own for own in memory])
         size_E = model.bytes_per_expert_E()
         if (device_bytes(slots[:, alive], size_E) > most_G).any():

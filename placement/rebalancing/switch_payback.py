@@ -82,7 +82,7 @@ def price_moves(
     """What coming from `current` to `target` takes, against a gain per step."""
     moves = current.moves_to(target)
     share = len(moves) / int((target.slots >= 0).sum())
-    if model is None or not (model.knows_sizes or model.expert_bytes):
+    if model is None or not model.knows_bytes:
         return Moving(len(moves), share)
     cost = move_cost(moves, current, model, cluster)
     sure = gain_us if sure_gain_us is None else sure_gain_us

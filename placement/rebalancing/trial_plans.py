@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InfeasibleError, UsageError
-from ...foundation.parallel import LayerThreads
+from ...foundation.parallel import Executor, LayerThreads
 from ...traces.profile import Profile
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..methods.baselines import LAYER_METHODS
 from ..plan import Plan
-from ..planning.planner import METHODS, Executor, PlanResult, plan
+from ..planning.planner import METHODS, PlanResult, plan
 from .rebalance import rebalance
 
 USUAL_METHODS = ("auto", "eplb", "greedy", "contiguous")

@@ -175,9 +175,7 @@ def _measured(
         counts = traffic.counts(steps)[:, None]
         return tokens_WG(counts, slots_GC, cluster, task.dispatch), 0.0, None
     plan = Plan(slots=slots_GC[None], num_experts=traffic.num_experts, dispatch=task.dispatch)
-    sizes = None
-    if task.model is not None and task.model.expert_bytes is not None:
-        sizes = task.model.bytes_per_expert_E()
+    sizes = None if task.model is None else task.model.listed_bytes_E()
     timed = task.objective == "time"
     loads = step_loads(
         traffic.trace, steps, plan, cluster, task.dispatch, expert_bytes_E=sizes, timed=timed

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError, LoadmasterError, UsageError
+from ...foundation.documents import parse_json
 from .grid import cell_text
 
 
@@ -41,7 +42,7 @@ def finished_cells(path: Path, study: str) -> dict[str, Cell]:
         if not line:
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, str(path), finite=False)     # a figure may be NaN
             if row["study"] == study:
                 cells[cell_text(row["fields"])] = Cell(
                     row["fields"], row["figures"], notes=tuple(row.get("notes", ()))

@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ...errors import InputError, LoadmasterError
+from ...foundation.parallel import Executor
 from ...placement.cluster import Cluster
 from ...placement.cost.overlap import Overlap
 from ...placement.planning.planner import plan as make_plan
@@ -40,12 +41,6 @@ FIGURES = (
     "expert_bytes_per_device",
 )
 Progress = Callable[[int, int], None]
-
-
-class Executor(Protocol):
-    """Runs one function over many items and keeps their order."""
-
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]: ...
 
 
 # What finished cells rest on beside their inputs: another text when steps are priced another way.

@@ -137,9 +137,9 @@ def test_the_plan_in_force_lends_its_slots_and_dispatch(run: Run, trace: Path, t
 @pytest.mark.parametrize(("asked", "code", "said"), [
     (("-o", "{tmp}/absent/p.json"), 2, "there is no folder"),
     (("--seed", -1), 2, "--seed -1 must be at least 0"),
-    (("--model", "{tmp}/binary"), 1, "is no text"),
+    (("--model", "{tmp}/binary"), 1, "is not UTF-8; give a checkpoint's folder"),
     (("--model", "{tmp}/binary/below"), 1, "cannot be read: Not a directory"),
-    (("--cluster", "{tmp}"), 1, "cannot be read: Is a directory"),
+    (("--cluster", "{tmp}"), 1, "cannot be read: a folder, not a file"),
     (("--horizon", 0), 2, "--horizon 0.0 must be above 0"),
     (("--time-limit", 0), 2, "--time-limit 0.0 must be above 0"),
     (("--max-bytes", 5), 2, "--max-bytes counts moves away from a plan"),

@@ -57,7 +57,7 @@ def test_the_short_form_and_a_presets_name_are_enough(tmp_path: Path) -> None:
         ({"devices": [{"node": 0, "slots": 1}, {"node": 2, "slots": 1}]}, "node by node"),
         ({"devices": []}, "devices"),
         ({"devices": [{"node": 0, "slots": 10**9}]}, r"devices\.0\.slots"),
-        ({"color": "red"}, "color: Extra inputs"),
+        ({"color": "red"}, "color: no such field; there are: name, devices"),
         ({"traffic": "pigeons"}, "unknown traffic 'pigeons'"),
     ],
 )
@@ -100,7 +100,7 @@ def test_files_that_are_no_cluster(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such cluster file"):
         Cluster.from_yaml(tmp_path / "none.yaml")
     path = tmp_path / "cluster.yaml"
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+    with pytest.raises(InputError, match="cannot be read: a folder, not a file"):
         Cluster.from_yaml(tmp_path)
     for text, message in (("- a", "is a mapping"), ("a: [", "not YAML")):
         path.write_text(text)

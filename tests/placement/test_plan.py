@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_written_or_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(LoadmasterError, match=r"absent/p.json: cannot be written: No such file"):
         PLAN.save(tmp_path / "absent" / "p.json")
     PLAN.save(tmp_path / "p.json")
-    with pytest.raises(PlanError, match="not a plan file"):
+    with pytest.raises(PlanError, match="cannot be read: Not a directory"):
         Plan.load(tmp_path / "p.json" / "below")
 
 

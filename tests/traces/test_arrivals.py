@@ -116,7 +116,7 @@ def test_a_bad_row_of_azures_file_is_named(tmp_path: Path, rows: str, message: s
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "row 2: is not JSON"),
+        ("{", "row 2: not JSON"),
         ("[1]", "row 2: lacks timestamp"),
         ('{"timestamp": 5, "input_length": 1}', "row 2: lacks output_length"),
         ('{"timestamp": 5, "input_length": 1.5, "output_length": 1}', "row 2: input_length 1.5"),

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.documents import read_json
 from ..profile import Profile
 from .result import LOADS_ONLY, ImportResult
 
@@ -66,9 +66,13 @@ def import_statistics(folder: Path) -> ImportResult:
 
 def _meta(path: Path) -> tuple[int, int]:
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = read_json(path, finite=False)    # its numbers are checked below
         numbers = meta["num_experts"], meta["num_experts_per_token"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except InputError as error:
+        raise InputError(
+            f"{error}; it must say num_experts and num_experts_per_token"
+        ) from error
+    except (KeyError, TypeError) as error:
         raise InputError(
             f"{path}: must say num_experts and num_experts_per_token ({error!r})"
         ) from error

@@ -5,7 +5,6 @@ Knows the file format and its versions. Knows nothing of Parquet or of routing i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ...errors import InputError, LoadmasterError, UsageError
 from ...foundation.atomic_file import TEMPORARY_PREFIX, folder_lock, replacing
+from ...foundation.documents import first_fault, read_json
 from ..model_spec import ModelSpec
 
 MANIFEST_NAME = "manifest.json"
@@ -113,15 +113,15 @@ class Manifest(BaseModel):
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `folder`/manifest.json. Raises InputError saying what is wrong and where."""
     path = folder / MANIFEST_NAME
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise InputError(
             f"{folder}: no {MANIFEST_NAME} in it, so this is not a stored trace; give the folder "
             "that `trace record` or `trace import` wrote"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); record again") from error
+        )
+    try:
+        raw = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; restore it or record again") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(version, int):
         raise InputError(f"{path}: holds no schema_version, so this is not a trace's manifest")
@@ -133,7 +133,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first_problem(error)}; restore it or record again") from error
+        raise InputError(f"{path}: {first_fault(error)}; restore it or record again") from error
 
 
 def create_manifest(folder: Path, manifest: Manifest) -> None:
@@ -201,11 +201,3 @@ def _write(folder: Path, manifest: Manifest) -> None:
     text = manifest.model_dump_json(indent=1, exclude_none=True) + "\n"
     with replacing(folder / MANIFEST_NAME) as file:
         file.write(text.encode())
-
-
-def _first_problem(error: ValidationError) -> str:
-    """One line for the first of pydantic's complaints."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    text = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {text}" if where else text

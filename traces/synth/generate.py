@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UsageError
-from ..model_spec import MOST_EXPERTS, MOST_LAYERS
+from ..model_config import MOST_LAYERS
+from ..model_spec import MOST_EXPERTS
 from ..trace import DECODE, PREFILL, RoutingTrace
 from .sampling import BlockTables, sample_ids
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import InputError, LoadmasterError
+from ...foundation.documents import parse_json, read_text
 from ...foundation.lock import Lock
 from ...placement.plan import Plan
 from ..protocol.phase_plans import PhasePlans
@@ -183,18 +184,19 @@ class Journal:
     def _lines(self) -> list[tuple[str, int, dict[str, Any]]]:
         if not self._path.exists():
             return []
-        lines = self._path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(self._path, "journal").split("\n")
         found = []
         for number, line in enumerate(lines[:-1], start=1):    # the last has no end: cut off
+            where = f"{self._path}:{number}"
+            entry = parse_json(line, where)
             try:
-                entry = json.loads(line)
                 phase, epoch = entry["phase"], int(entry["epoch"])
                 if phase == _STATE:
                     _Read().take(phase, epoch, entry)
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{self._path}:{number}: not a journal line: {error}") from error
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                raise InputError(f"{where}: not a journal line: {error}") from error
             if phase not in (*PHASES, _LIFE, _STATE):
-                raise InputError(f"{self._path}:{number}: unknown phase {phase!r}")
+                raise InputError(f"{where}: unknown phase {phase!r}")
             found.append((phase, epoch, entry))
         return found
 

@@ -13,7 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ...errors import LoadmasterError, UsageError
+from ...errors import InputError, LoadmasterError, UsageError
+from ...foundation.documents import read_json
 from ...foundation.lock import Lock
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -63,8 +64,8 @@ def read_address(name: str) -> str | None:
     """The Ray cluster that a group on this machine was started on; None when none was noted."""
     path = group_folder(name) / "address.json"
     try:
-        address = json.loads(path.read_text(encoding="utf-8"))["address"]
-    except (OSError, ValueError, KeyError, TypeError):
+        address = read_json(path)["address"]
+    except (InputError, KeyError, TypeError):
         return None
     return str(address)
 

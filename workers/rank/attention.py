@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ...errors import InputError
 
-ATTENTION_IMPLEMENTATION = "loadmaster"
+# Under this name transformers knows our attention, and our experts beside it.
+ATTENTION_IMPLEMENTATION = EXPERTS_IMPLEMENTATION = "loadmaster"
 _FIRST_CAPACITY_TOKENS = 64
 
 

@@ -29,9 +29,9 @@ from ...placement.dispatch.quotas import split
 from ...placement.dispatch.token_limit import CapacityRule
 from ..protocol.phase_plans import Tables
 from . import attention, token_limit
+from .attention import EXPERTS_IMPLEMENTATION
 from .exchange import Exchange, agree, return_tokens, send_tokens
 from .expert_store import ExpertStore
-from .model import EXPERTS_IMPLEMENTATION
 
 
 class RoutingRecorder(Protocol):

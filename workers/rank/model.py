@@ -22,10 +22,11 @@ from ...kernels.activation import ExpertActivation
 from ...kernels.grouped import ExpertWeights
 from ...traces.model_spec import ModelSpec
 from ..protocol.settings import DTYPE_BYTES
+from . import attention, expert_layer
+from .attention import ATTENTION_IMPLEMENTATION, EXPERTS_IMPLEMENTATION
 from .weight_files import ExpertIndex, ExpertTensors, TensorFiles, bytes_of, contiguous
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
-EXPERTS_IMPLEMENTATION = "loadmaster"
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -153,7 +154,7 @@ class MoeCheckpoint:
                 state_dict=dict(self._index.read_dense()),
                 dtype=dtype,
                 experts_implementation=EXPERTS_IMPLEMENTATION,
-                attn_implementation=EXPERTS_IMPLEMENTATION,
+                attn_implementation=ATTENTION_IMPLEMENTATION,
                 output_loading_info=True,
             )
         if info["missing_keys"]:
@@ -206,8 +207,6 @@ def _read_config(directory: Path) -> Any:
 
 def _skeleton(directory: Path, config: Any) -> Any:
     """The whole model with no memory behind its tensors."""
-    from . import attention, expert_layer
-
     auto: Any = importlib.import_module("transformers").AutoModelForCausalLM
     expert_layer.register()
     attention.register()

@@ -6,7 +6,6 @@ plans, networks or forward passes. Nothing but safetensors is read: a pickle is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import InputError
+from ...foundation.documents import read_json
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -87,10 +87,10 @@ def _weight_map(directory: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index or the single file's header."""
     index = directory / _INDEX_FILE
     if index.is_file():
+        document = read_json(index)
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            file_of = {str(key): str(name) for key, name in names.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            file_of = {str(key): str(name) for key, name in document["weight_map"].items()}
+        except (KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index}: not a safetensors index: {error}") from error
         for name in sorted(set(file_of.values())):
             if Path(name).name != name or not (directory / name).is_file():
