@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from simulator_data import DATA, absent
-
-from loadmaster.simulator.calibrate.fits import (
-    FitError,
-    fit_exchange,
+from hardware_tables import (
+    ExpertRows,
+    deepep_low_latency,
+    exchange_us,
+    expert_rows_from,
     fit_expert_layers,
     hold_back_half,
     predict_expert_layers,
-)
-from loadmaster.simulator.calibrate.measurements import (
-    ExpertRows,
-    deepep_low_latency,
-    expert_rows_from,
     read_csv,
 )
+from simulator_data import DATA, absent
+
+from loadmaster.simulator.calibrate.fits import FitError, fit_exchange
 
 # DeepEP's published low-latency run: 128 tokens a rank, top-8, hidden 7168, 8 ranks a node.
 COPY_BYTES = {"dispatch": 7168 + 4 * 7168 / 128, "combine": 2 * 7168}
@@ -37,8 +35,9 @@ def deepep() -> dict[str, Any]:
     ]
     rows, fits = [], {}
     for direction in ("dispatch", "combine"):
-        fit = fit_exchange(deepep_low_latency(measured, direction, tier="nic"))
-        near = fit_exchange(deepep_low_latency(measured, direction, tier="nvlink"))
+        table = deepep_low_latency(measured, direction, tier="nic")
+        near_table = deepep_low_latency(measured, direction, tier="nvlink")
+        fit, near = fit_exchange(table), fit_exchange(near_table)
         fits[direction] = {
             "alpha_us": fit.alpha_us, "alpha_per_log2_node_us": fit.alpha_per_log2_node_us,
             "gigabytes_per_s": fit.bytes_per_s / 1e9, "fit_error": fit.error.to_dict(),
@@ -50,14 +49,18 @@ def deepep() -> dict[str, Any]:
             copies = int(row["tokens_per_gpu"]) * int(row["top_k"]) * COPY_BYTES[direction]
             nodes = ranks / RANKS_PER_NODE
             one_node = nodes == 1
-            chosen = near if one_node else fit
+            chosen, seen = (near, near_table) if one_node else (fit, table)
             remote = 1 - 1 / (ranks if one_node else nodes)
-            predicted = float(chosen.predict_us(nodes, copies * remote))
+            predicted = float(exchange_us(chosen, nodes, copies * remote))
+            within = (
+                seen.nodes.min() <= nodes <= seen.nodes.max()
+                and seen.port_bytes.min() <= copies * remote <= seen.port_bytes.max()
+            )
             measured_us = float(row["latency_us"])
             rows.append({
                 "ep": ranks, "direction": direction, "published_us": measured_us,
                 "predicted_us": predicted, "error": predicted / measured_us - 1,
-                "extrapolated": bool(chosen.extrapolates(nodes, copies * remote)),
+                "extrapolated": not within,
                 "judged": not one_node,
             })
     errors = np.array([abs(r["error"]) for r in rows if r["judged"]])

@@ -49,25 +49,6 @@ class ExpertTiming:
     cpu_us: float  # CPU time on a CPU, event time on a GPU
     repeats: int
 
-    def to_row(self) -> dict[str, Any]:
-        """The column names that `simulator/calibrate/measurements.py` reads."""
-        element_bytes = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
-        assignments = self.tokens_per_expert * self.active_experts
-        return {
-            "tokens": assignments,
-            "assignments": assignments,
-            "active_experts": self.active_experts,
-            "tokens_per_expert": self.tokens_per_expert,
-            "hidden": self.hidden,
-            "intermediate": self.intermediate,
-            "expert_weight_bytes": 3 * self.hidden * self.intermediate * element_bytes,
-            "latency_us": self.cpu_us,
-            "phase": self.phase,
-            "weight_dtype": self.dtype,
-            "shape": f"h{self.hidden}_i{self.intermediate}_{self.backend}",
-            "distribution": self.phase,
-        }
-
 
 def time_experts(
     hidden: int,

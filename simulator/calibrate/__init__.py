@@ -1,2 +1,1 @@
-"""Measurements to machine profiles: `measurements` reads, `fits` fits, `machine_profile` joins
-them."""
+"""Timings to machine profiles: `fits` reads and fits, `machine_profile` makes the profile."""

@@ -12,24 +12,26 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...placement.hardware import ComputeProfile, ExchangeProfile, HardwareProfile
-from .fits import FitError, fit_exchange
-from .measurements import ExchangeRows
+from .fits import ExchangeRows, FitError, fit_exchange
 
 FloatArray = npt.NDArray[np.float64]
 
 
 def fit_table(tokens: npt.ArrayLike, us: npt.ArrayLike) -> tuple[tuple[float, ...],
                                                                  tuple[float, ...]]:
-    """(points, us): medians per point, made to rise (pool adjacent violators).
+    """(points, us): medians per point, made to rise (isotonic regression).
 
     For an expert timed over token counts, and for links that no straight line fits (NCCL).
     """
+    from scipy.optimize import isotonic_regression
+
     tokens_M, us_M = np.asarray(tokens, np.float64), np.asarray(us, np.float64)
     if tokens_M.shape != us_M.shape or tokens_M.ndim != 1 or not len(tokens_M):
         raise InputError(f"points {tokens_M.shape} and us {us_M.shape} must be equal, not empty")
     unique = np.unique(tokens_M)
     medians = [float(np.median(us_M[tokens_M == t])) for t in unique]
-    return tuple(unique.tolist()), tuple(_rising(np.maximum(medians, 0.0)).tolist())
+    rising = isotonic_regression(np.maximum(medians, 0.0)).x
+    return tuple(unique.tolist()), tuple(rising.tolist())
 
 
 def fit_expert_table(
@@ -102,16 +104,3 @@ def _start_us(tokens_M: FloatArray, active_M: FloatArray, us_M: FloatArray) -> f
         for t in np.unique(tokens_M)
     ]
     return max(0.0, float(np.median(starts)))
-
-
-def _rising(values: FloatArray) -> FloatArray:
-    """The closest non-decreasing sequence (pool adjacent violators)."""
-    blocks: list[list[float]] = []
-    for value in values.tolist():
-        blocks.append([value, 1.0])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            mean, count = blocks.pop()
-            last = blocks[-1]
-            last[0] = (last[0] * last[1] + mean * count) / (last[1] + count)
-            last[1] += count
-    return np.repeat([b[0] for b in blocks], [int(b[1]) for b in blocks])

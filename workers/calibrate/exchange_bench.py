@@ -27,7 +27,7 @@ class ExchangeTimes:
     """What was measured between `ranks` processes of one node.
 
     rows: mappings with `nodes`, `port_bytes` (sent to other ranks, per rank) and `latency_us`, as
-    `simulator.measured.exchange_rows_from` reads them. counts_us: one all-gather of [G, E] counts.
+    `simulator/calibrate/fits.py` reads them. counts_us: one all-gather of [G, E] counts.
     """
 
     ranks: int

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from ...errors import UsageError
 from ...placement.hardware import HardwareProfile
+from ...simulator.calibrate.fits import exchange_rows_from
 from ...simulator.calibrate.machine_profile import fit_expert_table, machine_profile
-from ...simulator.calibrate.measurements import exchange_rows_from
 from ...traces.model_spec import ModelSpec
 from ..protocol.settings import DTYPE_BYTES
 from .exchange_bench import measure_exchange

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from loadmaster.errors import InputError
+from loadmaster.simulator.calibrate.fits import ExchangeRows
 from loadmaster.simulator.calibrate.machine_profile import (
     fit_expert_table,
     fit_table,
     machine_profile,
 )
-from loadmaster.simulator.calibrate.measurements import ExchangeRows
 
 SIZES = {"flops_per_assignment": 1e6, "expert_bytes": 1e6}
 
@@ -59,7 +59,7 @@ def test_a_machine_gets_a_profile_with_its_errors() -> None:
     sizes = np.array([1e3, 1e6])
     profile = machine_profile(
         name="box", compute=compute, compute_error=error, memory_bytes=2**33,
-        exchange=ExchangeRows(np.ones(2), sizes, 20.0 + sizes / 1e9 * 1e6, "nic"),
+        exchange=ExchangeRows(np.ones(2), sizes, 20.0 + sizes / 1e9 * 1e6),
     )
     assert profile.compute == compute
     assert profile.dispatch.nvlink_bytes_per_s == pytest.approx(1e9)

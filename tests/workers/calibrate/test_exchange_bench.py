@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loadmaster.errors import UsageError
-from loadmaster.simulator.calibrate.fits import fit_exchange
-from loadmaster.simulator.calibrate.measurements import exchange_rows_from
+from loadmaster.simulator.calibrate.fits import exchange_rows_from, fit_exchange
 from loadmaster.workers.calibrate.exchange_bench import measure_exchange
 
 
@@ -15,7 +14,7 @@ def test_measured_rows_are_fitted() -> None:
     assert [r["port_bytes"] for r in times.rows] == [2048, 32768, 131072, 524288]
     assert times.counts_us > 0
     assert all(r["latency_us"] > 0 for r in times.rows)
-    fit = fit_exchange(exchange_rows_from(times.rows, tier="nvlink"))
+    fit = fit_exchange(exchange_rows_from(times.rows))
     assert fit.bytes_per_s > 0
 
 
