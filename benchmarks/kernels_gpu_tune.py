@@ -22,14 +22,13 @@ from rank_layer import choose_experts, rank_layer
 from loadmaster.kernels.gpu import backend
 from loadmaster.kernels.gpu.tile_sizes import (
     SHARED_BYTES,
-    TUNED_FILE,
     Tile,
     TileKey,
     Tiles,
     default_tiles,
-    format_tiles,
-    parse_tiles,
     rows_percentile,
+    save_tiles,
+    tuned_tiles,
 )
 from loadmaster.kernels.routing import histogram
 
@@ -51,8 +50,8 @@ def tune(shape: Shape, device: torch.device) -> None:
         )
         print(f"tuning {tokens} tokens, {kind} ...", file=sys.stderr)
         tuned.append((key, _fastest(layers, ids, gate, rows_p90, device)))
-    kept = [entry for entry in parse_tiles(TUNED_FILE.read_text()) if entry[0].device != name]
-    TUNED_FILE.write_text(format_tiles(kept + tuned, f"{name}, triton {triton.__version__}"))
+    kept = [entry for entry in tuned_tiles() if entry[0].device != name]
+    save_tiles(kept + tuned, f"{name}, triton {triton.__version__}")
 
 
 def _fastest(

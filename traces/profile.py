@@ -121,11 +121,6 @@ class Profile:
         """Tokens the loads stand for: assignments of a layer over K (the largest over layers)."""
         return round(float(self.load_LE.sum(axis=1).max()) / self.top_k)
 
-    @property
-    def loads_only(self) -> bool:
-        """Whether nothing but average load is known: no steps, requests or co-activation."""
-        return self.sample is None
-
     def require_sample(self) -> RoutingTrace:
         """The sampled tokens. Raises InputError where only loads are known."""
         if self.sample is None:

@@ -165,35 +165,3 @@ def _recorded_steps(trace: RoutingTrace) -> Steps:
     token = np.argsort(trace.step, kind="stable").astype(np.int64)
     _, counts = np.unique(trace.step, return_counts=True)
     return Steps(token, np.concatenate(([0], np.cumsum(counts))).astype(np.int64))
-
-
-def count_steps(trace: RoutingTrace, steps: Steps, layer: int) -> npt.NDArray[np.int32]:
-    """[W, E] assignments per step and expert of one layer."""
-    return _count(trace, steps, layer, np.zeros(1, np.int64), 1)[:, 0]
-
-
-def count_steps_by_home(
-    trace: RoutingTrace, steps: Steps, layer: int, num_devices: int
-) -> npt.NDArray[np.int32]:
-    """[W, G, E] assignments per step, home rank and expert of one layer."""
-    home = trace.home_rank_T(num_devices).astype(np.int64)
-    return _count(trace, steps, layer, home, num_devices)
-
-
-def _count(
-    trace: RoutingTrace,
-    steps: Steps,
-    layer: int,
-    home_T: npt.NDArray[np.int64],
-    homes: int,
-) -> npt.NDArray[np.int32]:
-    experts = trace.num_experts
-    home = home_T[steps.token] if len(home_T) > 1 else np.zeros(len(steps.token), np.int64)
-    cell = (steps.step_of_token() * homes + home)[:, None] * experts + trace.ids[
-        steps.token, layer
-    ].astype(np.int64)
-    if trace.k_of_token is not None:
-        k_A = trace.k_of_token[steps.token, layer]
-        cell = cell[np.arange(trace.top_k) < k_A[:, None]]
-    counts = np.bincount(cell.reshape(-1), minlength=len(steps) * homes * experts)
-    return counts.astype(np.int32).reshape(len(steps), homes, experts)

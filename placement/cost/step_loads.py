@@ -22,7 +22,6 @@ coherent                tokens stay where their experts are: every pair (expert 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,15 +61,6 @@ class StepLoads:
     # [W, L, 2] dispatch and combine between nodes under fair sharing, in copies through one NIC;
     # None where the most loaded port says it (fair_sharing.py).
     fair_copies_WLX: FloatArray | None = None
-
-    def take_steps(self, steps: npt.NDArray[np.integer[Any]]) -> StepLoads:
-        """Only these steps, in the order given."""
-        taken = {
-            f.name: value[steps]
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), np.ndarray)
-        }
-        return dataclasses.replace(self, **taken)
 
 
 def step_loads(

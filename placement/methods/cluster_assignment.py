@@ -2,8 +2,9 @@
 
 Tokens stay near from layer to layer when clusters that follow each other share a device or a node
 (arXiv 2502.06643, ILP 2). The printed program nests its sums inside the maximum and multiplies
-variables; the repaired form is in `full_program`. Physical only where tokens stay at their expert
-(`coherent` traffic); elsewhere it changes nothing but device labels.
+variables; the repaired form, far too large for real cases, certifies this search in the tests.
+Physical only where tokens stay at their expert (`coherent` traffic); elsewhere it changes nothing
+but device labels.
 
 Knows traffic between clusters and link weights. Knows nothing of experts, loads or devices' slots.
 """
@@ -16,11 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pulp
 from scipy.optimize import linear_sum_assignment
 
 from ...foundation.compiled import compiled
-from .milp import Solved, binary_grid, continuous, solve
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -194,44 +193,3 @@ def _around(
                 worst = max(worst, cost)
         total += worst if maximum else added
     return total
-
-
-def full_program(
-    traffic_LCC: FloatArray, weight_GG: FloatArray, worst: Worst, *, nodes: int = 200_000
-) -> Solved:
-    """ILP 2 as one program, to certify tiny cases; far too large for real ones.
-
-    y[l][c][g] = 1 if cluster c of layer l is on device g; z[l][c1,g1,c2,g2] = y·y linearised.
-    minimise  sum_l tau_l
-    (1) tau_l >= weight[g1,g2] · sum_{c1,c2} traffic[l][c1,c2] z[l][c1,g1,c2,g2]   each g1 != g2
-        (sum objective: tau_l = the sum over all pairs)
-    (2) sum_{g2} z[l][c1,g1,c2,g2] = y[l][c1][g1],  sum_{g1} z = y[l+1][c2][g2]
-    (3) sum_g y[l][c][g] = 1,  sum_c y[l][c][g] = 1
-    """
-    layers, devices = len(traffic_LCC) + 1, len(weight_GG)
-    span = range(devices)
-    problem = pulp.LpProblem("chain", pulp.LpMinimize)
-    y = [binary_grid(f"y{layer}", devices, devices) for layer in range(layers)]
-    tau = continuous("tau", layers - 1)
-    problem += pulp.lpSum(tau)
-    for layer in range(layers):
-        for c in span:
-            problem += pulp.lpSum(y[layer][c]) == 1                                   # (3)
-            problem += pulp.lpSum(y[layer][i][c] for i in span) == 1
-    for layer in range(layers - 1):
-        z = pulp.LpVariable.dicts(f"z{layer}", (span, span, span, span), lowBound=0)
-        for c1, g1, c2 in itertools.product(span, repeat=3):
-            problem += pulp.lpSum(z[c1][g1][c2][g2] for g2 in span) == y[layer][c1][g1]   # (2)
-            problem += pulp.lpSum(z[c1][g2][c2][g1] for g2 in span) == y[layer + 1][c2][g1]
-        sent = {
-            (g1, g2): weight_GG[g1, g2] * pulp.lpSum(
-                traffic_LCC[layer][c1, c2] * z[c1][g1][c2][g2] for c1 in span for c2 in span
-            )
-            for g1 in span for g2 in span if g1 != g2
-        }
-        if worst == "sum":
-            problem += tau[layer] >= pulp.lpSum(sent.values())                        # (1)
-        else:
-            for part in sent.values():
-                problem += tau[layer] >= part
-    return solve(problem, nodes=nodes)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,6 @@ from .whole_model import Laid, LayersDone, WholeModel, slots_of
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-Spread = Literal["makespan", "deviation"]
 
 NODES = {"fast": 20, "normal": 200, "thorough": 20_000}   # of the search tree, each layer
 ENOUGH = 1e-4               # relative gap of a layer's makespan at which to stop, and where the
@@ -85,7 +83,6 @@ def cluster_layer(
     load_E: FloatArray,
     sizes: Sequence[tuple[int, int]],
     *,
-    spread: Spread = "makespan",
     nodes: int = 20_000,
     gap: float = 1e-6,
     seconds: float | None = None,
@@ -94,12 +91,10 @@ def cluster_layer(
     """ILP 1, repaired: cluster one layer's experts so that clusters carry alike.
 
     x[e][c] = 1 if expert e is in cluster c.   E experts, C clusters, T_c = sum_e load[e] x[e][c].
-    minimise  z                          (makespan)
-              sum_c d_c                  (deviation from the mean load)
+    minimise  z
     (1) sum_c x[e][c] = 1                each e      every expert in exactly one cluster
     (2) least_c <= sum_e x[e][c] <= most_c   each c  sizes[c]: equal, or free between bounds
     (3) z >= T_c                         each c
-        d_c >= T_c − mean, d_c >= mean − T_c
     (4) clusters of equal size bounds are interchangeable: the heaviest expert goes to the first.
     Starts from longest-processing-time with swaps, which is the answer where it is at the bound
     already or `nodes` is 0. Loads are scaled to a mean cluster of 1. seconds: a guard.
@@ -114,15 +109,14 @@ def cluster_layer(
     total = float(np.sum(load_E))
     scaled = np.asarray(load_E, np.float64) * (clusters / total if total > 0 else 1.0)
     start = _lpt_with_swaps(scaled, sizes)
-    reached, bound = _spread(scaled, start, clusters, spread), _spread_bound(scaled, sizes, spread)
+    reached, bound = _heaviest(scaled, start, clusters), _heaviest_bound(scaled, sizes)
     if nodes == 0 or reached - bound <= gap * reached:
         within = (reached - bound) / reached if reached > 0 else 0.0
         return Clusters(start, Solved(reached, bound, within, within <= gap))
     problem = pulp.LpProblem("clusters", pulp.LpMinimize)
     x = binary_grid("x", experts, clusters)
     load_c = [pulp.lpSum(scaled[e] * x[e][c] for e in range(experts)) for c in range(clusters)]
-    mean = float(scaled.sum()) / clusters
-    z = continuous("z", 1 if spread == "makespan" else clusters)
+    z = continuous("z", 1)
     problem += pulp.lpSum(z)
     for e in range(experts):
         problem += pulp.lpSum(x[e]) == 1, f"placed_{e}"                              # (1)
@@ -130,41 +124,28 @@ def cluster_layer(
         count = pulp.lpSum(x[e][c] for e in range(experts))
         problem += count >= least, f"least_{c}"                                      # (2)
         problem += count <= most, f"most_{c}"
-        if spread == "makespan":
-            problem += z[0] >= load_c[c], f"load_{c}"                                # (3)
-        else:
-            problem += z[c] >= load_c[c] - mean, f"above_{c}"
-            problem += z[c] >= mean - load_c[c], f"below_{c}"
+        problem += z[0] >= load_c[c], f"load_{c}"                                    # (3)
     if len(set(sizes)) == 1:
         heaviest = int(np.argmax(scaled))
         start = _rename_first(start, int(start[heaviest]))
         problem += x[heaviest][0] == 1, "heaviest_first"                             # (4)
     set_start(x, start)
-    for c, variable in enumerate(z):
-        sums = np.bincount(start, scaled, clusters)
-        variable.setInitialValue(
-            float(sums.max()) if spread == "makespan" else float(abs(sums[c] - mean)), check=False
-        )
+    z[0].setInitialValue(_heaviest(scaled, start, clusters), check=False)
     solved = solve(problem, nodes=nodes, gap=gap, seconds=seconds, on_gap=on_gap)
     chosen = _valid(largest_in_rows(x), sizes)
-    better = min((chosen, start), key=lambda c: _spread(scaled, c, clusters, spread))
+    better = min((chosen, start), key=lambda c: _heaviest(scaled, c, clusters))
     return Clusters(better, solved)
 
 
-def _spread(load_E: FloatArray, cluster_E: IntArray, clusters: int, spread: Spread) -> float:
-    sums = np.bincount(cluster_E, load_E, clusters)
-    return float(sums.max() if spread == "makespan" else abs(sums - sums.mean()).sum())
+def _heaviest(load_E: FloatArray, cluster_E: IntArray, clusters: int) -> float:
+    return float(np.bincount(cluster_E, load_E, clusters).max())
 
 
-def _spread_bound(
-    load_E: FloatArray, sizes: Sequence[tuple[int, int]], spread: Spread
-) -> float:
-    """No clusters spread less: the heaviest holds the mean and the heaviest expert with company.
+def _heaviest_bound(load_E: FloatArray, sizes: Sequence[tuple[int, int]]) -> float:
+    """No clusters are lighter: the heaviest holds the mean and the heaviest expert with company.
 
     A cluster of at least `least` experts holds the lightest ones beside the heaviest, at best.
     """
-    if spread == "deviation":
-        return 0.0
     company = max(0, min(least for least, _ in sizes) - 1)
     heaviest = float(load_E.max() + np.sort(load_E)[:company].sum())
     return max(float(load_E.sum()) / len(sizes), heaviest)

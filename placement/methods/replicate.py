@@ -81,23 +81,20 @@ def _heaviest_by_spare(load_E: FloatArray, most_spare: int, most_copies: int) ->
     return heaviest_R
 
 
-def share_slots_between_layers(
-    cost_LR: FloatArray, budget: int, *, least: int = 0
-) -> IntArray:
+def share_slots_between_layers(cost_LR: FloatArray, budget: int) -> IntArray:
     """Spare slots per layer under one budget for all layers, by marginal benefit.
 
     cost_LR: [L, R+1] cost of layer l with r spare slots (any unit, added over layers); inf = not
-    allowed. budget: spare slots in all, >= L·least. Returns spare_L [L] int64 in least..R.
+    allowed. budget: spare slots in all. Returns spare_L [L] int64 in 0..R.
     Works on each layer's lower convex envelope, so a benefit that comes only after several slots
     is found; steps that would overshoot the budget are skipped. Slots that bring nothing stay
     unused. Ties go to the lower layer. Source: the knapsack of marginal benefit in CRAFT.
     """
     layers, widest = cost_LR.shape
-    spare_L = np.full(layers, least, np.int64)
-    left = budget - layers * least
+    spare_L, left = np.zeros(layers, np.int64), budget
     heap: list[tuple[float, int, int]] = []
     for layer in range(layers):
-        _push_best_step(heap, cost_LR[layer], layer, least, widest)
+        _push_best_step(heap, cost_LR[layer], layer, 0, widest)
     while heap and left > 0:
         _, layer, target = heapq.heappop(heap)
         step = target - int(spare_L[layer])

@@ -8,9 +8,8 @@ of live workers. Fault times and draws do not depend on the plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -241,14 +240,3 @@ def _check(
         raise UsageError(
             f"{what}: at_us {at_us} and until_us {until_us} must be finite, >= 0 and in order"
         )
-
-
-def thermal(
-    device: int, steps: Sequence[tuple[float, float]], *, group: int = 0
-) -> list[Any]:
-    """Thermal throttling: (from_us, factor) in order; each holds until the next one."""
-    ends = [at for at, _ in steps[1:]] + [None]
-    return [
-        SlowDevice(device, factor, at, end, group)
-        for (at, factor), end in zip(steps, ends, strict=True)
-    ]

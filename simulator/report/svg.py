@@ -20,7 +20,7 @@ COLD, MIDDLE, HOT = (49, 104, 163), (247, 247, 247), (190, 49, 38)
 
 def heat_map(
     values: FloatArray, *, rows: str, columns: str, middle: float, highest: float,
-    title: str, unit: str = "",
+    title: str,
 ) -> str:
     """A grid of coloured cells: `middle` is white, 0 blue, `highest` and above red.
 
@@ -36,12 +36,12 @@ def heat_map(
             cells.append(
                 f'<rect x="{c * size}" y="{r * size}" width="{size}" height="{size}" '
                 f'fill="{colour}"><title>{escape(rows)} {r * blocks[0]}, {escape(columns)} '
-                f"{c * blocks[1]}: {value:.3g}{escape(unit)}</title></rect>"
+                f"{c * blocks[1]}: {value:.3g}</title></rect>"
             )
     merged = "" if blocks == (1, 1) else f", {blocks[0]} x {blocks[1]} averaged per cell"
     caption = (
         f"{title}: {rows} down ({values.shape[0]}), {columns} across ({values.shape[1]}){merged}. "
-        f"Mean {np.nanmean(values):.3g}, highest {np.nanmax(values):.3g}{unit}"
+        f"Mean {np.nanmean(values):.3g}, highest {np.nanmax(values):.3g}"
     )
     return _figure(width, height, "".join(cells), caption)
 

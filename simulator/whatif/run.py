@@ -40,6 +40,8 @@ FIGURES = (
     "step_mean_us", "output_tokens_per_s", "goodput_requests_per_s", "imbalance_mean", "devices",
     "expert_bytes_per_device",
 )
+# A cell that another beats in all of these is no choice.
+PARETO_FIGURES = ("latency_mean_us", "devices", "expert_bytes_per_device")
 Progress = Callable[[int, int], None]
 
 
@@ -105,12 +107,10 @@ class WhatIf:
 
         return sorted(done, key=key)
 
-    def pareto(
-        self, figures: tuple[str, ...] = ("latency_mean_us", "devices", "expert_bytes_per_device")
-    ) -> list[Cell]:
+    def pareto(self) -> list[Cell]:
         """Cells that no other beats or equals in every figure while beating it in one."""
-        done = self.ranked(figures[0])
-        points = [tuple(float(c.figures[f] or 0.0) for f in figures) for c in done]
+        done = self.ranked(PARETO_FIGURES[0])
+        points = [tuple(float(c.figures[f] or 0.0) for f in PARETO_FIGURES) for c in done]
         return [
             cell for cell, point in zip(done, points, strict=True)
             if not any(

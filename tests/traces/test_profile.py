@@ -68,15 +68,14 @@ def test_pairs_of_unordered_memory_and_wide_ids(make_trace: Any) -> None:
     assert profile.coactivation_LEE().sum() == 20 * 4
 
 
-def test_loads_alone_say_what_they_cannot(make_trace: Any) -> None:
+def test_loads_alone_say_what_they_cannot() -> None:
     """[L, E] is one window; steps and pairs are refused with a way out."""
     profile = Profile.from_loads([[3, 1, 0], [2, 2, 2]], top_k=2)
-    assert profile.load_WLE.shape == (1, 2, 3) and profile.loads_only
+    assert profile.load_WLE.shape == (1, 2, 3) and profile.sample is None
     assert profile.num_tokens == 3
     for ask in (profile.require_sample, profile.coactivation_LEE, profile.transition_LEE):
         with pytest.raises(InputError, match="loads only"):
             ask()
-    assert not Profile.from_trace(make_trace()).loads_only
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadmaster.errors import InputError, UsageError
-from loadmaster.traces.steps import StepSampler, count_steps, count_steps_by_home
+from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.trace import RoutingTrace
 
 
@@ -102,17 +102,3 @@ def test_steps_that_cannot_be_are_refused() -> None:
     for options in ({"tokens": 0}, {"concurrency": 0}, {"order": "sorted"}):
         with pytest.raises(UsageError):
             StepSampler(**options)
-
-
-def test_counts_are_those_of_a_loop(make_trace: Any) -> None:
-    """[W, E] and [W, G, E] against a loop over tokens, with k_of_token."""
-    trace = make_trace()
-    steps = StepSampler(tokens=16, concurrency=3).sample(trace)
-    by_home = count_steps_by_home(trace, steps, layer=1, num_devices=4)
-    expected = np.zeros((len(steps), 4, 8), int)
-    for w in range(len(steps)):
-        for t in steps.tokens_of(w):
-            for k in range(trace.k_of_token[t, 1]):
-                expected[w, trace.source[t], trace.ids[t, 1, k]] += 1
-    assert np.array_equal(by_home, expected)
-    assert np.array_equal(count_steps(trace, steps, layer=1), expected.sum(axis=1))

@@ -20,6 +20,7 @@ from ..trace import RoutingTrace
 
 FloatArray = npt.NDArray[np.float64]
 _BLOCKS = 64
+SHUFFLES = 200
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def entropy_bits(share: npt.ArrayLike) -> Any:
 
 def drift(
     before: RoutingTrace | Profile, after: RoutingTrace | Profile, *, seed: int = 0,
-    shuffles: int = 200,
+    shuffles: int = SHUFFLES,
 ) -> Drift:
     """How far the second one's loads are from the first one's.
 
@@ -89,7 +90,7 @@ def drift(
     )
 
 
-def split_half_floor(trace: RoutingTrace | Profile, *, seed: int = 0, shuffles: int = 200) -> float:
+def split_half_floor(trace: RoutingTrace | Profile, *, seed: int = 0) -> float:
     """Mean divergence in bits between random halves of the requests, over layers and splits.
 
     Raises InputError where there are not two requests (or windows) to split.
@@ -97,7 +98,7 @@ def split_half_floor(trace: RoutingTrace | Profile, *, seed: int = 0, shuffles: 
     blocks = _block_loads(trace, seed)
     if len(blocks) < 2:
         raise InputError("a split-half floor needs at least 2 requests or windows; there is 1")
-    return float(np.nanmean(_split_half(blocks, np.random.default_rng(seed), shuffles)))
+    return float(np.nanmean(_split_half(blocks, np.random.default_rng(seed), SHUFFLES)))
 
 
 def _shares(load: npt.ArrayLike) -> FloatArray:

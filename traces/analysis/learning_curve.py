@@ -22,6 +22,8 @@ from ..trace import RoutingTrace
 Judge = Callable[[RoutingTrace, RoutingTrace], float]
 _SMALLEST = 256
 _GROUPINGS = 64
+_REPEATS = 8             # random halves of the requests, averaged
+TOLERANCE = 0.01         # an improvement that does not matter
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,18 @@ class LearningCurve:
 
 
 def learning_curve(
-    trace: RoutingTrace, *, judge: Judge | None = None, devices: int = 8, repeats: int = 8,
-    tolerance: float = 0.01, seed: int = 0,
+    trace: RoutingTrace, *, judge: Judge | None = None, devices: int = 8, seed: int = 0
 ) -> LearningCurve:
     """Plan from 256, 512, … tokens and judge each time on requests held back.
 
     judge(plan_from, held_out) -> imbalance >= 1 of a plan made from the first trace on the second.
     Without it, the proxy of this module for `devices` devices with equal numbers of experts.
-    repeats: random halves of the requests, averaged. tolerance: improvement that does not matter.
     A trace without requests is cut in blocks of 256 tokens (optimistic: a request's tokens are
     alike). Raises InputError on a trace too short for two points.
     """
-    if devices < 1 or repeats < 1 or tolerance <= 0:
-        raise UsageError(
-            f"need devices >= 1, repeats >= 1, tolerance > 0; got {devices}, {repeats}, {tolerance}"
-        )
-    splits = [_split(trace, seed + r) for r in range(repeats)]
+    if devices < 1:
+        raise UsageError(f"need devices >= 1; got {devices}")
+    splits = [_split(trace, seed + r) for r in range(_REPEATS)]
     available = min(len(plan) for plan, _ in splits)
     if available < 2 * _SMALLEST:
         raise InputError(
@@ -87,7 +85,7 @@ def learning_curve(
         tokens=tuple(sizes), imbalance=tuple(map(float, mean)), trace_tokens=trace.num_tokens,
         spread=tuple(map(float, judged.std(axis=1))),
         held_out_tokens=round(float(np.mean([len(held) for _, held in splits]))),
-        tolerance=tolerance, needed_tokens=_needed(sizes, mean, tolerance),
+        tolerance=TOLERANCE, needed_tokens=_needed(sizes, mean),
         judged_by="the judge handed in" if judge else f"proxy for {devices} devices",
     )
 
@@ -157,7 +155,7 @@ def _judge(
 
 
 def _needed(
-    sizes: list[int], mean: npt.NDArray[np.float64], tolerance: float
+    sizes: list[int], mean: npt.NDArray[np.float64]
 ) -> int:
     """Tokens from which on a doubling buys less than the tolerance, by the fitted curve.
 
@@ -168,6 +166,6 @@ def _needed(
     root = 1 / np.sqrt(np.array(sizes, np.float64))
     design = np.stack([np.ones_like(root), root], axis=1) / root[:, None]
     (_, slope), *_ = np.linalg.lstsq(design, mean / root, rcond=None)
-    needed = (max(0.0, float(slope)) * (1 - 1 / np.sqrt(2)) / tolerance) ** 2
+    needed = (max(0.0, float(slope)) * (1 - 1 / np.sqrt(2)) / TOLERANCE) ** 2
     unit: int = 10 ** max(0, len(str(int(needed))) - 2)
     return max(sizes[0], int(-(-needed // unit)) * unit)

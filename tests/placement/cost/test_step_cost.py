@@ -111,7 +111,6 @@ def test_replicas_are_told_layer_by_layer_and_duplicates_are_none() -> None:
     steps = StepSampler(tokens=4, order="stored").sample(trace)
     counted = step_loads(trace, steps, Plan(slots, num_experts=2), place)
     assert counted.replicated_L == (False, True, False)
-    assert counted.take_steps(np.array([0])).replicated_L == (False, True, False)
     model = MODEL.model_copy(update={"num_layers": 3, "num_experts": 2})
     cost = step_cost(counted, model, place, dispatch=BALANCED)
     assert cost.counts_us_L.tolist() == [0, place.hardware.counts_collective_us, 0]

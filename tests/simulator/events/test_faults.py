@@ -13,7 +13,7 @@ from loadmaster.errors import InfeasibleError, InputError, UsageError
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.rebalancing.survivors import survivors_plan
-from loadmaster.simulator.events.faults import FlappingNic, Jitter, LostDevices, SlowDevice, thermal
+from loadmaster.simulator.events.faults import FlappingNic, Jitter, LostDevices, SlowDevice
 from loadmaster.simulator.events.plan_switch import PlanSwitch
 from loadmaster.simulator.serving.batching import BatchLimits
 from loadmaster.simulator.serving.simulate import Serving, simulate
@@ -53,8 +53,8 @@ def test_a_slow_device_sets_the_pace_until_it_recovers(cluster, trace, model, ro
 
 
 def test_thermal_steps_follow_each_other(cluster, trace, model) -> None:
-    steps = thermal(1, [(0.0, 2.0), (2e3, 4.0), (4e3, 1.0)])
-    result = run(contiguous_plan(), cluster, trace, model, *steps)
+    warm, hot = SlowDevice(1, 2.0, 0.0, 2e3), SlowDevice(1, 4.0, 2e3, 4e3)
+    result = run(contiguous_plan(), cluster, trace, model, warm, hot)
     starts, took = result.steps.start_ns, result.steps.duration_ns
     means = [took[(starts >= a) & (starts < b)].mean() for a, b in
              ((0, 2e6), (2.4e6, 4e6), (4.4e6, 9e9))]

@@ -11,7 +11,7 @@ import pytest
 from loadmaster.errors import InfeasibleError, UsageError
 from loadmaster.placement.cost.step_cost import move_cost
 from loadmaster.placement.plan import Plan
-from loadmaster.simulator.events.plan_switch import PlanSwitch, switch_economics
+from loadmaster.simulator.events.plan_switch import PlanSwitch
 from loadmaster.simulator.pricing.memory import MemorySpec
 from loadmaster.simulator.serving.batching import BatchLimits
 from loadmaster.simulator.serving.simulate import Serving, simulate
@@ -90,18 +90,6 @@ def test_a_switch_to_a_better_plan_shortens_steps_from_then_on(cluster, trace, m
     took, epoch = result.steps.duration_ns, result.steps.epoch
     full = result.steps.prefill_tokens + result.steps.decode_tokens > 40
     assert took[full & (epoch == 1)].mean() < took[full & (epoch == 0)].mean()
-
-
-def test_break_even_is_the_pause_over_the_gain(cluster, model) -> None:
-    plan = contiguous_plan()
-    cost = move_cost(plan.moves_to(reversed_plan(plan)), plan, model, cluster)
-    paid = switch_economics(cost, step_us_now=100.0, step_us_new=90.0, exchange_us=40.0)
-    assert paid.break_even_steps == int(np.ceil(cost.us / 10.0))
-    assert paid.hidden_steps == int(np.ceil(cost.us / (60.0 * 0.8)))
-    worse = switch_economics(cost, step_us_now=100.0, step_us_new=101.0, exchange_us=40.0)
-    assert worse.break_even_steps is None
-    with pytest.raises(UsageError, match="no idle links"):
-        switch_economics(cost, step_us_now=10.0, step_us_new=9.0, exchange_us=10.0)
 
 
 def test_an_unknown_way_is_refused(cluster, trace, model) -> None:
