@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from oracles.queueing import Queue, waits_by_recursion, waits_of_loop
 
+from loadmaster.placement.comparison.intervals import NORMAL_REACH, standard_error
+
 KINDS = (("exponential", 1), ("deterministic", 1), ("lognormal", 1), ("exponential", 4))
 LOADS = (0.5, 0.8)
 REQUESTS = {0.5: 1_000_000, 0.8: 3_000_000}
@@ -35,7 +37,7 @@ def _row(queue: Queue, requests: int) -> dict[str, Any]:
     exact = waits_by_recursion(arrival, service, queue.servers)
     formula = queue.mean_wait_ns()
     batch_means = waits[: requests // BATCHES * BATCHES].reshape(BATCHES, -1).mean(axis=1)
-    band = 1.96 * batch_means.std(ddof=1) / np.sqrt(BATCHES) / formula
+    band = NORMAL_REACH * standard_error(batch_means) / formula
     return {
         "queue": queue.name, "load": queue.load, "requests": requests,
         "wait_us": float(waits.mean() / 1e3), "formula_us": formula / 1e3,

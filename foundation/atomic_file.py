@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, and keep two writers of one folder apart.
+"""Write a file whole or not at all. Two writers of one folder: `lock.folder_lock`.
 
 Knows bytes and paths. Knows nothing of what the bytes mean.
 """
@@ -6,7 +6,6 @@ Knows bytes and paths. Knows nothing of what the bytes mean.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,25 +37,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
-    with _open_folder(folder) as descriptor:
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for one read-change-write; other processes and threads wait.
-
-    The lock goes with the process, so a killed writer leaves nothing to clean up.
-    """
-    with _open_folder(folder) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _open_folder(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield descriptor
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)

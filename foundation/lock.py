@@ -1,13 +1,19 @@
-"""Locks between processes of one machine, which end with the process that holds them.
+"""Locks between processes and threads of one machine, which end with the process that holds them.
 
+The system's own lock on an open file: a killed holder leaves nothing to clean up, and two holders
+keep apart even in threads of one process. Ours and not the `filelock` library's: that one always
+locks a file of its own, while a trace's folder is locked itself and holds the trace alone; and it
+would be one more library for a few lines. Not for folders that machines share over a network.
 Knows files. Knows nothing of what is locked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -47,3 +53,14 @@ class Lock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder that is there for one read-change-write; others wait as long as it takes."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

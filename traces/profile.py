@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
+from ..foundation.compiled import compiled
 from .trace import RoutingTrace
 
 
@@ -196,7 +196,7 @@ def _layer(
     return np.ascontiguousarray(trace.ids[:, layer]), k_T
 
 
-@numba.njit(cache=True)
+@compiled
 def _add_pairs(
     first_TK: Any, first_k_T: Any, second_TK: Any, second_k_T: Any, counts_EE: Any
 ) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from loadmaster.errors import InputError
 from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.comparison.intervals import NORMAL_REACH, standard_error
 from loadmaster.placement.cost.step_cost import step_cost
 from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.placement.hardware import ComputeProfile, HardwareProfile
@@ -146,8 +147,8 @@ def agreement(
 ) -> Agreement:
     """Compare step by step; steps of all plans are the same work in the same order.
 
-    The band of a pair is 1.96 standard errors of the paired logarithms. Raises InputError when
-    plans differ or nothing was measured.
+    The band of a pair is NORMAL_REACH standard errors of the paired logarithms. Raises InputError
+    when plans differ or nothing was measured.
     """
     if set(predicted_us) != set(measured_us) or not measured_us:
         raise InputError(
@@ -162,7 +163,7 @@ def agreement(
     for a, b in itertools.combinations(measured_us, 2):
         count = min(len(measured_us[a]), len(measured_us[b]))
         ratio = np.log(measured_us[a][:count] / measured_us[b][:count])
-        band = 1.96 * float(ratio.std(ddof=1)) / np.sqrt(count) if count > 1 else np.inf
+        band = NORMAL_REACH * standard_error(ratio) if count > 1 else np.inf
         if abs(float(ratio.mean())) <= band:
             close += 1
             continue

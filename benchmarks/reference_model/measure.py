@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loadmaster.errors import InputError
+from loadmaster.traces.analysis.drift import jsd_bits
 
 from .card import read_card, write_card
 from .corpus import Domain, held_out_rows, read_domains
@@ -105,20 +106,6 @@ def expert_load(ids_TLK: Routes, experts: int) -> FloatArray:
     return counts.reshape(layers, experts).astype(np.float64)
 
 
-def divergence_bits(one_LE: FloatArray, other_LE: FloatArray) -> FloatArray:
-    """Jensen-Shannon divergence of two loads, per layer, in bits: 0 alike, 1 disjoint. [L]"""
-    p_LE = one_LE / one_LE.sum(axis=1, keepdims=True)
-    q_LE = other_LE / other_LE.sum(axis=1, keepdims=True)
-    middle_LE = (p_LE + q_LE) / 2
-
-    total_L = np.zeros(len(p_LE))
-    for share_LE in (p_LE, q_LE):
-        used = share_LE > 0
-        ratio_LE = np.divide(share_LE, middle_LE, out=np.ones_like(share_LE), where=used)
-        total_L += (share_LE * np.log2(ratio_LE)).sum(axis=1) / 2
-    return total_L
-
-
 def two_sides(ids_BTLK: Routes, side_tokens: int, seed: int) -> tuple[Routes, Routes]:
     """Two disjoint random sets of rows of one domain, cut to `side_tokens` tokens each: [T, L, K].
 
@@ -147,10 +134,10 @@ def routing_card(readings: dict[str, Reading], experts: int) -> dict[str, Any]:
         for name, reading in readings.items()
     }
     pairs = {
-        (a, b): float(divergence_bits(sides[a][0], sides[b][0]).mean())
+        (a, b): float(jsd_bits(sides[a][0], sides[b][0]).mean())
         for a, b in itertools.combinations(sides, 2)
     }
-    floor = [float(divergence_bits(one, other).mean()) for one, other in sides.values()]
+    floor = [float(jsd_bits(one, other).mean()) for one, other in sides.values()]
     mixed_LE = np.sum([one for one, _ in sides.values()], axis=0)
     closest, farthest = min(pairs, key=lambda p: pairs[p]), max(pairs, key=lambda p: pairs[p])
     return {

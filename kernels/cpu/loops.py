@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .scalars import compiled, erf, store, times_sigmoid, to_float
+from ...foundation.compiled import compiled_fused as compiled
+from .scalars import erf, store, times_sigmoid, to_float
 
 Array = Any  # numpy arrays inside compiled loops; numba infers their types
 _F32 = np.float32

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...foundation.compiled import compiled_fused as compiled
 from .loops import activate_rows
-from .scalars import compiled, put, store
+from .scalars import put, store
 from .tiles import PANEL, panel_product
 
 Array = Any  # numpy arrays inside compiled loops; numba infers their types

@@ -10,10 +10,9 @@ vector it sits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -22,19 +21,9 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from ...foundation.compiled import compiled_fused as compiled
+
 _F32 = np.float32
-
-
-def compiled(function: _Function) -> _Function:
-    """Compile a loop once per machine; products may fuse into sums, nothing else is relaxed.
-
-    Other threads of the process run meanwhile: a layer takes as long as a message between ranks.
-    """
-    return cast(
-        _Function,
-        numba.njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")(function),
-    )
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:

@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from .scalars import compiled
+from ...foundation.compiled import compiled_fused as compiled
 
 _FEATURES = llvm.get_host_cpu_features()
 # Without the instruction, every step of a chain would be a function call.

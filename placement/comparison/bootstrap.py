@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ...errors import InputError
 from ...traces.steps import Steps, StepSampler
 from ...traces.trace import RoutingTrace
-from .noise_band import CONFIDENCE
+from .intervals import few_draws_factor
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -44,15 +44,8 @@ class Redrawn:
         return np.asarray(sums[counts > 0] / counts[counts > 0], np.float64)
 
     def noise(self, mean_B: FloatArray) -> FloatArray:
-        """[B] how far each draw's mean lies from the mean of all, widened where requests are few.
-
-        The bootstrap of n requests spreads sqrt((n - 1) / n) too little, and a band of two normal
-        standard deviations should be one of Student's with n - 1 degrees of freedom.
-        """
-        from scipy.stats import norm, t  # slow to import
-
-        tail, n = (1.0 + CONFIDENCE) / 2, self.requests
-        wider = np.sqrt(n / (n - 1)) * t.ppf(tail, n - 1) / norm.ppf(tail)
+        """[B] each draw's mean less the mean of all, widened where requests are few."""
+        wider = few_draws_factor(self.requests)
         return np.asarray((mean_B - mean_B.mean()) * wider, np.float64)
 
 

@@ -4,8 +4,8 @@ Knows evaluations, not how plans were found. Every plan sees the same steps, so 
 paired. One key ranks plans everywhere, the planner's own (`search.choose`): the least time; without
 times the least imbalance, and where copies cost bytes, the fewest copies among those within slack.
 
-Bands: a parametric bootstrap over requests, because neighbouring steps share theirs (`bands.py`);
-where requests turn over too little for that, an ordinary one (`resampling.py`).
+Bands: `intervals` says which and why; here `noise_band`, and `bootstrap` where requests turn over
+too little for that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..cost.evaluate import Evaluation
 from ..cost.overlap import Overlap
 from ..dispatch.quotas import default_slack
 from ..plan import DispatchSpec, Plan
-from .noise_band import CONFIDENCE
+from .intervals import CONFIDENCE
 from .per_step import Bench, Contest, hold_contest
 from .verdict import verdict_of
 

@@ -8,7 +8,7 @@ has variance N. Neighbouring steps share most of their requests, so their values
 steps are worth far fewer; but whenever a request is replaced by another, the value changes by their
 effects, so even a trace in which requests turn over only a few times tells A.
 
-Bands: a parametric bootstrap over requests. The likelihood of (A, N) is read on a grid of
+A parametric bootstrap over requests. The likelihood of (A, N) is read on a grid of
 h = A's part of a step's variance, uniform beforehand; every resample draws h, then N from its
 scaled inverse chi-square, then new requests and noise, and thereby a new mean. Differences between
 plans are fitted as differences, step by step: the comparison is paired.
@@ -17,7 +17,6 @@ plans are fitted as differences, step by step: the comparison is paired.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,6 @@ from ...traces.trace import RoutingTrace
 
 FloatArray = npt.NDArray[np.float64]
 
-CONFIDENCE = 0.95
 MOST_BLOCKS = 600            # longer traces are averaged over runs of neighbouring steps
 LEAST_TURNOVER = 0.05        # of the mix of requests must change within the trace
 TELLING_MIXES = 10           # with fewer independent ones, redrawing requests tells more
@@ -113,11 +111,3 @@ def mean_noise(
     variance = noise * (ratio_H[drawn_h] * mix.mean_overlap + 1.0 / blocks)
     draws: FloatArray = np.sqrt(variance) * rng.standard_normal(resamples)
     return draws
-
-
-def band(centre: float, noise_B: Any) -> tuple[float, float]:
-    """Central 95 % band around `centre`, symmetric; infinite where the noise cannot be told."""
-    if noise_B is None:
-        return -np.inf, np.inf
-    reach = float(np.quantile(np.abs(noise_B), CONFIDENCE))
-    return float(centre) - reach, float(centre) + reach

@@ -22,7 +22,8 @@ from ..cost.step_loads import StepLoads, check_fit, step_loads
 from ..cost.token_transfers import copies_cost_bytes
 from ..plan import DispatchSpec, Plan
 from .bootstrap import redraw
-from .noise_band import StepMix, band, mean_noise, step_mix
+from .intervals import band
+from .noise_band import StepMix, mean_noise, step_mix
 
 FloatArray = npt.NDArray[np.float64]
 Noise = Callable[[FloatArray], "FloatArray | None"]

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ...foundation.compiled import compiled
+from ...foundation.compiled import compiled, splitmix
 from .even_nearest import nearest_slots
 
 KNUTH = 2654435769
@@ -35,11 +35,9 @@ BLOCK = 1024
 
 @compiled
 def mix(a: int, b: int) -> Any:
-    """A well-mixed 63-bit whole number from two (splitmix64's finaliser)."""
+    """A well-mixed 63-bit whole number from two."""
     z = np.uint64(a) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(b) + np.uint64(0x632BE59BD9B4E019)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.int64((z ^ (z >> np.uint64(31))) >> np.uint64(1))
+    return np.int64(splitmix(z) >> np.uint64(1))
 
 
 @compiled

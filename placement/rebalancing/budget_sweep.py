@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..comparison.bootstrap import Redrawn
+from ..comparison.intervals import standard_error
 from ..planning_traffic import LayerTraffic
 from ..search.layer_search import search_from
 from ..search.layer_task import LayerTask, objective_W
@@ -230,8 +231,7 @@ def counting_error(ladders: list[Ladder], half: int, level_L: list[int]) -> floa
     if not changed:
         return 0.0
     gain_W = np.sum([x.gain_W(half, k) for x, k in changed], axis=0)
-    windows = len(gain_W)
-    sampling = float(np.std(gain_W, ddof=1)) / float(np.sqrt(windows)) if windows > 1 else 0.0
+    sampling = standard_error(gain_W) if len(gain_W) > 1 else 0.0
     return float(np.hypot(sampling, np.sqrt(sum(x.counting**2 for x, _ in changed))))
 
 

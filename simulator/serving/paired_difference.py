@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...placement.comparison.noise_band import CONFIDENCE, band
+from ...placement.comparison.intervals import CONFIDENCE, band, few_draws_factor
 from ..random_streams import stream
 
 FloatArray = npt.NDArray[np.float64]
@@ -163,18 +163,11 @@ def _starts(requests: int, block: int, seed: int) -> npt.NDArray[np.int64]:
 def _noise(
     gap_R: FloatArray, block: int, start_BN: npt.NDArray[np.int64]
 ) -> FloatArray | None:
-    """[B] how far each draw's mean lies from the mean of all; None = too few requests to tell.
-
-    Widened for few blocks, as in `placement.resampling.Redrawn.noise`.
-    """
-    from scipy.stats import norm, t  # slow to import
-
+    """[B] how far each draw's mean lies from the mean of all; None = too few requests to tell."""
     blocks = start_BN.shape[1]
     if len(gap_R) < FEWEST_REQUESTS or blocks < 2:
         return None
     ring = np.concatenate(([0.0], np.cumsum(np.concatenate((gap_R, gap_R[:block])))))
     sum_R = ring[block : block + len(gap_R)] - ring[: len(gap_R)]
     mean_B = sum_R[start_BN].sum(axis=1) / (blocks * block)
-    tail = (1.0 + CONFIDENCE) / 2
-    wider = np.sqrt(blocks / (blocks - 1)) * t.ppf(tail, blocks - 1) / norm.ppf(tail)
-    return np.asarray((mean_B - gap_R.mean()) * wider, np.float64)
+    return np.asarray((mean_B - gap_R.mean()) * few_draws_factor(blocks), np.float64)

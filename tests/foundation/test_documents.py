@@ -180,18 +180,15 @@ def test_strict_reading_reads_what_the_libraries_wrote(value: Any) -> None:
 
 @given(st.text(st.sampled_from("{}[]&*a1:,-? <!'\"\n\t#|"), max_size=30))
 def test_any_text_is_a_value_or_one_line(text: str) -> None:
-    """And never another value than the library's own, unless a key stands twice."""
-    for parse, library in ((parse_json, json.loads), (parse_yaml, yaml.safe_load)):
+    """And never another value than the library's own."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for parse, library in ((parse_json, json.loads), (parse_yaml, lambda t: yaml.load(t, loader))):
         try:
             found = parse(text, "here")
         except InputError as error:
             assert str(error).startswith("here: ") and "\n" not in str(error)
             continue
-        try:
-            expected = library(text)
-        except yaml.YAMLError:      # the two loaders of PyYAML differ on malformed plain text
-            continue
-        assert repr(found) == repr(expected)
+        assert repr(found) == repr(library(text))
 
 
 class _Inner(BaseModel):

@@ -13,8 +13,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ...errors import InputError, LoadmasterError, UsageError
-from ...foundation.atomic_file import TEMPORARY_PREFIX, folder_lock, replacing
+from ...foundation.atomic_file import TEMPORARY_PREFIX, replacing
 from ...foundation.documents import first_fault, read_json
+from ...foundation.lock import folder_lock
 from ..model_spec import ModelSpec
 
 MANIFEST_NAME = "manifest.json"

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from ...foundation.compiled import compiled, compiled_inline, splitmix
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -94,21 +95,12 @@ def _alias_table(share: FloatArray) -> tuple[FloatArray, IntArray]:
     return accept, alias
 
 
-@numba.njit(cache=True, inline="always")
-def _mixed(state: Any) -> Any:
-    """64 well-mixed bits from a counter (splitmix64)."""
-    z = state
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@numba.njit(cache=True, inline="always")
+@compiled_inline
 def _unit(bits: Any) -> Any:
     return (bits >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@numba.njit(cache=True)
+@compiled
 def _exact(share_E: Any, chosen_K: Any, count: int, unit: float) -> int:
     """An expert by share among those not chosen yet."""
     left = 0.0
@@ -129,7 +121,7 @@ def _exact(share_E: Any, chosen_K: Any, count: int, unit: float) -> int:
     return last
 
 
-@numba.njit(cache=True)
+@compiled
 def _sample(
     ids_LTK: Any, request_T: Any, domain_R: Any, probabilities: Any, seed: Any,
     share_DLE: Any, member_LE: Any, start_LB: Any, mass_DLB: Any,
@@ -144,20 +136,20 @@ def _sample(
     for t in range(tokens):
         if request_T[t] != request:
             request = request_T[t]
-            state = _mixed(seed * golden + np.uint64(request) + np.uint64(1))
+            state = splitmix(seed * golden + np.uint64(request) + np.uint64(1))
             state += golden
-            place = _unit(_mixed(state))
+            place = _unit(splitmix(state))
         domain = domain_R[request]
         state += golden
-        if _unit(_mixed(state)) >= keep_token:
+        if _unit(splitmix(state)) >= keep_token:
             state += golden
-            place = _unit(_mixed(state))
+            place = _unit(splitmix(state))
         here = place
         for layer in range(layers):
             state += golden
-            if layer > 0 and _unit(_mixed(state)) >= keep_layer:
+            if layer > 0 and _unit(splitmix(state)) >= keep_layer:
                 state += golden
-                here = _unit(_mixed(state))
+                here = _unit(splitmix(state))
             block = 0
             while block < blocks - 1 and here >= mass_DLB[domain, layer, block]:
                 block += 1
@@ -167,14 +159,14 @@ def _sample(
             while count < top_k:
                 # One draw: the upper half picks a column, the lower half accepts it or not.
                 state += golden
-                bits = _mixed(state)
+                bits = splitmix(state)
                 coin = (bits & low_mask) * to_unit
                 column = (bits >> half) * to_unit
                 if tries >= _TRIES:
                     expert = _exact(share_DLE[domain, layer], ids_LTK[layer, t], count, column)
                 else:
                     state += golden
-                    if inside > 0.0 and _unit(_mixed(state)) < inside:
+                    if inside > 0.0 and _unit(splitmix(state)) < inside:
                         c = start + int(column * size)
                         if coin >= block_accept_DLE[domain, layer, c]:
                             c = start + block_alias_DLE[domain, layer, c]

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...placement.cluster import Cluster
+from ...placement.comparison.intervals import CONFIDENCE, t_reach
 from ...placement.cost.evaluate import evaluate
 from ...placement.cost.step_cost import step_cost
 from ...placement.cost.step_loads import step_loads
@@ -67,13 +68,9 @@ class Gain:
 def measured_gain(before: Measurements, after: Measurements) -> Gain:
     """Steps are paired by their order: the same prompts served under both plans, soon after one
     another. The band is Student's t on the logarithms of the ratios."""
-    from scipy import stats
-
     pairs = min(len(before.step), len(after.step))
     ratio_W = np.log(after.critical_us[:pairs] / before.critical_us[:pairs])
-    spread = float(ratio_W.std(ddof=1)) / np.sqrt(pairs)
-    reach = float(stats.t.ppf(0.975, pairs - 1)) * spread
-    return Gain(-float(np.expm1(ratio_W.mean())), reach, pairs)
+    return Gain(-float(np.expm1(ratio_W.mean())), t_reach(ratio_W), pairs)
 
 
 def predicted(
@@ -102,13 +99,12 @@ class Overhead:
 
 def recording_overhead(on: list[Measurements], off: list[Measurements]) -> Overhead:
     """Paired blocks of steps served with recording on and off; CPU time per token."""
-    from scipy import stats
-
-    ratio = np.array([_cpu_per_token(a) / _cpu_per_token(b) for a, b in zip(on, off, strict=True)])
-    mean, pairs = float(np.log(ratio).mean()), len(ratio)
-    spread = float(np.log(ratio).std(ddof=1)) / np.sqrt(pairs)
-    upper = mean + float(stats.t.ppf(0.95, pairs - 1)) * spread
-    return Overhead(float(np.expm1(mean)), float(np.expm1(upper)), pairs)
+    ratio_N = np.log(
+        [_cpu_per_token(a) / _cpu_per_token(b) for a, b in zip(on, off, strict=True)]
+    )
+    mean = float(ratio_N.mean())
+    upper = mean + t_reach(ratio_N, CONFIDENCE)     # above alone
+    return Overhead(float(np.expm1(mean)), float(np.expm1(upper)), len(ratio_N))
 
 
 def _cpu_per_token(steps: Measurements) -> float:

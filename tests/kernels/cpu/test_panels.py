@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.oracles.expert_layer import relative_error
 from loadmaster.errors import InputError
+from loadmaster.foundation.compiled import compiled_fused as compiled
 from loadmaster.kernels import weights
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.cpu import panel_matrix, panels
@@ -18,7 +19,7 @@ from loadmaster.kernels.cpu.packed import packed_available
 from loadmaster.kernels.cpu.panel_loops import CHUNK_ROWS
 from loadmaster.kernels.cpu.panel_matrix import panels_available
 from loadmaster.kernels.cpu.panels import LARGEST_SMALL, panels_preferred
-from loadmaster.kernels.cpu.scalars import as_array, compiled
+from loadmaster.kernels.cpu.scalars import as_array
 from loadmaster.kernels.cpu.tiles import (
     BLOCK_WORDS,
     HAS_PAIR_PRODUCTS,

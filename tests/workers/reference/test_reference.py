@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from benchmarks.reference_model.card import read_card, write_card
 from benchmarks.reference_model.corpus import Domain, draw_rows, held_out_rows, read_domains
 from benchmarks.reference_model.measure import (
-    divergence_bits,
     expert_load,
     load_reference,
     read_rows,
@@ -29,6 +28,7 @@ from benchmarks.reference_model.measure import (
 from benchmarks.reference_model.ngram import fit_ngram
 from benchmarks.reference_model.train import balance_loss, learning_rate, save, train
 from loadmaster.errors import InputError, UsageError
+from loadmaster.traces.analysis.drift import jsd_bits
 from loadmaster.workers.reference import reference_model_dir
 from loadmaster.workers.reference.bytes_tokenizer import decode, encode
 from loadmaster.workers.reference.paragraphs import SENTENCES
@@ -142,7 +142,7 @@ def test_router_tells_code_from_chinese(model: PreTrainedModel) -> None:
     code, chinese = (two_sides(reading.ids_BTLK, 3_072, seed=0) for reading in readings)
 
     def differ(one: np.ndarray, other: np.ndarray) -> float:
-        return float(divergence_bits(expert_load(one, 32), expert_load(other, 32)).mean())
+        return float(jsd_bits(expert_load(one, 32), expert_load(other, 32)).mean())
 
     between = differ(code[0], chinese[0])
     assert between >= 0.05
@@ -287,14 +287,14 @@ def test_divergence_agrees_with_scipy(seed: int) -> None:
     one[:, 0] += 1
     other[:, 1] += 1
     expected = jensenshannon(one, other, axis=1, base=2) ** 2
-    assert divergence_bits(one, other) == pytest.approx(expected, abs=1e-12)
+    assert jsd_bits(one, other) == pytest.approx(expected, abs=1e-12)
 
 
 def test_divergence_of_equal_and_disjoint_loads() -> None:
     """0 bits for the same shares, 1 bit where nothing is shared."""
     load = np.array([[1.0, 3.0, 0.0, 0.0]])
-    assert divergence_bits(load, 7 * load) == pytest.approx([0])
-    assert divergence_bits(load, load[:, ::-1]) == pytest.approx([1])
+    assert jsd_bits(load, 7 * load) == pytest.approx([0])
+    assert jsd_bits(load, load[:, ::-1]) == pytest.approx([1])
 
 
 def test_two_sides_share_no_row() -> None:
