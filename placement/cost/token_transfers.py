@@ -3,7 +3,7 @@
 A place is a node or a rank, whichever the payload rule counts; each expert has the bit set of its
 places. per_expert pays for every choice whose expert is not at home; per_node and per_rank pay once
 for every place a token visits beyond its home: the only place of each single-place expert, and one
-more for each expert that no visited place holds (the dispatch's own rule, `dispatch_merged.py`).
+more for each expert that no visited place holds (the rule of `dispatch/deduplicated.py`).
 
 Knows a sample of tokens, homes and experts' places. Knows nothing of balance; the searches add it.
 """

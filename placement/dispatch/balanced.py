@@ -1,7 +1,7 @@
 """`balanced`: the flattest split of a step's tokens, and the one that keeps most of them near.
 
 Knows one layer's slots, nodes and speeds, and one step's counts of all ranks. Knows nothing of
-token ids or payload rules. Built on `flow.py`; compiled, no randomness.
+token ids or payload rules. Built on `min_max_flow.py`; compiled, no randomness.
 
 The highest level (tokens over speed) of any device is as low as whole tokens allow, or up to
 `slack` above that; among such splits as few tokens as possible leave their node; and a rank's own
@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...foundation.compiled import compiled
-from .min_max_flow import flattest, push_excess
-from .water_filling import fill_flat
+from .min_max_flow import fill_flat, flattest, push_excess
 
 
 @compiled

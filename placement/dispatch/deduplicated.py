@@ -1,141 +1,268 @@
-"""`balanced` where copies to one place are sent once: tokens that cross anyway carry the balance.
+"""`balanced` where a token travels once per destination: what crosses anyway carries the balance.
 
-Under `per_node` (place = node) and `per_rank` (place = rank) a token pays for the places it visits,
-not for its experts. Knows one step's ids and home ranks and one layer's slots. Compiled, no
+A destination is a rank under `per_rank` and a node under `per_node`: a token pays for the
+destinations it visits, not for its experts. Two nodes of two ranks, under `per_rank`:
+
+        node 0          |         node 1
+    rank 0    rank 1    |     rank 2    rank 3
+    a b       c d       |     e a       f c          expert a lies on ranks 0 and 2, c on 1 and 3
+
+    A token at home on rank 1 chooses e and a. It must visit rank 2, for e; a is there as well, and
+    on rank 0. The set of a's destinations that it visits is {2}: a on rank 2 costs nothing more.
+
+The rule.
+1. `classify`. A token visits its own destination and the only destination of every expert that has
+   one. Its remaining experts, in choice order, join a destination it visits already; if there is
+   none, the token visits the one that serves most of its experts not yet served.
+2. An assignment's class is its expert and the set of the expert's destinations that its token
+   visits: there it travels free. Assignments are counted by home rank and class.
+3. `split_classes`. The flattest split of the experts' tokens sets every device's cap. Within the
+   caps as few assignments as possible leave their free destinations (`min_max_flow.py`), one to
+   another node counting as three inside. So a token travels further only where balance needs it,
+   and what balances is first of all the choice among free destinations. For that, classes of
+   homes in different nodes are told apart (home groups).
+4. The flow of every class is divided among home ranks, own slots first, then in turn.
+5. `place_classes`. A rank's tokens of a class take, in order, a slot on a rank they visit already,
+   else the lowest with quota left.
+
+Steps 1 and 5 need one rank's tokens only, steps 3 and 4 the counts of all ranks: so live ranks
+exchange counts by class. Knows one step's ids and home ranks and one layer's slots. Compiled, no
 randomness.
 
-The rule. 1. A token must visit its own place and the only place of every expert that has one.
-Its remaining experts, in choice order, join a place it visits already; if there is none, the token
-opens the place that serves most of its experts not yet served. 2. Its assignments are counted by
-class: expert and the set of the expert's places it visits, free for it. 3. The flattest split sets
-the caps; within them as few assignments as possible leave their free places (`flow.py`), one to
-another node counting as three inside. So copies are given up only where balance needs it, and what
-balances is first of all the choice among free places. 4. Every class's flow is divided among home
-ranks, own slots first, then in turn; a rank's tokens of a class take, in order, a slot on a rank
-they visit already, else the lowest with quota left.
-
-A live rank can follow it: it classifies its own tokens (`count_classes`), all ranks gather the
-counts by (home rank, class) in place of those by (home rank, expert), each divides alike
-(`split_classes`) and places its own tokens (`assign_classes`).
+Axes: R replicas (one per expert and device), D destinations, X classes, N home groups, B blocks (a
+class with tokens and a choice, of one home group), O a block's options.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ...foundation.compiled import compiled
-from .balanced import split_flat, total_over
-from .dedup_classes import ClassTable, class_places, classify
-from .min_max_flow import push_excess
-from .water_filling import fill_flat
+from ..cluster import Cluster
+from .balanced import split_flat
+from .min_max_flow import fill_flat, push_excess
+from .replica_table import ReplicaTable
 
-OPEN_NEAR, OPEN_FAR = 1, 3
+LARGEST_SET = 6              # an expert in more destinations is classed by one that is visited
+LEAVE_NEAR, LEAVE_FAR = 1, 3
 
 IntArray = npt.NDArray[np.int32]
-# Block of each class; a block's first option; each option's slot; quota by home rank and option.
-ClassQuotas = tuple[IntArray, IntArray, IntArray, IntArray]
 
 
-def count_classes(
-    ids_TK: IntArray, home_T: IntArray, table: ClassTable
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(class of every assignment [T, K], tokens by home rank and class [G, X]).
+class ClassTable(NamedTuple):
+    """One layer's replicas by destination, and how its classes are numbered.
 
-    A live rank passes its own tokens and uses its own row.
+    Expert e has classes class_start_E[e]:class_start_E[e + 1]: one where it has one replica, else
+    one per set of its destinations (bit set - 1), or per destination where they are many.
     """
-    class_TK = np.empty(ids_TK.shape, np.int64)
-    classify(ids_TK, home_T, *table.places(), class_TK)
-    counts_GX = np.zeros((len(table.node_G), table.num_classes), np.int64)
-    _count(class_TK, home_T, counts_GX)
-    return class_TK, counts_GX
+
+    slots_per_device: int
+    home_groups: int                               # home nodes told apart
+    start_E: IntArray                              # replicas of e: start_E[e]:start_E[e + 1]
+    slot_R: IntArray
+    destination_R: IntArray
+    nth_R: IntArray                                # 0, 1, ... among its expert's destinations
+    destinations_E: IntArray                       # how many each expert has
+    class_start_E: npt.NDArray[np.int64]           # [E + 1]
+    destination_G: npt.NDArray[np.int64]
+    node_G: npt.NDArray[np.int64]
+    node_D: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, table: ReplicaTable, cluster: Cluster) -> ClassTable:
+        """The classes of one layer under the cluster's payload, per_node or per_rank."""
+        per_node = cluster.traffic.payload == "per_node"
+        node_G = np.array(cluster.node_G, np.int64)
+        destination_G = node_G if per_node else np.arange(cluster.num_devices)
+        start_E, slot_R = table.start_unique_E, table.slot_unique_R
+        destination_R, nth_R, destinations_E = _index_destinations(
+            start_E, slot_R, table.slots_per_device, destination_G
+        )
+        return cls(
+            slots_per_device=table.slots_per_device,
+            home_groups=1 if per_node else cluster.num_nodes,
+            start_E=start_E, slot_R=slot_R, destination_R=destination_R, nth_R=nth_R,
+            destinations_E=destinations_E,
+            class_start_E=_class_starts(start_E, destinations_E),
+            destination_G=destination_G, node_G=node_G,
+            node_D=node_G[np.unique(destination_G, return_index=True)[1]],
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.class_start_E[-1])
 
 
-def split_classes(
-    counts_GX: npt.NDArray[np.int64],
-    table: ClassTable,
-    speed_G: npt.NDArray[np.float64],
-    slack: float,
-) -> ClassQuotas:
-    """Quotas by home rank and (class, slot), from the counts of all ranks; for `assign_classes`."""
-    quotas: ClassQuotas = _split(counts_GX, *table.slots(), speed_G, slack)
-    return quotas
+class ClassSplit(NamedTuple):
+    """What every home rank may send where, block by block; `place_classes` uses it up."""
 
-
-def assign_classes(
-    ids_TK: IntArray,
-    home_T: IntArray,
-    class_TK: npt.NDArray[np.int64],
-    table: ClassTable,
-    quotas: ClassQuotas,
-) -> IntArray:
-    """The slot of every assignment; uses the quotas up."""
-    slot_TK = np.empty(ids_TK.shape, np.int32)
-    _assign(ids_TK, home_T, class_TK, table.start_E, table.slot_R, table.slots_per_device,
-            len(table.node_G), *quotas, slot_TK)
-    return slot_TK
-
-
-def slot_quotas(
-    counts_GX: npt.NDArray[np.int64], table: ClassTable, quotas: ClassQuotas
-) -> IntArray:
-    """[G, S] int32 what each home rank sends to each slot: the sizes of the exchange.
-
-    quotas: fresh from `split_classes`, not yet used up.
-    """
-    _, _, slot_O, quota_GO = quotas
-    quotas_GS = np.zeros((len(table.node_G), len(table.node_G) * table.slots_per_device), np.int32)
-    np.add.at(quotas_GS.T, slot_O, quota_GO.T)
-    for expert in np.flatnonzero(np.diff(table.start_E) == 1):
-        classes = slice(*table.first_E[expert : expert + 2])
-        quotas_GS[:, table.slot_R[table.start_E[expert]]] += counts_GX[:, classes].sum(axis=1)
-    return quotas_GS
-
-
-@compiled
-def route_merged(
-    ids_TK: Any, home_T: Any, start_E: Any, slot_R: Any, slots_per_device: int, place_G: Any,
-    node_G: Any, node_P: Any, spot_R: Any, place_R: Any, count_E: Any, first_E: Any, groups: int,
-    speed_G: Any, slack: float, slot_TK: Any,
-) -> None:
-    """The three functions above for one step and all ranks, in one compiled call."""
-    class_TK = np.empty(ids_TK.shape, np.int64)
-    classify(ids_TK, home_T, start_E, place_G, node_G, node_P, spot_R, place_R, count_E, first_E,
-             groups, class_TK)
-    counts_GX = np.zeros((len(node_G), first_E[len(first_E) - 1]), np.int64)
-    _count(class_TK, home_T, counts_GX)
-    block_X, start_B, slot_O, quota_GO = _split(
-        counts_GX, start_E, slot_R, slots_per_device, node_G, place_R, count_E, first_E, groups,
-        speed_G, slack,
-    )
-    _assign(ids_TK, home_T, class_TK, start_E, slot_R, slots_per_device, len(node_G), block_X,
-            start_B, slot_O, quota_GO, slot_TK)
+    block_XN: IntArray       # for classes with tokens and a choice only
+    start_B: IntArray        # options of block b: start_B[b]:start_B[b + 1]
+    slot_O: IntArray
+    quota_GO: IntArray
 
 
 @compiled
-def _count(class_TK: Any, home_T: Any, counts_GX: Any) -> None:
-    for t in range(class_TK.shape[0]):
-        for k in range(class_TK.shape[1]):
-            if class_TK[t, k] >= 0:
-                counts_GX[home_T[t], class_TK[t, k]] += 1
-
-
-@compiled
-def _split(
-    counts_GX: Any, start_E: Any, slot_R: Any, slots_per_device: int, node_G: Any, place_R: Any,
-    count_E: Any, first_E: Any, groups: int, speed_G: Any, slack: float,
+def _index_destinations(
+    start_E: Any, slot_R: Any, slots_per_device: int, destination_G: Any
 ) -> Any:
-    """(block_X, start_B, slot_O, quota_GO): a block per class with tokens, its slots and quotas."""
-    counts_X = total_over(counts_GX)
-    total_E = np.zeros(len(count_E), np.int64)
-    for e in range(len(count_E)):
-        for x in range(first_E[e], first_E[e + 1]):
-            total_E[e] += counts_X[x]
-    flat = split_flat(total_E, start_E, slot_R, slots_per_device, speed_G, slack)
+    """(destination_R, nth_R, destinations_E). Slots ascend, and so do an expert's destinations."""
+    destination_R = np.empty(len(slot_R), np.int32)
+    nth_R = np.empty(len(slot_R), np.int32)
+    destinations_E = np.zeros(len(start_E) - 1, np.int32)
+    for e in range(len(destinations_E)):
+        last = -1
+        for r in range(start_E[e], start_E[e + 1]):
+            destination_R[r] = destination_G[slot_R[r] // slots_per_device]
+            if destination_R[r] != last:
+                destinations_E[e] += 1
+                last = destination_R[r]
+            nth_R[r] = destinations_E[e] - 1
+    return destination_R, nth_R, destinations_E
+
+
+@compiled
+def _class_starts(start_E: Any, destinations_E: Any) -> Any:
+    """[E + 1] where each expert's classes start."""
+    class_start_E = np.zeros(len(destinations_E) + 1, np.int64)
+    for e in range(len(destinations_E)):
+        classes = 1
+        if start_E[e + 1] - start_E[e] > 1:
+            classes = destinations_E[e]
+            if classes <= LARGEST_SET:
+                classes = (1 << classes) - 1
+        class_start_E[e + 1] = class_start_E[e] + classes
+    return class_start_E
+
+
+# ---- 1 and 2: what a token visits, and the classes of its assignments -----------------------
+
+
+@compiled
+def classify(ids_TK: Any, home_T: Any, table: Any, class_TK: Any, counts_GX: Any) -> None:
+    """class_TK: the class of every assignment, -1 for negative ids. Adds to counts_GX."""
+    start_E = table.start_E
+    visited_D = np.zeros(len(table.node_D), np.int64)     # last token to visit, counted from 1
+    serves_D = np.zeros(len(table.node_D), np.int64)
+    waiting_K = np.empty(ids_TK.shape[1], np.int64)
+    for t in range(ids_TK.shape[0]):
+        home = home_T[t]
+        _visit(ids_TK[t], home, table, t + 1, visited_D, serves_D, waiting_K)
+        for k in range(ids_TK.shape[1]):
+            e = ids_TK[t, k]
+            class_TK[t, k] = -1
+            if e < 0:
+                continue
+            x = table.class_start_E[e]
+            replicas = start_E[e + 1] - start_E[e]
+            if replicas > 1 and table.destinations_E[e] <= LARGEST_SET:
+                visited = 0
+                for r in range(start_E[e], start_E[e + 1]):
+                    if visited_D[table.destination_R[r]] == t + 1:
+                        visited |= 1 << table.nth_R[r]
+                x += visited - 1
+            elif replicas > 1:
+                r = start_E[e] + (home + k) % replicas
+                while visited_D[table.destination_R[r]] != t + 1:
+                    r = r + 1 if r + 1 < start_E[e + 1] else start_E[e]
+                x += table.nth_R[r]
+            class_TK[t, k] = x
+            counts_GX[home, x] += 1
+
+
+@compiled
+def _visit(
+    ids_K: Any, home: int, table: Any, stamp: int, visited_D: Any, serves_D: Any, waiting_K: Any
+) -> None:
+    """Mark (visited_D = stamp) the destinations that one token visits.
+
+    waiting_K and serves_D are scratch: the choices not yet served in choice order, and how many of
+    them each destination would serve; serves_D is zero before and after.
+    """
+    visited_D[table.destination_G[home]] = stamp
+    for e in ids_K:
+        if e >= 0 and table.destinations_E[e] == 1:
+            visited_D[table.destination_R[table.start_E[e]]] = stamp
+    waiting = 0
+    for e in ids_K:
+        if e >= 0 and not _served(e, table, stamp, visited_D):
+            waiting_K[waiting] = e
+            waiting += 1
+            _count_destinations(e, 1, table, serves_D)
+    while waiting > 0:
+        visited_D[_next_destination(waiting_K[0], home, table, serves_D)] = stamp
+        left = 0
+        for i in range(waiting):
+            e = waiting_K[i]
+            if _served(e, table, stamp, visited_D):
+                _count_destinations(e, -1, table, serves_D)
+            else:
+                waiting_K[left] = e
+                left += 1
+        waiting = left
+
+
+@compiled
+def _next_destination(expert: int, home: int, table: Any, serves_D: Any) -> int:
+    """The expert's destination that serves most of the choices not yet served.
+
+    Ties: one in the home node, then the first in an order that turns with home and expert.
+    """
+    first, last = table.start_E[expert], table.start_E[expert + 1]
+    r = first + (home + expert) % (last - first)
+    best = -1
+    best_score = -1
+    for _ in range(last - first):
+        d = table.destination_R[r]
+        score = 2 * serves_D[d] + (1 if table.node_D[d] == table.node_G[home] else 0)
+        if score > best_score:
+            best, best_score = d, score
+        r = r + 1 if r + 1 < last else first
+    return best
+
+
+@compiled
+def _served(expert: int, table: Any, stamp: int, visited_D: Any) -> bool:
+    """Whether some replica of the expert is in a destination the token visits."""
+    r = table.start_E[expert]
+    while r < table.start_E[expert + 1] and visited_D[table.destination_R[r]] != stamp:
+        r += 1
+    return bool(r < table.start_E[expert + 1])
+
+
+@compiled
+def _count_destinations(expert: int, change: int, table: Any, serves_D: Any) -> None:
+    """Add `change` to every destination that holds the expert, once each."""
+    last = -1
+    for r in range(table.start_E[expert], table.start_E[expert + 1]):
+        if table.destination_R[r] != last:
+            last = table.destination_R[r]
+            serves_D[last] += change
+
+
+# ---- 3 and 4: quotas from the counts of all ranks -------------------------------------------
+
+
+@compiled
+def split_classes(counts_GX: Any, table: Any, speed_G: Any, slack: float) -> Any:
+    """Quotas by home rank and (class, slot), from the counts of all ranks."""
+    start_E, slots_per_device = table.start_E, table.slots_per_device
+    tokens_XN = np.zeros((counts_GX.shape[1], table.home_groups), np.int64)
+    for g in range(counts_GX.shape[0]):
+        group = _group_of(g, table)
+        for x in range(counts_GX.shape[1]):
+            tokens_XN[x, group] += counts_GX[g, x]
+    total_E = np.zeros(len(start_E) - 1, np.int64)
+    for e in range(len(total_E)):
+        for x in range(table.class_start_E[e], table.class_start_E[e + 1]):
+            for n in range(table.home_groups):
+                total_E[e] += tokens_XN[x, n]
+    flat = split_flat(total_E, start_E, table.slot_R, slots_per_device, speed_G, slack)
     load_G, cap_G = flat[4], flat[6]
-    class_B, expert_B = _blocks(counts_X, start_E, first_E)
+    block_XN, expert_B, class_B, group_B = _blocks(tokens_XN, table)
     start_B = np.zeros(len(class_B) + 1, np.int32)
     for b in range(len(class_B)):
         start_B[b + 1] = start_B[b] + start_E[expert_B[b] + 1] - start_E[expert_B[b]]
@@ -144,76 +271,82 @@ def _split(
     end_B = np.empty(len(class_B), np.int32)
     tokens_B = np.empty(len(class_B), np.int64)
     for b in range(len(class_B)):
-        tokens_B[b] = counts_X[class_B[b]]
-        free, node = class_places(class_B[b], expert_B[b], count_E, first_E, groups)
+        tokens_B[b] = tokens_XN[class_B[b], group_B[b]]
         end_B[b] = _list_options(
-            start_B[b], start_E[expert_B[b]], start_E[expert_B[b] + 1], free, node, slot_R,
-            slots_per_device, place_R, node_G, slot_O, cost_O,
+            start_B[b], expert_B[b], class_B[b], group_B[b], table, slot_O, cost_O
         )
     flow_O = np.zeros(len(slot_O), np.int64)
     device_O = slot_O // np.int32(slots_per_device)
     fill_flat(tokens_B, start_B, end_B, device_O, flow_O, load_G, speed_G, cap_G)
     push_excess(start_B, device_O, cost_O, flow_O, load_G, cap_G)
-    block_X = np.empty(len(counts_X), np.int32)      # read for classes in class_B only
-    for b in range(len(class_B)):
-        block_X[class_B[b]] = b
-    quota_GO = np.zeros((len(node_G), len(slot_O)), np.int32)
-    _divide(counts_GX, class_B, expert_B, start_B, slot_O, flow_O, slots_per_device, quota_GO)
-    return block_X, start_B, slot_O, quota_GO
+    quota_GO = np.zeros((counts_GX.shape[0], len(slot_O)), np.int32)
+    _divide(counts_GX, table, expert_B, class_B, group_B, start_B, slot_O, flow_O, quota_GO)
+    return ClassSplit(block_XN, start_B, slot_O, quota_GO)
 
 
 @compiled
-def _blocks(counts_X: Any, start_E: Any, first_E: Any) -> Any:
-    """(class_B, expert_B): the classes with tokens and a choice of slots."""
-    class_B = np.empty(len(counts_X), np.int64)
-    expert_B = np.empty(len(counts_X), np.int32)
-    count = 0
-    for e in range(len(start_E) - 1):
-        if start_E[e + 1] - start_E[e] < 2:
+def _group_of(home: int, table: Any) -> int:
+    return table.node_G[home] if table.home_groups > 1 else 0
+
+
+@compiled
+def _blocks(tokens_XN: Any, table: Any) -> Any:
+    """(block_XN, expert_B, class_B, group_B): classes with tokens and a choice, by home group."""
+    block_XN = np.empty(tokens_XN.shape, np.int32)
+    most = tokens_XN.size
+    expert_B, class_B = np.empty(most, np.int32), np.empty(most, np.int64)
+    group_B = np.empty(most, np.int64)
+    b = 0
+    for e in range(len(table.start_E) - 1):
+        if table.start_E[e + 1] - table.start_E[e] < 2:
             continue
-        for x in range(first_E[e], first_E[e + 1]):
-            if counts_X[x] > 0:
-                class_B[count] = x
-                expert_B[count] = e
-                count += 1
-    return class_B[:count], expert_B[:count]
+        for x in range(table.class_start_E[e], table.class_start_E[e + 1]):
+            for n in range(tokens_XN.shape[1]):
+                if tokens_XN[x, n] > 0:
+                    block_XN[x, n] = b
+                    expert_B[b], class_B[b], group_B[b] = e, x, n
+                    b += 1
+    return block_XN, expert_B[:b], class_B[:b], group_B[:b]
 
 
 @compiled
 def _list_options(
-    at: int, first: int, last: int, free: int, node: int, slot_R: Any, slots_per_device: int,
-    place_R: Any, node_G: Any, slot_O: Any, cost_O: Any,
+    at: int, expert: int, x: int, group: int, table: Any, slot_O: Any, cost_O: Any
 ) -> int:
     """Write one block's slots from option `at` on, free ones first; returns where those end."""
+    first, last = table.start_E[expert], table.start_E[expert + 1]
+    free = x - table.class_start_E[expert]
+    free = free + 1 if table.destinations_E[expert] <= LARGEST_SET else 1 << free
     o = at
     for r in range(first, last):
-        if (free >> place_R[r]) & 1:
-            slot_O[o] = slot_R[r]
+        if (free >> table.nth_R[r]) & 1:
+            slot_O[o] = table.slot_R[r]
             o += 1
     end = o
     for r in range(first, last):
-        if not (free >> place_R[r]) & 1:
-            slot_O[o] = slot_R[r]
-            near = node < 0 or node_G[slot_R[r] // slots_per_device] == node
-            cost_O[o] = OPEN_NEAR if near else OPEN_FAR
+        if not (free >> table.nth_R[r]) & 1:
+            slot_O[o] = table.slot_R[r]
+            node = table.node_G[table.slot_R[r] // table.slots_per_device]
+            cost_O[o] = LEAVE_NEAR if table.home_groups == 1 or node == group else LEAVE_FAR
             o += 1
     return end
 
 
 @compiled
 def _divide(
-    counts_GX: Any, class_B: Any, expert_B: Any, start_B: Any, slot_O: Any, flow_O: Any,
-    slots_per_device: int, quota_GO: Any,
+    counts_GX: Any, table: Any, expert_B: Any, class_B: Any, group_B: Any, start_B: Any,
+    slot_O: Any, flow_O: Any, quota_GO: Any,
 ) -> None:
-    """Each class's flow among home ranks: own slots first, then the rest in turn."""
+    """Each block's flow among its home ranks: own slots first, then the rest in turn."""
     homes = counts_GX.shape[0]
     left_G = np.empty(homes, np.int64)
     left_O = flow_O.copy()
     for b in range(len(class_B)):
         for g in range(homes):
-            left_G[g] = counts_GX[g, class_B[b]]
+            mine = _group_of(g, table) == group_B[b]
+            left_G[g] = counts_GX[g, class_B[b]] if mine else 0
         for o in range(start_B[b], start_B[b + 1]):
-            home = slot_O[o] // slots_per_device
+            home = slot_O[o] // table.slots_per_device
             own = min(left_O[o], left_G[home])
             quota_GO[home, o] += own
             left_G[home] -= own
@@ -231,14 +364,30 @@ def _divide(
 
 
 @compiled
-def _assign(
-    ids_TK: Any, home_T: Any, class_TK: Any, start_E: Any, slot_R: Any, slots_per_device: int,
-    devices: int, block_X: Any, start_B: Any, slot_O: Any, quota_GO: Any, slot_TK: Any,
+def quotas_of_classes(counts_GX: Any, table: Any, split: Any, quotas_GS: Any) -> None:
+    """What each home rank sends to each slot; quotas_GS comes in zero, `split` not yet used."""
+    for g in range(counts_GX.shape[0]):
+        for e in range(len(table.start_E) - 1):
+            if table.start_E[e + 1] - table.start_E[e] == 1:
+                quotas_GS[g, table.slot_R[table.start_E[e]]] = counts_GX[g, table.class_start_E[e]]
+        for o in range(len(split.slot_O)):
+            quotas_GS[g, split.slot_O[o]] += split.quota_GO[g, o]
+
+
+# ---- 5: slots ------------------------------------------------------------------------------
+
+
+@compiled
+def place_classes(
+    ids_TK: Any, home_T: Any, class_TK: Any, table: Any, split: Any, slot_TK: Any
 ) -> None:
     """Tokens in order: experts without a choice first, then a slot on a rank already visited."""
-    visited_G = np.zeros(devices, np.int64)      # last token to visit, counted from 1
+    start_E, slot_R, slots_per_device = table.start_E, table.slot_R, table.slots_per_device
+    start_B, slot_O, quota_GO = split.start_B, split.slot_O, split.quota_GO
+    visited_G = np.zeros(len(table.node_G), np.int64)      # last token to visit, counted from 1
     for t in range(ids_TK.shape[0]):
         home = home_T[t]
+        group = _group_of(home, table)
         visited_G[home] = t + 1
         for k in range(ids_TK.shape[1]):
             e = ids_TK[t, k]
@@ -249,7 +398,7 @@ def _assign(
         for k in range(ids_TK.shape[1]):
             if class_TK[t, k] < 0 or slot_TK[t, k] >= 0:
                 continue
-            b = block_X[class_TK[t, k]]
+            b = split.block_XN[class_TK[t, k], group]
             chosen = -1
             for o in range(start_B[b], start_B[b + 1]):
                 if quota_GO[home, o] > 0:

@@ -4,7 +4,8 @@ METRO's aim (arXiv 2512.09277) for decode, where weights read, not tokens, set t
 layer's slots and speeds and one step's counts of all ranks. Compiled, no randomness.
 
 The most active experts on any device (over speed) are as few as possible: greedy, then moved along
-paths as `flow.py` moves tokens. Ties go to the device with fewer tokens, then to the lower slot.
+paths as `min_max_flow.py` moves tokens. Ties go to the device with fewer tokens, then to the lower
+slot.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import numpy as np
 
 from ...foundation.compiled import compiled
 from .balanced import replicated_blocks, total_over
-from .min_max_flow import flatten, mean_level
-from .water_filling import falling_order
+from .min_max_flow import falling_order, flatten, mean_level
 
 
 @compiled

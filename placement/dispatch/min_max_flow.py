@@ -1,15 +1,32 @@
 """Whole tokens from blocks to devices: the flattest split, and the cheapest one that is as flat.
 
 A block is a group of tokens that may go to any of a few devices (its options), each at a small
-whole-number cost. Knows blocks, options, loads and caps; knows nothing of experts, nodes or
-payloads: `dispatch_balanced.py` and `dispatch_merged.py` give these their meaning.
+whole-number cost. Tokens flow from blocks over options to devices:
 
-Exact. The flattest split: water-fill, then push what is above the cap along shortest paths of the
-device graph; where no path is left, the devices reached hold only tokens that cannot leave them,
-so their mean is a lower bound on every split and becomes the next cap (Newton's iteration on the
-tight set). The cheapest split under given caps: start every token at its cheapest option and push
-the excess along cheapest paths (successive shortest paths), which keeps the cost minimal
-throughout. Ties: fewer hops, then lower option index. No randomness.
+    block 0 (7 tokens) --4-- option 0 --> device 0   load 4 + what cannot be split
+                       `-3-- option 1 --> device 2
+    block 1 (2 tokens) --2-- option 2 --> device 0
+                       `-0-- option 3 --> device 1
+
+Loads are evened out by moving tokens of one block from one of its options to another: an arc of the
+device graph, here 0 -> 2 (by block 0) and 0 -> 1 (by block 1). Along a path of arcs the tokens
+change devices at its ends only. Knows blocks, options, loads and caps; knows nothing of experts,
+nodes or payloads: `balanced.py` and `deduplicated.py` give these their meaning.
+
+1. Water-filling (`fill_flat`) begins: each block's tokens are poured over its options until their
+   levels (load over speed) are equal, heaviest block first, again and again until every device is
+   under its cap or nothing moves. Nearly flat, and quick.
+2. Minimum-cost flow (`push_excess`) brings every device under its cap exactly: successive shortest
+   paths from the devices above their caps to those below. Labels are shortest distances (cost, then
+   number of arcs), by Bellman-Ford with a queue; then all paths of the least cost are filled: a
+   blocking flow on the admissible graph (arcs that lie on shortest paths), found depth first with
+   a current arc per device, as in Dinic's algorithm (Goldberg and Tarjan's terms). Tokens start at
+   their cheapest option, so the cost stays minimal throughout.
+3. The least cap (`flatten`). Where no path is left, the devices that the excess can reach hold only
+   tokens that cannot leave them, so their mean level is a lower bound on every split; it becomes
+   the next cap, which is Newton's (Dinkelbach's) iteration on the tight set.
+
+Exact; no randomness. Ties: fewer arcs, then lower option index.
 
 Arrays of one problem. B blocks, O options, G devices:
 tokens_B; start_B [B + 1]: options of block b are start_B[b]:start_B[b + 1]; device_O, cost_O;
@@ -23,11 +40,184 @@ from typing import Any
 import numpy as np
 
 from ...foundation.compiled import compiled
-from .water_filling import caps_of, fill_flat, within
 
-HOP = 1
-COST = 1 << 20               # one unit of cost outweighs any number of hops (G < 2^20)
+WATER_PASSES = 12
+ARC = 1
+COST = 1 << 20               # one unit of cost outweighs any number of arcs (G < 2^20)
 UNREACHED = 1 << 40
+
+
+# ---- caps and order --------------------------------------------------------------------------
+
+
+@compiled
+def caps_of(peak: float, slack: float, speed_G: Any, cap_G: Any) -> None:
+    """Whole tokens each device may hold at level `peak`, or at peak·(1 + slack) if that is more."""
+    for d in range(len(speed_G)):
+        exact = peak * speed_G[d]
+        cap_G[d] = max(int(np.ceil(exact - 1e-9 * exact)), int(np.floor(exact * (1 + slack))))
+
+
+@compiled
+def within(load_G: Any, cap_G: Any) -> bool:
+    """Whether no device is above its cap."""
+    above = 0
+    for d in range(len(load_G)):
+        above += load_G[d] > cap_G[d]
+    return above == 0
+
+
+@compiled
+def falling_order(value_B: Any) -> Any:
+    """[B] indices, largest value first, lower index first among equals (merge sort).
+
+    numpy's argsort would do, but compiling it costs more than all of this file.
+    """
+    count = len(value_B)
+    order = np.empty(count, np.int32)
+    for i in range(count):
+        order[i] = i
+    other = np.empty(count, np.int32)
+    width = 1
+    while width < count:
+        for low in range(0, count, 2 * width):
+            middle = min(low + width, count)
+            high = min(low + 2 * width, count)
+            i, j = low, middle
+            for at in range(low, high):
+                if i < middle and (j >= high or value_B[order[i]] >= value_B[order[j]]):
+                    other[at] = order[i]
+                    i += 1
+                else:
+                    other[at] = order[j]
+                    j += 1
+        order, other = other, order
+        width *= 2
+    return order
+
+
+# ---- 1. water-filling ------------------------------------------------------------------------
+
+
+@compiled
+def water_fill(
+    tokens: int, first: int, last: int, device_O: Any, flow_O: Any, load_G: Any, speed_G: Any
+) -> None:
+    """Put `tokens` of one block on options first..last so that their levels are flat.
+
+    Level = load / speed. Adds to load_G and sets flow_O. Left-over tokens of the rounding go to
+    the option whose level stays lowest, lower index first.
+    """
+    if last - first == 2:
+        _water_fill_pair(tokens, first, device_O, flow_O, load_G, speed_G)
+        return
+    # Options in order of level (insertion into `order`), then the highest level all can share.
+    order = np.empty(last - first, np.int64)
+    count = 0
+    for o in range(first, last):
+        flow_O[o] = 0
+        level = load_G[device_O[o]] / speed_G[device_O[o]]
+        at = count
+        while at > 0:
+            d = device_O[order[at - 1]]
+            if load_G[d] / speed_G[d] <= level:
+                break
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = o
+        count += 1
+    below_load = 0.0
+    below_speed = 0.0
+    shared = 0.0
+    used = 0
+    for i in range(count):
+        d = device_O[order[i]]
+        if used > 0 and load_G[d] / speed_G[d] >= shared:
+            break
+        below_load += load_G[d]
+        below_speed += speed_G[d]
+        shared = (tokens + below_load) / below_speed
+        used = i + 1
+    left = tokens
+    for i in range(used):
+        o = order[i]
+        d = device_O[o]
+        amount = min(left, max(0, int(np.floor(shared * speed_G[d] + 1e-9)) - load_G[d]))
+        flow_O[o] = amount
+        load_G[d] += amount
+        left -= amount
+    while left > 0:
+        best = first
+        best_level = np.inf
+        for o in range(first, last):
+            d = device_O[o]
+            level = (load_G[d] + 1) / speed_G[d]
+            if level < best_level:
+                best, best_level = o, level
+        flow_O[best] += 1
+        load_G[device_O[best]] += 1
+        left -= 1
+
+
+@compiled
+def _water_fill_pair(
+    tokens: int, first: int, device_O: Any, flow_O: Any, load_G: Any, speed_G: Any
+) -> None:
+    """`water_fill` for two options."""
+    a = device_O[first]
+    b = device_O[first + 1]
+    if speed_G[a] == speed_G[b]:
+        amount = (tokens + load_G[b] - load_G[a] + 1) >> 1
+    else:
+        level = (tokens + load_G[a] + load_G[b]) / (speed_G[a] + speed_G[b])
+        amount = int(np.floor(level * speed_G[a] + 1e-9)) - load_G[a]
+        if (load_G[a] + amount + 1) / speed_G[a] < (load_G[b] + tokens - amount) / speed_G[b]:
+            amount += 1
+    amount = min(tokens, max(0, amount))
+    flow_O[first] = amount
+    flow_O[first + 1] = tokens - amount
+    load_G[a] += amount
+    load_G[b] += tokens - amount
+
+
+@compiled
+def lift_out(first: int, last: int, device_O: Any, flow_O: Any, load_G: Any) -> None:
+    """Take one block's tokens off its devices."""
+    for o in range(first, last):
+        load_G[device_O[o]] -= flow_O[o]
+        flow_O[o] = 0
+
+
+@compiled
+def fill_flat(
+    tokens_B: Any, start_B: Any, end_B: Any, device_O: Any, flow_O: Any, load_G: Any,
+    speed_G: Any, cap_G: Any,
+) -> None:
+    """Water-fill every block, heaviest first, again and again until under `cap_G` or stalled.
+
+    Block b uses its options start_B[b]:end_B[b]. load_G holds what cannot be split; the blocks'
+    tokens are added. Costs play no part.
+    """
+    order_B = falling_order(tokens_B)
+    for b in order_B:
+        water_fill(tokens_B[b], start_B[b], end_B[b], device_O, flow_O, load_G, speed_G)
+    for _ in range(WATER_PASSES):
+        if within(load_G, cap_G):
+            return
+        moved = 0
+        for b in order_B:
+            first, last = start_B[b], end_B[b]
+            if last - first < 2:
+                continue
+            before = flow_O[first]
+            lift_out(first, last, device_O, flow_O, load_G)
+            water_fill(tokens_B[b], first, last, device_O, flow_O, load_G, speed_G)
+            moved += abs(flow_O[first] - before)
+        if moved == 0:
+            return
+
+
+# ---- 2. minimum-cost flow --------------------------------------------------------------------
 
 
 @compiled
@@ -61,7 +251,7 @@ def _label_devices(
     start_B: Any, block_O: Any, device_O: Any, cost_O: Any, flow_O: Any, load_G: Any, cap_G: Any,
     start_G: Any, option_G: Any, label_G: Any, queue: Any, queued_G: Any,
 ) -> None:
-    """Cheapest way from an overloaded device to every device: label = cost·COST + hops."""
+    """Cheapest way from an overloaded device to every device: label = cost·COST + arcs."""
     devices = len(load_G)
     head = 0
     waiting = 0
@@ -84,7 +274,7 @@ def _label_devices(
                 continue
             b = block_O[o]
             for to in range(start_B[b], start_B[b + 1]):
-                reach = label_G[d] + (cost_O[to] - cost_O[o]) * COST + HOP
+                reach = label_G[d] + (cost_O[to] - cost_O[o]) * COST + ARC
                 e = device_O[to]
                 if reach < label_G[e] and to != o:
                     label_G[e] = reach
@@ -99,70 +289,85 @@ def _push_paths(
     start_B: Any, block_O: Any, device_O: Any, cost_O: Any, flow_O: Any, load_G: Any, cap_G: Any,
     start_G: Any, option_G: Any, label_G: Any, goal: int,
 ) -> None:
-    """Send excess along the labelled paths until every one of cost `goal` is full.
-
-    A path steps from device to device by moving tokens of one block between two of its options.
-    Each device remembers how far its arcs were tried, so no arc is tried twice.
-    """
+    """Send excess along shortest paths until every one of cost `goal` is full: a blocking flow."""
     devices = len(load_G)
-    arc_G = np.empty(devices, np.int32)       # position in option_G
-    sibling_G = np.empty(devices, np.int32)   # next option of the block to try; -1 = from start
-    for d in range(devices):
-        arc_G[d] = start_G[d]
-        sibling_G[d] = -1
+    current_arc_G = start_G[:devices].copy()               # position in option_G
+    current_target_G = np.full(devices, -1, np.int32)      # next option of its block; -1: the first
     path_from = np.empty(devices + 1, np.int32)
     path_to = np.empty(devices + 1, np.int32)
     path_device = np.empty(devices + 1, np.int32)
     for source in range(devices):
         while load_G[source] > cap_G[source]:
-            depth = 0
             path_device[0] = source
-            found = False
-            while True:
-                d = path_device[depth]
-                if depth > 0 and load_G[d] < cap_G[d] and label_G[d] // COST == goal:
-                    found = True
-                    break
-                advanced = False
-                while arc_G[d] < start_G[d + 1]:
-                    o = option_G[arc_G[d]]
-                    b = block_O[o]
-                    if flow_O[o] > 0:
-                        to = start_B[b] if sibling_G[d] < 0 else sibling_G[d]
-                        while to < start_B[b + 1]:
-                            step = (cost_O[to] - cost_O[o]) * COST + HOP
-                            if to != o and label_G[device_O[to]] == label_G[d] + step:
-                                advanced = True
-                                break
-                            to += 1
-                        if advanced:
-                            sibling_G[d] = to
-                            break
-                    arc_G[d] += 1
-                    sibling_G[d] = -1
-                if advanced:
-                    path_from[depth] = o
-                    path_to[depth] = to
-                    depth += 1
-                    path_device[depth] = device_O[to]
-                elif depth > 0:
-                    depth -= 1                 # a dead end: its arc is spent
-                    sibling_G[path_device[depth]] += 1
-                else:
-                    break
-            if not found:
-                break
-            amount = min(
-                load_G[source] - cap_G[source],
-                cap_G[path_device[depth]] - load_G[path_device[depth]],
+            arcs = _find_path(
+                start_B, block_O, device_O, cost_O, flow_O, load_G, cap_G, start_G, option_G,
+                label_G, goal, current_arc_G, current_target_G, path_from, path_to, path_device,
             )
-            for i in range(depth):
-                amount = min(amount, flow_O[path_from[i]])
-            for i in range(depth):
-                flow_O[path_from[i]] -= amount
-                flow_O[path_to[i]] += amount
-            load_G[source] -= amount
-            load_G[path_device[depth]] += amount
+            if arcs < 0:
+                break
+            _augment(arcs, flow_O, load_G, cap_G, path_from, path_to, path_device)
+
+
+@compiled
+def _find_path(
+    start_B: Any, block_O: Any, device_O: Any, cost_O: Any, flow_O: Any, load_G: Any, cap_G: Any,
+    start_G: Any, option_G: Any, label_G: Any, goal: int, current_arc_G: Any,
+    current_target_G: Any, path_from: Any, path_to: Any, path_device: Any,
+) -> int:
+    """A shortest path from path_device[0] to a device below its cap: its arcs, -1 if there is none.
+
+    Depth first. Each device remembers its current arc, so no arc is tried twice: what is before it
+    is full or leads to a dead end.
+    """
+    depth = 0
+    while True:
+        d = path_device[depth]
+        if depth > 0 and load_G[d] < cap_G[d] and label_G[d] // COST == goal:
+            return depth
+        advanced = False
+        while current_arc_G[d] < start_G[d + 1]:
+            o = option_G[current_arc_G[d]]
+            b = block_O[o]
+            if flow_O[o] > 0:
+                to = start_B[b] if current_target_G[d] < 0 else current_target_G[d]
+                while to < start_B[b + 1]:
+                    step = (cost_O[to] - cost_O[o]) * COST + ARC
+                    if to != o and label_G[device_O[to]] == label_G[d] + step:
+                        advanced = True
+                        break
+                    to += 1
+                if advanced:
+                    current_target_G[d] = to
+                    break
+            current_arc_G[d] += 1
+            current_target_G[d] = -1
+        if advanced:
+            path_from[depth] = o
+            path_to[depth] = to
+            depth += 1
+            path_device[depth] = device_O[to]
+        elif depth > 0:
+            depth -= 1                 # a dead end: its arc is spent
+            current_target_G[path_device[depth]] += 1
+        else:
+            return -1
+
+
+@compiled
+def _augment(
+    arcs: int, flow_O: Any, load_G: Any, cap_G: Any, path_from: Any, path_to: Any,
+    path_device: Any,
+) -> None:
+    """Move along the path as many tokens as its ends and its arcs allow."""
+    source, target = path_device[0], path_device[arcs]
+    amount = min(load_G[source] - cap_G[source], cap_G[target] - load_G[target])
+    for i in range(arcs):
+        amount = min(amount, flow_O[path_from[i]])
+    for i in range(arcs):
+        flow_O[path_from[i]] -= amount
+        flow_O[path_to[i]] += amount
+    load_G[source] -= amount
+    load_G[target] += amount
 
 
 @compiled
@@ -199,6 +404,9 @@ def push_excess(
         )
         if within(load_G, cap_G):
             return True, queued_G
+
+
+# ---- 3. the least cap ------------------------------------------------------------------------
 
 
 @compiled

@@ -1,7 +1,7 @@
 """The table of dispatch policies and the one compiled switch over them.
 
 Knows every policy's name, code, parameters and their defaults. Knows nothing of plans or traces.
-`dispatch.py` is the entry for people; loops over many steps call `split_cell`.
+`quotas.py` and `assignment.py` are the entries; loops over many steps call `split_cell`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def policy_of(spec: DispatchSpec) -> Policy:
-    """The policy a spec names. UsageError on an unknown policy or parameter."""
+    """The policy a spec names. UsageError on an unknown policy or parameter, or on its value."""
     policy = POLICIES.get(spec.policy)
     if policy is None:
         raise UsageError(
@@ -80,6 +80,11 @@ def policy_of(spec: DispatchSpec) -> Policy:
                 f"dispatch {spec.policy} has no parameter {name!r}; "
                 f"it takes: {', '.join(known) or 'none'}"
             )
+        given = spec.parameters[name]
+        if isinstance(given, str) or not np.isfinite(given):
+            raise UsageError(f"dispatch {spec.policy}: {name} must be a number, not {given!r}")
+        if given < 0 or (name == "tensor_parallel" and given < 1):
+            raise UsageError(f"dispatch {spec.policy}: {name} {given} is too small")
     return policy
 
 
@@ -100,15 +105,11 @@ def default_slack(cluster: Cluster) -> float:
 
 
 def parameter_vector(spec: DispatchSpec, cluster: Cluster) -> npt.NDArray[np.float64]:
-    """The numbers compiled code reads; UsageError on one that is not a number or negative."""
+    """The numbers compiled code reads. UsageError as `policy_of`."""
     policy = policy_of(spec)
     vector = np.array([default_slack(cluster), 0.0, 0.0, 1.0])
     for name, place, default in policy.parameters:
-        given = spec.parameters.get(name, default)
-        if isinstance(given, str) or not np.isfinite(given):
-            raise UsageError(f"dispatch {spec.policy}: {name} must be a number, not {given!r}")
-        if name in spec.parameters and (given < 0 or (name == "tensor_parallel" and given < 1)):
-            raise UsageError(f"dispatch {spec.policy}: {name} {given} is too small")
+        given = float(spec.parameters.get(name, default))
         if place != SLACK or given >= 0:
             vector[place] = given
     return vector

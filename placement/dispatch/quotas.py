@@ -1,12 +1,9 @@
-"""How a step's tokens choose among the replicas of their experts.
+"""How many of a step's tokens go from each home rank to each replica: quotas from counts.
 
-Policy: counts by home rank -> whole tokens per (home rank, slot), the quotas. Mechanism: ids and
-quotas -> slots, in token order. Knows one layer's slots and the cluster's nodes and speeds. Knows
-nothing of traces, time or payload rules. Deterministic; every policy places every token.
-
-Policies (`POLICIES`): even, nearest (dispatch_local.py), balanced (dispatch_balanced.py, and where
-copies are sent once dispatch_merged.py), fewest_active (dispatch_active.py) and the engines' own
-(dispatch_engines.py).
+The face of the policies (`POLICIES`) for whoever has counts and no tokens. Knows one layer's slots
+and the cluster's nodes and speeds. Knows nothing of traces, time or payloads: where tokens are at
+hand, `assignment.py` sends each to its slot, under the payload's rule too. Deterministic; every
+policy places every token.
 """
 
 from __future__ import annotations
@@ -20,10 +17,9 @@ from ...errors import InputError, UsageError
 from ...foundation.compiled import compiled
 from ..cluster import Cluster
 from ..plan import DispatchSpec
-from .assignment import route_steps
+from .assignment import count_into, route_steps
 from .balanced import counts_by_node, split_by_node, total_over
 from .fewest_active import choose_fewest_active
-from .mechanism import assign_in_order, count_into
 from .policies import (
     BALANCED,
     EVEN,
@@ -35,11 +31,11 @@ from .policies import (
     policy_of,
     split_cell,
 )
-from .replica_table import SlotTable
+from .replica_table import ReplicaTable
 
 __all__ = [
-    "POLICIES", "assign", "count_tokens", "default_slack", "device_tokens", "needs_all_counts",
-    "route", "split",
+    "POLICIES", "count_tokens", "default_slack", "device_tokens", "needs_all_counts", "route",
+    "split",
 ]
 
 Int32Array = npt.NDArray[np.int32]
@@ -113,36 +109,6 @@ def device_tokens(
     return tokens_WGC.sum(axis=2), (tokens_WGC > 0).sum(axis=2)
 
 
-def assign(
-    ids_TK: npt.NDArray[np.integer[Any]],
-    home_T: npt.NDArray[np.integer[Any]],
-    quotas_GS: npt.NDArray[np.integer[Any]],
-    slots_GC: npt.NDArray[np.integer[Any]],
-) -> Int32Array:
-    """Slot of every assignment, [T, K] int32; negative ids stay -1.
-
-    For each home rank and expert, assignments in token order fill the expert's slots in ascending
-    slot order, each up to its quota: the rule of the live ranks. Raises InputError when quotas and
-    ids disagree.
-    """
-    ids = np.ascontiguousarray(ids_TK, np.int32)
-    quotas = np.array(quotas_GS, np.int32, order="C")
-    experts = int(max(ids.max(initial=-1), slots_GC.max(initial=-1))) + 1
-    table = SlotTable.of(slots_GC, experts)
-    slot_TK = np.empty(ids.shape, np.int32)
-    left = assign_in_order(
-        ids, np.ascontiguousarray(home_T, np.int32), quotas, table.start_E, table.slot_R, slot_TK
-    )
-    if left != 0:
-        raise InputError(
-            "quotas and ids disagree: " + (
-                f"{left} quota tokens found no assignment" if left > 0
-                else f"token {-left - 1} found no quota left"
-            ) + "; compute the quotas from these ids"
-        )
-    return slot_TK
-
-
 def route(
     ids_TK: npt.NDArray[np.integer[Any]],
     home_T: npt.NDArray[np.integer[Any]],
@@ -151,9 +117,9 @@ def route(
     spec: DispatchSpec,
     num_experts: int,
 ) -> Int32Array:
-    """Slot of every assignment of one step, [T, K] int32: policy and mechanism in one.
+    """Slot of every assignment of one step, [T, K] int32; see `assignment.py`.
 
-    What `step_loads` replays; see `dispatch_steps.py`. Negative ids are left out.
+    Negative ids are left out.
     """
     ids = np.ascontiguousarray(ids_TK, np.int32)
     home = np.ascontiguousarray(home_T, np.int32)
@@ -180,7 +146,7 @@ def _table(
     slots_GC: npt.NDArray[np.integer[Any]],
     cluster: Cluster,
     homeless: bool = False,
-) -> SlotTable:
+) -> ReplicaTable:
     """The slot index, after checking that shapes agree and every used expert has a slot."""
     devices, experts = cluster.num_devices, counts_XE.shape[-1]
     if counts_XE.ndim != 2 or (not homeless and counts_XE.shape[0] % devices):
@@ -191,7 +157,7 @@ def _table(
         raise InputError(f"slots {list(slots_GC.shape)} must be [{devices} devices, slots each]")
     if int(slots_GC.max(initial=-1)) >= experts:
         raise InputError(f"a slot names expert {int(slots_GC.max())}, counts know {experts}")
-    table = SlotTable.of(slots_GC, experts)
+    table = ReplicaTable.of(slots_GC, experts)
     homeless_E = np.flatnonzero(np.diff(table.start_E) == 0)
     if len(homeless_E) and counts_XE[:, homeless_E].any():
         expert = homeless_E[counts_XE[:, homeless_E].any(axis=0)][0]

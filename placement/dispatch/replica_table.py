@@ -43,7 +43,7 @@ def index_slots(slots_S: Any, num_experts: int) -> Any:
 def distinct_devices(start: Any, slot: Any, slots_per_device: int) -> Any:
     """(start [E + 1], slot [R']) with one slot per (expert, device): the lowest.
 
-    A second copy on one device can take no token that the first could not.
+    A second replica on one device can take no token that the first could not.
     """
     experts = len(start) - 1
     first = np.zeros(experts + 1, np.int32)
@@ -62,8 +62,8 @@ def distinct_devices(start: Any, slot: Any, slots_per_device: int) -> Any:
 
 
 @dataclass(frozen=True)
-class SlotTable:
-    """One layer's slots by expert. `start`, `slot`: every copy; `*_unique`: one per device."""
+class ReplicaTable:
+    """One layer's replicas by expert. `start`, `slot`: all of them; `*_unique`: one per device."""
 
     slots_per_device: int
     start_E: IntArray
@@ -72,7 +72,7 @@ class SlotTable:
     slot_unique_R: IntArray
 
     @classmethod
-    def of(cls, slots_GC: npt.NDArray[Any], num_experts: int) -> SlotTable:
+    def of(cls, slots_GC: npt.NDArray[Any], num_experts: int) -> ReplicaTable:
         """Index one layer of a plan. slots_GC: [G, C] expert per slot, -1 = empty."""
         width = int(slots_GC.shape[1])
         slots_S = np.ascontiguousarray(slots_GC, np.int16).reshape(-1)

@@ -87,7 +87,7 @@ def start_threads(
             name="threads",
             ranks=tuple(
                 RankSettings(
-                    g, ranks, str(model_dir), cluster, dtype, payload, target, capacity=capacity,
+                    g, ranks, str(model_dir), cluster, dtype, target, capacity=capacity,
                     device=device,
                 )
                 for g in range(ranks)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import LoadmasterError, UsageError
-from ...placement.cluster import Cluster, Payload, Traffic
+from ...placement.cluster import Cluster, Traffic
 from ...placement.dispatch.token_limit import CapacityRule
 from ...placement.plan import DispatchSpec, Plan, Provenance
 from ...traces.model_spec import ModelSpec
@@ -32,7 +32,13 @@ from ..coordinator.step_log import Measurements
 from ..fleet.ray_fleet import NAMESPACE, RayFleet, cluster_address, connect, end_group
 from ..protocol.phase_plans import PhasePlans
 from ..protocol.plan_switch import ApplyReport, check_plans
-from ..protocol.settings import GroupSettings, Limits, RankSettings, served_spec
+from ..protocol.settings import (
+    SERVED_TRAFFIC,
+    GroupSettings,
+    Limits,
+    RankSettings,
+    served_spec,
+)
 from ..protocol.step_messages import ReplayedRouting
 from . import run_folder
 from .connection import CoordinatorGoneError, Line, Order, Stream, run
@@ -93,7 +99,7 @@ class Group:
         decode_plan: Plan | None = None,
         name: str = "default",
         dtype: str = "bfloat16",
-        traffic: str = "return_home/per_expert",
+        traffic: str | None = None,
         dispatch: str | DispatchSpec | None = None,
         record_to: str | Path | None = None,
         journal: str | Path | None = None,
@@ -109,7 +115,9 @@ class Group:
         """Start a named group of `ranks` ranks serving a checkpoint under a plan.
 
         plan: None = experts in order, E / ranks on each. dispatch: None = the plan's own. cluster:
-        what dispatch knows of nodes and speeds; None = one node of equal CPU devices. address: an
+        what dispatch knows of nodes and speeds; None = one node of equal CPU devices. traffic: None
+        = the cluster's own, or else return_home/per_expert; given, it replaces the cluster's. So
+        dispatch, exchange and every prediction are of the same payload. address: an
         existing Ray cluster; None = the one joined already, or a new one on this machine.
         gpus_per_rank: above 0, ranks compute on GPUs; rows still travel through the host's memory.
         replace_timeout_s: how long to try before a lost rank counts as lost for good.
@@ -119,7 +127,7 @@ class Group:
         run_folder.check_name(name)
         if ranks < 1:
             raise UsageError(f"a group needs at least one rank, not {ranks}")
-        payload = _served_payload(traffic)
+        served = _served_traffic(cluster, traffic)
         if not 0 <= gpus_per_rank <= 1:
             raise UsageError(
                 f"gpus_per_rank must lie in [0, 1], not {gpus_per_rank}: a rank computes on the "
@@ -134,13 +142,18 @@ class Group:
         plans = PhasePlans.both(plan, decode_plan)
         check_plans(plans, PhasePlans.both(contiguous(spec, ranks)), spec)
         cluster = cluster or Cluster.preset(
-            "cpu", devices_per_node=ranks, slots_per_device=plan.slots_per_device, traffic=traffic
+            "cpu", devices_per_node=ranks, slots_per_device=plan.slots_per_device
         )
+        if cluster.num_devices != ranks:
+            raise UsageError(
+                f"the cluster has {cluster.num_devices} devices, the group has {ranks} ranks"
+            )
+        cluster = cluster.model_copy(update={"traffic": served})
         settings = GroupSettings(
             name=name,
             ranks=tuple(
                 RankSettings(
-                    g, ranks, str(Path(model_dir).resolve()), cluster, dtype, payload,
+                    g, ranks, str(Path(model_dir).resolve()), cluster, dtype,
                     None if record_to is None else str(Path(record_to).resolve()),
                     capacity=capacity, device="cuda" if gpus_per_rank else "cpu",
                 )
@@ -411,14 +424,16 @@ def _require_unused(journal: Path, name: str) -> None:
     lock.release()
 
 
-def _served_payload(traffic: str) -> Payload:
-    """Raises UsageError for traffic that can be planned for and that live ranks do not speak."""
-    wanted = Traffic.parse(traffic)
-    if wanted.mode != "return_home" or wanted.payload not in ("per_expert", "per_rank"):
-        raise UsageError(
-            f"live ranks serve return_home/per_expert and return_home/per_rank, not {wanted}"
-        )
-    return wanted.payload
+def _served_traffic(cluster: Cluster | None, traffic: str | None) -> Traffic:
+    """What the ranks serve: `traffic` if given, else the cluster's own.
+
+    Raises UsageError for traffic that can be planned for and that live ranks do not speak.
+    """
+    own = Traffic() if cluster is None else cluster.traffic
+    served = own if traffic is None else Traffic.parse(traffic)
+    if str(served) not in SERVED_TRAFFIC:
+        raise UsageError(f"live ranks serve {' and '.join(SERVED_TRAFFIC)}, not {served}")
+    return served
 
 
 def _require_gpus(gpus: float) -> None:

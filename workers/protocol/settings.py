@@ -15,6 +15,7 @@ from ...traces.model_spec import ModelSpec
 from .phase_plans import PhasePlans
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+SERVED_TRAFFIC = ("return_home/per_expert", "return_home/per_rank")
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What a rank is born with."""
+    """What a rank is born with. The cluster's traffic is what it serves: one of SERVED_TRAFFIC."""
 
     rank: int
     ranks: int
     model_dir: str
     cluster: Cluster
     dtype: str = "bfloat16"
-    payload: str = "per_expert"
     record_to: str | None = None
     resume_recording: bool = False     # this rank recorded before and was replaced
     capacity: CapacityRule | None = None      # drop or reroute overflow; changes the output

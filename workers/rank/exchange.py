@@ -23,6 +23,8 @@ from ..protocol.step_messages import EpochMismatchError, ExchangeError
 
 IntArray = npt.NDArray[np.int64]
 
+_HEADER = 4      # epoch and step, as int32 words
+
 # torch.distributed declares little of what it offers.
 distributed: Any = torch.distributed
 
@@ -151,17 +153,29 @@ class Receipt:
     order_A: Tensor           # received row -> its place in physical order
 
 
-def agree(exchange: Exchange, epoch: int, step: int, count_E: Tensor) -> IntArray:
-    """All ranks' counts [G, E], after checking that all are in the same epoch and step.
+def agree(
+    exchange: Exchange, epoch: int, step: int, count_X: npt.NDArray[np.int32], *, first: int
+) -> npt.NDArray[np.int32]:
+    """All ranks' counts [G, X], after checking that all are in the same epoch and step.
 
+    first: how many counts travel with epoch and step; where there are more, the rest follows in a
+    second gather. How many there are depends on the plan, so they are not gathered before all
+    ranks are known to be under the same one.
     Raises EpochMismatchError on every rank alike, before any token is sent.
     """
-    mine = torch.cat((torch.tensor([epoch, step], dtype=torch.int64), count_E.to(torch.int64)))
-    table = exchange.all_gather(mine).numpy()
-    if (table[:, :2] != table[0, :2]).any():
-        met = ", ".join(f"rank {g}: epoch {e} step {s}" for g, (e, s) in enumerate(table[:, :2]))
-        raise EpochMismatchError(f"ranks met with different plans or steps in force ({met})")
-    return np.ascontiguousarray(table[:, 2:])
+    row = np.zeros(_HEADER + first, np.int32)
+    row[:_HEADER] = np.array([epoch, step], np.int64).view(np.int32)
+    row[_HEADER : _HEADER + len(count_X)] = count_X[:first]
+    table = exchange.all_gather(torch.from_numpy(row)).numpy()
+    met = np.ascontiguousarray(table[:, :_HEADER]).view(np.int64)
+    if (met != met[0]).any():
+        each = ", ".join(f"rank {g}: epoch {e} step {s}" for g, (e, s) in enumerate(met))
+        raise EpochMismatchError(f"ranks met with different plans or steps in force ({each})")
+    counts = table[:, _HEADER : _HEADER + len(count_X)]
+    if len(count_X) > first:
+        rest = exchange.all_gather(torch.from_numpy(count_X[first:])).numpy()
+        counts = np.concatenate((counts, rest), axis=1)
+    return np.ascontiguousarray(counts)
 
 
 def send_tokens(

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from ...errors import LoadmasterError
-from ...kernels.routing import assign_slots, combine, histogram, sort_by_slot
-from ...placement.cluster import Cluster
-from ...placement.dispatch.quotas import split
+from ...kernels.routing import combine, sort_by_slot
 from ...placement.dispatch.token_limit import CapacityRule
 from ..protocol.phase_plans import Tables
 from . import attention, token_limit
 from .attention import EXPERTS_IMPLEMENTATION
-from .exchange import Exchange, agree, return_tokens, send_tokens
+from .dispatch import LiveDispatch
+from .exchange import Exchange, return_tokens, send_tokens
 from .expert_store import ExpertStore
 
 
@@ -69,10 +68,10 @@ class RankContext:
     """What all layers of one rank share during a step. One step runs at a time."""
 
     exchange: Exchange
-    cluster: Cluster
+    dispatch: LiveDispatch
     tables: Tables
     stores: list[ExpertStore]
-    payload: str = "per_expert"
+    payload: str
     capacity: CapacityRule | None = None
     step: int = 0
     phase: int = 0
@@ -140,17 +139,9 @@ class ExpertLayer:
             ids_TK, gate_TK = self._limited(context, context.capacity, ids_TK, gate_TK, slots_GC)
         experts = context.stores[self.layer]
         mine_C = slots_GC[context.exchange.rank].astype(np.int64)
-        counts_E = histogram(ids_TK, context.tables.num_experts)
-        counts_GE = agree(context.exchange, context.tables.epoch, context.step, counts_E)
-        quota_GS = split(
-            counts_GE, slots_GC, context.cluster, context.tables.dispatch_P[context.phase]
-        )
-        slot_TK = assign_slots(
-            ids_TK,
-            torch.from_numpy(quota_GS[context.exchange.rank]),
-            torch.from_numpy(slots_GC.reshape(-1).copy()),     # a plan's slots are read-only
-        )
-        assignment_A, _ = sort_by_slot(slot_TK, slots_GC.size)
+        sent = context.dispatch.assign(self.layer, context.phase, context.step, ids_TK)
+        quota_GS = sent.quota_GS
+        assignment_A, _ = sort_by_slot(sent.slot_TK, slots_GC.size)
         physical_C = experts.physical(mine_C)
         rows, receipt, remote = send_tokens(
             context.exchange, x_TH.cpu(), assignment_A, ids_TK.shape[1], quota_GS, physical_C,
@@ -164,7 +155,7 @@ class ExpertLayer:
         measures.expert_cpu_us_L[self.layer] += clock.stop_us()
         measures.tokens_L[self.layer] += len(rows)
         measures.remote_copies_L[self.layer] += remote
-        measures.peak_L[self.layer] = counts_GE.sum(axis=0).max()
+        measures.peak_L[self.layer] = _busiest_expert(quota_GS, slots_GC)
         home_AH = return_tokens(context.exchange, y_AH.cpu(), receipt).to(x_TH.device)
         y_TKH = x_TH.new_zeros(ids_TK.numel(), x_TH.shape[1])
         y_TKH[assignment_A.to(x_TH.device)] = home_AH
@@ -201,6 +192,13 @@ class ExpertLayer:
     def _replayed(self, replay: Replay, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         replay.own_ids_LTK[self.layer] = ids_TK
         return replay.ids_LTK[self.layer], replay.gates_LTK[self.layer]
+
+
+def _busiest_expert(quota_GS: npt.NDArray[np.int32], slots_GC: npt.NDArray[np.int16]) -> int:
+    """Most assignments of one expert, over all its slots and all ranks."""
+    tokens_S, expert_S = quota_GS.sum(axis=0), slots_GC.reshape(-1)
+    held = expert_S >= 0
+    return int(np.bincount(expert_S[held], weights=tokens_S[held]).max())
 
 
 def attach(

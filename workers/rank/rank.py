@@ -28,6 +28,7 @@ from ..protocol.step_messages import Chunk, EpochMismatchError, StepResult, Step
 from ..protocol.transfers import Round
 from . import attention, expert_layer
 from .attention import PackedStep, RequestCache
+from .dispatch import LiveDispatch
 from .exchange import Exchange, Rendezvous
 from .expert_layer import LayerMeasures, RankContext
 from .expert_store import ExpertStore
@@ -369,10 +370,10 @@ class Rank:
                 )
             self._context = RankContext(
                 exchange=self._exchange,
-                cluster=self.settings.cluster,
+                dispatch=LiveDispatch(self._exchange, self._tables, self.settings.cluster),
                 tables=self._tables,
                 stores=self._stores,
-                payload=self.settings.payload,
+                payload=self.settings.cluster.traffic.payload,
                 capacity=self.settings.capacity,
             )
         return self._context

@@ -12,7 +12,7 @@ from scipy.optimize import linprog
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.dispatch.balanced import split_flat
 from loadmaster.placement.dispatch.quotas import device_tokens, split
-from loadmaster.placement.dispatch.replica_table import SlotTable
+from loadmaster.placement.dispatch.replica_table import ReplicaTable
 from loadmaster.placement.plan import DispatchSpec
 
 
@@ -80,7 +80,7 @@ def test_flat_as_the_linear_program_and_local_as_its_caps_allow(seed: int) -> No
     node_S = np.repeat(place.node_G, slots.shape[1])
     remote = quotas[place.node_G[:, None] != node_S].sum()
     counts_NE = np.stack([counts[place.node_G == n].sum(axis=0) for n in range(place.num_nodes)])
-    table = SlotTable.of(slots, counts.shape[1])
+    table = ReplicaTable.of(slots, counts.shape[1])
     cap_G = split_flat(counts.sum(axis=0), table.start_unique_E, table.slot_unique_R,
                        table.slots_per_device, place.speed_G, 0.0)[-1]
     assert (load <= cap_G).all()

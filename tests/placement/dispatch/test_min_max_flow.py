@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadmaster.placement.dispatch.min_max_flow import flattest, push_excess
-from loadmaster.placement.dispatch.water_filling import falling_order, water_fill
+from loadmaster.placement.dispatch.min_max_flow import (
+    falling_order,
+    flattest,
+    push_excess,
+    water_fill,
+)
 
 
 @given(st.lists(st.integers(0, 5), max_size=40))

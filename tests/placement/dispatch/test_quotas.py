@@ -6,25 +6,20 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadmaster.errors import InputError, UsageError
-from loadmaster.kernels.routing import assign_slots
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.dispatch.policies import SLACK_ACROSS_NODES
 from loadmaster.placement.dispatch.quotas import (
     POLICIES,
-    assign,
-    count_tokens,
     device_tokens,
     needs_all_counts,
     route,
     split,
 )
 from loadmaster.placement.plan import DispatchSpec
-from loadmaster.workers.rank.payload_dispatch import split_torch
 
 
 def cluster(nodes: int = 1, per_node: int = 2, slots: int = 2, **more: object) -> Cluster:
@@ -152,45 +147,6 @@ def test_nearest_prefers_its_rank_then_its_node() -> None:
     counts = np.zeros((4, 4), int)
     counts[2, 0] = 5
     assert split(counts, slots, cluster(2, 2), spec("nearest"))[2, 4] == 5
-
-
-# ---- the mechanism --------------------------------------------------------------------------
-
-
-def test_assignment_is_the_live_ranks_rule() -> None:
-    """Same slots as kernels.routing.assign_slots, rank by rank."""
-    rng = np.random.default_rng(3)
-    place = cluster(2, 2, 3)
-    slots = rng.permutation(np.r_[np.arange(8), 0, 1, 2, -1]).reshape(4, 3)
-    ids = np.stack([rng.permutation(8)[:3] for _ in range(50)])
-    ids[rng.random(ids.shape) < 0.1] = -1
-    home = rng.integers(0, 4, 50)
-    quotas = split(count_tokens(ids, home, 4, 8), slots, place, spec("balanced"))
-    ours = assign(ids, home, quotas, slots)
-    for rank in range(4):
-        live = assign_slots(
-            torch.from_numpy(ids[home == rank]), torch.from_numpy(quotas[rank]),
-            torch.from_numpy(slots.reshape(-1)),
-        )
-        assert np.array_equal(ours[home == rank], live.numpy())
-
-
-def test_assignment_refuses_quotas_of_other_ids() -> None:
-    slots = np.array([[0], [1]])
-    quotas = np.array([[1, 0], [0, 0]])
-    with pytest.raises(InputError, match="1 quota tokens found no assignment"):
-        assign(np.array([[-1]]), np.array([0]), quotas, slots)
-    with pytest.raises(InputError, match="token 1 found no quota left"):
-        assign(np.array([[0], [0]]), np.array([0, 0]), quotas, slots)
-
-
-def test_tensors_split_as_arrays_do() -> None:
-    slots = np.array([[0, 1], [0, 2]])
-    counts = np.array([[5, 1, 2], [3, 0, 4]])
-    expected = split(counts, slots, cluster(), spec("balanced"))
-    for given_slots in (slots, torch.from_numpy(slots)):
-        quotas = split_torch(torch.from_numpy(counts), given_slots, cluster(), spec("balanced"))
-        assert quotas.dtype == torch.int32 and np.array_equal(quotas.numpy(), expected)
 
 
 # ---- errors ---------------------------------------------------------------------------------

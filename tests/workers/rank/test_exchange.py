@@ -52,24 +52,28 @@ def test_ranks_meet_at_a_port_of_the_loopback_address_only() -> None:
     assert {address.split(":")[0] for address in bound if address} == {"0100007F"}
 
 
-def test_agree_gathers_all_counts(exchanges: list[Exchange]) -> None:
-    counts = torch.arange(RANKS * 4).view(RANKS, 4)
+@pytest.mark.parametrize("first", [6, 4, 3, 1])
+def test_agree_gathers_all_counts(exchanges: list[Exchange], first: int) -> None:
+    """Four counts: all with the first gather, or the rest in a second one."""
+    counts = np.arange(RANKS * 4, dtype=np.int32).reshape(RANKS, 4)
+    epoch = 3 + (1 << 40)      # a header holds whole 64-bit numbers
     tables = together(
-        [lambda g=g: agree(exchanges[g], 3, 11, counts[g]) for g in range(RANKS)]
+        [lambda g=g: agree(exchanges[g], epoch, 11, counts[g], first=first) for g in range(RANKS)]
     )
-    assert all(np.array_equal(t, counts.numpy()) for t in tables)
+    assert all(np.array_equal(t, counts) for t in tables)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [((1, 1, 2), (5, 5, 5)), ((1, 1, 1), (5, 6, 5))])
 def test_another_epoch_or_step_is_an_error_on_every_rank(
     exchanges: list[Exchange], epochs: tuple[int, ...], steps: tuple[int, ...]
 ) -> None:
-    count = torch.ones(4, dtype=torch.int64)
-    results = together(
-        [lambda g=g: agree(exchanges[g], epochs[g], steps[g], count) for g in range(RANKS)]
-    )
+    """Even where the plans count differently many things."""
+    results = together([
+        lambda g=g: agree(exchanges[g], epochs[g], steps[g], np.ones(3 * g, np.int32), first=4)
+        for g in range(RANKS)
+    ])
     assert all(isinstance(r, EpochMismatchError) for r in results)
-    assert "rank 2: epoch" in str(results[0])
+    assert f"rank 2: epoch {epochs[2]} step {steps[2]}" in str(results[0])
 
 
 def random_step(seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], np.ndarray]:
