@@ -144,61 +144,67 @@ def _class_starts(start_E: Any, destinations_E: Any) -> Any:
 @compiled
 def classify(ids_TK: Any, home_T: Any, table: Any, class_TK: Any, counts_GX: Any) -> None:
     """class_TK: the class of every assignment, -1 for negative ids. Adds to counts_GX."""
-    start_E = table.start_E
-    visited_D = np.zeros(len(table.node_D), np.int64)     # last token to visit, counted from 1
-    serves_D = np.zeros(len(table.node_D), np.int64)
+    start_E, destination_R, nth_R = table.start_E, table.destination_R, table.nth_R
+    destinations_E, class_start_E = table.destinations_E, table.class_start_E
+    destination_G, node_G, node_D = table.destination_G, table.node_G, table.node_D
+    visited_D = np.zeros(len(node_D), np.int64)     # last token to visit, counted from 1
+    serves_D = np.zeros(len(node_D), np.int64)
     waiting_K = np.empty(ids_TK.shape[1], np.int64)
     for t in range(ids_TK.shape[0]):
         home = home_T[t]
-        _visit(ids_TK[t], home, table, t + 1, visited_D, serves_D, waiting_K)
+        visited_D[destination_G[home]] = t + 1
+        _visit(ids_TK[t], home, node_G[home], start_E, destination_R, destinations_E, node_D,
+               t + 1, visited_D, serves_D, waiting_K)
         for k in range(ids_TK.shape[1]):
             e = ids_TK[t, k]
             class_TK[t, k] = -1
             if e < 0:
                 continue
-            x = table.class_start_E[e]
+            x = class_start_E[e]
             replicas = start_E[e + 1] - start_E[e]
-            if replicas > 1 and table.destinations_E[e] <= LARGEST_SET:
+            if replicas > 1 and destinations_E[e] <= LARGEST_SET:
                 visited = 0
                 for r in range(start_E[e], start_E[e + 1]):
-                    if visited_D[table.destination_R[r]] == t + 1:
-                        visited |= 1 << table.nth_R[r]
+                    if visited_D[destination_R[r]] == t + 1:
+                        visited |= 1 << nth_R[r]
                 x += visited - 1
             elif replicas > 1:
                 r = start_E[e] + (home + k) % replicas
-                while visited_D[table.destination_R[r]] != t + 1:
+                while visited_D[destination_R[r]] != t + 1:
                     r = r + 1 if r + 1 < start_E[e + 1] else start_E[e]
-                x += table.nth_R[r]
+                x += nth_R[r]
             class_TK[t, k] = x
             counts_GX[home, x] += 1
 
 
 @compiled
 def _visit(
-    ids_K: Any, home: int, table: Any, stamp: int, visited_D: Any, serves_D: Any, waiting_K: Any
+    ids_K: Any, home: int, home_node: int, start_E: Any, destination_R: Any, destinations_E: Any,
+    node_D: Any, stamp: int, visited_D: Any, serves_D: Any, waiting_K: Any,
 ) -> None:
-    """Mark (visited_D = stamp) the destinations that one token visits.
+    """Mark (visited_D = stamp) the destinations that one token visits; its own is marked already.
 
     waiting_K and serves_D are scratch: the choices not yet served in choice order, and how many of
     them each destination would serve; serves_D is zero before and after.
     """
-    visited_D[table.destination_G[home]] = stamp
     for e in ids_K:
-        if e >= 0 and table.destinations_E[e] == 1:
-            visited_D[table.destination_R[table.start_E[e]]] = stamp
+        if e >= 0 and destinations_E[e] == 1:
+            visited_D[destination_R[start_E[e]]] = stamp
     waiting = 0
     for e in ids_K:
-        if e >= 0 and not _served(e, table, stamp, visited_D):
+        if e >= 0 and not _served(e, start_E, destination_R, stamp, visited_D):
             waiting_K[waiting] = e
             waiting += 1
-            _count_destinations(e, 1, table, serves_D)
+            _count_destinations(e, 1, start_E, destination_R, serves_D)
     while waiting > 0:
-        visited_D[_next_destination(waiting_K[0], home, table, serves_D)] = stamp
+        visited_D[_next_destination(
+            waiting_K[0], home, home_node, start_E, destination_R, node_D, serves_D
+        )] = stamp
         left = 0
         for i in range(waiting):
             e = waiting_K[i]
-            if _served(e, table, stamp, visited_D):
-                _count_destinations(e, -1, table, serves_D)
+            if _served(e, start_E, destination_R, stamp, visited_D):
+                _count_destinations(e, -1, start_E, destination_R, serves_D)
             else:
                 waiting_K[left] = e
                 left += 1
@@ -206,18 +212,21 @@ def _visit(
 
 
 @compiled
-def _next_destination(expert: int, home: int, table: Any, serves_D: Any) -> int:
+def _next_destination(
+    expert: int, home: int, home_node: int, start_E: Any, destination_R: Any, node_D: Any,
+    serves_D: Any,
+) -> int:
     """The expert's destination that serves most of the choices not yet served.
 
     Ties: one in the home node, then the first in an order that turns with home and expert.
     """
-    first, last = table.start_E[expert], table.start_E[expert + 1]
+    first, last = start_E[expert], start_E[expert + 1]
     r = first + (home + expert) % (last - first)
     best = -1
     best_score = -1
     for _ in range(last - first):
-        d = table.destination_R[r]
-        score = 2 * serves_D[d] + (1 if table.node_D[d] == table.node_G[home] else 0)
+        d = destination_R[r]
+        score = 2 * serves_D[d] + (1 if node_D[d] == home_node else 0)
         if score > best_score:
             best, best_score = d, score
         r = r + 1 if r + 1 < last else first
@@ -225,21 +234,23 @@ def _next_destination(expert: int, home: int, table: Any, serves_D: Any) -> int:
 
 
 @compiled
-def _served(expert: int, table: Any, stamp: int, visited_D: Any) -> bool:
+def _served(expert: int, start_E: Any, destination_R: Any, stamp: int, visited_D: Any) -> bool:
     """Whether some replica of the expert is in a destination the token visits."""
-    r = table.start_E[expert]
-    while r < table.start_E[expert + 1] and visited_D[table.destination_R[r]] != stamp:
+    r = start_E[expert]
+    while r < start_E[expert + 1] and visited_D[destination_R[r]] != stamp:
         r += 1
-    return bool(r < table.start_E[expert + 1])
+    return bool(r < start_E[expert + 1])
 
 
 @compiled
-def _count_destinations(expert: int, change: int, table: Any, serves_D: Any) -> None:
+def _count_destinations(
+    expert: int, change: int, start_E: Any, destination_R: Any, serves_D: Any
+) -> None:
     """Add `change` to every destination that holds the expert, once each."""
     last = -1
-    for r in range(table.start_E[expert], table.start_E[expert + 1]):
-        if table.destination_R[r] != last:
-            last = table.destination_R[r]
+    for r in range(start_E[expert], start_E[expert + 1]):
+        if destination_R[r] != last:
+            last = destination_R[r]
             serves_D[last] += change
 
 
@@ -250,11 +261,11 @@ def _count_destinations(expert: int, change: int, table: Any, serves_D: Any) -> 
 def split_classes(counts_GX: Any, table: Any, speed_G: Any, slack: float) -> Any:
     """Quotas by home rank and (class, slot), from the counts of all ranks."""
     start_E, slots_per_device = table.start_E, table.slots_per_device
+    group_G = _home_groups(table)
     tokens_XN = np.zeros((counts_GX.shape[1], table.home_groups), np.int64)
     for g in range(counts_GX.shape[0]):
-        group = _group_of(g, table)
         for x in range(counts_GX.shape[1]):
-            tokens_XN[x, group] += counts_GX[g, x]
+            tokens_XN[x, group_G[g]] += counts_GX[g, x]
     total_E = np.zeros(len(start_E) - 1, np.int64)
     for e in range(len(total_E)):
         for x in range(table.class_start_E[e], table.class_start_E[e + 1]):
@@ -280,13 +291,19 @@ def split_classes(counts_GX: Any, table: Any, speed_G: Any, slack: float) -> Any
     fill_flat(tokens_B, start_B, end_B, device_O, flow_O, load_G, speed_G, cap_G)
     push_excess(start_B, device_O, cost_O, flow_O, load_G, cap_G)
     quota_GO = np.zeros((counts_GX.shape[0], len(slot_O)), np.int32)
-    _divide(counts_GX, table, expert_B, class_B, group_B, start_B, slot_O, flow_O, quota_GO)
+    _divide(
+        counts_GX, group_G, slots_per_device, expert_B, class_B, group_B, start_B, slot_O, flow_O,
+        quota_GO,
+    )
     return ClassSplit(block_XN, start_B, slot_O, quota_GO)
 
 
 @compiled
-def _group_of(home: int, table: Any) -> int:
-    return table.node_G[home] if table.home_groups > 1 else 0
+def _home_groups(table: Any) -> Any:
+    """[G] the home group of each rank: its node, or 0 where nodes are not told apart."""
+    if table.home_groups > 1:
+        return table.node_G
+    return np.zeros(len(table.node_G), np.int64)
 
 
 @compiled
@@ -334,8 +351,8 @@ def _list_options(
 
 @compiled
 def _divide(
-    counts_GX: Any, table: Any, expert_B: Any, class_B: Any, group_B: Any, start_B: Any,
-    slot_O: Any, flow_O: Any, quota_GO: Any,
+    counts_GX: Any, group_G: Any, slots_per_device: int, expert_B: Any, class_B: Any,
+    group_B: Any, start_B: Any, slot_O: Any, flow_O: Any, quota_GO: Any,
 ) -> None:
     """Each block's flow among its home ranks: own slots first, then the rest in turn."""
     homes = counts_GX.shape[0]
@@ -343,10 +360,9 @@ def _divide(
     left_O = flow_O.copy()
     for b in range(len(class_B)):
         for g in range(homes):
-            mine = _group_of(g, table) == group_B[b]
-            left_G[g] = counts_GX[g, class_B[b]] if mine else 0
+            left_G[g] = counts_GX[g, class_B[b]] if group_G[g] == group_B[b] else 0
         for o in range(start_B[b], start_B[b + 1]):
-            home = slot_O[o] // table.slots_per_device
+            home = slot_O[o] // slots_per_device
             own = min(left_O[o], left_G[home])
             quota_GO[home, o] += own
             left_G[home] -= own
@@ -383,11 +399,11 @@ def place_classes(
 ) -> None:
     """Tokens in order: experts without a choice first, then a slot on a rank already visited."""
     start_E, slot_R, slots_per_device = table.start_E, table.slot_R, table.slots_per_device
-    start_B, slot_O, quota_GO = split.start_B, split.slot_O, split.quota_GO
-    visited_G = np.zeros(len(table.node_G), np.int64)      # last token to visit, counted from 1
+    block_XN, start_B, slot_O, quota_GO = split
+    group_G = _home_groups(table)
+    visited_G = np.zeros(len(group_G), np.int64)      # last token to visit, counted from 1
     for t in range(ids_TK.shape[0]):
         home = home_T[t]
-        group = _group_of(home, table)
         visited_G[home] = t + 1
         for k in range(ids_TK.shape[1]):
             e = ids_TK[t, k]
@@ -398,7 +414,7 @@ def place_classes(
         for k in range(ids_TK.shape[1]):
             if class_TK[t, k] < 0 or slot_TK[t, k] >= 0:
                 continue
-            b = split.block_XN[class_TK[t, k], group]
+            b = block_XN[class_TK[t, k], group_G[home]]
             chosen = -1
             for o in range(start_B[b], start_B[b + 1]):
                 if quota_GO[home, o] > 0:
