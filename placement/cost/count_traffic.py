@@ -31,6 +31,7 @@ class LayerCounts:
     extrapolated: bool
     ports_PWG: npt.NDArray[np.float64]      # NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN
     fair_WX: npt.NDArray[np.float64] | None     # as StepLoads.fair_copies_WLX
+    gathers: int                            # of counts, before the dispatch
 
 
 def count_layer(
@@ -41,6 +42,7 @@ def count_layer(
     cluster: Cluster,
     expert_bytes_E: npt.NDArray[np.integer[Any]] | None,
     timed: bool,
+    gathers: int,
 ) -> LayerCounts:
     """Work per device and copies per port of one layer in every step.
 
@@ -66,7 +68,8 @@ def count_layer(
         none_WGG = np.zeros((0, devices, devices))
         ports_PWG = _count_ports(slot_AK, from_AX, offset_W, width, cluster, none_WGG)
         return LayerCounts(
-            tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated), ports_PWG, None
+            tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated), ports_PWG, None,
+            gathers,
         )
     # A few steps at a time: all steps' matrices at once may not fit in memory.
     at_once = max(1, PAIRS_AT_ONCE // devices**2)
@@ -78,7 +81,7 @@ def count_layer(
         fair.append(fair_copies_WX(far_WGG, cluster))
     return LayerCounts(
         tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated),
-        np.concatenate(parts, axis=1), np.concatenate(fair),
+        np.concatenate(parts, axis=1), np.concatenate(fair), gathers,
     )
 
 

@@ -9,11 +9,12 @@ compute    a device's experts: start + active·fixed + weight bytes / HBM rate +
 exchange   alpha + the most loaded port over its rate: NVLink in/out, NIC in/out, a node's spine;
            between nodes no less than under fair sharing.
 counts     an all-gather of every rank's counts, where the dispatch needs them to choose among
-           replicas. In a layer without replicas every rank knows where each token goes, whatever
-           the dispatch, and nothing is gathered. That ranks tell each other how many rows come
-           belongs to the exchange: it is in its alpha, measured with it. The live workers gather
-           in every layer all the same (they agree on the plan's epoch in it); hardware profiles of
-           theirs say so (`counts_always`).
+           replicas; two where the counts are too many for one (`counts_gathers`). In a layer
+           without replicas every rank knows where each token goes, whatever the dispatch, and
+           nothing is gathered. That ranks tell each other how many rows come belongs to the
+           exchange: it is in its alpha, measured with it. The live workers gather in every layer
+           all the same (they agree on the plan's epoch in it); hardware profiles of theirs say so
+           (`counts_always`).
 layer      counts + dispatch + slowest device + combine, under the overlap schedule in force.
            step = sum over layers + the other time.
 
@@ -127,13 +128,13 @@ def step_cost(
 
 
 def _counts_us(loads: StepLoads, cluster: Cluster, dispatch: DispatchSpec) -> FloatArray:
-    """[L] the counts collective of each layer."""
+    """[L] the counts collectives of each layer."""
     layers, hardware = loads.tokens_WLG.shape[1], cluster.hardware
     if cluster.num_devices == 1 or not (hardware.counts_always or needs_all_counts(dispatch)):
         return np.zeros(layers)
-    gathers_L = np.ones(layers, bool)
-    if loads.replicated_L is not None and not hardware.counts_always:
-        gathers_L = np.array(loads.replicated_L, bool)
+    gathers_L = np.ones(layers) if loads.gathers_L is None else np.array(loads.gathers_L)
+    if hardware.counts_always:
+        gathers_L = np.maximum(gathers_L, 1)
     return np.asarray(gathers_L * hardware.counts_collective_us, np.float64)
 
 

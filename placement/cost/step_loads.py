@@ -35,7 +35,7 @@ from ...foundation.parallel import Executor
 from ...traces.steps import Steps
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
-from ..dispatch.assignment import route_steps
+from ..dispatch.assignment import counts_gathers, layer_dispatch, route_steps
 from ..plan import DispatchSpec, Plan
 from .count_traffic import LayerCounts, count_layer
 
@@ -57,7 +57,7 @@ class StepLoads:
     tokens_W: Int64Array                # tokens in each step
     expert_us_WLG: FloatArray | None = None     # sum over slots of the hardware's expert table
     expert_us_extrapolated: bool = False        # some slot held more tokens than the table did
-    replicated_L: tuple[bool, ...] | None = None    # layers with a choice to make; None = unknown
+    gathers_L: tuple[int, ...] | None = None    # of counts, to choose replicas; None = unknown
     # [W, L, 2] dispatch and combine between nodes under fair sharing, in copies through one NIC;
     # None where the most loaded port says it (fair_sharing.py).
     fair_copies_WLX: FloatArray | None = None
@@ -108,21 +108,7 @@ def step_loads(
     return _stack(
         counted, np.diff(steps.offset), expert_bytes_E is not None,
         bool(cluster.hardware.compute.expert_table_tokens),
-        tuple(_replicated_layers(plan)[i] for i in chosen),
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _replicated_layers(plan: Plan) -> tuple[bool, ...]:
-    """Of each layer; asked again for every few steps of a simulation, of the same plan."""
-    return tuple(map(_replicated, plan.slots))
-
-
-def _replicated(slots_GC: npt.NDArray[np.int16]) -> bool:
-    """Whether some expert lies on several devices."""
-    device, slot = np.nonzero(slots_GC >= 0)
-    held = np.unique(np.stack([slots_GC[device, slot], device]), axis=1)[0]
-    return len(np.unique(held)) < len(held)
 
 
 def check_fit(
@@ -160,11 +146,11 @@ def layer_loads(
     timed: bool = True,
 ) -> LayerCounts:
     """Route and count one layer: the inner loop of `step_loads`, for searches."""
-    slot_AK = route_steps(
-        job.ids_AK, job.home_A, job.offset_W, job.slots_GC, job.num_experts, cluster, spec
-    )
+    layer = layer_dispatch(job.slots_GC, job.num_experts, cluster, spec)
+    slot_AK = route_steps(layer, job.ids_AK, job.home_A, job.offset_W)
     return count_layer(
-        slot_AK, job.home_A[:, None], job.offset_W, job.slots_GC, cluster, expert_bytes_E, timed
+        slot_AK, job.home_A[:, None], job.offset_W, job.slots_GC, cluster, expert_bytes_E, timed,
+        counts_gathers(layer, cluster),
     )
 
 
@@ -195,14 +181,13 @@ def _coherent(
     """Layer after layer: each starts where the tokens ended up."""
     counted: list[LayerCounts] = []
     from_AX = home_A[:, None]
-    for layer, slots_GC in enumerate(plan.slots):
-        ids_AK = _layer_ids(trace, steps, layer)
-        slot_AK = route_steps(
-            ids_AK, home_A, steps.offset, slots_GC, plan.num_experts, cluster, spec
-        )
-        counted.append(
-            count_layer(slot_AK, from_AX, steps.offset, slots_GC, cluster, expert_bytes_E, timed)
-        )
+    for i, slots_GC in enumerate(plan.slots):
+        layer = layer_dispatch(slots_GC, plan.num_experts, cluster, spec)
+        slot_AK = route_steps(layer, _layer_ids(trace, steps, i), home_A, steps.offset)
+        counted.append(count_layer(
+            slot_AK, from_AX, steps.offset, slots_GC, cluster, expert_bytes_E, timed,
+            counts_gathers(layer, cluster),
+        ))
         rank_AK = np.where(slot_AK >= 0, slot_AK // plan.slots_per_device, -1).astype(np.int32)
         # A token that chose nobody here stays where it was.
         idle_A = (rank_AK < 0).all(axis=1)
@@ -213,8 +198,7 @@ def _coherent(
 
 
 def _stack(
-    counted: list[LayerCounts], tokens_W: Int64Array, with_bytes: bool, with_table: bool,
-    replicated_L: tuple[bool, ...],
+    counted: list[LayerCounts], tokens_W: Int64Array, with_bytes: bool, with_table: bool
 ) -> StepLoads:
     """[W, L, G] arrays from per-layer [W, G] ones."""
     ports = np.stack([c.ports_PWG for c in counted], axis=2)
@@ -231,6 +215,6 @@ def _stack(
         tokens_W=np.asarray(tokens_W, np.int64),
         expert_us_WLG=table_us,
         expert_us_extrapolated=any(c.extrapolated for c in counted),
-        replicated_L=replicated_L,
+        gathers_L=tuple(c.gathers for c in counted),
         fair_copies_WLX=np.stack(fair_WX, axis=1) if fair_WX else None,
     )

@@ -64,6 +64,10 @@ class LayerDispatch(Protocol):
     """One layer's dispatch under one plan; good until its slots change."""
 
     @property
+    def start_E(self) -> Int32Array:
+        """Replicas of expert e, one per device: start_E[e]:start_E[e + 1]."""
+
+    @property
     def num_counts(self) -> int:
         """X, the whole numbers that a rank tells the others."""
 
@@ -108,24 +112,28 @@ def counts_gathered_first(num_experts: int, cluster: Cluster) -> int:
     return (4 if sends_once(cluster) else 2) * num_experts
 
 
+def counts_gathers(layer: LayerDispatch, cluster: Cluster) -> int:
+    """How often ranks gather counts to choose among replicas: not at all where no expert lies on
+    several devices; twice where the counts are too many for one gather."""
+    if not (np.diff(layer.start_E) > 1).any():
+        return 0
+    return 1 + (layer.num_counts > counts_gathered_first(len(layer.start_E) - 1, cluster))
+
+
 def route_steps(
+    layer: LayerDispatch,
     ids_AK: Int32Array,
     home_A: Int32Array,
     offset_W: npt.NDArray[np.int64],
-    slots_GC: npt.NDArray[np.integer[Any]],
-    num_experts: int,
-    cluster: Cluster,
-    spec: DispatchSpec,
 ) -> Int32Array:
     """[A, K] int32 slots; step w holds tokens offset_W[w]:offset_W[w + 1]; negative ids stay -1.
 
     Raises InputError when an expert with tokens has no slot.
     """
-    unplaced_E = np.setdiff1d(np.arange(num_experts), slots_GC)
+    unplaced_E = np.flatnonzero(np.diff(layer.start_E) == 0)
     missing_E = unplaced_E[np.isin(unplaced_E, ids_AK)] if len(unplaced_E) else unplaced_E
     if len(missing_E):
         raise InputError(f"expert {missing_E[0]} has tokens but no slot: complete the plan")
-    layer = layer_dispatch(slots_GC, num_experts, cluster, spec)
     slot_AK = np.empty(ids_AK.shape, np.int32)
     for first, last in itertools.pairwise(offset_W.tolist()):
         counted = layer.count(ids_AK[first:last], home_A[first:last])
@@ -145,6 +153,10 @@ class ByExpert:
     cluster: Cluster
     slots: int
     parameters: npt.NDArray[np.float64]
+
+    @property
+    def start_E(self) -> Int32Array:
+        return self.table.start_unique_E
 
     @property
     def num_counts(self) -> int:
@@ -186,6 +198,10 @@ class ByClass:
     slack: float
 
     @property
+    def start_E(self) -> Int32Array:
+        return self.table.start_E
+
+    @property
     def num_counts(self) -> int:
         return self.table.num_classes
 
@@ -221,6 +237,10 @@ class ByPosition:
     num_counts: int            # slots
     round_robin: bool
     offset_by_rank: bool
+
+    @property
+    def start_E(self) -> Int32Array:
+        return self.table.start_unique_E
 
     def count(self, ids_TK: Int32Array, home_T: Int32Array) -> Counted:
         slot_TK = np.empty(ids_TK.shape, np.int32)

@@ -17,7 +17,7 @@ from ...errors import InputError, UsageError
 from ...foundation.compiled import compiled
 from ..cluster import Cluster
 from ..plan import DispatchSpec
-from .assignment import count_into, route_steps
+from .assignment import count_into, layer_dispatch, route_steps
 from .balanced import counts_by_node, split_by_node, total_over
 from .fewest_active import choose_fewest_active
 from .policies import (
@@ -124,7 +124,7 @@ def route(
     ids = np.ascontiguousarray(ids_TK, np.int32)
     home = np.ascontiguousarray(home_T, np.int32)
     whole = np.array([0, len(ids)], np.int64)
-    return route_steps(ids, home, whole, slots_GC, num_experts, cluster, spec)
+    return route_steps(layer_dispatch(slots_GC, num_experts, cluster, spec), ids, home, whole)
 
 
 def count_tokens(

@@ -56,8 +56,15 @@ class Controller:
         """cluster: the devices planned for; their times are replaced by measured ones as soon as
         there are enough steps. kernel: how long experts take here; None = timed when first needed,
         which takes seconds. log: a file that gets one JSON line per decision. Raises UsageError for
-        ranks on GPUs without `kernel`: here their experts cannot be timed."""
-        device = group.status()["device"]
+        a cluster whose traffic is not the group's, and for ranks on GPUs without `kernel`: here
+        their experts cannot be timed."""
+        status = group.status()
+        device, served = status["device"], status.get("cluster")
+        if served is not None and served.traffic != cluster.traffic:
+            raise UsageError(
+                f"the group serves {served.traffic}, the cluster to plan for {cluster.traffic}: "
+                "their tokens choose replicas differently; give the controller the group's traffic"
+            )
         if device != "cpu" and kernel is None:
             raise UsageError(
                 f"the group's ranks compute on {device}, where this process cannot time experts: "

@@ -95,7 +95,7 @@ def test_the_counts_collective_is_charged_where_all_counts_are_needed() -> None:
 
 def test_a_layer_without_replicas_gathers_no_counts() -> None:
     """Every rank knows where its tokens go: `balanced` has nothing to decide."""
-    single = dataclasses.replace(loads(), replicated_L=(False,))
+    single = dataclasses.replace(loads(), gathers_L=(0,))
     even = step_cost(single, MODEL, cluster(), dispatch=EVEN)
     assert step_cost(single, MODEL, cluster(), dispatch=BALANCED).counts_us_L.tolist() == [0]
     always = cluster(counts_always=True)        # live workers agree on their epoch in it
@@ -110,10 +110,25 @@ def test_replicas_are_told_layer_by_layer_and_duplicates_are_none() -> None:
     place = Cluster.preset("h100", devices_per_node=2, slots_per_device=2)
     steps = StepSampler(tokens=4, order="stored").sample(trace)
     counted = step_loads(trace, steps, Plan(slots, num_experts=2), place)
-    assert counted.replicated_L == (False, True, False)
+    assert counted.gathers_L == (0, 1, 0)
     model = MODEL.model_copy(update={"num_layers": 3, "num_experts": 2})
     cost = step_cost(counted, model, place, dispatch=BALANCED)
     assert cost.counts_us_L.tolist() == [0, place.hardware.counts_collective_us, 0]
+
+
+def test_counts_by_class_that_fill_more_than_one_gather_are_charged_twice() -> None:
+    """Two experts on four ranks each: 15 sets of ranks, but one gather holds 4 counts an expert."""
+    slots = np.array([[[0, 1]] * 4])
+    trace = RoutingTrace.from_arrays(np.zeros((4, 1, 1), int), num_experts=2)
+    steps = StepSampler(tokens=4, order="stored").sample(trace)
+    model = MODEL.model_copy(update={"num_layers": 1, "num_experts": 2})
+    for payload, gathers in (("per_expert", 1), ("per_rank", 2)):
+        place = Cluster.preset(
+            "h100", devices_per_node=4, slots_per_device=2, traffic=f"return_home/{payload}"
+        )
+        counted = step_loads(trace, steps, Plan(slots, num_experts=2), place)
+        cost = step_cost(counted, model, place, dispatch=BALANCED)
+        assert cost.counts_us_L.tolist() == [gathers * place.hardware.counts_collective_us]
 
 
 def test_one_device_exchanges_nothing() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from loadmaster.errors import LoadmasterError, UsageError
-from loadmaster.placement.cluster import Cluster
+from loadmaster.placement.cluster import Cluster, Traffic
 from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.placement.hardware import ComputeProfile
 from loadmaster.placement.plan import Plan
@@ -363,6 +363,17 @@ def test_experts_on_gpus_are_not_timed_on_this_cpu() -> None:
     group.device = "cuda"
     with pytest.raises(UsageError, match="cannot time experts"):
         Controller(group, CLUSTER)
+
+
+def test_a_cluster_of_other_traffic_is_refused() -> None:
+    """Under it tokens would choose other replicas than they do live."""
+    group = ScriptedGroup(plan_in_order())
+    standing = group.status()
+    group.status = lambda: standing | {"cluster": CLUSTER}      # type: ignore[method-assign]
+    Controller(group, CLUSTER)
+    other = CLUSTER.model_copy(update={"traffic": Traffic.parse("return_home/per_rank")})
+    with pytest.raises(UsageError, match=r"serves return_home/per_expert, .* return_home/per_rank"):
+        Controller(group, other)
 
 
 def test_looking_is_paid_for_where_it_takes_the_ranks_time() -> None:
