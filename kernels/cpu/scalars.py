@@ -9,6 +9,7 @@ vector it sits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -35,6 +36,19 @@ def compiled(function: _Function) -> _Function:
         _Function,
         numba.njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")(function),
     )
+
+
+@functools.cache
+def compiles_for(feature: str) -> bool:
+    """Whether compiled loops may use a feature of the processor, by LLVM's name.
+
+    What NUMBA_CPU_FEATURES allows where it is set; otherwise what the processor has.
+    """
+    config: Any = numba.config
+    told: str | None = config.CPU_FEATURES
+    if told is None:
+        return bool(llvm.get_host_cpu_features().get(feature, False))
+    return f"+{feature}" in told.split(",")
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
@@ -77,7 +91,7 @@ def _round_to_bfloat16(typing_context: Any, value: Any) -> Any:
 bits_to_float: Any = intrinsic(_bits_to_float)
 float_to_bits: Any = intrinsic(_float_to_bits)
 # One instruction where the machine has it; elsewhere LLVM would call a function that is not there.
-_HAS_ROUNDING = bool(llvm.get_host_cpu_features().get("avx512bf16", False))
+_HAS_ROUNDING = compiles_for("avx512bf16")
 _rounded_by_machine: Any = intrinsic(_round_to_bfloat16)
 
 
