@@ -9,7 +9,6 @@ where they are missing, `weights.py` takes the torch backend. Knows nothing of p
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
