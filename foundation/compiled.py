@@ -12,9 +12,11 @@ faster, rounded once less, and so other bits than `compiled` gives.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +58,19 @@ def compiled_fused(function: Function) -> Function:
     """As `compiled`, but products may fuse into sums; nothing else is relaxed."""
     jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
     return cast(Function, jit(function))
+
+
+@functools.cache
+def compiles_for(feature: str) -> bool:
+    """Whether compiled loops may use a feature of the processor, by LLVM's name.
+
+    What NUMBA_CPU_FEATURES allows where it is set; otherwise what the processor has.
+    """
+    config: Any = numba.config
+    told: str | None = config.CPU_FEATURES
+    if told is None:
+        return bool(llvm.get_host_cpu_features().get(feature, False))
+    return f"+{feature}" in told.split(",")
 
 
 @intrinsic

@@ -47,6 +47,7 @@ class SlotBackend(Protocol):
 
     name: str
     shape: SlotShape
+    block_sizes: tuple[int, ...]      # rows that it computes together; () = no promise of bits
 
     def set_slot(self, slot: int, tensors: SlotTensors) -> None:
         """Take over one expert; touches no other slot."""

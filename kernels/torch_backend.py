@@ -1,7 +1,8 @@
 """The grouped expert MLP on plain torch operations: any device, any float type, no packing.
 
-The fallback where nothing faster is there. Knows stacked weights and rows sorted by slot;
-knows nothing of plans.
+The fallback where nothing faster is there. On the CPU rows run in blocks of few fixed sizes
+(`cpu/row_blocks.py`); elsewhere all rows of a slot at once, and no promise is made of their bits.
+Knows nothing of plans.
 """
 
 from __future__ import annotations
@@ -12,59 +13,59 @@ from torch import Tensor
 from .activation import gate_rows_first, stored_rows
 from .backend import SlotShape, SlotTensors
 from .cpu.gates import gated_rows
-from .slot_rows import SlotTable
-
-# A product of fewer rows takes other code with other bits (measured on torch 2.13 CPU: float32
-# below 4 rows, bfloat16 a single row where H >= 2048), so blocks are padded up to this.
-LEAST_ROWS = 8
+from .cpu.row_blocks import BlockSizes, compute_in_blocks
 
 
 class TorchSlots:
-    """Stacked weights, gate rows first; one pair of products per slot that has rows."""
+    """Each slot's own tensors, gate rows first; one pair of products per block of rows."""
 
     name = "torch"
 
-    def __init__(self, shape: SlotShape) -> None:
-        self.shape = shape
-        self._table = SlotTable(shape.slots)
-        self._stacked = {
-            name: torch.zeros(shape.slots, *size, dtype=shape.dtype, device=shape.device)
+    def __init__(self, shape: SlotShape, block_sizes: BlockSizes) -> None:
+        self.shape, self.block_sizes = shape, block_sizes
+        # Tensors of their own, not parts of a large one: all begin at a cache line.
+        empty = {
+            name: torch.zeros(size, dtype=shape.dtype, device=shape.device)
             for name, size in shape.tensor_shapes().items()
         }
+        self._experts: list[SlotTensors] = [empty] * shape.slots
 
     def set_slot(self, slot: int, tensors: SlotTensors) -> None:
-        row = self._table.row_to_write(slot)
-        for name, tensor in tensors.items():
-            if name.startswith("gate_up"):
-                tensor = gate_rows_first(tensor, self.shape.activation)
-            self._stacked[name][row] = tensor
+        activation = self.shape.activation
+        self._experts[slot] = {
+            name: (gate_rows_first(tensor, activation) if "gate_up" in name else tensor).clone(
+                memory_format=torch.contiguous_format
+            )
+            for name, tensor in tensors.items()
+        }
 
     def get_slot(self, slot: int) -> SlotTensors:
-        row = self._table.rows[slot]
-        tensors = {name: stacked[row].clone() for name, stacked in self._stacked.items()}
+        activation = self.shape.activation
+        tensors = {name: tensor.clone() for name, tensor in self._experts[slot].items()}
         return {
-            name: stored_rows(tensor, self.shape.activation) if "gate_up" in name else tensor
+            name: stored_rows(tensor, activation) if "gate_up" in name else tensor
             for name, tensor in tensors.items()
         }
 
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
+        if self.shape.device.type == "cpu":
+            compute_in_blocks(x_AH, count_S.tolist(), self.block_sizes, self._block, out_AH)
+            return
         start = 0
         for slot, count in enumerate(count_S.tolist()):
             if count:
                 rows = slice(start, start + count)
-                out_AH[rows] = self._run_slot(x_AH[rows], self._table.rows[slot])[:count]
+                out_AH[rows] = self._block(slot, x_AH[rows])
                 start += count
 
-    def _run_slot(self, x_AH: Tensor, row: int) -> Tensor:
-        if len(x_AH) < LEAST_ROWS:
-            padding = x_AH.new_zeros(LEAST_ROWS - len(x_AH), self.shape.hidden)
-            x_AH = torch.cat((x_AH, padding))
-        gate_up = torch.mm(x_AH, self._stacked["gate_up"][row].T)
+    def _block(self, slot: int, x: Tensor) -> Tensor:
+        expert = self._experts[slot]
+        gate_up = torch.mm(x, expert["gate_up"].T)
         if self.shape.bias:
-            gate_up += self._stacked["gate_up_bias"][row]
+            gate_up += expert["gate_up_bias"]
         act = gate_up.new_empty(len(gate_up), self.shape.intermediate)
         gated_rows(gate_up, self.shape.activation, act)
-        y_AH = torch.mm(act, self._stacked["down"][row].T)
+        y = torch.mm(act, expert["down"].T)
         if self.shape.bias:
-            y_AH += self._stacked["down_bias"][row]
-        return y_AH
+            y += expert["down_bias"]
+        return y

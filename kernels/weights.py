@@ -6,17 +6,21 @@ or ranks: `grouped.py` checks inputs and calls `run`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, LoadmasterError
 from .activation import ExpertActivation
 from .backend import SlotBackend, SlotShape
 from .cpu.packed import PackedSlots, packed_available
 from .cpu.panel_matrix import panels_available
 from .cpu.panels import PanelSlots, panels_preferred
+from .cpu.row_blocks import SIZES_TO_TRY, BlockSizes
+from .cpu.tiles import TILE_ROWS
+from .self_check import backend_fault
 from .torch_backend import TorchSlots
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -26,8 +30,10 @@ BACKENDS = ("auto", "torch", "packed", "panels", "triton")
 class ExpertWeights:
     """The expert weights of one layer's slots on one rank, in the form its backend computes on."""
 
-    def __init__(self, backend: SlotBackend) -> None:
+    def __init__(self, backend: SlotBackend, refused: tuple[str, ...] = ()) -> None:
+        """refused: which faster backends are not used here, and why."""
         self._backend = backend
+        self.refused = refused
 
     @classmethod
     def allocate(
@@ -45,8 +51,10 @@ class ExpertWeights:
         """Room for `slots` experts, all zero until `set_slot` fills them.
 
         backend: `auto` takes the fastest that fits dtype, sizes, device and this machine; the
-        other names force one, for tests and benchmarks. Ranks give a row the same bits where they
-        have the same backend: on processors of one kind.
+        other names force one, for tests and benchmarks. On the CPU one is taken only if it gave a
+        row of these very sizes the same bits alone and in any company (`self_check.py`); `refused`
+        says which ones failed. Ranks give a row the same bits where they have the same backend:
+        on processors of one kind. Raises LoadmasterError where no backend passes.
         """
         if dtype not in DTYPES:
             known = ", ".join(str(each) for each in DTYPES)
@@ -65,7 +73,7 @@ class ExpertWeights:
             activation=activation,
             bias=bias,
         )
-        return cls(_choose_backend(shape, backend))
+        return cls(*_choose_backend(shape, backend))
 
     @property
     def slots(self) -> int:
@@ -168,26 +176,48 @@ def with_index(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "cpu" else device
 
 
-def _choose_backend(shape: SlotShape, name: str) -> SlotBackend:
+def _choose_backend(shape: SlotShape, name: str) -> tuple[SlotBackend, tuple[str, ...]]:
+    """The first backend that fits and keeps a row's bits, and which ones did not keep them."""
     if name not in BACKENDS:
         raise InputError(f"backend {name!r} is not known; use one of {', '.join(BACKENDS)}")
     if name == "triton" or (name == "auto" and shape.device.type == "cuda"):
         backend = _triton_backend(shape)
         if backend is not None:
-            return backend
-    on_cpu = shape.device.type == "cpu"
-    packed = on_cpu and packed_available(shape.dtype)
-    panels = on_cpu and panels_available(shape.dtype)
-    if name == "triton" or (name == "packed" and not packed) or (name == "panels" and not panels):
+            return backend, ()
+    if shape.device.type != "cpu" and name in ("auto", "torch"):
+        return TorchSlots(shape, ()), ()
+    refused: list[str] = []
+    for each, sizes in _candidates(shape, name):
+        fault = backend_fault(each, shape, sizes)
+        if not fault:
+            return each(shape, sizes), tuple(refused)
+        blocks = f" in blocks of {', '.join(map(str, sizes))} rows"
+        refused.append(f"experts, {each.name}{blocks}: {fault}")
+    widths = f"experts of {shape.hidden} x {shape.intermediate} in {shape.dtype}"
+    if not refused:
         raise InputError(
             f"backend {name!r} cannot run {shape.dtype} on {shape.device} here; use 'auto'"
         )
-    preferred = panels and (
-        not packed or panels_preferred(shape.hidden, shape.intermediate, shape.dtype)
+    raise LoadmasterError(
+        f"{widths}: no backend gives a row the same bits alone and in company on this processor "
+        f"({'; '.join(refused)}): serve another dtype, or install another build of torch"
     )
-    if name == "panels" or (name == "auto" and preferred):
-        return PanelSlots(shape)
-    return PackedSlots(shape) if packed and name != "torch" else TorchSlots(shape)
+
+
+def _candidates(shape: SlotShape, name: str) -> Iterator[tuple[Any, BlockSizes]]:
+    """Classes of backends on the CPU and their blocks, the fastest first, `torch` last."""
+    packed = packed_available(shape.dtype)
+    panels = panels_available(shape.dtype)
+    order: list[tuple[Any, tuple[BlockSizes, ...]]] = []
+    if packed:
+        order.append((PackedSlots, SIZES_TO_TRY))
+    if panels:
+        best = not packed or panels_preferred(shape.hidden, shape.intermediate, shape.dtype)
+        order.insert(0 if best else 1, (PanelSlots, ((TILE_ROWS,),)))
+    order.append((TorchSlots, SIZES_TO_TRY))
+    for backend, choices in order:
+        if name in ("auto", backend.name):
+            yield from ((backend, sizes) for sizes in choices)
 
 
 def _triton_backend(shape: SlotShape) -> SlotBackend | None:

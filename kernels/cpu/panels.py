@@ -17,9 +17,10 @@ from ..backend import SlotShape, SlotTensors
 from .gates import compiled_activation
 from .panel_loops import CHUNK_ROWS, expert_rows
 from .panel_matrix import Panels, factor_dtype, narrowed, panels_available
+from .row_blocks import BlockSizes
 from .scalars import as_array
 from .scratch import SCRATCH
-from .tiles import HAS_MATRIX_UNITS, PANEL, padded_columns
+from .tiles import HAS_MATRIX_UNITS, PANEL, TILE_ROWS, padded_columns
 
 # Largest hidden x intermediate held as panels where oneDNN multiplies large matrices faster than
 # they do: with matrix units. The choice may not depend on rows: a token's bits would then depend
@@ -40,8 +41,8 @@ class PanelSlots:
 
     name = "panels"
 
-    def __init__(self, shape: SlotShape) -> None:
-        self.shape = shape
+    def __init__(self, shape: SlotShape, block_sizes: BlockSizes = (TILE_ROWS,)) -> None:
+        self.shape, self.block_sizes = shape, block_sizes
         self._half = padded_columns(shape.intermediate)
         self._up = Panels(shape.slots, 2 * self._half, shape.hidden, shape.dtype)
         self._down = Panels(shape.slots, shape.hidden, shape.intermediate, shape.dtype)

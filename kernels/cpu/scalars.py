@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...foundation.compiled import compiled_fused as compiled
+from ...foundation.compiled import compiles_for
 
 _F32 = np.float32
 
@@ -66,7 +66,7 @@ def _round_to_bfloat16(typing_context: Any, value: Any) -> Any:
 bits_to_float: Any = intrinsic(_bits_to_float)
 float_to_bits: Any = intrinsic(_float_to_bits)
 # One instruction where the machine has it; elsewhere LLVM would call a function that is not there.
-_HAS_ROUNDING = bool(llvm.get_host_cpu_features().get("avx512bf16", False))
+_HAS_ROUNDING = compiles_for("avx512bf16")
 _rounded_by_machine: Any = intrinsic(_round_to_bfloat16)
 
 

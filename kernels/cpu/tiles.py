@@ -23,17 +23,18 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ...foundation.compiled import compiled_fused as compiled
+from ...foundation.compiled import compiles_for
 
-_FEATURES = llvm.get_host_cpu_features()
 # Without the instruction, every step of a chain would be a function call.
-HAS_FUSED_PRODUCTS = bool(_FEATURES.get("fma", False))
-HAS_PAIR_PRODUCTS = bool(_FEATURES.get("avx512bf16", False))
+HAS_FUSED_PRODUCTS = compiles_for("fma")
+HAS_PAIR_PRODUCTS = compiles_for("avx512bf16")
 # With matrix units, oneDNN multiplies large bfloat16 matrices several times faster than vectors.
-HAS_MATRIX_UNITS = bool(_FEATURES.get("amx-bf16", False))
-# Six rows of accumulators, one panel wide, fill the registers of either kind.
-HAS_WIDE_VECTORS = bool(_FEATURES.get("avx512f", False))
+HAS_MATRIX_UNITS = bool(llvm.get_host_cpu_features().get("amx-bf16", False))
+# TILE_ROWS rows of accumulators, one panel wide, fill the registers of either kind.
+HAS_WIDE_VECTORS = compiles_for("avx512f")
 _LANES, _VECTORS = (16, 4) if HAS_WIDE_VECTORS else (8, 2)
 PANEL = _LANES * _VECTORS
+TILE_ROWS = 6
 # Depth of one chain: short ones keep float32 errors small, and their weights in the nearest cache.
 BLOCK_WORDS = 512
 
@@ -159,10 +160,10 @@ def _rows_product(
     out: int, out_step: int, panel: int, depth: int,
 ) -> None:
     """Any number of rows times one block of a panel; the other arguments as in `_tile_product`."""
-    while rows >= 6:
+    while rows >= TILE_ROWS:
         _tile_6(word, element, x, x_step, start, start_step, out, out_step, panel, depth)
         x, start, out = x + 24 * x_step, start + 24 * start_step, out + 24 * out_step
-        rows -= 6
+        rows -= TILE_ROWS
     if rows == 5:
         _tile_5(word, element, x, x_step, start, start_step, out, out_step, panel, depth)
     elif rows == 4:

@@ -44,6 +44,7 @@ class TritonSlots:
     """Stacked weights, gate rows first."""
 
     name = "triton"
+    block_sizes: tuple[int, ...] = ()
 
     def __init__(self, shape: SlotShape) -> None:
         self.shape = shape

@@ -239,6 +239,8 @@ class Coordinator:
                 "model_dir": self.settings.ranks[0].model_dir,
                 "device": self.settings.ranks[0].device,
                 "cluster": self._crew.cluster,
+                "experts_backend": self._crew.experts_backend,
+                "notes": self._crew.notes,
             }
 
     # ---- plans -----------------------------------------------------------------------------

@@ -63,6 +63,8 @@ class Crew:
         self._resized: tuple[PhasePlans, int] | None = None   # of a change of size that got so far
         self.fingerprints: Fingerprints = {}
         self.loaded: Any = None
+        self._backends: set[str] = set()       # what ranks compute their experts with
+        self._notes: dict[str, None] = {}      # what ranks had to say on loading, each line once
 
     @property
     def cluster(self) -> Cluster:
@@ -81,7 +83,25 @@ class Crew:
         """These ranks read the model without its experts; what they learnt from it."""
         calls = [self._fleet.call(g, "load") for g in ranks]
         limit_s = self._settings.start_timeout_s
-        return gather_watched(self._fleet, calls, limit_s, answer_s=LOADING_ANSWER_S)[0]
+        found = gather_watched(self._fleet, calls, limit_s, answer_s=LOADING_ANSWER_S)
+        for loaded in found:
+            self._backends.add(loaded.experts_backend)
+            self._notes.update(dict.fromkeys(loaded.notes))
+        return found[0]
+
+    @property
+    def experts_backend(self) -> str:
+        """What the ranks compute their experts with."""
+        return ", ".join(sorted(self._backends))
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not used on the ranks' machines, or not promised there, and why."""
+        mixed = (
+            f"ranks compute experts in different ways ({self.experts_backend}): a token's bits "
+            "depend on which of them computes it; use machines of one kind"
+        )
+        return [*self._notes, *([mixed] if len(self._backends) > 1 else [])]
 
     # ---- standing up -----------------------------------------------------------------------
 

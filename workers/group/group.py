@@ -374,7 +374,8 @@ class Group:
         return int(self._line.ask_again("status")["step"])
 
     def status(self) -> dict[str, Any]:
-        """Plan, epoch, step, requests in flight, process ids of the ranks."""
+        """Plan, epoch, step, requests in flight, process ids of the ranks; what computes the
+        experts, and what was refused on the ranks' machines (`notes`)."""
         return self._line.ask_again("status")  # type: ignore[no-any-return]
 
     def stop(self) -> None:

@@ -1,8 +1,8 @@
 """Attention of many requests in one forward pass, each on its own and without padding.
 
 Knows the rows of every request in the packed step and each request's keys and values so far.
-Knows nothing of experts, ranks or plans. A request's attention runs on shapes that depend on that
-request alone, so its bits do not depend on its neighbours.
+Knows nothing of experts, ranks or plans. A request's attention runs on shapes, and on memory laid
+out in a way, that depend on that request alone: so its bits do not depend on its neighbours.
 
 Axes: T rows of the packed step, h heads, D head width.
 """
@@ -24,6 +24,15 @@ from ...errors import InputError
 # Under this name transformers knows our attention, and our experts beside it.
 ATTENTION_IMPLEMENTATION = EXPERTS_IMPLEMENTATION = "loadmaster"
 _FIRST_CAPACITY_TOKENS = 64
+# A step's rows come in whole steps of so many: torch sends what is left of a tensor after whole
+# vectors down other code, with other bits, and so nothing is left, even of one number a row. (It
+# takes two vectors at a time; those of AVX-512 hold 32 bfloat16.) No product computes the padding.
+STEP_ROWS = 64
+
+
+def padding_of(rows: int, step: int) -> int:
+    """Rows to add, so that a whole number of steps is there."""
+    return -rows % step
 
 
 class RequestCache:
@@ -69,9 +78,12 @@ class PackedStep:
     lengths: list[int]                                    # rows of each request
     caches: list[RequestCache]
     rows: int = field(init=False)                         # rows that are not padding
+    padded_rows: int = field(init=False)                  # and with the padding
 
     def __post_init__(self) -> None:
         self.rows = sum(self.lengths)
+        # A rank without requests computes, too: its experts are asked for by the others.
+        self.padded_rows = max(self.rows + padding_of(self.rows, STEP_ROWS), STEP_ROWS)
 
     def finish(self) -> None:
         """The step is through all layers: its rows now belong to the caches."""
@@ -95,6 +107,12 @@ def running(step: PackedStep) -> Iterator[None]:
 def current() -> PackedStep:
     """The step that runs in this thread."""
     return _STEP.get()
+
+
+def live_rows(rows: int) -> int:
+    """Of this many rows of a product, those that belong to a request: the rest is padding."""
+    step = _STEP.get(None)
+    return step.rows if step is not None and rows == step.padded_rows else rows
 
 
 def register() -> None:
@@ -131,7 +149,8 @@ def packed_attention(
         mask = _mask(length, keys.shape[1], sliding_window, query, whole=not eager)
         out[:, rows] = attend(
             module,
-            query[:, :, rows],
+            # In memory of its own: how it lies there would tell of the step's other rows.
+            query[:, :, rows].contiguous(),
             keys[None],
             values[None],
             mask,

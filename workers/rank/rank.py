@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoadmasterError, UsageError
-from ...kernels.cpu.dense import use_panels
+from ...kernels.cpu.dense import make_rowwise
 from ...traces.recording.recorder import Recorder, RecordingSummary
 from ...traces.trace import RoutingTrace
 from ..protocol.phase_plans import Tables
@@ -28,13 +28,14 @@ from ..protocol.step_messages import Chunk, EpochMismatchError, StepResult, Step
 from ..protocol.transfers import Round
 from . import attention, expert_layer
 from .attention import PackedStep, RequestCache
+from .company_check import company_fault
 from .dispatch import LiveDispatch
 from .exchange import Exchange, Rendezvous
 from .expert_layer import LayerMeasures, RankContext
 from .expert_store import ExpertStore
 from .model import DTYPES, MoeCheckpoint, fingerprint
 from .staging import Staging
-from .step_rows import LEAST_ROWS, greedy, last_rows, logits_by_request, own_ids, replay_of
+from .step_rows import greedy, last_rows, logits_by_request, own_ids, replay_of
 from .weight_files import bytes_of
 
 # Experts copied within memory after one step, to lie in one block again: a small part of a step.
@@ -63,6 +64,8 @@ class Loaded:
 
     vocabulary: int
     context_tokens: int
+    experts_backend: str          # what computes the experts, `grouped.BACKENDS`
+    notes: tuple[str, ...]        # what was refused here, and what is not promised; a line each
 
 
 class Rank:
@@ -76,6 +79,7 @@ class Rank:
         self._device = torch.device(settings.device)
         self.model_spec = served_spec(settings.model_dir, settings.dtype)
         self._checkpoint: MoeCheckpoint
+        self._loaded: Loaded | None = None
         self._stores: list[ExpertStore] = []
         self._caches: dict[int, RequestCache] = {}
         self._digests: dict[int, Any] = {}
@@ -93,15 +97,16 @@ class Rank:
 
         Called again, nothing is read.
         """
-        if self._stores:
-            return Loaded(self._checkpoint.vocabulary, self._checkpoint.context_tokens)
+        if self._loaded is not None:
+            return self._loaded
         self._require_device()
         with _BUILDING:
             self._checkpoint = MoeCheckpoint(self.settings.model_dir)
             self._checkpoint.require_shape(self.model_spec)
             self._model = self._checkpoint.load_dense(self._dtype).to(self._device)
-            use_panels(self._model, self._dtype)
+            dense = make_rowwise(self._model, attention.live_rows)
         attention.require_supported(self._model, self.settings.model_dir)
+        notes = [*self._company_notes(), *dense.refused]
         expert_layer.attach(
             self._model, self._checkpoint.expert_modules, self._ready, self.settings.capacity,
             self.settings.model_dir,
@@ -113,7 +118,22 @@ class Rank:
             for _ in range(self.model_spec.num_layers)
         ]
         self._staging = Staging(self._stores, lambda: shape.empty_expert(self._dtype))
-        return Loaded(self._checkpoint.vocabulary, self._checkpoint.context_tokens)
+        weights = shape.allocate(1, self._dtype, self._device)
+        self._loaded = Loaded(
+            self._checkpoint.vocabulary, self._checkpoint.context_tokens, weights.backend,
+            (*notes, *weights.refused),
+        )
+        return self._loaded
+
+    def _company_notes(self) -> list[str]:
+        """What this model's own code may do to a request's bits; no promise is made on a GPU."""
+        if self._device.type != "cpu":
+            return []
+        fault = company_fault(
+            self._model, self._checkpoint.expert_modules, self._checkpoint.vocabulary,
+            (self.settings.model_dir, self.settings.dtype),
+        )
+        return [fault] if fault else []
 
     def _require_device(self) -> None:
         if self._device.type == "cuda" and not torch.cuda.is_available():
@@ -333,7 +353,7 @@ class Rank:
         packed = PackedStep(
             [len(c.tokens) for c in chunks], [self._cache(c) for c in chunks]
         )
-        padding = max(0, LEAST_ROWS - packed.rows)
+        padding = packed.padded_rows - packed.rows
         tokens = np.concatenate([*(c.tokens for c in chunks), np.zeros(padding, np.int32)])
         positions = np.concatenate(
             [*(np.arange(c.start, c.start + len(c.tokens)) for c in chunks), np.zeros(padding)]

@@ -13,17 +13,18 @@ from torch import Tensor
 
 from ...errors import LoadmasterError
 from ..protocol.step_messages import Chunk
+from .attention import padding_of
 from .expert_layer import Replay
 
-# Products of fewer rows may take other code paths with other bits: a packed step is never shorter.
-LEAST_ROWS = 16
+# What follows the head has a whole vocabulary a row: fewer rows than STEP_ROWS leave nothing over.
+HEAD_ROWS = 16
 
 
 def last_rows(chunks: tuple[Chunk, ...]) -> Tensor:
-    """Rows that predict a wanted token, padded so that the head never sees few rows."""
+    """Rows that predict a wanted token, padded to whole steps of HEAD_ROWS; at least one."""
     ends = np.cumsum([len(c.tokens) for c in chunks])
     rows = [int(end) - 1 for end, c in zip(ends, chunks, strict=True) if c.wants_token]
-    return torch.tensor(rows + [0] * max(0, LEAST_ROWS - len(rows)))
+    return torch.tensor(rows + [0] * (padding_of(len(rows), HEAD_ROWS) if rows else HEAD_ROWS))
 
 
 def greedy(logits_TV: Tensor, chunks: tuple[Chunk, ...]) -> dict[int, int]:

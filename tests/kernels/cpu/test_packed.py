@@ -1,4 +1,4 @@
-"""The packed CPU backend: how rows are cut, when it is chosen, what it falls back to."""
+"""The packed CPU backend: when it is chosen, what it falls back to, and its compiled gates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from benchmarks.rank_layer import rank_layer
 from loadmaster.kernels import weights
@@ -21,52 +19,13 @@ from loadmaster.kernels.cpu.loops import (
     relu_rows,
     silu_rows,
 )
-from loadmaster.kernels.cpu.packed import (
-    BLOCK_ROWS,
-    LEAST_ROWS,
-    SMALL_ROWS,
-    STRIP_ROWS,
-    packed_available,
-    row_strips,
-)
+from loadmaster.kernels.cpu.packed import packed_available
 from loadmaster.kernels.cpu.scalars import as_array, rounded_by_hand
 from loadmaster.kernels.cpu.tiles import HAS_WIDE_VECTORS
 
 Maker = Callable[..., Any]
 
 LIMIT, ALPHA = np.float32(7.0), np.float32(1.702)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 2000), max_size=12))
-def test_strips_cover_every_row_once_in_order(counts: list[int]) -> None:
-    blocks = [block for strip in row_strips(counts) for block in strip]
-    covered = [(b.slot, b.start + i) for b in blocks for i in range(b.rows)]
-    expected = [slot for slot, count in enumerate(counts) for _ in range(count)]
-    assert covered == [(slot, row) for row, slot in enumerate(expected)]
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 2000), max_size=12))
-def test_strips_stay_in_bounds(counts: list[int]) -> None:
-    for strip in row_strips(counts):
-        for block in strip:
-            assert max(block.rows, LEAST_ROWS) <= block.computed <= block.rows + 2
-            assert block.computed <= BLOCK_ROWS
-        if len(strip) > 1:
-            assert all(block.rows <= SMALL_ROWS for block in strip)
-            assert sum(block.rows for block in strip) <= STRIP_ROWS
-
-
-def test_few_row_counts_reach_the_products() -> None:
-    """Every new row count compiles a kernel, so counts are rounded to a bounded set."""
-    computed = {
-        block.computed
-        for count in range(3 * BLOCK_ROWS)
-        for strip in row_strips([count])
-        for block in strip
-    }
-    assert len(computed) <= 16 + BLOCK_ROWS // 2
 
 
 def test_packing_is_found_on_this_build() -> None:
