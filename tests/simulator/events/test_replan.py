@@ -40,10 +40,10 @@ def day() -> Workload:
     """Front-domain requests all morning, back-domain ones from noon on."""
     rng = np.random.default_rng(0)
     load = Workload.from_arrays(
-        np.cumsum(rng.exponential(300.0, 500)), rng.integers(40, 160, 500),
-        rng.integers(2, 12, 500),
+        np.cumsum(rng.exponential(300.0, 200)), rng.integers(40, 160, 200),
+        rng.integers(2, 12, 200),
     )
-    noon = float(load.arrival_ns[250]) / 1e3
+    noon = float(load.arrival_ns[100]) / 1e3
     return load.with_domains(("front", "back"), [(0.0, (1, 0)), (noon, (0, 1))])
 
 
@@ -89,7 +89,7 @@ def test_outcomes_come_best_first(outcomes) -> None:
 
 
 def test_a_plan_that_fits_is_left_alone(day, trace, model, cluster) -> None:
-    morning = day.head(240)
+    morning = day.head(95)
     front_only = trace.slice_domains(["front"])
     result = simulate(
         fits_front(), Workload(morning.arrival_ns, morning.prompt_tokens, morning.output_tokens),
@@ -101,7 +101,7 @@ def test_a_plan_that_fits_is_left_alone(day, trace, model, cluster) -> None:
 
 def test_a_days_run_repeats_byte_for_byte(day, trace, model, cluster) -> None:
     runs = [
-        simulate(fits_front(), day.head(300), cluster, trace=trace, model=model, serving=SERVING,
+        simulate(fits_front(), day.head(150), cluster, trace=trace, model=model, serving=SERVING,
                  happenings=[Replanning(policy("net_benefit"), **SHARED)]).to_json()
         for _ in range(2)
     ]
