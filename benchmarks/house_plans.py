@@ -1,0 +1,190 @@
+"""Whether plans, evaluations and simulations of fixed inputs are what they were.
+
+The inputs are `house_inputs.py`, run in one child process on the commit before the house and in
+another on the checkout. Numbers, shapes and the values of arrays must be equal to the last bit.
+Names may differ: fields are matched by name, what is left by its place; a sentence may be worded
+anew as long as its numbers stay. Renamed fields and sentences are counted and shown, apart. What
+the commit before gave is kept beside its tree, and run again only where the inputs' text changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from house_before import CHECKOUT, NotRunError, before, named, python_in
+
+INPUTS = Path(__file__).with_name("house_inputs.py")
+MOST_SHOWN = 12      # differences of one input
+
+# Inputs that may differ, each with the reason. Empty: nothing may.
+MAY_DIFFER: dict[str, str] = {}
+
+# Values that are names (one word, before -> after), where a term of the field replaced another.
+RENAMED: dict[str, str] = {}
+
+Section = dict[str, Any]
+
+
+@dataclass
+class Difference:
+    """What two results of one input do not share."""
+
+    figures: list[str] = field(default_factory=list)     # numbers, shapes, names that are values
+    fields: set[str] = field(default_factory=set)        # "old -> new", names of fields
+    words: list[str] = field(default_factory=list)       # sentences with the same numbers
+
+
+def compare(before: Any, after: Any) -> Difference:
+    """Walk both results side by side."""
+    found = Difference()
+    _walk(before, after, "", found)
+    return found
+
+
+def _walk(before: Any, after: Any, at: str, found: Difference) -> None:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for old, new in _matched(list(before), list(after)):
+            if old is None or new is None:
+                side = "after" if old is None else "before"
+                found.figures.append(f"{at}.{old or new}: only {side}")
+                continue
+            if old != new:
+                found.fields.add(f"{old} -> {new}")
+            _walk(before[old], after[new], f"{at}.{old}", found)
+    elif isinstance(before, list) and isinstance(after, list):
+        if len(before) != len(after):
+            found.figures.append(f"{at}: {len(before)} entries, now {len(after)}")
+        for place, (old, new) in enumerate(zip(before, after, strict=False)):
+            _walk(old, new, f"{at}[{place}]", found)
+    elif isinstance(before, str) and isinstance(after, str):
+        _walk_text(before, after, at, found)
+    elif before != after or isinstance(before, bool) is not isinstance(after, bool):
+        found.figures.append(f"{at}: {_short(before)}, now {_short(after)}")
+
+
+def _matched(old: list[str], new: list[str]) -> Iterator[tuple[str | None, str | None]]:
+    """Fields of both by name; the rest by place where there are as many, else unmatched."""
+    left = [name for name in old if name not in new]
+    come = [name for name in new if name not in old]
+    renamed = dict(zip(left, come, strict=True)) if len(left) == len(come) else {}
+    for name in old:
+        yield name, name if name in new else renamed.get(name)
+    if not renamed:
+        for name in come:
+            yield None, name
+
+
+def _walk_text(before: str, after: str, at: str, found: Difference) -> None:
+    """Equal, or a sentence whose numbers are the same, or a name that the table lists."""
+    if before == after or RENAMED.get(before) == after:
+        return
+    sentence = " " in before.strip() and " " in after.strip()
+    if sentence and _numbers(before) == _numbers(after):
+        found.words.append(f"{_short(before)} -> {_short(after)}")
+    else:
+        found.figures.append(f"{at}: {_short(before)}, now {_short(after)}")
+
+
+def _numbers(text: str) -> list[str]:
+    return re.findall(r"\d[\d,.]*(?:e[+-]?\d+)?", text)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def run_inputs(tree: Path, names: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Every input's document, in order, from a child whose package is `tree`."""
+    child = python_in(tree, INPUTS, *names)
+    assert child.stdout is not None
+    found: dict[str, dict[str, Any]] = {}
+    home = json.loads(child.stdout.readline() or '{"package": "nothing"}')["package"]
+    if Path(home).parent != tree:
+        child.kill()
+        raise NotRunError(f"the child imported {home}, not {tree}")
+    for line in child.stdout:
+        document = json.loads(line)
+        found[document["name"]] = document
+        print(f"  {document['name']} ({tree}): {document['seconds']} s", file=sys.stderr,
+              flush=True)
+    if child.wait():
+        raise NotRunError(f"the inputs ended with {child.returncode} on {tree}")
+    return found
+
+
+def run_before(names: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """The inputs on the commit before; those that were run already are read from where they lie."""
+    tree = before()
+    text = hashlib.sha256(INPUTS.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    kept = tree.parent / f"inputs-{text}"
+    kept.mkdir(exist_ok=True)
+    known = {path.stem: json.loads(path.read_text()) for path in kept.glob("*.json")}
+    wanted = list(names) or input_names()
+    missing = [name for name in wanted if name not in known]
+    for name, document in (run_inputs(tree, missing) if missing else {}).items():
+        part = kept / f"{name}.part{os.getpid()}"
+        part.write_text(json.dumps(document))
+        part.replace(kept / f"{name}.json")
+        known[name] = document
+    return {name: known[name] for name in wanted}
+
+
+def input_names() -> list[str]:
+    """Every input's name, in order."""
+    with named(CHECKOUT) as checkout:
+        child = python_in(checkout, INPUTS, "--list")
+        listed, _ = child.communicate()
+    return [str(name) for name in json.loads(listed)]
+
+
+def digest(result: Any) -> str:
+    """Fingerprint of one result, names of fields and all."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plans_unchanged(names: Iterable[str] = ()) -> Section:
+    """All inputs on both trees: those that differ by name, and in what."""
+    was = run_before(names)
+    with named(CHECKOUT) as checkout:
+        now = run_inputs(checkout, list(was))
+    differing: dict[str, list[str]] = {}
+    fields: set[str] = set()
+    words: set[str] = set()
+    for name, document in was.items():
+        seen = compare(document["result"], now[name]["result"])
+        fields |= seen.fields
+        words |= set(seen.words)
+        if seen.figures:
+            more = len(seen.figures) - MOST_SHOWN
+            differing[name] = seen.figures[:MOST_SHOWN] + [f"... {more} more"] * (more > 0)
+    raised = {n: d["result"]["raised"] for n, d in was.items()
+              if isinstance(d["result"], dict) and "raised" in d["result"]}
+    explained = {n: reason for n, reason in MAY_DIFFER.items() if n in differing}
+    identical = sum(digest(was[n]["result"]) == digest(now[n]["result"]) for n in was)
+    return {
+        "holds": not raised and not set(differing) - set(explained),
+        "inputs": len(was), "differing": len(differing), "identical_names_and_all": identical,
+        "what_differs": differing, "explained": explained, "raised_before": raised,
+        "fields_renamed": sorted(fields), "sentences_reworded": len(words),
+        "sentences": sorted(words)[:40],
+        "cpu_s": {side: round(sum(d["seconds"] for d in run.values()), 1)
+                  for side, run in (("before", was), ("after", now))},
+    }
+
+
+def main() -> None:
+    """`python house_plans.py [NAME ...]`: some inputs alone, for work on one of them."""
+    print(json.dumps(plans_unchanged(sys.argv[1:]), indent=1))
+
+
+if __name__ == "__main__":
+    main()
