@@ -36,7 +36,8 @@ def _serve(ranks: int = 2) -> None:
     spec = served_spec(directory, "bfloat16")
     made = contiguous(spec, ranks)
     cluster = Cluster.preset(
-        "cpu", devices_per_node=ranks, slots_per_device=made.slots_per_device
+        "cpu", devices_per_node=ranks, slots_per_device=made.slots_per_device,
+        traffic="return_home/per_rank",      # dispatch per expert is compiled by `_plan`
     )
     with tempfile.TemporaryDirectory(prefix="loadmaster-") as folder:
         settings = GroupSettings(

@@ -117,7 +117,8 @@ def counts_gathers(layer: LayerDispatch, cluster: Cluster) -> int:
     several devices; twice where the counts are too many for one gather."""
     if not (np.diff(layer.start_E) > 1).any():
         return 0
-    return 1 + (layer.num_counts > counts_gathered_first(len(layer.start_E) - 1, cluster))
+    first = counts_gathered_first(len(layer.start_E) - 1, cluster)
+    return 1 if layer.num_counts <= first else 2
 
 
 def route_steps(

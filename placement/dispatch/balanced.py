@@ -30,12 +30,12 @@ def replicated_blocks(
     blocks = 0
     options = 0
     for e in range(len(total_E)):
-        copies = start_E[e + 1] - start_E[e]
-        if copies == 1:
+        replicas = start_E[e + 1] - start_E[e]
+        if replicas == 1:
             load_G[slot_R[start_E[e]] // slots_per_device] += total_E[e]
-        elif copies > 1 and total_E[e] > 0:
+        elif replicas > 1 and total_E[e] > 0:
             blocks += 1
-            options += copies
+            options += replicas
     expert_B = np.empty(blocks, np.int32)
     start_B = np.zeros(blocks + 1, np.int32)
     slot_O = np.empty(options, np.int32)
@@ -127,7 +127,7 @@ def _blocks_by_node(
 ) -> Any:
     """Blocks (node, expert) with tokens; a block's own-node slots first, start_B:end_B.
 
-    Where the node holds no copy every slot is as good as another and end_B covers them all.
+    Where the node holds no replica every slot is as good as another and end_B covers them all.
     """
     nodes = counts_NE.shape[0]
     blocks = 0

@@ -4,7 +4,7 @@ Knows one layer's slots and one step's counts by home rank. Compiled, no randomn
 
 `even`: an expert's tokens are spread evenly over all its slots. `nearest`: over the slots nearest
 to the home rank: on the rank itself, else in its node, else anywhere. Whole tokens: what does not
-divide goes one token each to consecutive slots, starting at slot (home + expert) mod copies, so
+divide goes one token each to consecutive slots, starting at slot (home + expert) mod replicas, so
 that no slot is always the one to get more.
 """
 
@@ -20,12 +20,12 @@ def deal(
     tokens: int, turn: int, first: int, last: int, slot_R: Any, quotas_S: Any
 ) -> None:
     """Spread tokens evenly over slot_R[first:last], extra ones from the `turn`-th on."""
-    copies = last - first
-    base = tokens // copies
-    extra = tokens - base * copies
-    start = turn % copies
-    for j in range(copies):
-        ahead = (j - start + copies) % copies
+    replicas = last - first
+    base = tokens // replicas
+    extra = tokens - base * replicas
+    start = turn % replicas
+    for j in range(replicas):
+        ahead = (j - start + replicas) % replicas
         quotas_S[slot_R[first + j]] += base + (1 if ahead < extra else 0)
 
 

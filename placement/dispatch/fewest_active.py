@@ -25,8 +25,8 @@ def choose_fewest_active(
 ) -> Any:
     """[E] the one slot each used expert is active in; -1 for unused experts.
 
-    Greedy from the experts with fewest copies (then most tokens, then lowest id), then moved along
-    paths until no device can have fewer active experts.
+    Greedy from the experts with fewest replicas (then most tokens, then lowest id), then moved
+    along paths until no device can have fewer active experts.
     """
     experts = len(total_E)
     active_G = np.zeros(len(speed_G), np.int64)

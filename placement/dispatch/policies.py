@@ -89,7 +89,7 @@ def policy_of(spec: DispatchSpec) -> Policy:
 
 
 def sends_once(cluster: Cluster) -> bool:
-    """Whether a token's copies to one rank or one node are sent once."""
+    """Whether a token travels once to each rank or node, not once per expert."""
     return cluster.traffic.mode == "return_home" and cluster.traffic.payload != "per_expert"
 
 
@@ -97,7 +97,8 @@ def default_slack(cluster: Cluster) -> float:
     """How far above the flattest split `balanced` may go where the spec does not say.
 
     0 in one node under `per_expert`: nothing is to be had for it. 0.002 across nodes. 0.02 where
-    copies are sent once, because there a token kept from crossing saves a whole message.
+    a token travels once per rank or node, because there each one kept from crossing saves a whole
+    message.
     """
     if sends_once(cluster):
         return SLACK_SENT_ONCE

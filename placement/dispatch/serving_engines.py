@@ -4,17 +4,18 @@ Knows one layer's slots and one step's counts by home rank. Compiled, determinis
 in the engines' sources (SGLang 0.5.23, vLLM 0.33.0, TensorRT-LLM 0d919a4, vllm-ascend 182b75e):
 
 sglang_static   each (home rank, expert) always uses one slot: the first on the rank itself, else
-                the first in its node, else a fair pick (every copy serves as many of the remaining
-                ranks as the next, give or take one). SGLang shuffles the fair picks with Python's
-                generator seeded 42 over all layers in turn; ours are shuffled with our own
+                the first in its node, else a fair pick (every replica serves as many of the
+                remaining ranks as the next, give or take one). SGLang shuffles the fair picks with
+                Python's generator seeded 42 over all layers in turn; ours are shuffled with our own
                 generator, seeded per expert: the same rule, other draws.
-sglang_dynamic  each assignment draws a copy at random. SGLang draws on the device; we draw from a
-                hash of (seed, home, expert, how many), so that a run repeats.
-vllm_hash       copy = (2654435769 · i mod 2^32) mod copies, i = flat index t·K + k on the rank.
+sglang_dynamic  each assignment draws a replica at random. SGLang draws on the device; we draw from
+                a hash of (seed, home, expert, how many), so that a run repeats.
+vllm_hash       replica = (2654435769 · i mod 2^32) mod replicas, i = flat index t·K + k on the
+                rank.
 trtllm_round_robin  blocks of 1,024 flat assignments; in block b the j-th assignment of an expert
-                takes copy (j + b [+ rank]) mod copies.
-ascend_fixed    copy = rank mod copies; with tensor parallelism (tp_rank + dp_rank + expert) mod
-                copies.
+                takes replica (j + b [+ rank]) mod replicas.
+ascend_fixed    replica = rank mod replicas; with tensor parallelism (tp_rank + dp_rank + expert)
+                mod replicas.
 
 The two rules by position need the tokens (`slots_by_position`). Where only counts are known
 (`split_by_position`) an expert's tokens are taken to lie evenly over the rank's assignments.
@@ -50,33 +51,33 @@ def fixed_slots_sglang(
     waiting = np.empty(homes, np.int32)
     for e in range(experts):
         first, last = start_E[e], start_E[e + 1]
-        copies = last - first
+        replicas = last - first
         count = 0
         for g in range(homes):
             begin, _end = nearest_slots(g, first, last, slot_R, slots_per_device, node_G)
-            near = node_G[slot_R[begin] // slots_per_device] == node_G[g] if copies > 0 else False
-            if near or copies == 1:
+            near = node_G[slot_R[begin] // slots_per_device] == node_G[g] if replicas > 0 else False
+            if near or replicas == 1:
                 slot_GE[g, e] = slot_R[begin]
-            elif copies > 1:
+            elif replicas > 1:
                 waiting[count] = g
                 count += 1
         if count > 0:
-            pick = _fair_picks(count, copies, seed, e)
+            pick = _fair_picks(count, replicas, seed, e)
             for i in range(count):
                 slot_GE[waiting[i], e] = slot_R[first + pick[i]]
     return slot_GE
 
 
 @compiled
-def _fair_picks(count: int, copies: int, seed: int, salt: int) -> Any:
-    """`count` copy numbers, every copy equally often give or take one, in shuffled order."""
-    order = np.empty(copies, np.int64)
-    for i in range(copies):
+def _fair_picks(count: int, replicas: int, seed: int, salt: int) -> Any:
+    """`count` replica numbers, every replica equally often give or take one, in shuffled order."""
+    order = np.empty(replicas, np.int64)
+    for i in range(replicas):
         order[i] = i
     _shuffle(order, seed, 2 * salt)
     pick = np.empty(count, np.int64)
     for i in range(count):
-        pick[i] = order[i % copies]
+        pick[i] = order[i % replicas]
     _shuffle(pick, seed, 2 * salt + 1)
     return pick
 
@@ -95,14 +96,14 @@ def fixed_slots_ascend(homes: int, start_E: Any, slot_R: Any, tensor_parallel: i
     experts = len(start_E) - 1
     slot_GE = np.zeros((homes, experts), np.int32)
     for e in range(experts):
-        copies = start_E[e + 1] - start_E[e]
-        if copies == 0:
+        replicas = start_E[e + 1] - start_E[e]
+        if replicas == 0:
             continue
         for g in range(homes):
             turn = g
             if tensor_parallel > 1:
                 turn = g % tensor_parallel + g // tensor_parallel + e
-            slot_GE[g, e] = slot_R[start_E[e] + turn % copies]
+            slot_GE[g, e] = slot_R[start_E[e] + turn % replicas]
     return slot_GE
 
 
@@ -121,20 +122,20 @@ def split_random(counts_GE: Any, start_E: Any, slot_R: Any, seed: int, quotas_GS
     for g in range(counts_GE.shape[0]):
         for e in range(counts_GE.shape[1]):
             tokens = counts_GE[g, e]
-            copies = start_E[e + 1] - start_E[e]
-            if copies == 1:
+            replicas = start_E[e + 1] - start_E[e]
+            if replicas == 1:
                 quotas_GS[g, slot_R[start_E[e]]] = tokens
             elif tokens > 0:
                 key = mix(mix(mix(seed, g), e), tokens)
                 for i in range(tokens):
-                    quotas_GS[g, slot_R[start_E[e] + mix(key, i) % copies]] += 1
+                    quotas_GS[g, slot_R[start_E[e] + mix(key, i) % replicas]] += 1
 
 
 @compiled
-def copy_by_hash(position: int, copies: int) -> int:
+def replica_by_hash(position: int, replicas: int) -> int:
     """vLLM's rule."""
-    copy: int = ((KNUTH * position) & 0xFFFFFFFF) % copies
-    return copy
+    replica: int = ((KNUTH * position) & 0xFFFFFFFF) % replicas
+    return replica
 
 
 @compiled
@@ -149,8 +150,8 @@ def split_by_position(
             total += counts_GE[g, e]
         for e in range(counts_GE.shape[1]):
             tokens = counts_GE[g, e]
-            copies = start_E[e + 1] - start_E[e]
-            if copies == 1:
+            replicas = start_E[e + 1] - start_E[e]
+            if replicas == 1:
                 quotas_GS[g, slot_R[start_E[e]]] = tokens
                 continue
             block = -1
@@ -161,11 +162,11 @@ def split_by_position(
                     if position // BLOCK != block:
                         block = position // BLOCK
                         turn = block + (g if offset_by_rank else 0)
-                    copy = turn % copies
+                    replica = turn % replicas
                     turn += 1
                 else:
-                    copy = copy_by_hash(position, copies)
-                quotas_GS[g, slot_R[start_E[e] + copy]] += 1
+                    replica = replica_by_hash(position, replicas)
+                quotas_GS[g, slot_R[start_E[e] + replica]] += 1
 
 
 @compiled
@@ -188,11 +189,11 @@ def slots_by_position(
             if e < 0:
                 slot_TK[t, k] = -1
                 continue
-            copies = start_E[e + 1] - start_E[e]
+            replicas = start_E[e + 1] - start_E[e]
             if round_robin:
                 turn = taken_GE[g, e] + position // BLOCK + (g if offset_by_rank else 0)
                 taken_GE[g, e] += 1
-                copy = turn % copies
+                replica = turn % replicas
             else:
-                copy = copy_by_hash(position, copies)
-            slot_TK[t, k] = slot_R[start_E[e] + copy]
+                replica = replica_by_hash(position, replicas)
+            slot_TK[t, k] = slot_R[start_E[e] + replica]
