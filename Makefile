@@ -7,17 +7,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	@$(BIN)/loadmaster demo
 
-# Files of tests in two processes; live groups of ranks by themselves: they share a Ray, and time.
-PYTEST := $(BIN)/python -m pytest -q
-TESTED_APART := -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/workers
+# Three processes for two processors: one of them runs the live groups, and mostly waits.
+PYTEST := $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test: .venv/installed
-	$(PYTEST) $(TESTED_APART)
-	$(PYTEST) tests/workers
+	$(PYTEST)
 
 test-fast: .venv/installed
-	$(PYTEST) -m "not slow" $(TESTED_APART)
-	$(PYTEST) -m "not slow" tests/workers
+	$(PYTEST) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

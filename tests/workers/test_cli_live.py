@@ -181,17 +181,24 @@ def test_progress_without_a_terminal_is_a_line_now_and_then() -> None:
 
 # ---- with live ranks ---------------------------------------------------------------------------
 
+# Serves until the controller has twice judged a window; then says where every expert could go.
 LOAD = """
-import sys, time
-from loadmaster.workers.group import Group
-group = Group.find(sys.argv[1])
-ends = time.monotonic() + float(sys.argv[2])
-while time.monotonic() < ends:
+import dataclasses, json, sys
+from pathlib import Path
+from loadmaster.workers.group.group import Group
+group, log = Group.find(sys.argv[1]), Path(sys.argv[2])
+judged = 0
+while judged < 2:
     group.generate([[1 + i, 7, 9, i] * 12 for i in range(24)], 4)
+    whole = log.read_text().rpartition("\\n")[0] if log.exists() else ""
+    lines = map(json.loads, whole.splitlines())
+    judged = sum(line["numbers"].get("steps", 0) > 0 for line in lines)
+plan = group.plan
+dataclasses.replace(plan, slots=plan.slots[:, ::-1].copy()).save(sys.argv[3])
 """
 KILL = """
 import sys, ray
-from loadmaster.workers.group import Group
+from loadmaster.workers.group.group import Group
 ray.kill(Group.find(sys.argv[1])._line._actor, no_restart=True)
 """
 
@@ -244,14 +251,14 @@ def test_a_group_is_run_controlled_applied_to_and_ended(
         "--control", "net-benefit", "--control-dry-run", "--control-every", 4,
         "--control-window", 8, "--out", tmp_path / "folder",
     )
-    script(LOAD, name, 15)
-    told = json.loads(call("apply", _shuffled(name, tmp_path), "--name", name, "--dry-run",
-                           "--json").stdout)
+    shuffled = tmp_path / "plan.json"       # every expert on another rank than it is on now
+    script(LOAD, name, tmp_path / "folder" / "control.jsonl", shuffled)
+    told = json.loads(call("apply", shuffled, "--name", name, "--dry-run", "--json").stdout)
     assert told["applied"] is False and told["moves"] == len(told["moved"]) > 0
     assert told["judged"] and told["epoch"] == 1
-    text = call("apply", tmp_path / "plan.json", "--name", name, "--dry-run").stdout
+    text = call("apply", shuffled, "--name", name, "--dry-run").stdout
     assert "would move" in text and "layer 0" in text
-    done = json.loads(call("apply", tmp_path / "plan.json", "--name", name, "--json").stdout)
+    done = json.loads(call("apply", shuffled, "--name", name, "--json").stdout)
     assert done["epoch"] == 2 and done["moves"] == told["moves"]
     assert done["move_bytes"] == told["move_bytes"]
     other = tmp_path / "other.json"
@@ -267,17 +274,6 @@ def test_a_group_is_run_controlled_applied_to_and_ended(
     assert lines and all(f"step {x['step']}: {x['answer']}" in err for x in lines)
     assert any(x["numbers"].get("steps", 0) > 0 for x in lines)
     assert call("apply", other, "--name", name, code=2).stderr.startswith("loadmaster: no group")
-
-
-def _shuffled(name: str, folder: Path) -> Path:
-    """A plan with every expert on another rank than it is on now."""
-    script(
-        "import sys, dataclasses\nfrom loadmaster.workers.group.group import Group\n"
-        "plan = Group.find(sys.argv[1]).plan\n"
-        "dataclasses.replace(plan, slots=plan.slots[:, ::-1].copy()).save(sys.argv[2])",
-        name, folder / "plan.json",
-    )
-    return folder / "plan.json"
 
 
 @pytest.mark.slow

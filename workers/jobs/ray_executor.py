@@ -6,6 +6,7 @@ and their results do not depend on where they ran.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -51,7 +52,9 @@ class RayExecutor:
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Any:
-    return function(item)
+    """Ray hands arrays over read-only: another type to compiled code, which would be compiled
+    once more in every worker. Arrays of a copy are as at home."""
+    return function(copy.deepcopy(item))
 
 
 def _result(answer: Any) -> Any:

@@ -38,7 +38,8 @@ def scenario(model: Path) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    head = {"num_cpus": 1, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
         lose_and_gain(nodes, model)
     finally:

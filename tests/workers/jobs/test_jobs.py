@@ -32,6 +32,10 @@ def fails_on_three(number: int) -> int:
     return number
 
 
+def may_be_written(array: np.ndarray) -> bool:
+    return array.flags.writeable
+
+
 def test_results_come_in_order_and_errors_in_their_place(ray_cluster: None) -> None:
     executor = RayExecutor(cpus_per_task=0.1, ahead=3)
     assert list(executor.map(slow_square, range(5))) == [0, 1, 4, 9, 16]
@@ -39,6 +43,8 @@ def test_results_come_in_order_and_errors_in_their_place(ray_cluster: None) -> N
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(LoadmasterError, match="three"):
         next(results)
+    # Compiled code takes an array that may only be read as another type, and compiles again.
+    assert list(executor.map(may_be_written, [np.arange(3)])) == [True]
 
 
 # ---- jobs ----------------------------------------------------------------------------------
@@ -169,8 +175,8 @@ def test_results_on_the_log_are_marked_lines(
     assert lines[0].startswith("LOADMASTER-RESULT 3;")
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
     """A Ray head of our own with a dashboard; ended by the pid of what we started."""
     port, dashboard, agent = free_port(), free_port(), free_port()
     binary = Path(sys.executable).with_name("ray")
