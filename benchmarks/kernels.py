@@ -5,7 +5,7 @@
 cpu            the whole expert layer (sort, gather, grouped experts, combine) against dense packed
                oneDNN products over as many rows and against transformers' `grouped_mm`: prefill,
                decode, a Mixtral-like layer
-routing_share  counts, slots, sort and combine over the layer, at prefill
+routing_share  sort and combine over the layer, at prefill
 exact          one token, one bit pattern: random plans, splits and batches in bfloat16
 oracle         error against float64 over odd shapes
 sm90           every Triton kernel compiled for Hopper: registers, matrix instructions, spills

@@ -22,7 +22,7 @@ from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.cpu.packed import packed_available
 from loadmaster.kernels.cpu.panel_matrix import panels_available
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
-from loadmaster.kernels.routing import assign_slots, combine_rows, sort_rows
+from loadmaster.kernels.routing import combine_rows, sort_by_slot
 
 EXACT_CASES = 240
 SILU = ExpertActivation("silu")
@@ -57,8 +57,8 @@ def _same_bits(case: int) -> bool:
     for rank in range(ranks):
         mine = home == rank
         if mine.any():
-            slot[mine] = assign_slots(ids[mine], _quota(ids[mine], plan, g), plan)
-    order, count, row = sort_rows(slot, slots)
+            slot[mine] = _slots_of(ids[mine], plan, g)
+    order, count, row = sort_by_slot(slot, slots)
     y = torch.empty(len(order), hidden, dtype=torch.bfloat16)
     start = 0
     for shard, counts in zip(plan.view(ranks, -1), count.view(ranks, -1), strict=True):
@@ -72,13 +72,13 @@ def _same_bits(case: int) -> bool:
     return torch.equal(combine_rows(y, row, gate), whole) and torch.equal(part, whole[keep])
 
 
-def _quota(ids: Tensor, plan: Tensor, g: torch.Generator) -> Tensor:
-    """Whole tokens per slot: every assignment draws one of its expert's slots."""
-    quota = torch.zeros(len(plan), dtype=torch.int64)
-    for expert in ids.flatten().tolist():
+def _slots_of(ids: Tensor, plan: Tensor, g: torch.Generator) -> Tensor:
+    """Every assignment draws one of its expert's slots, as any dispatch policy may."""
+    slot = torch.empty_like(ids)
+    for at, expert in enumerate(ids.flatten().tolist()):
         slots = (plan == expert).nonzero().flatten()
-        quota[slots[_draw(g, 0, len(slots) - 1)]] += 1
-    return quota
+        slot.view(-1)[at] = slots[_draw(g, 0, len(slots) - 1)]
+    return slot
 
 
 def oracle() -> dict[str, Any]:

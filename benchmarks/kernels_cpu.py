@@ -19,7 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.cpu.packed import pack, packed_available, packed_linear
 from loadmaster.kernels.grouped import ExpertWeights
-from loadmaster.kernels.routing import assign_slots, combine_rows, histogram, sort_rows
+from loadmaster.kernels.routing import combine_rows, sort_by_slot
 from loadmaster.kernels.time_experts import microseconds
 
 CPU = torch.device("cpu")
@@ -182,24 +182,20 @@ def _compare(name: str, layer: Layer) -> dict[str, Any]:
 
 
 def routing_share() -> dict[str, Any]:
-    """Counts, slots, sort and combine over the layer with them, at prefill in bfloat16."""
+    """Sort and combine over the layer with them, at prefill in bfloat16."""
     layer, shape = Layer(PREFILL, torch.bfloat16), PREFILL
     gate, ids = choose_experts(layer.logits("uniform"), shape.choices)
-    count, table = histogram(ids, shape.experts), torch.arange(shape.experts)
-    order, _, row = sort_rows(ids, shape.experts)
+    order, _, row = sort_by_slot(ids, shape.experts)
     y = torch.randn(len(order), shape.hidden).to(layer.dtype)
     ms = medians_ms(
         {
             "layer": layer.run("uniform"),
-            "histogram": lambda: histogram(ids, shape.experts),
-            "assign": lambda: assign_slots(ids, count, table),
-            "sort": lambda: sort_rows(ids, shape.experts),
+            "sort": lambda: sort_by_slot(ids, shape.experts),
             "combine": lambda: combine_rows(y, row, gate),
         },
         repeats=9,
     )
-    parts = ms["histogram"] + ms["assign"] + ms["sort"] + ms["combine"]
-    share = parts / (ms["layer"] + ms["histogram"] + ms["assign"])
+    share = (ms["sort"] + ms["combine"]) / ms["layer"]
     return {
         "share": round(share, 4),
         "ms": {key: round(value, 3) for key, value in ms.items()},

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from kernels_cpu import CPU, PREFILL
-from rank_layer import choose_experts, rank_layer
+from rank_layer import choose_experts, count_tokens, rank_layer
 from torch import Tensor
 
-from loadmaster.kernels.routing import histogram
 from loadmaster.kernels.time_experts import (
     SILU,
     cold_layers,
@@ -92,7 +91,7 @@ def _layers(
         for zipf in ZIPF:
             x = torch.randn(tokens, shape.hidden, generator=generator).to(dtype)
             gate, ids = _route(tokens, zipf, generator)
-            counts[tokens, zipf] = histogram(ids, shape.experts).tolist()
+            counts[tokens, zipf] = count_tokens(ids, shape.experts).tolist()
             runs[tokens, zipf] = lambda x=x, ids=ids, gate=gate: microseconds(
                 CPU, lambda: rank_layer(x, ids, gate, weights)
             )

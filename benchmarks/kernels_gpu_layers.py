@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from kernels_gpu_shapes import Shape, median_us
 from oracles.expert_layer import relative_error
-from rank_layer import choose_experts, rank_layer
+from rank_layer import choose_experts, count_tokens, rank_layer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import MixtralConfig
@@ -22,7 +22,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.grouped import ExpertWeights
-from loadmaster.kernels.routing import histogram
 
 # Three sets of this layer's weights are far larger than the 50 MB L2 cache.
 WEIGHT_SETS = 3
@@ -75,7 +74,7 @@ class Layers:
         }
         if tokens <= BATCHED_MM_TOKENS:
             us["transformers_batched_mm"] = self._median("batched_mm", x, ids, gate)
-        count = histogram(ids, shape.experts)
+        count = count_tokens(ids, shape.experts)
         return {
             "tokens": tokens,
             "kind": kind,
@@ -110,7 +109,7 @@ class Layers:
         """torch's grouped products alone: rows already gathered, offsets already known."""
         order = torch.argsort(ids.flatten().long(), stable=True)
         rows = x[order // self.shape.choices]
-        offsets = histogram(ids, self.shape.experts).cumsum(0).to(self.device, torch.int32)
+        offsets = count_tokens(ids, self.shape.experts).cumsum(0).to(self.device, torch.int32)
 
         def run(module: Any) -> Tensor:
             gate_up = F.grouped_mm(rows, module.gate_up_proj.transpose(1, 2), offs=offsets)

@@ -17,7 +17,7 @@ import torch
 import triton
 from kernels_gpu_layers import Layers, draw_logits
 from kernels_gpu_shapes import Shape, median_us
-from rank_layer import choose_experts, rank_layer
+from rank_layer import choose_experts, count_tokens, rank_layer
 
 from loadmaster.kernels.gpu import backend
 from loadmaster.kernels.gpu.tile_sizes import (
@@ -30,7 +30,6 @@ from loadmaster.kernels.gpu.tile_sizes import (
     save_tiles,
     tuned_tiles,
 )
-from loadmaster.kernels.routing import histogram
 
 TOKENS = (16, 128, 512, 2048, 8192, 32768)
 KINDS = ("uniform", "zipf")
@@ -44,7 +43,7 @@ def tune(shape: Shape, device: torch.device) -> None:
     for tokens, kind in itertools.product(TOKENS, KINDS):
         logits = draw_logits(shape, tokens, kind, None, device)
         gate, ids = choose_experts(logits, shape.choices)
-        active, rows_p90 = rows_percentile(histogram(ids, shape.experts).tolist())
+        active, rows_p90 = rows_percentile(count_tokens(ids, shape.experts).tolist())
         key = TileKey(
             name, triton.__version__, "bfloat16", shape.hidden, shape.intermediate, active, rows_p90
         )

@@ -1,12 +1,11 @@
-"""From chosen experts to slots and back: which rows go where, in what order, how many.
+"""Assignments to rows and back: sorted by slot before the experts, combined after them.
 
-Tensors in, tensors out. Knows token counts per slot (quotas) but nothing of how they were
-chosen, nothing of devices' load, networks or plans. Ids and slots are sorted on the CPU, where
-dispatch is decided; rows are combined where they lie.
+Tensors in, tensors out. Knows the slot of every assignment, and nothing of how it was chosen.
+Slots are sorted on the CPU, where dispatch is decided; rows are combined where they lie.
 
 Axes: T tokens, K experts chosen per token, A = T * K assignments in token order (flat index
-t * K + k), E experts, S slots, H hidden. A negative id or slot marks an assignment that is left
-out everywhere: not counted, not sorted, not computed.
+t * K + k), S slots, H hidden. A negative slot marks an assignment that is left out: it is not
+sorted, not computed and adds nothing.
 """
 
 from __future__ import annotations
@@ -24,103 +23,18 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_integers(name: str, tensor: Tensor) -> None:
-    """Refuse ids or slots that a conversion would cut to whole numbers."""
+    """Refuse slots or rows that a conversion would cut to whole numbers."""
     if tensor.dtype not in _INTEGERS:
         raise InputError(f"{name} are {tensor.dtype}; they must be integers, as int32 or int64")
 
 
-def histogram(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Count the tokens of every expert: count_E int64 on the CPU, exact.
+def sort_by_slot(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order the kept assignments by slot, token order inside a slot; all int64 on the CPU.
 
-    ids outside [0, num_experts) are left out.
+    Returns order_A (flat assignment indices; only those with slot >= 0), count_S, and row_TK: the
+    row of every assignment in that order, -1 where it is left out. Raises InputError for a slot
+    past the table.
     """
-    if ids_TK.dim() != 2:
-        raise InputError(f"histogram needs ids [T, K]; got {tuple(ids_TK.shape)}")
-    check_integers("ids", ids_TK)
-    count_E = torch.zeros(num_experts, dtype=torch.int64)
-    loops.count_ids(as_array(ids_TK.detach().cpu().long().flatten()), as_array(count_E))
-    return count_E
-
-
-def assign_slots(
-    ids_TK: Tensor, quota_S: Tensor, slot_expert_S: Tensor, *, num_experts: int | None = None
-) -> Tensor:
-    """Give every assignment of one home rank the slot that computes it: slot_TK int64.
-
-    quota_S: [S] whole tokens this home rank sends to each slot. slot_expert_S: [S] the expert in
-    each slot, -1 = empty. Within an expert, assignments in token order fill its slots in
-    ascending slot order. Negative ids, and ids >= num_experts where that is given, get -1; without
-    it an id past the table's experts is refused. Runs on the CPU, where quotas are made. Raises
-    InputError unless the quotas of every expert sum to its assignments.
-    """
-    ids, table, quota, experts = _checked_ids(ids_TK, slot_expert_S, quota_S, num_experts)
-    slot_TK = torch.empty_like(ids)
-    wrong = loops.fill_slots(
-        as_array(ids.view(-1)),
-        as_array(quota),
-        as_array(table),
-        experts,
-        as_array(slot_TK.view(-1)),
-    )
-    if wrong >= 0:
-        raise _quota_error(wrong, ids, quota, table)
-    return slot_TK.to(ids_TK.device)
-
-
-def _checked_ids(
-    ids_TK: Tensor, slot_expert_S: Tensor, quota_S: Tensor, num_experts: int | None
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Ids, slot table and quotas as int64 on the CPU, and the number of experts."""
-    if slot_expert_S.dim() != 1 or quota_S.shape != slot_expert_S.shape:
-        raise InputError(
-            f"quotas {tuple(quota_S.shape)} and slot table {tuple(slot_expert_S.shape)} must both "
-            "be [slots]"
-        )
-    check_integers("ids", ids_TK)
-    check_integers("experts of the slot table", slot_expert_S)
-    check_integers("quotas", quota_S)
-    ids = ids_TK.detach().cpu().long().contiguous()
-    table = slot_expert_S.cpu().long().contiguous()
-    experts = max(int(table.max()) + 1 if len(table) else 0, 0)
-    if num_experts is None and ids.numel() and int(ids.max()) >= experts:
-        raise InputError(f"id {int(ids.max())} is past the slot table's {experts} experts")
-    experts = experts if num_experts is None else num_experts
-    quota = quota_S.cpu().long().contiguous()
-    _check_quotas(quota, table, experts)
-    return ids, table, quota, experts
-
-
-def _check_quotas(quota: Tensor, table: Tensor, experts: int) -> None:
-    """Quotas stand on slots that hold an expert of the layer, and are not negative."""
-    misplaced = (quota < 0) | ((quota > 0) & ((table < 0) | (table >= experts)))
-    if misplaced.any():
-        slot = int(misplaced.nonzero()[0, 0])
-        raise InputError(
-            f"slot {slot} has a quota of {int(quota[slot])} but holds expert {int(table[slot])} of "
-            f"{experts} (-1: none); quotas are >= 0, and 0 where no such expert stands"
-        )
-
-
-def _quota_error(expert: int, ids: Tensor, quota: Tensor, table: Tensor) -> InputError:
-    placed = int(quota[table == expert].sum())
-    return InputError(
-        f"expert {expert} has {int((ids == expert).sum())} assignments but quotas for {placed}; "
-        "compute the quotas from these ids"
-    )
-
-
-def sort_by_slot(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
-    """Order the kept assignments by slot, token order inside a slot.
-
-    Returns order_A int64 (flat assignment indices; only those with slot >= 0) and count_S int64.
-    Raises InputError for a slot past the table.
-    """
-    order_A, count_S, _ = sort_rows(slot_TK, num_slots)
-    return order_A, count_S
-
-
-def sort_rows(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`sort_by_slot`, and row_TK: the row of every assignment in that order, -1 if left out."""
     check_integers("slots", slot_TK)
     slots = slot_TK.detach().cpu().long().contiguous()
     if slots.numel() and int(slots.max()) >= num_slots:

@@ -1,4 +1,4 @@
-"""The compiled CPU loops of one expert layer: counts, slots, counting sort, gate, combine.
+"""The compiled CPU loops of one expert layer: counting sort by slot, gate, combine.
 
 Plain loops over numpy arrays, one pass each; knows nothing of tensors, packed weights or errors:
 `routing.py` and `gates.py` check, convert and call. bfloat16 arrays come as uint16 bits.
@@ -15,55 +15,6 @@ from .scalars import erf, store, times_sigmoid, to_float
 
 Array = Any  # numpy arrays inside compiled loops; numba infers their types
 _F32 = np.float32
-
-
-@compiled
-def count_ids(id_A: Array, count_E: Array) -> None:
-    """Add every id inside [0, E) to its count."""
-    experts = len(count_E)
-    for a in range(len(id_A)):
-        if 0 <= id_A[a] < experts:
-            count_E[id_A[a]] += 1
-
-
-@compiled
-def fill_slots(
-    id_A: Array, quota_S: Array, slot_expert_S: Array, experts: int, slot_A: Array
-) -> int:
-    """Hand every assignment the first slot of its expert with quota left.
-
-    Ids outside [0, experts) get -1. Returns -1, or the lowest expert whose quotas do not equal
-    its assignments.
-    """
-    slots = len(quota_S)
-    first_E = np.full(experts, -1, np.int64)
-    next_S = np.full(slots, -1, np.int64)
-    for s in range(slots - 1, -1, -1):
-        e = slot_expert_S[s]
-        if 0 <= e < experts:
-            next_S[s] = first_E[e]
-            first_E[e] = s
-    left_S = quota_S.copy()
-    wrong = experts
-    for a in range(len(id_A)):
-        e = id_A[a]
-        slot_A[a] = -1
-        if not 0 <= e < experts:
-            continue
-        s = first_E[e]
-        while s >= 0 and left_S[s] <= 0:
-            s = next_S[s]
-        first_E[e] = s
-        if s < 0:
-            wrong = min(wrong, e)
-        else:
-            slot_A[a] = s
-            left_S[s] -= 1
-    for s in range(slots):
-        e = slot_expert_S[s]
-        if left_S[s] != 0 and 0 <= e < experts:
-            wrong = min(wrong, e)
-    return wrong if wrong < experts else -1
 
 
 @compiled

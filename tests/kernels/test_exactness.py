@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.rank_layer import rank_layer
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.grouped import ExpertWeights, grouped_experts
-from loadmaster.kernels.routing import assign_slots, combine_rows, histogram, sort_rows
+from loadmaster.kernels.routing import combine_rows, sort_by_slot
 
 Maker = Callable[..., Any]
 
@@ -33,9 +33,9 @@ def layer_over_ranks(
     home: torch.Tensor,
     seed: int,
 ) -> torch.Tensor:
-    """One layer as ranks run it: home ranks assign slots, each rank computes what it was sent.
+    """One layer as ranks run it: home ranks choose slots, each rank computes what it was sent.
 
-    Every home rank cuts its tokens over the replicas at random, as any dispatch policy may.
+    Every home rank spreads its tokens over the replicas at random, as any dispatch policy may.
     """
     table, ranks = torch.tensor(slot_expert), len(weights_of_rank)
     local = len(slot_expert) // ranks
@@ -43,12 +43,9 @@ def layer_over_ranks(
     generator = torch.Generator().manual_seed(seed)
     for rank in range(ranks):
         mine = home == rank
-        picks = torch.stack(
-            [_pick(table, int(e), generator) for e in ids[mine].flatten()] or [torch.tensor(0)]
-        )
-        quota = torch.bincount(picks[: ids[mine].numel()], minlength=len(slot_expert))
-        slot[mine] = assign_slots(ids[mine], quota, table)
-    order, count, row = sort_rows(slot, len(slot_expert))
+        picks = [int(_pick(table, int(e), generator)) for e in ids[mine].flatten()]
+        slot[mine] = torch.tensor(picks, dtype=torch.int64).view(-1, ids.shape[1])
+    order, count, row = sort_by_slot(slot, len(slot_expert))
     x_sorted = x[order // ids.shape[1]]
     y = torch.empty_like(x_sorted)
     start = 0
@@ -170,8 +167,6 @@ def test_a_switch_between_steps_changes_no_bit(
     weights.load_slot(4, layer.experts[2])
     weights.load_slot(5, layer.experts[0])
     assert torch.equal(rank_layer(x, ids, gate, weights), before)
-    table = torch.tensor([0, 1, 2, 3, 2, 0])
-    count = histogram(ids, 4)
-    quota = torch.tensor([count[0] - 5, count[1], 10, count[3], count[2] - 10, 5])
-    slot = assign_slots(ids, quota, table)
+    slot = ids.clone()
+    slot[25:][ids[25:] == 2], slot[25:][ids[25:] == 0] = 4, 5
     assert torch.equal(rank_layer(x, slot, gate, weights), before)

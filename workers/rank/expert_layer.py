@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoadmasterError
-from ...kernels.routing import combine, sort_by_slot
+from ...kernels.routing import combine_rows, sort_by_slot
 from ...placement.dispatch.token_limit import CapacityRule
 from ..protocol.phase_plans import Tables
 from . import attention, token_limit
@@ -141,7 +141,7 @@ class ExpertLayer:
         mine_C = slots_GC[context.exchange.rank].astype(np.int64)
         sent = context.dispatch.assign(self.layer, context.phase, context.step, ids_TK)
         quota_GS = sent.quota_GS
-        assignment_A, _ = sort_by_slot(sent.slot_TK, slots_GC.size)
+        assignment_A, _, row_TK = sort_by_slot(sent.slot_TK, slots_GC.size)
         physical_C = experts.physical(mine_C)
         rows, receipt, remote = send_tokens(
             context.exchange, x_TH.cpu(), assignment_A, ids_TK.shape[1], quota_GS, physical_C,
@@ -157,9 +157,7 @@ class ExpertLayer:
         measures.remote_copies_L[self.layer] += remote
         measures.peak_L[self.layer] = _busiest_expert(quota_GS, slots_GC)
         home_AH = return_tokens(context.exchange, y_AH.cpu(), receipt).to(x_TH.device)
-        y_TKH = x_TH.new_zeros(ids_TK.numel(), x_TH.shape[1])
-        y_TKH[assignment_A.to(x_TH.device)] = home_AH
-        return combine(y_TKH.view(*ids_TK.shape, x_TH.shape[1]), gate_TK.to(x_TH.device))
+        return combine_rows(home_AH, row_TK.to(x_TH.device), gate_TK.to(x_TH.device))
 
     def _limited(
         self,

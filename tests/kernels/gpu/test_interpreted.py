@@ -17,7 +17,7 @@ from benchmarks.rank_layer import rank_layer
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.gpu.backend import INTERPRETED, reduce_rows
 from loadmaster.kernels.grouped import grouped_experts
-from loadmaster.kernels.routing import combine_rows, sort_rows
+from loadmaster.kernels.routing import combine_rows, sort_by_slot
 
 Maker = Callable[..., Any]
 
@@ -128,7 +128,7 @@ def test_rows_are_combined_as_on_the_cpu(rows_of: Maker) -> None:
     y = rows_of(60, 24, torch.float32)
     slot = torch.randint(-1, 4, (30, 2), generator=torch.Generator().manual_seed(0))
     gate = torch.rand(30, 2, generator=torch.Generator().manual_seed(1))
-    _, _, row = sort_rows(slot, 4)
+    _, _, row = sort_by_slot(slot, 4)
     out = torch.full((30, 24), float("nan"))
     reduce_rows(y, row, gate, out)
     torch.testing.assert_close(out, combine_rows(y, row, gate))
