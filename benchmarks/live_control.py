@@ -15,9 +15,9 @@ from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.planning.planner import plan
 from loadmaster.placement.rebalancing.policy import Policy
+from loadmaster.traces.steps import RECORDED
 from loadmaster.traces.trace import RoutingTrace
 from loadmaster.workers.calibrate.expert_fit import (
-    RECORDED,
     ExpertFit,
     fit_kernel,
     machine,

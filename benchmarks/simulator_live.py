@@ -12,14 +12,13 @@ from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.placement.planning.planner import plan as make_plan
 from loadmaster.traces.model_spec import ModelSpec
-from loadmaster.traces.steps import StepSampler
+from loadmaster.traces.steps import RECORDED
 from loadmaster.traces.trace import RoutingTrace
 from loadmaster.workers.demo.traffic import mixed
 from loadmaster.workers.group.group import Group
 from loadmaster.workers.reference import reference_model_dir
 
 RANKS, STEP_TOKENS, STEPS, ROUNDS = 4, 4096, 12, 4
-RECORDED = StepSampler(order="recorded")
 FITTED = "contiguous"
 
 

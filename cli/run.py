@@ -14,8 +14,8 @@ from .options import Address
 
 if TYPE_CHECKING:
     from ..placement.dispatch.token_limit import CapacityRule
+    from ..placement.rebalancing.proposal import Entry
     from ..workers.control.controller import Controller
-    from ..workers.control.decisions import Entry
     from ..workers.group.group import Group
 
 CONTROLS = {"never": "never", "every-n": "every_n", "drift": "drift", "net-benefit": "net_benefit"}

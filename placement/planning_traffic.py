@@ -19,11 +19,11 @@ from ..foundation.compiled import compiled
 from ..traces.profile import Profile
 from ..traces.steps import Steps, StepSampler
 from ..traces.trace import RoutingTrace
+from .held_back import VALIDATION_SHARE
 
 FloatArray = npt.NDArray[np.float64]
 Int32Array = npt.NDArray[np.int32]
 
-VALIDATION_SHARE = 0.25     # of requests
 STEP_ASSIGNMENTS = 1 << 20  # choices of one layer to search on: more steps teach little more
 MOST_STEPS, FEWEST_STEPS = 64, 16
 MOST_TIMED_STEPS = 256      # for time: which experts are used at all differs more between steps

@@ -165,3 +165,6 @@ def _recorded_steps(trace: RoutingTrace) -> Steps:
     token = np.argsort(trace.step, kind="stable").astype(np.int64)
     _, counts = np.unique(trace.step, return_counts=True)
     return Steps(token, np.concatenate(([0], np.cumsum(counts))).astype(np.int64))
+
+
+RECORDED = StepSampler(order="recorded")      # the steps that a live group ran

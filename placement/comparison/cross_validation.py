@@ -14,6 +14,7 @@ import numpy as np
 from ...errors import InputError
 from ...traces.steps import Steps, StepSampler
 from ...traces.trace import RoutingTrace
+from ..held_back import EVEN_SHARE
 from ..planning_traffic import PlanningSteps, planning_steps
 from .bootstrap import FEWEST_REQUESTS, Redrawn, redraw
 
@@ -35,7 +36,7 @@ def request_halves(
     """Both halves, drawn at random. None = too few requests or tokens to tell gain from chance."""
     if len(np.unique(trace.request_T())) < 2 * FEWEST_REQUESTS:
         return None
-    first, second = (_half(part, sampler, seed) for part in trace.split(0.5, seed=seed))
+    first, second = (_half(part, sampler, seed) for part in trace.split(EVEN_SHARE, seed=seed))
     return None if first is None or second is None else (first, second)
 
 

@@ -20,13 +20,13 @@ from ..cluster import Cluster
 from ..comparison.compare import Comparison, ComparisonRow, compare
 from ..comparison.verdict import metric_text, verdict_of
 from ..cost.evaluate import check_slots
+from ..held_back import ADVICE_SHARE
 from ..plan import DispatchSpec, Plan
 from ..planning.planner import PlanResult
 from .switch_payback import HORIZON_STEPS, Moving, price_moves
 from .trial_plans import REBALANCE, USUAL_METHODS, attempt
 
 CURRENT = "current"
-HELD_BACK = 0.3          # share of requests that only judge
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,14 +196,14 @@ def hold_back(
     Raises InputError where the trace does not fill one step.
     """
     if len(np.unique(trace.request_T())) >= 2:
-        planning, judging = trace.split(1.0 - HELD_BACK, seed=seed)
+        planning, judging = trace.split(1.0 - ADVICE_SHARE, seed=seed)
         try:
             count = len(steps.sample(judging))
             steps.sample(planning)
         except InputError:
             count = 0
         if count >= 2:
-            said = f"{count} steps of {HELD_BACK:.0%} of the requests, held back from planning"
+            said = f"{count} steps of {ADVICE_SHARE:.0%} of the requests, held back from planning"
             return planning, judging, said
     steps.sample(trace)  # too short for even one step is said now, not after planning
     return trace, trace, "the planning steps themselves: too few requests to hold any back"

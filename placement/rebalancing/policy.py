@@ -49,6 +49,7 @@ class Decision:
 
     action: Action
     reason: str
+    enough_data: bool = True       # False: it is kept only because too little is known
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Policy:
                 "keep",
                 f"not enough data: {seen.tokens_since_switch} tokens since the last switch, "
                 f"{self.fewest_tokens} are needed",
+                enough_data=False,
             )
         wait = self.every_steps * 2 ** min(seen.rollbacks, MOST_DOUBLINGS)
         passed = seen.step - seen.last_look_step

@@ -13,6 +13,7 @@ from typing import Any
 from ...errors import InputError, UsageError
 from ...placement.cluster import Cluster
 from ...placement.hardware import ComputeProfile
+from ...placement.held_back import EVEN_SHARE
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import StepSampler
 from ...traces.trace import RoutingTrace
@@ -103,7 +104,7 @@ def compare_caches(
             f"model: {model.num_layers} layers of {model.num_experts} experts, the trace has "
             f"{trace.num_layers} of {trace.num_experts}: they are of different models"
         )
-    known, played = trace.split(0.5, seed=seed)
+    known, played = trace.split(EVEN_SHARE, seed=seed)
     cut = steps.sample(played, max_steps)
     expert_us, token_us = _compute_us(model, cluster.hardware.compute)
     rows = []

@@ -1,38 +1,57 @@
-"""Re-planning while serving: the policies of `placement/rebalancing/policy.py` acting on a
-simulated service.
+"""Re-planning while serving: the control loop of a live group, at work on a simulated service.
 
-The very decisions a live controller takes: after every window of steps look at what was routed,
-ask the policy whether to look for a plan and whether to switch, and switch in one of the ways of
-`migration.py`. Knows windows and plans. Knows nothing of live workers.
+The eyes and hands of `placement/rebalancing/proposal.py`, which decides, as it does for a live
+group: after every window of steps a sample of what its requests routed goes there, and a switch
+is carried out in one of the ways of `plan_switch.py`. What a switch was worth is judged by the
+steps served since, against what the plan before would have taken for the very same steps on
+devices without faults, times what steps took longer than that before the switch; so faults mislead
+this loop as they mislead a live one. Where steps are drawn from the whole workload though its mix
+of domains drifts, they say nothing of the traffic that the loop sees, and no switch is undone.
+Knows windows and events. Knows nothing of live workers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import InfeasibleError, InputError, UsageError
-from ...placement.comparison.compare import compare
 from ...placement.plan import Plan
-from ...placement.planning.planner import plan as make_plan
-from ...placement.rebalancing.policy import Observation, Policy
-from ...placement.rebalancing.rebalance import rebalance
-from ...placement.rebalancing.survivors import survivors_plan
-from ...traces.analysis.drift import drift
-from ...traces.merge import concatenate
+from ...placement.rebalancing.policy import Policy
+from ...placement.rebalancing.proposal import (
+    FEWEST_STEPS,
+    Candidates,
+    CandidateSearch,
+    Entry,
+    LoopMemory,
+    Prices,
+    Promise,
+    Proposal,
+    Situation,
+    SwitchPrice,
+    propose,
+    settle,
+    unsteadiness,
+)
 from ...traces.steps import StepSampler
 from ...traces.trace import RoutingTrace
-from ..serving.result import SimulationResult
+from ..serving.batching import Batch
 from ..serving.simulate import Run
 from ..serving.token_source import TokenSource
 from .plan_switch import MODES, Mode, begin_switch, switch_cost
 
 IntArray = npt.NDArray[np.int64]
+
+KEPT_FACTORS = 16      # windows whose speeds are kept
+
+
+def _unheard(_entry: Entry) -> None:
+    """No one listens to the decisions."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +59,19 @@ class Replanning:
     """A policy at work on one serving group.
 
     window_steps: between two looks at what was routed. window_tokens: of them kept, a sample.
-    windows_kept: a candidate is made from one half of their requests and judged on the other.
-    candidates: "rebalance" moves at most `max_moves` experts; "replan" starts from nothing with
-    `method`. steps: how traffic is cut into steps to judge on. planning_us: what finding a
-    candidate costs the service; 0 = it happens elsewhere.
+    windows_kept: how many windows a plan is made from at most; those before the newest only where
+    traffic has not drifted since. candidates: "rebalance" moves at most `max_moves` experts;
+    "replan" starts from nothing with `method`. steps: how traffic is cut into steps to judge on.
+    planning_us: what finding a candidate costs the service; 0 = it happens elsewhere. worse_by:
+    share of a step by which a switch may measure worse than promised before it is undone.
+    on_entry: hears of every decision, looks or not.
     """
 
     policy: Policy
     window_steps: int = 500
     window_tokens: int = 8192
     windows_kept: int = 4
-    candidates: Literal["rebalance", "replan"] = "rebalance"
+    candidates: Candidates = "rebalance"
     method: str = "auto"
     max_moves: int | None = None
     mode: Mode = "hidden"
@@ -58,6 +79,8 @@ class Replanning:
     effort: str = "fast"
     planning_us: float = 0.0
     group: int = 0
+    worse_by: float = 0.01
+    on_entry: Callable[[Entry], None] = dataclasses.field(default=_unheard, compare=False)
 
     def start(self, run: Run) -> None:
         if self.window_steps < 1 or self.window_tokens < 1 or self.windows_kept < 1:
@@ -67,32 +90,82 @@ class Replanning:
                 f"Replanning: mode {self.mode!r} of {', '.join(MODES)}; candidates "
                 f"{self.candidates!r} of rebalance, replan"
             )
+        if not self.worse_by >= 0:
+            raise UsageError(f"Replanning: worse_by {self.worse_by} must be >= 0")
         if not 0 <= self.group < len(run.loop.groups):
             raise InputError(f"Replanning.group {self.group}: {len(run.loop.groups)} groups")
-        watcher = _Watcher(self, run)
-        run.loop.groups[self.group].on_step.append(watcher.step_done)
+        if self.policy.name != "never" and not run.timer.follows_traffic:
+            run.notes.append(
+                "switches are not judged by what they measure: steps are drawn from the domains of "
+                "the whole workload; give BankSpec windows"
+            )
+        loop = _ControlLoop(self, run)
+        run.loop.groups[self.group].on_start.append(loop.step_began)
+        run.loop.groups[self.group].on_step.append(loop.step_done)
 
 
-class _Watcher:
-    """What one replanning remembers between windows."""
+@dataclass(frozen=True)
+class _SimulatedPromise(Promise[Plan]):
+    """A switch that was made and is not yet judged."""
+
+    factor: float      # what steps took over what they take without faults, before the switch
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that ran: what it took, and what it takes without faults, under either plan."""
+
+    epoch: int
+    took_us: float
+    faultless_us: float
+    before_us: float       # under the plan before the last switch, while that is to be judged
+
+
+class _ControlLoop:
+    """One group's control loop: its memory, and what it measured of the steps of a window."""
 
     def __init__(self, spec: Replanning, run: Run) -> None:
         self.spec, self.run = spec, run
+        self.search = CandidateSearch(
+            spec.candidates, spec.method, spec.max_moves, spec.steps, spec.effort, run.seed
+        )
+        self.memory = LoopMemory()
+        self.promise: _SimulatedPromise | None = None
         self.steps = 0
-        self.last_look = 0
         self.first_request = 0
-        self.windows: list[RoutingTrace] = []
-        self.planned_for: RoutingTrace | None = None
-        self.tokens_since_switch = 0
         self.switching = False
+        self.factors: list[float] = []       # of the last windows
+        self.error = 0.0                     # relative, of times told by the last factor
+        self._begun: _Step | None = None
+        self._measured: list[_Step] = []     # in this window
+
+    # ---- eyes ------------------------------------------------------------------------------
+
+    def step_began(self, batch: Batch, duration_ns: int) -> None:
+        """Price it again without faults."""
+        run, group = self.run, self.run.loop.groups[self.spec.group]
+        faultless = dataclasses.replace(
+            run.in_force.of(self.spec.group), slowdown_G=None, nic_share_G=None
+        )
+        before_us = 0.0
+        if self.promise is not None:
+            before = dataclasses.replace(faultless, plan=self.promise.before)
+            before_us = run.timer.again_us(batch, group, before)
+        self._begun = _Step(
+            group.epoch, duration_ns / 1e3, run.timer.again_us(batch, group, faultless), before_us
+        )
 
     def step_done(self) -> None:
         """Count; at the end of a window, decide."""
+        assert self._begun is not None
+        self._measured.append(self._begun)
         self.steps += 1
-        if self.steps % self.spec.window_steps == 0 and not self.switching:
-            window = self._window()
-            if window is not None:
-                self._decide(window)
+        if self.steps % self.spec.window_steps == 0:
+            if not self.switching:
+                window = self._window()
+                if window is not None:
+                    self._decide(window)
+            self._measured = []
 
     def _window(self) -> RoutingTrace | None:
         """A sample of what the requests taken up since the last window have routed."""
@@ -105,83 +178,114 @@ class _Watcher:
         self.first_request = last
         requests = np.arange(first, last)
         each = max(1, self.spec.window_tokens // len(requests))
-        window = sample_requests(self.run.source, self.run.router.trace, requests, each,
-                                 self.run.loop.workload.prompt_tokens)
-        self.windows = [*self.windows, window][-self.spec.windows_kept :]
-        self.planned_for = self.planned_for or window
-        self.tokens_since_switch += window.num_tokens
-        return window
+        return sample_requests(self.run.source, self.run.router.trace, requests, each,
+                               self.run.loop.workload.prompt_tokens)
+
+    def _measure(self, steps: list[_Step], numbers: dict[str, float]) -> None:
+        """How much longer steps take here than without faults, and how sure that is."""
+        ratio_W = np.array([s.took_us / s.faultless_us for s in steps])
+        factor = float(np.median(ratio_W))
+        self.factors = [*self.factors, factor][-KEPT_FACTORS:]
+        self.error = float(np.median(np.abs(ratio_W / factor - 1.0))) + unsteadiness(self.factors)
+        numbers["fit_error"] = self.error
+
+    # ---- the loop --------------------------------------------------------------------------
 
     def _decide(self, window: RoutingTrace) -> None:
         spec, run = self.spec, self.run
-        seen = self._observe(window)
-        first = spec.policy.decide(seen)
-        if first.action == "keep":
+        epoch = run.loop.groups[spec.group].epoch
+        under = [s for s in self._measured if s.epoch == epoch]
+        self.memory = self.memory.saw(window, window.num_tokens, kept=spec.windows_kept)
+        numbers = {"tokens": float(window.num_tokens), "steps": float(len(under))}
+        if self._settled_by_going_back(under, epoch, numbers):
             return
-        self.last_look = self.steps
-        current = run.in_force.of(spec.group).plan
-        try:
-            candidate, seen = self._candidate(current, seen)
-        except InputError as error:
-            run.log("leave it", f"not enough data: {error}")
-            return
-        except InfeasibleError as error:
-            run.log("cannot", str(error))
-            return
-        second = spec.policy.decide(seen)
-        run.log("apply" if second.action == "switch" else "leave it", second.reason)
-        if spec.planning_us > 0:
+        if len(under) >= FEWEST_STEPS:
+            self._measure(under, numbers)
+        proposal = propose(self.memory, self._situation(), spec.policy, self.search, self._prices())
+        numbers |= proposal.numbers
+        if proposal.looked:
+            self.memory = self.memory.looked(self.steps)
+            run.log(proposal.answer, proposal.reason)
+        if proposal.plan is not None and spec.planning_us > 0:
             run.loop.groups[spec.group].at_boundary(lambda _now: round(spec.planning_us * 1e3))
-        if second.action == "switch":
-            self.switching = True
-            begin_switch(run, candidate, spec.mode, group=spec.group, done=self._switched,
-                         refused=self._refused)
+        if proposal.answer == "apply":
+            self._switch(proposal)
+        spec.on_entry(Entry(self.steps, proposal.answer, proposal.reason, numbers))
 
-    def _observe(self, window: RoutingTrace) -> Observation:
-        assert self.planned_for is not None
-        moved = drift(self.planned_for, window, seed=self.run.seed, shuffles=20)
-        return Observation(
-            step=self.steps, last_look_step=self.last_look,
-            tokens_since_switch=self.tokens_since_switch,
-            drift_bits=moved.bits, drift_floor_bits=moved.floor_bits or 0.0,
+    def _situation(self) -> Situation:
+        router, condition = self.run.router, self.run.in_force.of(self.spec.group)
+        return Situation(
+            self.steps, condition.plan, router.cluster, router.model, dispatch=router.dispatch,
+            overlap=router.overlap, lost=condition.lost,
         )
 
-    def _candidate(self, current: Plan, seen: Observation) -> tuple[Plan, Observation]:
-        """A plan from one half of the kept requests, its gain judged on the other half."""
-        spec, router = self.spec, self.run.router
-        known, judging = concatenate(self.windows).split(0.5, seed=self.run.seed)
-        if spec.candidates == "replan":
-            found = make_plan(known, router.cluster, method=spec.method, model=router.model,
-                              steps=spec.steps, dispatch=current.dispatch, seed=self.run.seed,
-                              effort=spec.effort).plan
-        else:
-            found = rebalance(current, known, router.cluster, model=router.model, steps=spec.steps,
-                              max_moves=spec.max_moves, seed=self.run.seed,
-                              effort=spec.effort).plan
-        lost = self.run.in_force.of(spec.group).lost
-        if lost:
-            found = survivors_plan(found, lost, router.cluster, router.model)
-        table = compare({"now": current, "new": found}, judging, router.cluster, steps=spec.steps,
-                        model=router.model, current="now", seed=self.run.seed)
-        now, new = table.row("now"), table.row("new")
-        cost = switch_cost(self.run, found, spec.group)
-        move_us = spec.planning_us + (0.0 if spec.mode == "hidden" else cost.us)
-        return found, dataclasses.replace(
-            seen, gain_us=now.metric - new.metric,
-            gain_low_us=-new.change_high_percent / 100.0 * now.metric,
-            move_us=move_us, moves=cost.moves,
+    def _prices(self) -> Prices:
+        """A switch takes what the links need for it, unless it hides; looking, `planning_us`."""
+
+        def switch_to(candidate: Plan) -> SwitchPrice:
+            cost = switch_cost(self.run, candidate, self.spec.group)
+            felt_us = 0.0 if self.spec.mode == "hidden" else cost.us
+            return SwitchPrice(cost.moves, float(cost.bytes), felt_us)
+
+        readings = itertools.chain((0.0,), itertools.repeat(self.spec.planning_us))
+        return Prices(switch_to, lambda: next(readings), looking_is_felt=True)
+
+    # ---- hands -----------------------------------------------------------------------------
+
+    def _switch(self, proposal: Proposal) -> None:
+        assert proposal.plan is not None and proposal.made_for is not None
+        before, made_for = self.run.in_force.of(self.spec.group).plan, proposal.made_for
+        gain_us = proposal.numbers["gain_us"]
+
+        def switched() -> None:
+            if self.run.timer.follows_traffic:
+                factor = self.factors[-1] if self.factors else 1.0
+                epoch = self.run.loop.groups[self.spec.group].epoch
+                self.promise = _SimulatedPromise(before, epoch, gain_us, self.error, factor)
+            self.memory = self.memory.switched(made_for)
+            self.switching = False
+
+        self._begin(proposal.plan, switched)
+
+    def _settled_by_going_back(
+        self, under: list[_Step], epoch: int, numbers: dict[str, float]
+    ) -> bool:
+        """Judge the last switch, once, on the first window that can; whether it is undone."""
+        promise = self.promise
+        if promise is None:
+            return False
+        if promise.epoch != epoch:            # faults have changed plans meanwhile
+            self.promise = None
+            return False
+        if not promise.can_be_judged(len(under), self.spec.window_steps):
+            return False
+        found = settle(
+            promise, float(np.mean([s.took_us for s in under])),
+            promise.factor * float(np.mean([s.before_us for s in under])), self.spec.worse_by,
         )
+        numbers |= found.numbers
+        if found.kept:
+            self.promise, self.memory = None, self.memory.confirmed()
+            return False
+
+        def undone() -> None:
+            self.promise, self.memory = None, self.memory.undone(self.steps)
+            self.switching = False
+
+        self.run.log("roll back", found.reason)
+        self._begin(promise.before, undone)
+        self.spec.on_entry(Entry(self.steps, "leave it", found.reason, numbers, rolled_back=True))
+        return True
+
+    def _begin(self, plan: Plan, done: Callable[[], None]) -> None:
+        self.switching = True
+        begin_switch(self.run, plan, self.spec.mode, group=self.spec.group, done=done,
+                     refused=self._refused)
 
     def _refused(self, error: InfeasibleError) -> None:
         """Devices were lost while weights were on their way."""
         self.run.log("cannot", str(error))
         self.switching = False
-
-    def _switched(self) -> None:
-        self.switching = False
-        self.tokens_since_switch = 0
-        self.planned_for = concatenate(self.windows)
-        self.windows = self.windows[-1:]
 
 
 def sample_requests(
@@ -199,37 +303,3 @@ def sample_requests(
     return dataclasses.replace(
         picked, request=np.concatenate(owner).astype(np.int64), source=None, step=None
     )
-
-
-@dataclass(frozen=True)
-class PolicyOutcome:
-    """One policy's day. What users wait is the judge: it holds steps and stalls alike."""
-
-    name: str
-    latency_mean_us: float
-    latency_p99_us: float
-    step_mean_us: float
-    paused_us: float           # stood still for weights or planning
-    switches: int
-    looks: int
-    moved_bytes: int
-
-
-def compare_policies(
-    policies: Mapping[str, Replanning],
-    serve: Callable[[Sequence[Replanning]], SimulationResult],
-) -> list[PolicyOutcome]:
-    """The same day under each policy, least mean latency first (ties keep the order given).
-
-    serve(happenings) runs the day; everything random in it must come from its own seed.
-    """
-    outcomes = []
-    for name, spec in policies.items():
-        result = serve([spec])
-        kinds = [e.kind for e in result.events]
-        outcomes.append(PolicyOutcome(
-            name, result.latency.mean, result.latency.p99, result.step_time.mean,
-            result.paused_us, kinds.count("apply"),
-            kinds.count("apply") + kinds.count("leave it"), result.moved_bytes,
-        ))
-    return sorted(outcomes, key=lambda o: o.latency_mean_us)

@@ -34,7 +34,7 @@ class InForce:
         self.router, self.memory = router, memory
         self.conditions: list[Condition] = []
         self._number_of: dict[tuple[object, ...], int] = {}
-        self._number(Condition(plan))
+        self.number_of(Condition(plan))
         self.number_of_group = [0] * groups
         self.whole_plan = [plan] * groups     # with every device there: what lost ones come back to
         self.exchange_us_of_group = [0.0] * groups     # of all steps so far
@@ -140,10 +140,10 @@ class InForce:
         return float((slow_LG.max(axis=1) - compute_LG.max(axis=1)).sum())
 
     def _set(self, group: int, condition: Condition) -> None:
-        self.number_of_group[group] = self._number(condition)
+        self.number_of_group[group] = self.number_of(condition)
         self._uncovered[group] = condition.uncovered()
 
-    def _number(self, condition: Condition) -> int:
+    def number_of(self, condition: Condition) -> int:
         """The condition's number: what comes again is what it was, not one more.
 
         Plans count as one where they are one object; `conditions` keeps each alive.

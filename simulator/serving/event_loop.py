@@ -58,6 +58,7 @@ class ServingGroup:
         self.lanes = Lanes(loop.workload, loop.limits, num_devices, loop.requests)
         self.boundary: deque[BoundaryAction] = deque()
         self.next_boundary: deque[BoundaryAction] = deque()
+        self.on_start: list[Callable[[Batch, int], None]] = []    # batch, its nanoseconds
         self.on_step: list[Callable[[], None]] = []
         self.paused_ns = 0
         self.lost_steps = 0
@@ -107,6 +108,8 @@ class ServingGroup:
                 continue
             start_ns = loop.now_ns
             epoch, duration_ns = self.epoch, loop.timer.step_ns(batch, self)
+            for told_of in self.on_start:
+                told_of(batch, duration_ns)
             self.stepping = True
             try:
                 yield env.timeout(duration_ns)

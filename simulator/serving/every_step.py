@@ -18,6 +18,8 @@ KEPT_STEPS = 48
 class EveryStep:
     """Prices each step by itself, and remembers the first ones for the blame."""
 
+    follows_traffic = True
+
     def __init__(
         self, router: StepRouter, source: TokenSource, in_force: InForce,
         *, other_us_per_token: float = 0.0,
@@ -37,10 +39,19 @@ class EveryStep:
         self.usage.add(routed, np.ones(1))
         exchange_us = routed.dispatch_us[0].sum() + routed.combine_us[0].sum()
         self.in_force.exchange_us_of_group[group.index] += float(exchange_us)
-        own_us = self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
+        own_us = self._outside_us(batch)
         jitter_us = self.in_force.jitter_us(routed.compute_us[0])
         self.usage.add_beside(jitter_us, own_us)
         return max(1, round((float(routed.step_us[0]) + jitter_us + own_us) * 1e3))
+
+    def again_us(self, batch: Batch, group: ServingGroup, condition: Condition) -> float:
+        """What the batch priced last would take in another condition, without jitter."""
+        routed = self.router.cost([self.compose(batch, group)], condition)
+        return float(routed.step_us[0]) + self._outside_us(batch)
+
+    def _outside_us(self, batch: Batch) -> float:
+        """Attention and dense layers, beside what the router prices."""
+        return self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
 
     def compose(self, batch: Batch, group: ServingGroup) -> Composition:
         """The tokens of the batch and their home ranks."""

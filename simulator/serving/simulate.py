@@ -63,10 +63,10 @@ class Run:
 
     def __init__(
         self, loop: ServingLoop, in_force: InForce, router: StepRouter, source: TokenSource,
-        seed: int,
+        timer: StepBank | EveryStep, seed: int,
     ) -> None:
         self.loop, self.in_force, self.router, self.seed = loop, in_force, router, seed
-        self.source = source
+        self.source, self.timer = source, timer
         self.events: list[Event] = []
         self.moved_bytes = 0
         self.notes: list[str] = []
@@ -138,7 +138,7 @@ def simulate(
     loop = ServingLoop(
         requests, timer, limits, num_devices=cluster.num_devices, groups=serving.groups
     )
-    run = Run(loop, in_force, router, source, seed)
+    run = Run(loop, in_force, router, source, timer, seed)
     run.notes.extend(source.notes)
     for happening in happenings:
         happening.start(run)

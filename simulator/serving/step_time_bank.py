@@ -77,11 +77,17 @@ class StepBank:
         self.cells: dict[Key, _Cell] = {}
         self._draws = stream(seed, "steps")
         self._drawn: list[int] = []
+        self._last_sample = 0
         self._first: list[tuple[Key, int]] = []
         self._jitter_us = self._own_us = 0.0    # beside the cells' own times
         requests = len(workload)
         self.window_start = [requests * i // spec.windows for i in range(spec.windows)]
         self.window_ns = [int(workload.arrival_ns[r]) for r in self.window_start]
+
+    @property
+    def follows_traffic(self) -> bool:
+        """Whether steps hold what requests of their time read, where the mix of domains drifts."""
+        return self.workload.domain is None or self.spec.windows > 1
 
     # ---- one step ---------------------------------------------------------------------------
 
@@ -90,7 +96,8 @@ class StepBank:
         self.in_force.require_cover(group.index)
         sample = self._sample()
         step_us, heaviest, nearest_key = 0.0, -1.0, (0, 0, 0, 0, 0)
-        for key, part in self._corners(batch, group):
+        number = self.in_force.number_of_group[group.index]
+        for key, part in self._corners(batch, group, number):
             cell = self._cell(key)
             cell.used[sample] += part
             step_us += part * cell.step_us[sample]
@@ -101,14 +108,27 @@ class StepBank:
             self._first.append((nearest_key, sample))
         self.in_force.exchange_us_of_group[group.index] += nearest.exchange_us[sample]
         jitter_us = self.in_force.jitter_us(nearest.routed.compute_us[sample])
-        own_us = self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
+        own_us = self._outside_us(batch)
         self._jitter_us += jitter_us
         self._own_us += own_us
         return max(1, round((step_us + jitter_us + own_us) * 1e3))
 
-    def _corners(self, batch: Batch, group: ServingGroup) -> list[tuple[Key, float]]:
-        """The prepared sizes around a batch, with parts that sum to 1."""
-        number = self.in_force.number_of_group[group.index]
+    def again_us(self, batch: Batch, group: ServingGroup, condition: Condition) -> float:
+        """What the batch priced last would take in another condition: the same draw, no jitter."""
+        number = self.in_force.number_of(condition)
+        return self._outside_us(batch) + sum(
+            part * self._cell(key).step_us[self._last_sample]
+            for key, part in self._corners(batch, group, number)
+        )
+
+    def _outside_us(self, batch: Batch) -> float:
+        """Attention and dense layers, beside what the router prices."""
+        return self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
+
+    def _corners(
+        self, batch: Batch, group: ServingGroup, number: int
+    ) -> list[tuple[Key, float]]:
+        """The prepared sizes around a batch in a condition, with parts that sum to 1."""
         window = max(0, bisect_right(self.window_ns, group.loop.env.now) - 1)
         shares = _around_share(_busiest_share(batch, group)) if batch.chunks else [(0, 1.0)]
         return [
@@ -131,7 +151,8 @@ class StepBank:
     def _sample(self) -> int:
         if not self._drawn:
             self._drawn = self._draws.integers(0, self.spec.samples, 4096).tolist()
-        return self._drawn.pop()
+        self._last_sample = self._drawn.pop()
+        return self._last_sample
 
     # ---- filling ----------------------------------------------------------------------------
 
@@ -202,7 +223,8 @@ class StepBank:
         for key in sorted(self.cells):
             usage.add(self.cells[key].routed, self.cells[key].used)
         usage.add_beside(self._jitter_us, self._own_us)
-        first = [(float(c.used @ c.routed.step_us), k) for k, c in self.cells.items() if k[0] == 0]
+        first = [(float(c.used @ c.routed.step_us), k) for k, c in self.cells.items()
+                 if k[0] == 0 and c.used.any()]
         heaviest = sorted(first, key=lambda row: (-row[0], row[1]))[:KEPT_STEPS]
         kept = [self._compositions(key)[0] for _, key in heaviest]
         return usage, kept, self.in_force.conditions[0]

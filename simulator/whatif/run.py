@@ -22,6 +22,7 @@ from ...errors import InputError, LoadmasterError
 from ...foundation.parallel import Executor
 from ...placement.cluster import Cluster
 from ...placement.cost.overlap import Overlap
+from ...placement.held_back import EVEN_SHARE
 from ...placement.planning.planner import plan as make_plan
 from ...traces.model_spec import ModelSpec
 from ...traces.trace import RoutingTrace
@@ -195,7 +196,7 @@ def require_figure(name: str) -> None:
 
 def _serve(study: Study, scenario: Scenario) -> tuple[SimulationResult, int]:
     """(what users saw, bytes of experts on the fullest device)."""
-    known, unseen = study.trace.split(0.5, seed=study.grid.seed)
+    known, unseen = study.trace.split(EVEN_SHARE, seed=study.grid.seed)
     cluster = _cluster(scenario, study.trace)
     plan = make_plan(known, cluster, method=scenario.method, dispatch=scenario.dispatch,
                      seed=study.grid.seed, model=study.model).plan

@@ -18,12 +18,11 @@ from ...placement.hardware import ComputeProfile, HardwareProfile
 from ...placement.plan import Plan
 from ...simulator.calibrate.machine_profile import fit_expert_table
 from ...traces.model_spec import ModelSpec
-from ...traces.steps import StepSampler
+from ...traces.steps import RECORDED
 from ...traces.trace import RoutingTrace
 from ..coordinator.step_log import Measurements
 
 FloatArray = npt.NDArray[np.float64]
-RECORDED = StepSampler(order="recorded")
 # Tokens per expert, as decode and prefill have them; active experts of one call.
 TIMED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 768)
 TIMED_ACTIVE = (4, 12)
@@ -76,14 +75,23 @@ def scale_to_live(
 ) -> ExpertFit:
     """The fit with the live factor; the trace holds exactly the measured steps, in order."""
     fitted = cluster.model_copy(update={"hardware": machine(fit, cluster.hardware)})
-    loads = step_loads(trace, RECORDED.sample(trace), plan, fitted)
-    cost = step_cost(loads, model, fitted, dispatch=plan.dispatch)
-    ratio_W = steps.critical_us / cost.compute_us_WLG.max(axis=2).sum(axis=1)
+    ratio_W = steps.critical_us / critical_path_us_W(plan, trace, fitted, model)
     factor = float(np.median(ratio_W))
     return replace(
         fit, compute=slower(fit.compute, factor), live_factor=factor,
         live_error=float(np.median(np.abs(ratio_W / factor - 1.0))),
     )
+
+
+def critical_path_us_W(
+    plan: Plan, trace: RoutingTrace, cluster: Cluster, model: ModelSpec
+) -> FloatArray:
+    """[W] of the trace's recorded steps under a plan, by the cluster's times: the slowest rank's
+    expert time, summed over layers. What `Measurements.critical_us` measures."""
+    loads = step_loads(trace, RECORDED.sample(trace), plan, cluster)
+    cost = step_cost(loads, model, cluster, dispatch=plan.dispatch)
+    path_us_W: FloatArray = cost.compute_us_WLG.max(axis=2).sum(axis=1)
+    return path_us_W
 
 
 def slower(compute: ComputeProfile, factor: float) -> ComputeProfile:

@@ -1,23 +1,23 @@
-"""What the control loop is told, what it needs of a group, and what it answers.
+"""What the control loop is told, and what it needs of a group.
 
-Knows names and numbers. Knows nothing of how a decision comes about.
+Knows names and numbers. Knows nothing of how a decision comes about: what it answers, an `Entry`,
+is `placement/rebalancing/proposal.py`'s.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ...placement.plan import Plan
 from ...placement.rebalancing.policy import Policy
+from ...placement.rebalancing.proposal import Candidates, CandidateSearch
 from ...traces.model_spec import ModelSpec
+from ...traces.steps import RECORDED
 from ...traces.trace import RoutingTrace
 from ..coordinator.step_log import Measurements
 from ..protocol.phase_plans import PhasePlans
 from ..protocol.plan_switch import ApplyReport
-
-Answer = Literal["apply", "leave it", "not enough data", "cannot"]
 
 
 class ControlledGroup(Protocol):
@@ -58,19 +58,19 @@ class Standing:
 class Control:
     """How the loop runs.
 
-    window_steps: steps per window. windows_kept: how many windows a plan is made from.
-    candidates: `rebalance` moves a few experts from the plan in force, `replan` starts afresh.
-    max_moves: budget of one switch; None = rebalance's own. planning_shares_cores: what looking
-    takes (measuring, planning, comparing; CPU time of this process) is taken from the ranks (one
-    machine), so a switch must pay for it too.
-    worse_by: share of a step by which a switch may measure worse than promised before it is undone.
-    advise_only: decide and log, change nothing.
+    window_steps: steps per window. windows_kept: how many windows a plan is made from at most;
+    those before the newest only where traffic has not drifted since. candidates: `rebalance` moves
+    a few experts from the plan in force, `replan` starts afresh. max_moves: budget of one switch;
+    None = rebalance's own. planning_shares_cores: what looking takes (measuring, planning,
+    comparing; CPU time of this process) is taken from the ranks (one machine), so a switch must pay
+    for it too. worse_by: share of a step by which a switch may measure worse than promised before
+    it is undone. advise_only: decide and log, change nothing.
     """
 
     policy: Policy = field(default_factory=Policy)
     window_steps: int = 32
     windows_kept: int = 2
-    candidates: Literal["rebalance", "replan"] = "rebalance"
+    candidates: Candidates = "rebalance"
     max_moves: int | None = None
     effort: str = "fast"
     planning_shares_cores: bool = False
@@ -78,17 +78,10 @@ class Control:
     advise_only: bool = False
     seed: int = 0
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One decision, with what it was based on."""
-
-    step: int
-    answer: Answer
-    reason: str
-    numbers: dict[str, float]
-    rolled_back: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
+    @property
+    def search(self) -> CandidateSearch:
+        """How a candidate is looked for: planned for the steps that ran, and judged on them."""
+        return CandidateSearch(
+            self.candidates, max_moves=self.max_moves, steps=RECORDED, effort=self.effort,
+            seed=self.seed,
+        )

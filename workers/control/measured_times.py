@@ -1,21 +1,24 @@
-"""What live steps say about time: this machine's expert times, a switch's stalls, price and worth.
+"""What live steps say about time: this machine's expert times; what a switch stalls, costs, gains.
 
 Knows measured steps and their trace. Knows nothing of when to look or what to switch to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from ...placement.cluster import Cluster
 from ...placement.plan import Plan
+from ...placement.rebalancing.proposal import Promise, unsteadiness
 from ...traces.model_spec import ModelSpec
-from ..calibrate.expert_fit import ExpertFit, fit_kernel, machine, scale_to_live
+from ..calibrate.expert_fit import (
+    ExpertFit,
+    critical_path_us_W,
+    fit_kernel,
+    machine,
+    scale_to_live,
+)
 from ..coordinator.step_log import Measurements
-from ..demo.measure import predicted
 from ..protocol.phase_plans import PhasePlans
 from ..protocol.plan_switch import ApplyReport
 from .traffic_window import Window
@@ -27,23 +30,17 @@ _EXPERT_US, _BYTE_US = 2000.0, 1e-3
 
 
 @dataclass(frozen=True)
-class Promise:
-    """A switch that has been made and not yet judged."""
+class LivePromise(Promise[PhasePlans]):
+    """A switch of a live group that was made and is not yet judged."""
 
-    before: PhasePlans
-    epoch: int                # the switch's; under another one there is nothing to judge
     phase: int | None         # whose steps were to gain; None: all
-    gain_us: float
     cluster: Cluster          # with the times measured before the switch
-    error: float              # of those times, relative
 
-    def realised(self, live: Window, model: ModelSpec) -> tuple[float, float]:
-        """(us gained per step, us the plan before would have taken): the critical path measured,
-        against what the plan before would have cost on the same tokens by the times measured
-        under it."""
+    def kept_us(self, live: Window, model: ModelSpec) -> float:
+        """The critical path of a step, had the plan before stayed: of the same tokens, by the
+        times measured under it."""
         before = self.before.prefill if self.phase is None else self.before.of(self.phase)
-        kept_us = predicted(before, live.trace, self.cluster, model, None).critical_path_us
-        return kept_us - float(live.measured.critical_us.mean()), kept_us
+        return float(critical_path_us_W(before, live.trace, self.cluster, model).mean())
 
 
 @dataclass(frozen=True)
@@ -98,15 +95,8 @@ class LiveTimes:
         factors = [*self._factors.get(phase, ()), fit.live_factor][-_FACTORS:]
         self._factors[phase] = factors
         self.measured = True
-        self.error = fit.live_error + _unsteadiness(factors)
+        self.error = fit.live_error + unsteadiness(factors)
         return self.error
-
-
-def _unsteadiness(factors: Sequence[float]) -> float:
-    """By how much this machine's own speed differs from one window to the next: relative root mean
-    square; what is measured before and after a switch differs by as much anyway."""
-    change = np.diff(np.log(factors))
-    return float(np.sqrt(np.mean(change**2))) if len(change) else 0.0
 
 
 def stalls(steps: Measurements, report: ApplyReport) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ...placement.comparison.compare import Comparison, compare
 from ...placement.cost.step_cost import move_cost
 from ...placement.plan import Plan
 from ...traces.model_spec import ModelSpec
-from ...traces.steps import StepSampler
+from ...traces.steps import RECORDED, StepSampler
 from ...traces.trace import DECODE, PHASES, PREFILL, RoutingTrace
 from ..protocol.phase_plans import PhasePlans
 from ..protocol.plan_switch import check_plans
@@ -141,7 +141,7 @@ def _judged(
     """Both plans on recorded steps; each phase by itself where one has a plan of its own."""
 
     def table(now: Plan, new: Plan, part: RoutingTrace) -> Comparison:
-        steps = StepSampler() if part.step is None else StepSampler(order="recorded")
+        steps = StepSampler() if part.step is None else RECORDED
         return compare(
             {"now": now, "new": new}, part, cluster, steps=steps, current="now",
             model=model if model.knows_sizes else None,

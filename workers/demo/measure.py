@@ -9,21 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...placement.cluster import Cluster
 from ...placement.comparison.intervals import CONFIDENCE, t_reach
 from ...placement.cost.evaluate import evaluate
-from ...placement.cost.step_cost import step_cost
-from ...placement.cost.step_loads import step_loads
 from ...placement.plan import Plan
 from ...traces.model_spec import ModelSpec
-from ...traces.steps import StepSampler
+from ...traces.steps import RECORDED
 from ...traces.trace import RoutingTrace
+from ..calibrate.expert_fit import critical_path_us_W
 from ..coordinator.step_log import Measurements
-
-FloatArray = npt.NDArray[np.float64]
-RECORDED = StepSampler(order="recorded")
 
 
 @dataclass(frozen=True)
@@ -78,10 +73,7 @@ def predicted(
 ) -> Figures:
     """Replay of recorded steps under a plan, with the machine's fitted times."""
     judged = evaluate(plan, trace, cluster, steps=RECORDED, model=model)
-    steps = RECORDED.sample(trace)
-    loads = step_loads(trace, steps, plan, cluster)
-    cost = step_cost(loads, model, cluster, dispatch=plan.dispatch)
-    path_us = float(cost.compute_us_WLG.max(axis=2).sum(axis=1).mean())
+    path_us = float(critical_path_us_W(plan, trace, cluster, model).mean())
     return Figures(
         judged.imbalance_mean, judged.imbalance_p99, judged.remote_device_copies_per_token,
         path_us, wall_us, judged.steps,

@@ -13,9 +13,10 @@ from ...placement.cluster import Cluster
 from ...placement.plan import Plan
 from ...simulator.report.page import Table, render_report, write_report
 from ...simulator.report.views import plan_views
+from ...traces.steps import RECORDED
 from ...traces.storage.store import save_trace
 from ...traces.trace import RoutingTrace
-from .measure import RECORDED, Figures
+from .measure import Figures
 
 if TYPE_CHECKING:
     from .result import DemoResult

@@ -23,7 +23,7 @@ from ...simulator.serving.result import SimulationResult
 from ...simulator.serving.simulate import Serving, simulate
 from ...simulator.serving.workload import Workload
 from ...traces.model_spec import ModelSpec
-from ...traces.steps import StepSampler
+from ...traces.steps import RECORDED, StepSampler
 from ...traces.trace import RoutingTrace
 from ..calibrate.expert_fit import ExpertFit, fit_kernel, machine, scale_to_live
 from ..coordinator.step_log import Measurements
@@ -32,7 +32,6 @@ from ..protocol.plan_switch import ApplyReport
 from ..reference import reference_model_dir
 from . import traffic
 from .measure import (
-    RECORDED,
     Figures,
     Gain,
     Overhead,

@@ -173,6 +173,41 @@ def test_a_shift_is_answered_by_a_few_moves_and_then_rests() -> None:
     assert end.numbers["critical_us"] < 0.8 * start.numbers["critical_us"]
 
 
+def test_the_first_full_window_after_a_shift_is_answered_at_its_own_worth() -> None:
+    """Windows from before the shift would halve the gain, and moving would seem not to pay."""
+    brief = dataclasses.replace(EAGER, horizon_steps=100)
+    group = ScriptedGroup(plan_in_order())
+    controller = drive(group, [SPREAD] * 3 + [CROWDED] * 2, Control(brief, max_moves=8))
+    answered = controller.entries[3]
+    assert answered.answer == "apply" and answered.numbers["windows"] == 1
+    assert controller.entries[2].numbers["windows"] == 2, "traffic that stays is pooled"
+    realised = controller.entries[4].numbers["realised_gain_us"]
+    assert answered.numbers["gain_us"] > 0.6 * realised
+
+
+def test_a_shift_in_mid_window_is_answered_in_the_first_full_one() -> None:
+    class Shifting(ScriptedGroup):
+        def serve_both(self, before: list[int], after: list[int], seed: int) -> None:
+            """Half of the window's requests are of the old kind."""
+            self.serve(popularity(before), seed)
+            assert self._trace is not None
+            old, new = self._trace, routing(popularity(after), self.step - STEPS, seed + 50)
+            late_T = old.request % 2 == 1
+            ids = np.where(late_T[:, None, None], new.ids, old.ids)
+            self._trace = dataclasses.replace(old, ids=ids)
+
+    group = Shifting(plan_in_order())
+    brief = dataclasses.replace(EAGER, horizon_steps=60)
+    controller = Controller(group, CLUSTER, Control(brief, max_moves=8), kernel=KERNEL)
+    group.serve(popularity(SPREAD), 0)
+    controller.tick()
+    group.serve_both(SPREAD, CROWDED, 1)
+    assert controller.tick().answer == "leave it", "half of the gain does not pay for the moves"
+    group.serve(popularity(CROWDED), 2)
+    entry = controller.tick()
+    assert entry.answer == "apply" and entry.numbers["windows"] == 1
+
+
 def test_never_never_looks() -> None:
     group = ScriptedGroup(plan_in_order())
     drive(group, [CROWDED] * 4, Control(Policy("never"), max_moves=8))
@@ -315,11 +350,13 @@ def test_a_promise_that_cannot_be_judged_is_let_go(monkeypatch: pytest.MonkeyPat
     def fails(*arguments: object) -> None:
         raise LoadmasterError("no such trace")
 
-    monkeypatch.setattr("loadmaster.workers.control.measured_times.predicted", fails)
+    monkeypatch.setattr("loadmaster.workers.control.measured_times.critical_path_us_W", fails)
     group.serve(popularity(CROWDED), 7)
     assert controller.tick().answer == "cannot"
     group.serve(popularity(CROWDED), 8)
-    assert controller.tick().answer == "leave it"
+    entry = controller.tick()
+    assert entry.answer in ("apply", "leave it") and not entry.rolled_back
+    assert "realised_gain_us" not in entry.numbers, "it is not judged any more"
 
 
 def test_going_back_is_tried_again_where_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
