@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadmaster.cli.apply import how_it_stands
+from loadmaster.cli.apply import switch_outcome
 from loadmaster.cli.main import main
 from loadmaster.cli.progress import PlainProgress
 from loadmaster.errors import LoadmasterError
@@ -160,9 +160,9 @@ def test_a_decode_plan_in_force_is_kept_unless_another_is_named() -> None:
 
 def test_what_an_interrupted_switch_became_is_said_truthfully() -> None:
     status = status_of(plan_of([0, 1, 2, 3]))
-    assert "no switch is under way" in how_it_stands(status, 3)
-    assert "goes on with the switch" in how_it_stands(status | {"switching": True}, 3)
-    assert "the switch is done: epoch 4" in how_it_stands(status | {"epoch": 4}, 3)
+    assert "no switch is under way" in switch_outcome(status, 3)
+    assert "goes on with the switch" in switch_outcome(status | {"switching": True}, 3)
+    assert "the switch is done: epoch 4" in switch_outcome(status | {"epoch": 4}, 3)
 
 
 # ---- progress --------------------------------------------------------------------------------
