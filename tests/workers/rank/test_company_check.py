@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from benchmarks.random_checkpoint import ARCHITECTURES, save_random_checkpoint
 from loadmaster.kernels import weights
 from loadmaster.kernels.cpu.packed import PackedSlots
 from loadmaster.placement.cluster import Cluster
+from loadmaster.workers.coordinator.coordinator import Coordinator
 from loadmaster.workers.protocol.settings import RankSettings
 from loadmaster.workers.protocol.step_messages import Chunk
 from loadmaster.workers.rank import attention, company_check
@@ -94,6 +97,29 @@ def test_a_rank_says_which_backend_was_refused(
         "experts, packed in blocks of 64 rows",
     ]
     assert rank.load() is loaded
+
+
+def test_a_groups_status_names_the_backend_and_what_was_refused(
+    start_threads: Callable[..., Coordinator], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what no rank can know: that another one computes in another way."""
+    quiet = start_threads(save_random_checkpoint("mixtral", tmp_path), ranks=2).status()
+    assert quiet["notes"] == [] and quiet["experts_backend"] in ("panels", "packed", "torch")
+    ranks = []
+    original = Rank.load
+
+    def load_in_turn(rank: Rank) -> Loaded:
+        ranks.append(rank)
+        loaded = original(rank)
+        if rank.settings.rank == 0:
+            return dataclasses.replace(loaded, experts_backend="packed", notes=("why not",))
+        return dataclasses.replace(loaded, experts_backend="torch", notes=("why not",))
+
+    monkeypatch.setattr(Rank, "load", load_in_turn)
+    told = start_threads(tmp_path, ranks=2).status()
+    assert len(ranks) == 2 and told["experts_backend"] == "packed, torch"
+    assert told["notes"][0] == "why not" and len(told["notes"]) == 2
+    assert "in different ways (packed, torch)" in told["notes"][1]
 
 
 def test_a_step_is_padded_so_that_no_tensor_has_a_rest() -> None:
