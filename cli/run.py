@@ -200,6 +200,8 @@ def _greet(group: Group) -> None:
         f"from another shell: loadmaster apply PLAN --name {group.name}; "
         f"from Python: loadmaster.Group.find({group.name!r})", markup=False, soft_wrap=True,
     )
+    for note in status["notes"]:
+        show.err().print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 def _report(group: Group, rule: CapacityRule | None) -> None:

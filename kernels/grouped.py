@@ -24,11 +24,11 @@ def grouped_experts(
     """Run every row through the expert of its slot.
 
     x_AH: [A, H] rows sorted by slot. count_S: [S] rows of each slot on the CPU, summing to A.
-    Returns y [A, H], rows in the same order, not weighted. On the CPU backends and in bfloat16 a
-    row's bits depend on the row and its expert only, as in float32 on panels and packed weights
-    (tested over plans, splits and batch sizes); on plain torch that is tested from 8 rows up, to
-    which it pads; on a GPU it is what the kernels are written for, and
-    `benchmarks/kernels_gpu.py` checks it there. Raises InputError when shapes, dtypes or counts do
+    Returns y [A, H], rows in the same order, not weighted. On the CPU a row's bits depend on the
+    row and its expert only: panels compute it so, libraries are called in blocks of fixed sizes,
+    and no backend is taken that did not pass a trial on these widths (`self_check.py`). On a GPU
+    that is what the kernels are written for and `benchmarks/kernels_gpu.py` looks at; it is not
+    promised there. Raises InputError when shapes, dtypes or counts do
     not fit.
     """
     _check_rows(x_AH, weights)
