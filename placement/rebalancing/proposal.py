@@ -103,7 +103,8 @@ class LoopMemory:
         return dataclasses.replace(self, rollbacks=0)
 
     def undone(self, step: int) -> LoopMemory:
-        """The plan before is active again; the back-off counts from here."""
+        """The plan before is active again; the back-off counts from here. What the undone plan was
+        made for stays: while traffic is like that, it is no reason to try again."""
         return dataclasses.replace(
             self, windows=(), tokens_since_switch=0, last_look_step=step,
             rollbacks=self.rollbacks + 1,

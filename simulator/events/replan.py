@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InfeasibleError, InputError, UsageError
+from ...foundation.arrays import IntArray
 from ...placement.plan import Plan
 from ...placement.rebalancing.policy import Policy
 from ...placement.rebalancing.proposal import (
@@ -44,8 +44,6 @@ from ..serving.batching import Batch
 from ..serving.simulate import Run
 from ..serving.token_source import TokenSource
 from .plan_switch import MODES, Mode, begin_switch, switch_cost
-
-IntArray = npt.NDArray[np.int64]
 
 KEPT_FACTORS = 16      # windows whose speeds are kept
 

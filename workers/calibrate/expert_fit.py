@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray
 from ...placement.cluster import Cluster
 from ...placement.cost.step_cost import step_cost
 from ...placement.cost.step_loads import step_loads
@@ -22,7 +22,6 @@ from ...traces.steps import RECORDED
 from ...traces.trace import RoutingTrace
 from ..coordinator.step_log import Measurements
 
-FloatArray = npt.NDArray[np.float64]
 # Tokens per expert, as decode and prefill have them; active experts of one call.
 TIMED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 768)
 TIMED_ACTIVE = (4, 12)
