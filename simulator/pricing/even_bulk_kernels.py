@@ -1,9 +1,9 @@
 """Deals what the ranks of one node send in one layer to the copies of experts, as `even` does.
 
-Knows one node and layer at a time, in the cells of `bulk_layout.py`. Knows nothing of tokens or
-steps. Counters are unsigned and of one width throughout, 16 bits where they suffice, and every loop
-runs over whole runs side by side, so that it compiles to vector code: half the time of a step was
-dealing in mixed widths.
+Knows one node and layer at a time, in the cells of `even_bulk.SlotLayout`. Knows nothing of tokens
+or steps. Counters are unsigned and of one width throughout, 16 bits where they suffice, and every
+loop runs over whole runs side by side, so that it compiles to vector code: half the time of a step
+was dealing in mixed widths.
 """
 
 from __future__ import annotations

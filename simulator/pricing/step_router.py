@@ -122,7 +122,8 @@ class StepRouter:
         """Work and traffic of the steps, dispatched by `dispatch`, ours or the plan's own."""
         spec = dispatch or self.dispatch or plan.dispatch
         offset = np.concatenate(([0], np.cumsum([len(s.token) for s in steps]))).astype(np.int64)
-        if counts_in_bulk(spec, self.cluster):
+        of_step = float(offset[-1]) / max(len(steps), 1) * self.trace.top_k
+        if counts_in_bulk(spec, self.cluster, plan, of_step):
             return bulk_loads(
                 self._trace_laid_out("by token", int(offset[-1])), steps, plan, self.cluster,
                 expert_bytes_E=self.expert_bytes_E, threads=usable_cores(),

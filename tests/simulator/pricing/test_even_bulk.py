@@ -133,7 +133,22 @@ def test_a_rank_may_send_one_expert_more_tokens_than_sixteen_bits_hold() -> None
 
 
 def test_only_the_case_it_counts_is_taken(cluster) -> None:
-    assert counts_in_bulk(EVEN, cluster)
-    assert not counts_in_bulk(DispatchSpec(policy="balanced"), cluster)
-    assert not counts_in_bulk(EVEN, cluster.with_traffic("return_home/per_rank"))
-    assert not counts_in_bulk(EVEN, cluster.with_traffic("coherent"))
+    plan, many = contiguous_plan(), 1e6
+    assert counts_in_bulk(EVEN, cluster, plan, many)
+    assert not counts_in_bulk(DispatchSpec(policy="balanced"), cluster, plan, many)
+    for traffic in ("return_home/per_rank", "coherent"):
+        assert not counts_in_bulk(EVEN, cluster.with_traffic(traffic), plan, many)
+
+
+def test_few_tokens_on_many_devices_are_left_to_step_loads(trace, model) -> None:
+    """256 ranks would deal 512 slots each, for a handful of tokens; the loads are the same."""
+    cluster = Cluster.preset("h100", nodes=32, devices_per_node=8, slots_per_device=2)
+    slots = np.tile(np.arange(512) % EXPERTS, (LAYERS, 1)).reshape(LAYERS, 256, 2)
+    plan = Plan(slots.astype(np.int16), EXPERTS, dispatch=EVEN)
+    assert not counts_in_bulk(EVEN, cluster, plan, 100.0)
+    assert counts_in_bulk(EVEN, cluster, plan, 10_000.0)
+    steps = [Composition(np.arange(20), np.arange(20) * 12)]
+    bulk = bulk_loads(trace, steps, plan, cluster, expert_bytes_E=model.bytes_per_expert_E())
+    routed = StepRouter(trace, cluster, model).loads(steps, plan)
+    for field in FIELDS:
+        np.testing.assert_array_equal(getattr(routed, field), getattr(bulk, field), field)
