@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture
 def single_thread() -> Iterator[None]:
     """One torch thread, as in every rank."""
+    with one_thread():
+        yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture
-def start_threads(
-    single_thread: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Coordinator]]:
+def start_threads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Coordinator]]:
     """Start groups whose ranks are threads of this process; they end with the test."""
+    with groups_of_threads(tmp_path_factory) as start:
+        yield start
+
+
+@contextmanager
+def groups_of_threads(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Coordinator]]:
+    """`start_threads` for a fixture that outlives a test."""
     started: list[Coordinator] = []
 
     def start(
@@ -105,9 +121,12 @@ def start_threads(
         started.append(coordinator)
         return coordinator
 
-    yield start
-    for coordinator in started:
-        coordinator.stop()
+    with one_thread():
+        try:
+            yield start
+        finally:
+            for coordinator in started:
+                coordinator.stop()
 
 
 @pytest.fixture(scope="session")

@@ -80,10 +80,12 @@ def outcomes(day, trace, model):
     return {name: outcome(name) for name in ("never", "every_n", "drift", "net_benefit")}
 
 
+@pytest.mark.slow
 def test_never_never_moves(outcomes) -> None:
     assert outcomes["never"].switches == 0 and outcomes["never"].moved_bytes == 0
 
 
+@pytest.mark.slow
 def test_net_benefit_beats_keeping_and_switching_blindly(outcomes) -> None:
     best = outcomes["net_benefit"]
     assert best.switches >= 1
@@ -93,6 +95,7 @@ def test_net_benefit_beats_keeping_and_switching_blindly(outcomes) -> None:
     assert best.moved_bytes <= outcomes["every_n"].moved_bytes
 
 
+@pytest.mark.slow
 def test_drift_looks_less_often_than_every_n(outcomes) -> None:
     assert 1 <= outcomes["drift"].looks < outcomes["every_n"].looks
 
@@ -108,6 +111,7 @@ def test_a_plan_that_fits_is_left_alone(day, trace, model, cluster) -> None:
     assert "apply" not in [e.kind for e in result.events]
 
 
+@pytest.mark.slow
 def test_a_days_run_repeats_byte_for_byte(day, trace, model, cluster) -> None:
     runs = [
         simulate(fits_front(), day.head(150), cluster, trace=trace, model=model, serving=SERVING,

@@ -20,6 +20,8 @@ from loadmaster.workers.fleet.thread_fleet import ThreadFleet
 from loadmaster.workers.protocol.settings import RankSettings, served_spec
 from loadmaster.workers.rank.rank import Rank
 
+from ..conftest import groups_of_threads
+
 Start = Callable[..., Coordinator]
 Get = Callable[[str], Path]
 Make = Callable[..., Any]
@@ -49,15 +51,16 @@ class FrailFleet(ThreadFleet):
         super().replace(settings, timeout_s)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def wanted(
-    start_threads: Start, checkpoint: Get, random_prompts: Make, serve: Make
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Get, random_prompts: Make, serve: Make
 ) -> tuple[list[list[int]], list[tuple[tuple[int, ...], str]]]:
     """Prompts, and what an undisturbed group makes of them."""
     prompts = random_prompts(21, 8)
-    group = start_threads(checkpoint("qwen3_moe"))
-    group.configure(digests=True)
-    return prompts, serve(group, prompts, 12)
+    with groups_of_threads(tmp_path_factory) as start:
+        group = start(checkpoint("qwen3_moe"))
+        group.configure(digests=True)
+        return prompts, serve(group, prompts, 12)
 
 
 def finish(group: Coordinator, numbers: Sequence[int]) -> list[tuple[tuple[int, ...], str]]:
