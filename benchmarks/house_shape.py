@@ -1,0 +1,137 @@
+"""The house as a drawing: circles, arrows that point up, lines, files in a folder, the surface.
+
+All of it is read from the source but the surface, which two child processes print, one for the
+commit before the house and one for the checkout (`house_surface.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from house_before import CHECKOUT, NotRunError, before, named, python_in
+from house_imports import PACKAGE, circles, imports, package_files
+
+Section = dict[str, Any]
+
+# A folder imports only folders on lower floors; those of one floor do not import each other.
+FLOORS = {
+    "errors": 0, "foundation": 1, "traces": 2, "kernels": 2, "placement": 3, "simulator": 4,
+    "workers": 5, "app": 6, "service": 7, "cli": 8, "__init__": 9, "__main__": 9,
+}
+MOST_LINES = 40_500
+MOST_FILES = 16
+ANY_NUMBER = ("cli",)          # one file a verb
+
+# What a user could name and no longer can, each with the reason. Empty: nothing may go.
+MAY_GO: dict[str, str] = {}
+
+
+def circles_section() -> Section:
+    """Modules that import each other in a circle; every import counts, the lazy ones too."""
+    graph = imports(CHECKOUT)
+    found = circles(graph)
+    rooms: dict[str, set[str]] = {}
+    for name, targets in graph.items():
+        own = _room(name)
+        rooms.setdefault(own, set()).update({_room(target) for target in targets} - {own})
+    return {
+        "holds": not found, "circles": len(found), "of": found, "modules": len(graph),
+        "arrows": sum(map(len, graph.values())), "circles_of_rooms": circles(rooms),
+        "rooms": len(rooms), "arrows_of_rooms": sum(map(len, rooms.values())),
+    }
+
+
+def _room(module: str) -> str:
+    """A folder inside a floor; a module at a floor's top is a room of its own."""
+    return ".".join(module.split(".")[:3])
+
+
+def upward() -> Section:
+    """Imports from a lower floor to a higher one, or between two folders of one floor."""
+    found = []
+    for name, targets in imports(CHECKOUT).items():
+        for target in sorted(targets):
+            here, there = _floor_name(name), _floor_name(target)
+            if here != there and FLOORS[here] <= FLOORS[there]:
+                found.append(f"{name} -> {target}")
+    return {"holds": not found, "upward": len(found), "of": found}
+
+
+def _floor_name(module: str) -> str:
+    parts = module.split(".")
+    name = parts[1] if len(parts) > 1 else "__init__"
+    if name not in FLOORS:
+        raise NotRunError(f"{module} stands on no floor: {', '.join(FLOORS)}")
+    return name
+
+
+def package_lines() -> Section:
+    """Lines of the package's *.py, by floor."""
+    lines: Counter[str] = Counter()
+    for path in package_files(CHECKOUT):
+        parts = path.relative_to(CHECKOUT).parts
+        lines[parts[0] if len(parts) > 1 else "."] += path.read_bytes().count(b"\n")
+    total = sum(lines.values())
+    return {"holds": total <= MOST_LINES, "lines": total, "at_most": MOST_LINES,
+            "files": len(package_files(CHECKOUT)), "by_floor": dict(lines.most_common())}
+
+
+def files_per_folder() -> Section:
+    """Python files of each folder of the package."""
+    count = Counter(str(p.relative_to(CHECKOUT).parent) for p in package_files(CHECKOUT))
+    over = {f: n for f, n in count.items() if n > MOST_FILES and f not in ANY_NUMBER}
+    return {"holds": not over, "at_most": MOST_FILES, "over": over,
+            "most": dict(count.most_common(8)), "folders": len(count)}
+
+
+def surface() -> Section:
+    """Verbs, options, public names and their parameters: what came, what went, what changed."""
+    sides = [_surface_of(before())]
+    with named(CHECKOUT) as checkout:
+        sides.append(_surface_of(checkout))
+    was, now = (_flat(side) for side in sides)
+    gone = sorted(set(was) - set(now))
+    return {
+        "holds": not [g for g in gone if g not in MAY_GO], "before": len(was), "after": len(now),
+        "gone": {name: MAY_GO.get(name, "not explained") for name in gone},
+        "new": sorted(set(now) - set(was)),
+        "changed": {n: f"{was[n]} -> {now[n]}" for n in was if n in now and was[n] != now[n]},
+    }
+
+
+def _surface_of(tree: Path) -> dict[str, Any]:
+    project = tomllib.loads((tree / "pyproject.toml").read_text())["project"]
+    module = project["scripts"][PACKAGE].partition(":")[0]
+    child = python_in(tree, Path(__file__).with_name("house_surface.py"), module)
+    text, _ = child.communicate()
+    if child.returncode:
+        raise NotRunError(f"{tree}: the surface could not be read")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def _flat(side: dict[str, Any]) -> dict[str, str]:
+    """One line for each verb, option, public name, its attributes and their parameters."""
+    found: dict[str, str] = {}
+    for verb, options in side["verbs"].items():
+        found[verb] = ""
+        found |= {f"{verb} {option}": takes for option, takes in options.items()}
+    for name, parts in side["names"].items():
+        found[name] = ""
+        for part, parameters in parts.items():
+            at = name if part == "parameters" else f"{name}.{part}"
+            found[at] = ""
+            for parameter in parameters:
+                word, _, default = parameter.partition("=")
+                found[f"{at}({word})"] = default
+    return found
+
+
+SECTIONS = {
+    "circles": circles_section, "upward": upward, "package_lines": package_lines,
+    "files_per_folder": files_per_folder, "surface": surface,
+}
