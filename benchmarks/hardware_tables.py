@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loadmaster.errors import InputError
+from loadmaster.foundation.arrays import FloatArray, IntArray
 from loadmaster.simulator.calibrate.fits import (
     ExchangeFit,
     ExchangeRows,
@@ -24,9 +25,6 @@ from loadmaster.simulator.calibrate.fits import (
     relative_nnls,
 )
 from loadmaster.simulator.random_streams import stream
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 TILE_TOKENS = 64.0    # grouped kernels round each expert's tokens up to a tile
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FloatArray = npt.NDArray[np.float64]
+from ..foundation.arrays import FloatArray
 
 
 class ComputeProfile(BaseModel):

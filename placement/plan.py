@@ -16,13 +16,12 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError, LoadmasterError, naming
+from ..foundation.arrays import SlotArray
 from ..foundation.atomic_file import replacing
 from ..foundation.documents import first_fault, parse_json, read_text
 
 SCHEMA_VERSION = 1
 EMPTY = -1
-
-SlotArray = npt.NDArray[np.int16]
 
 
 class PlanError(InputError):

@@ -15,14 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
+from ..foundation.arrays import FloatArray, Int32Array
 from ..foundation.compiled import compiled
 from ..traces.profile import Profile
 from ..traces.steps import Steps, StepSampler
 from ..traces.trace import RoutingTrace
 from .held_back import VALIDATION_SHARE
-
-FloatArray = npt.NDArray[np.float64]
-Int32Array = npt.NDArray[np.int32]
 
 STEP_ASSIGNMENTS = 1 << 20  # choices of one layer to search on: more steps teach little more
 MOST_STEPS, FEWEST_STEPS = 64, 16

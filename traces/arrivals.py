@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import InputError, UsageError
+from ..foundation.arrays import IntArray
 from ..foundation.documents import parse_json
 
-IntArray = npt.NDArray[np.int64]
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOONCAKE = ("timestamp", "input_length", "output_length")
 _NOT_A_TIME = int(np.iinfo(np.int64).min)

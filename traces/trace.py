@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
+from ..foundation.arrays import BoolArray
 
 PREFILL, DECODE = 0, 1
 PHASES = ("prefill", "decode")
 
 IntArray = npt.NDArray[np.integer[Any]]
-BoolArray = npt.NDArray[np.bool_]
 
 # Beyond so many, numbers without names are taken for something else than domains.
 MOST_UNNAMED_DOMAINS = 65_536

@@ -17,14 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from loadmaster.errors import InputError
+from loadmaster.foundation.arrays import FloatArray, IntArray
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.hardware import ExchangeProfile
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 NO_LINK = -1
 

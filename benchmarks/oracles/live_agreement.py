@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loadmaster.errors import InputError
+from loadmaster.foundation.arrays import FloatArray
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.comparison.intervals import NORMAL_REACH, standard_error
 from loadmaster.placement.cost.step_cost import step_cost
@@ -28,9 +29,6 @@ from loadmaster.simulator.random_streams import stream
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.steps import Steps
 from loadmaster.traces.trace import RoutingTrace
-
-FloatArray = npt.NDArray[np.float64]
-
 
 DRAWS = 32     # residuals tried for each step and layer
 

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from loadmaster.foundation.arrays import IntArray
 from loadmaster.simulator.random_streams import stream
 from loadmaster.simulator.serving.batching import Batch, BatchLimits
 from loadmaster.simulator.serving.event_loop import ServingGroup, ServingLoop
 from loadmaster.simulator.serving.workload import Workload
-
-IntArray = npt.NDArray[np.int64]
 
 Service = Literal["exponential", "deterministic", "lognormal"]
 

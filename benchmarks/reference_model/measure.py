@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loadmaster.errors import InputError
+from loadmaster.foundation.arrays import FloatArray
 from loadmaster.traces.analysis.drift import jsd_bits
 
 from .card import read_card, write_card
@@ -36,7 +37,6 @@ BASELINE_ORDERS = {"unigram": 0, "order_3": 3}
 
 # Axes: B rows, T tokens, L MoE layers, K choices per token, E experts.
 Routes = NDArray[np.uint8]
-FloatArray = NDArray[np.float64]
 
 
 def load_reference(directory: Path) -> PreTrainedModel:

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ...foundation.compiled import compiled_fused as compiled
+from ...foundation.compiled import compiled_fused
 from .scalars import erf, store, times_sigmoid, to_float
 
 Array = Any  # numpy arrays inside compiled loops; numba infers their types
 _F32 = np.float32
 
 
-@compiled
+@compiled_fused
 def sort_slots(slot_A: Array, order_A: Array, offset_S: Array, row_A: Array) -> None:
     """Counting sort by slot, stable; slots outside [0, S) are left out.
 
@@ -45,7 +45,7 @@ def sort_slots(slot_A: Array, order_A: Array, offset_S: Array, row_A: Array) -> 
 # [rows, I]. limit and alpha are gpt-oss's; the others take and ignore them.
 
 
-@compiled
+@compiled_fused
 def silu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
     """gate * sigmoid(gate) * up."""
     rows, width = out.shape
@@ -55,7 +55,7 @@ def silu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
             store(out, r, c, times_sigmoid(gate_up[r, c], gate, gate) * up)
 
 
-@compiled
+@compiled_fused
 def relu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
     """max(gate, 0) * up."""
     rows, width = out.shape
@@ -66,7 +66,7 @@ def relu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
             store(out, r, c, gate * up)
 
 
-@compiled
+@compiled_fused
 def gelu_tanh_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
     """The tanh form of gelu(gate) * up; 0.5 (1 + tanh z) is written as sigmoid(2 z)."""
     rows, width = out.shape
@@ -77,7 +77,7 @@ def gelu_tanh_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
             store(out, r, c, times_sigmoid(gate_up[r, c], gate, twice) * up)
 
 
-@compiled
+@compiled_fused
 def gelu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
     """0.5 gate (1 + erf(gate / sqrt 2)) * up."""
     rows, width = out.shape
@@ -87,7 +87,7 @@ def gelu_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
             store(out, r, c, _F32(0.5) * gate * (_F32(1.0) + erf(gate * _F32(0.70710678))) * up)
 
 
-@compiled
+@compiled_fused
 def gptoss_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
     """(up + 1) * gate * sigmoid(alpha * gate), gate <= limit and |up| <= limit."""
     rows, width = out.shape
@@ -101,7 +101,7 @@ def gptoss_rows(gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
             store(out, r, c, (up + _F32(1.0)) * glu)
 
 
-@compiled
+@compiled_fused
 def activate_rows(kind: int, gate_up: Array, limit: Any, alpha: Any, out: Array) -> None:
     """The activation at place `kind` of ACTIVATIONS, for compiled code that has it as a number."""
     if kind == 0:
@@ -119,7 +119,7 @@ def activate_rows(kind: int, gate_up: Array, limit: Any, alpha: Any, out: Array)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "gptoss_clamped")
 
 
-@compiled
+@compiled_fused
 def combine_rows(y_AH: Array, row_TK: Array, gate_TK: Array, sum_H: Array, out_TH: Array) -> None:
     """Each token's expert rows, weighted and summed in float32, choice 0 first.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...foundation.compiled import compiled_fused as compiled
+from ...foundation.compiled import compiled_fused
 from .loops import activate_rows
 from .scalars import put, store
 from .tiles import PANEL, panel_product
@@ -21,7 +21,7 @@ Array = Any  # numpy arrays inside compiled loops; numba infers their types
 CHUNK_ROWS = 512
 
 
-@compiled
+@compiled_fused
 def expert_rows(
     x_AH: Array,
     offset_S: Array,
@@ -50,7 +50,7 @@ def expert_rows(
             _down(act[:rows], down[0][s], down[1][s], gate_up[:rows], y_AH[first : first + rows])
 
 
-@compiled
+@compiled_fused
 def dense_rows(
     x_RK: Array, panels: Array, bias: Array, scratch: tuple[Array, Array], y_RN: Array
 ) -> None:
@@ -63,7 +63,7 @@ def dense_rows(
         _down(x[:rows], panels, bias, block[:rows], y_RN[first : first + rows])
 
 
-@compiled
+@compiled_fused
 def _widen(rows_RH: Array, x_RK: Array) -> None:
     """The rows in the type they are multiplied in; x_RK may have a column more, which is zero."""
     hidden = rows_RH.shape[1]
@@ -74,7 +74,7 @@ def _widen(rows_RH: Array, x_RK: Array) -> None:
             x_RK[r, h] = 0
 
 
-@compiled
+@compiled_fused
 def _gate_and_up(
     x_RK: Array, panels: Array, bias: Array, activation: Any,
     gate_up: Array, block: Array, act_RI: Array,
@@ -92,7 +92,7 @@ def _gate_and_up(
                 act_RI[r, p * PANEL + c] = block[r, c]
 
 
-@compiled
+@compiled_fused
 def _down(act_RI: Array, panels: Array, bias: Array, block: Array, y_RH: Array) -> None:
     """y = act times the panels, plus bias, one panel at a time, rounded once."""
     for p in range(len(panels)):

@@ -20,8 +20,7 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...foundation.compiled import compiled_fused as compiled
-from ...foundation.compiled import compiles_for
+from ...foundation.compiled import compiled_fused, compiles_for
 
 _F32 = np.float32
 
@@ -79,7 +78,7 @@ def _rounded_by_hand(value: Any) -> Any:
     return np.uint16(nearest if value == value else np.uint32(0x7FC0))
 
 
-rounded_by_hand: Any = compiled(_rounded_by_hand)
+rounded_by_hand: Any = compiled_fused(_rounded_by_hand)
 to_bfloat16: Any = _rounded_by_machine if _HAS_ROUNDING else rounded_by_hand
 
 
@@ -150,7 +149,7 @@ overload(put)(_put_overload)
 overload(store)(_store_overload)
 
 
-@compiled
+@compiled_fused
 def exp(x: Any) -> Any:
     """e**x in float32, within two units in the last place; saturates outside [-87, 88].
 
@@ -178,7 +177,7 @@ def exp(x: Any) -> Any:
     return p * bits_to_float(np.uint32(power_bits))
 
 
-@compiled
+@compiled_fused
 def exp_short(x: Any) -> Any:
     """`exp` with a shorter polynomial: relative error below 1e-5, far under bfloat16's 4e-3."""
     x = _F32(-87.0) if x < _F32(-87.0) else x
@@ -218,7 +217,7 @@ def _times_sigmoid_overload(element: Any, gate: Any, x: Any) -> Any:
 overload(times_sigmoid)(_times_sigmoid_overload)
 
 
-@compiled
+@compiled_fused
 def erf(x: Any) -> Any:
     """The error function in float32, within a few units in the last place.
 

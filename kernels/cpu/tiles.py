@@ -22,8 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from ...foundation.compiled import compiled_fused as compiled
-from ...foundation.compiled import compiles_for
+from ...foundation.compiled import compiled_fused, compiles_for
 
 # Without the instruction, every step of a chain would be a function call.
 HAS_FUSED_PRODUCTS = compiles_for("fma")
@@ -154,7 +153,7 @@ _tile_2: Any = _tile_product(2)
 _tile_1: Any = _tile_product(1)
 
 
-@compiled
+@compiled_fused
 def _rows_product(
     word: Any, element: Any, rows: int, x: int, x_step: int, start: int, start_step: int,
     out: int, out_step: int, panel: int, depth: int,
@@ -176,7 +175,7 @@ def _rows_product(
         _tile_1(word, element, x, x_step, start, start_step, out, out_step, panel, depth)
 
 
-@compiled
+@compiled_fused
 def panel_product(x_RK: Any, panel: Any, bias: Any, out: Any, column: int) -> None:
     """out[:, column : column + PANEL] = x times one panel, plus bias; for compiled callers.
 
@@ -210,7 +209,7 @@ def padded_columns(columns: int) -> int:
     return -(-columns // PANEL) * PANEL
 
 
-@compiled
+@compiled_fused
 def to_panels(word_NK: Any, panels: Any) -> None:
     """Write the words of a matrix [N, K] into panels [P, K, PANEL], zero past its columns."""
     columns, depth = word_NK.shape

@@ -12,15 +12,12 @@ import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import FloatArray, IntArray
 from ...traces.steps import Steps, StepSampler
 from ...traces.trace import RoutingTrace
 from .intervals import few_draws_factor
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 FEWEST_REQUESTS = 5          # fewer say nothing about others
 DRAWS = 100

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray
 from ...traces.steps import Steps
 from ...traces.trace import RoutingTrace
-
-FloatArray = npt.NDArray[np.float64]
 
 MOST_BLOCKS = 600            # longer traces are averaged over runs of neighbouring steps
 LEAST_TURNOVER = 0.05        # of the mix of requests must change within the trace

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray
 from ...foundation.parallel import Executor, LayerThreads
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import Steps, StepSampler
@@ -25,7 +25,6 @@ from .bootstrap import redraw
 from .intervals import band
 from .noise_band import StepMix, mean_noise, step_mix
 
-FloatArray = npt.NDArray[np.float64]
 Noise = Callable[[FloatArray], "FloatArray | None"]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import FloatArray
 from ...foundation.parallel import Executor
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import Steps, StepSampler
@@ -24,8 +25,6 @@ from ..plan import DispatchSpec, Plan
 from .overlap import Overlap
 from .step_cost import step_cost
 from .step_loads import StepLoads, step_loads
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

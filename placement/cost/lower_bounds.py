@@ -13,13 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import LoadmasterError
+from ...foundation.arrays import FloatArray
 from ...foundation.compiled import compiled
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
 from ..hardware import ExchangeProfile, interpolate
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 ROUNDING = 1e-9     # of the objective: sums in another order may differ by this much
 

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UsageError
-
-FloatArray = npt.NDArray[np.float64]
+from ...foundation.arrays import FloatArray
 
 Schedule = Literal["none", "two_batch", "pipeline", "scmoe"]
 MAX_DEGREE = 32

@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
+from ...foundation.arrays import FloatArray, IntArray
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
 from ..dispatch.quotas import needs_all_counts
@@ -45,9 +46,6 @@ from ..plan import DispatchSpec, Plan
 from .max_min_rates import MOST_DEALT, shares_a_spine
 from .overlap import Overlap, schedule_layer
 from .step_loads import StepLoads
-
-FloatArray = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
 SHARED_SPINE = (
     "a node's devices share its spine: the exchange is priced by its most loaded port, fair "
@@ -71,9 +69,9 @@ class StepCost:
     counts_us_L: FloatArray
     layer_us_WL: FloatArray
     step_us_W: FloatArray
-    straggler_WL: Int64Array
-    dispatch_port_WL: Int64Array
-    combine_port_WL: Int64Array
+    straggler_WL: IntArray
+    dispatch_port_WL: IntArray
+    combine_port_WL: IntArray
     notes: tuple[str, ...] = ()
 
 
@@ -208,7 +206,7 @@ class _Exchange:
     inter_us: FloatArray      # between nodes; the whole exchange where there is one node
     intra_us: FloatArray
     fixed_us: float           # start of one exchange
-    port: Int64Array          # [W, L]
+    port: IntArray            # [W, L]
 
 
 def _exchange(

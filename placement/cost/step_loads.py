@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import FloatArray, IntArray
 from ...foundation.parallel import Executor
 from ...traces.steps import Steps
 from ...traces.trace import RoutingTrace
@@ -39,22 +40,19 @@ from ..dispatch.assignment import counts_gathers, layer_dispatch, route_steps
 from ..plan import DispatchSpec, Plan
 from .count_traffic import LayerCounts, count_layer
 
-Int64Array = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, eq=False)
 class StepLoads:
     """Work and traffic after dispatch. Axes: W steps, L layers, G devices."""
 
-    tokens_WLG: Int64Array              # assignments computed
-    active_WLG: Int64Array              # slots with at least one token
+    tokens_WLG: IntArray                # assignments computed
+    active_WLG: IntArray                # slots with at least one token
     weight_bytes_WLG: FloatArray | None   # weights those slots read; None = sizes unknown
     nvlink_out_WLG: FloatArray          # copies, dispatch direction
     nvlink_in_WLG: FloatArray
     nic_out_WLG: FloatArray
     nic_in_WLG: FloatArray
-    tokens_W: Int64Array                # tokens in each step
+    tokens_W: IntArray                  # tokens in each step
     expert_us_WLG: FloatArray | None = None     # sum over slots of the hardware's expert table
     expert_us_extrapolated: bool = False        # some slot held more tokens than the table did
     gathers_L: tuple[int, ...] | None = None    # of counts, to choose replicas; None = unknown
@@ -132,7 +130,7 @@ class LayerJob:
 
     ids_AK: npt.NDArray[np.int32]      # tokens in step order; -1 = choice that does not count
     home_A: npt.NDArray[np.int32]
-    offset_W: Int64Array               # [W + 1]
+    offset_W: IntArray                 # [W + 1]
     slots_GC: npt.NDArray[np.int16]
     num_experts: int
 
@@ -198,7 +196,7 @@ def _coherent(
 
 
 def _stack(
-    counted: list[LayerCounts], tokens_W: Int64Array, with_bytes: bool, with_table: bool
+    counted: list[LayerCounts], tokens_W: IntArray, with_bytes: bool, with_table: bool
 ) -> StepLoads:
     """[W, L, G] arrays from per-layer [W, G] ones."""
     ports = np.stack([c.ports_PWG for c in counted], axis=2)

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import Int32Array
 from ...foundation.compiled import compiled
 from ..cluster import Cluster
 from ..plan import DispatchSpec
@@ -47,8 +48,6 @@ from .policies import (
 )
 from .replica_table import ReplicaTable
 from .serving_engines import slots_by_position
-
-Int32Array = npt.NDArray[np.int32]
 
 
 class Counted(NamedTuple):

@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import Int32Array
 from ...foundation.compiled import compiled
 from ..cluster import Cluster
 from .balanced import split_flat
@@ -48,8 +49,6 @@ from .replica_table import ReplicaTable
 
 LARGEST_SET = 6              # an expert in more destinations is classed by one that is visited
 LEAVE_NEAR, LEAVE_FAR = 1, 3
-
-IntArray = npt.NDArray[np.int32]
 
 
 class ClassTable(NamedTuple):
@@ -61,11 +60,11 @@ class ClassTable(NamedTuple):
 
     slots_per_device: int
     home_groups: int                               # home nodes told apart
-    start_E: IntArray                              # replicas of e: start_E[e]:start_E[e + 1]
-    slot_R: IntArray
-    destination_R: IntArray
-    nth_R: IntArray                                # 0, 1, ... among its expert's destinations
-    destinations_E: IntArray                       # how many each expert has
+    start_E: Int32Array                            # replicas of e: start_E[e]:start_E[e + 1]
+    slot_R: Int32Array
+    destination_R: Int32Array
+    nth_R: Int32Array                              # 0, 1, ... among its expert's destinations
+    destinations_E: Int32Array                     # how many each expert has
     class_start_E: npt.NDArray[np.int64]           # [E + 1]
     destination_G: npt.NDArray[np.int64]
     node_G: npt.NDArray[np.int64]
@@ -99,10 +98,10 @@ class ClassTable(NamedTuple):
 class ClassSplit(NamedTuple):
     """What every home rank may send where, block by block; `place_classes` uses it up."""
 
-    block_XN: IntArray       # for classes with tokens and a choice only
-    start_B: IntArray        # options of block b: start_B[b]:start_B[b + 1]
-    slot_O: IntArray
-    quota_GO: IntArray
+    block_XN: Int32Array     # for classes with tokens and a choice only
+    start_B: Int32Array      # options of block b: start_B[b]:start_B[b + 1]
+    slot_O: Int32Array
+    quota_GO: Int32Array
 
 
 @compiled

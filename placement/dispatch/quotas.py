@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
+from ...foundation.arrays import Int32Array, IntArray
 from ...foundation.compiled import compiled
 from ..cluster import Cluster
 from ..plan import DispatchSpec
@@ -37,9 +38,6 @@ __all__ = [
     "POLICIES", "count_tokens", "default_slack", "device_tokens", "needs_all_counts", "route",
     "split",
 ]
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
 
 
 def needs_all_counts(spec: DispatchSpec) -> bool:
@@ -74,7 +72,7 @@ def device_tokens(
     slots_GC: npt.NDArray[np.integer[Any]],
     cluster: Cluster,
     spec: DispatchSpec,
-) -> tuple[Int64Array, Int64Array]:
+) -> tuple[IntArray, IntArray]:
     """(tokens [W, G], active experts [W, G]) of one layer in each step.
 
     counts_WGE: [W, G, E] by home rank, or [W, 1, E] where the homes are not known: then `even`,

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import Int32Array
 from ...foundation.compiled import compiled
-
-IntArray = npt.NDArray[np.int32]
 
 
 @compiled
@@ -66,10 +65,10 @@ class ReplicaTable:
     """One layer's replicas by expert. `start`, `slot`: all of them; `*_unique`: one per device."""
 
     slots_per_device: int
-    start_E: IntArray
-    slot_R: IntArray
-    start_unique_E: IntArray
-    slot_unique_R: IntArray
+    start_E: Int32Array
+    slot_R: Int32Array
+    start_unique_E: Int32Array
+    slot_unique_R: Int32Array
 
     @classmethod
     def of(cls, slots_GC: npt.NDArray[Any], num_experts: int) -> ReplicaTable:
@@ -80,7 +79,7 @@ class ReplicaTable:
         unique = distinct_devices(start, slot, width)
         return cls(width, start, slot, *unique)
 
-    def arrays(self) -> tuple[IntArray, IntArray, IntArray, IntArray, int]:
+    def arrays(self) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array, int]:
         """What the compiled policies take, in their order."""
         return (self.start_E, self.slot_R, self.start_unique_E, self.slot_unique_R,
                 self.slots_per_device)

@@ -26,10 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
+from ...foundation.arrays import BoolArray, FloatArray, IntArray
 
 
 @dataclass(frozen=True)

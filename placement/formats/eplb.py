@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import IntArray
 from ...foundation.atomic_file import replacing
 from ...traces.model_spec import ModelSpec
 from ..plan import EMPTY, Plan
@@ -29,8 +29,6 @@ from .imported import (
 )
 
 NAMES = ("phy2log", "log2phy", "logcnt")
-
-IntArray = npt.NDArray[np.int64]
 
 
 def read(known: Known) -> ImportedPlan:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import IntArray
 from ..plan import EMPTY, Plan
 
-IntArray = npt.NDArray[np.int64]
 Step = tuple[int, int, int]      # layer, device, and the expert to drop or the slots to fill
 
 

@@ -10,13 +10,12 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import IntArray
 from ..formats.imported import told_layers
 from ..plan import DispatchSpec, Evidence, Plan, Provenance
 
 Row = tuple[Any, ...]
-IntArray = npt.NDArray[np.int64]
 
 MOST_SHOWN = 3      # experts named per layer
 

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import IntArray
 from ...traces.model_spec import ModelSpec
 from ..formats.imported import told_layers
 from ..plan import Plan
-from .describe import IntArray, Row, dispatch_text, layer_names, layer_range, merged_rows
+from .describe import Row, dispatch_text, layer_names, layer_range, merged_rows
 
 
 @dataclass(frozen=True)

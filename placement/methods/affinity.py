@@ -10,13 +10,10 @@ Knows transition counts and hop prices. Knows nothing of loads, replicas, steps 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
+from ...foundation.arrays import FloatArray, IntArray
 from .whole_model import Laid, LayersDone, WholeModel, slots_of
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 STARTS = {"fast": 1, "normal": 2, "thorough": 8}
 MOST_SWEEPS = {"fast": 2, "normal": 8, "thorough": 50}

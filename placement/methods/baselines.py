@@ -11,18 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InfeasibleError
+from ...foundation.arrays import FloatArray, IntArray, SlotArray
 from ..search.annealing.even_average import swap_with_hottest
 from .cover_milp import cover_by_program
 from .eplb import eplb
 from .pack import EMPTY, pack_heaviest_first
 from .replicate import copies_by_load
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-SlotArray = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
+from ...foundation.arrays import FloatArray, IntArray
 from ...foundation.compiled import compiled
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 Worst = Literal["max", "sum"]
 
 EXACT_DEVICES = 6           # G! states a layer: 720 at 6

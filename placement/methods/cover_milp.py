@@ -12,11 +12,8 @@ import numpy.typing as npt
 import pulp
 
 from ...errors import InfeasibleError
+from ...foundation.arrays import FloatArray, IntArray, SlotArray
 from .milp import NoAnswerError, SolverError, solve, whole_grid
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-SlotArray = npt.NDArray[np.int16]
 
 NODES = 10_000      # of the search tree
 

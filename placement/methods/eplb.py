@@ -16,10 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UsageError
+from ...foundation.arrays import Float32Array, IntArray
 from ...foundation.compiled import compiled
-
-Float32Array = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

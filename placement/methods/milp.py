@@ -21,10 +21,9 @@ import numpy.typing as npt
 import pulp
 
 from ...errors import LoadmasterError
+from ...foundation.arrays import IntArray
 from ..cost.lower_bounds import checked_gap
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 OnGap = Callable[[float, float], None]     # incumbent, bound
 _one_at_a_time = threading.Lock()          # layers may be planned in threads
 

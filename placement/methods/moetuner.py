@@ -14,16 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pulp
 
 from ...errors import InfeasibleError
+from ...foundation.arrays import FloatArray, IntArray
 from .cluster_assignment import EXACT_DEVICES, cluster_traffic, place_clusters
 from .milp import OnGap, Solved, binary_grid, continuous, largest_in_rows, set_start, solve
 from .whole_model import Laid, LayersDone, WholeModel, slots_of
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 NODES = {"fast": 20, "normal": 200, "thorough": 20_000}   # of the search tree, each layer
 ENOUGH = 1e-4               # relative gap of a layer's makespan at which to stop, and where the

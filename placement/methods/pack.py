@@ -8,11 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray, IntArray, SlotArray
 from ...foundation.compiled import compiled
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-SlotArray = npt.NDArray[np.int16]
 EMPTY = -1
 
 

@@ -9,13 +9,10 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InfeasibleError
+from ...foundation.arrays import FloatArray, IntArray
 from ...foundation.compiled import compiled
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 def copies_by_load(load_E: FloatArray, slots: int, most_copies: int) -> IntArray:

@@ -12,16 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InfeasibleError, UsageError
+from ...foundation.arrays import FloatArray, IntArray, SlotArray
 from ...traces.profile import count_transitions
 from ..cluster import Cluster
 from ..planning_traffic import PlanningSteps
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-SlotArray = npt.NDArray[np.int16]
 
 MOST_PAIR_BYTES = 2 << 30       # of transition counts: [L-1, E, E] int64
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray, SlotArray
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import Steps
 from ..cluster import Cluster
@@ -25,9 +25,6 @@ from ..plan import DispatchSpec, Plan
 from ..planning_traffic import PlanningSteps
 from ..search.layer_task import LayerAnswer, Score
 from .evidence import Settings
-
-FloatArray = npt.NDArray[np.float64]
-SlotArray = npt.NDArray[np.int16]
 
 
 def linked(

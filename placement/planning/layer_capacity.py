@@ -17,13 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InfeasibleError
+from ...foundation.arrays import FloatArray, IntArray
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
 from ..methods.replicate import lightest_heaviest_copy, share_slots_between_layers
 from ..plan import Plan
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InfeasibleError, InputError, UsageError
+from ...foundation.arrays import SlotArray
 from ...foundation.parallel import Executor, LayerThreads
 from ...foundation.version import VERSION
 from ...traces.model_spec import ModelSpec
@@ -44,7 +44,6 @@ WHOLE_MODEL_METHODS: dict[str, Method] = {"affinity": affinity, "moetuner": moet
 METHODS = (*LAYER_METHODS, *WHOLE_MODEL_METHODS, "auto")
 
 Progress = Callable[[int, int, float], None]     # layers done, layers, gap so far
-SlotArray = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray, SlotArray
 from ..comparison.bootstrap import Redrawn
 from ..comparison.intervals import standard_error
 from ..planning_traffic import LayerTraffic
 from ..search.layer_search import search_from
 from ..search.layer_task import LayerTask, objective_W
 from .move_budget import sent
-
-FloatArray = npt.NDArray[np.float64]
-SlotArray = npt.NDArray[np.int16]
 
 LEVELS = (0.5, 1.0, 2.0)         # times an even share of the budget, tried in each layer
 SURE = 2.0                       # standard errors that a gain must exceed

@@ -9,15 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import UsageError
+from ...foundation.arrays import FloatArray, IntArray, SlotArray
 from ...traces.model_spec import ModelSpec
 from ..plan import Plan
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-SlotArray = npt.NDArray[np.int16]
 
 DEFAULT_SHARE = 0.1      # of filled slots that may move where no budget is given
 NEVER = 1e9              # price of what no budget covers

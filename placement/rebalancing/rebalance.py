@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import SlotArray
 from ...foundation.parallel import Executor, LayerThreads
 from ...traces.model_spec import ModelSpec
 from ...traces.profile import Profile
@@ -54,7 +54,6 @@ from .budget_sweep import (
 )
 from .move_budget import Budget, sent
 
-SlotArray = npt.NDArray[np.int16]
 Move = tuple[int, int, int]      # layer, device, expert
 
 TOO_FEW = "too few requests to tell a gain from chance: nothing is moved"

@@ -8,14 +8,10 @@ where they are. Knows slots and bytes.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InfeasibleError
+from ...foundation.arrays import FloatArray, IntArray, SlotArray
 from ..plan import EMPTY
-
-SlotArray = npt.NDArray[np.int16]
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 def device_bytes(slots_LGC: SlotArray, size_E: IntArray) -> IntArray:

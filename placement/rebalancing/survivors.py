@@ -16,14 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InfeasibleError
+from ...foundation.arrays import IntArray, SlotArray
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
 from ..plan import EMPTY, Plan, Provenance
 from .spare_memory import cover_within, device_bytes
-
-SlotArray = npt.NDArray[np.int16]
-IntArray = npt.NDArray[np.int64]
-
 
 NOT_COUNTED = "expert_memory_bytes not counted: give the model, for its sizes"
 

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray, SlotArray
 from ..cluster import Cluster
 from ..dispatch.quotas import device_tokens
 from ..plan import DispatchSpec
 from .annealing.even_average import even_device_load
-
-FloatArray = npt.NDArray[np.float64]
-SlotArray = npt.NDArray[np.int16]
 
 HOME_BLIND = ("even", "balanced", "fewest_active")   # tokens per device do not depend on homes
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InfeasibleError, InputError
+from ...foundation.arrays import SlotArray
 from ...foundation.compiled import random_state
 from ..cost.token_transfers import CopyModel, copy_model, no_copies
 from ..methods.baselines import LayerLoads, contiguous, greedy, lpt_swap
@@ -26,8 +27,6 @@ from .layer_task import Candidate, LayerAnswer, LayerTask, answer_with, judged
 from .scenarios import home_rows, request_kinds, search_rows
 from .time_search import time_candidates
 
-FloatArray = npt.NDArray[np.float64]
-SlotArray = npt.NDArray[np.int16]
 Improve = Callable[..., Found]
 
 EFFORTS = {"fast": 0.3, "normal": 1.0, "thorough": 4.0}   # units of work

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray, SlotArray
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import Steps
 from ..cluster import Cluster
@@ -26,9 +27,6 @@ from ..methods.baselines import LayerLoads
 from ..plan import DispatchSpec, Plan
 from ..planning_traffic import LayerTraffic
 from .balance_score import HOME_BLIND, fluid_tokens_WG, mean_over_steps, tokens_WG
-
-FloatArray = npt.NDArray[np.float64]
-SlotArray = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,13 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import pulp
 
+from ...foundation.arrays import BoolArray, FloatArray, SlotArray
 from ..cost.lower_bounds import checked_gap
 from ..methods.milp import OnGap, Solved, SolverError, binary_grid, continuous, solve
 from .layer_search import search_layer
 from .layer_task import LayerAnswer, LayerTask, judged
-
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-SlotArray = npt.NDArray[np.int16]
 
 MOST_FLOWS = 3_000          # steps · experts · devices: above, one node takes too long
 NODES = 200                 # of the search tree

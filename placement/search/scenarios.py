@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray
 from ...foundation.compiled import compiled
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

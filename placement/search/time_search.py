@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray, SlotArray
 from ...foundation.compiled import random_state
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
@@ -30,9 +31,6 @@ from .annealing.anneal_time import anneal
 from .annealing.annealer import Annealing, SearchSpace, moves_price
 from .annealing.step_time import ALIKE, FLAT, ONE, DeviceTimes, Layout
 from .layer_task import LayerTask, score
-
-FloatArray = npt.NDArray[np.float64]
-SlotArray = npt.NDArray[np.int16]
 
 RULES = {"balanced": FLAT, "fewest_active": ONE}    # all others: copies share alike, or nearly so
 SPARE_SHARES = (0.0, 0.25, 0.5, 1.0)                # of spare slots that starts fill

@@ -12,17 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import UsageError
+from ...foundation.arrays import IntArray
 from ...placement.cluster import Cluster
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import Steps
 from ...traces.trace import RoutingTrace
 from .policies import Eviction, make_policy
 from .predictors import Predictor
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
+from ...foundation.arrays import IntArray
 from ...traces.trace import RoutingTrace
 from ..random_streams import stream
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 class Predictor(Protocol):

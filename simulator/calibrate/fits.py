@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InputError
-
-FloatArray = npt.NDArray[np.float64]
+from ...foundation.arrays import FloatArray
 
 
 @dataclass(frozen=True)

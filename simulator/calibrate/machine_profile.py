@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import FloatArray
 from ...placement.hardware import ComputeProfile, ExchangeProfile, HardwareProfile
 from .fits import ExchangeRows, FitError, fit_exchange
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def fit_table(tokens: npt.ArrayLike, us: npt.ArrayLike) -> tuple[tuple[float, ...],

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InputError, UsageError
+from ...foundation.arrays import FloatArray
 from ...placement.cluster import Cluster
 from ...placement.cost.step_cost import move_cost
 from ...placement.plan import Plan
@@ -22,7 +22,6 @@ from ...placement.rebalancing.survivors import survivors_plan
 from ..serving.event_loop import Process
 from ..serving.simulate import Run
 
-FloatArray = npt.NDArray[np.float64]
 Replan = Callable[[Plan, frozenset[int], Cluster], Plan]
 
 

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray
 from ...placement.cost.step_cost import port_name
 from .step_router import PORT_KINDS, PORTS, RoutedSteps
-
-FloatArray = npt.NDArray[np.float64]
 
 # What else could have split the same tokens: the flattest split, and the fewest weight reads.
 OTHER_DISPATCHES = ("balanced", "fewest_active")

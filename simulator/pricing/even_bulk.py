@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import Int32Array
 from ...foundation.compiled import compiled, prefetch
 from ...placement.cluster import Cluster
 from ...placement.cost.max_min_rates import deals_fairly, fair_copies_WX
@@ -31,8 +32,6 @@ from ...placement.plan import DispatchSpec, Plan
 from ...traces.trace import RoutingTrace
 from .even_bulk_kernels import FAR_IN, NEAR_IN, deal_node
 from .step_composition import Composition
-
-Int32Array = npt.NDArray[np.int32]
 
 CACHE_LINE_BYTES, FEW_LAYERS = 64, 4
 # Bulk deals every slot of every rank, whatever the tokens: it pays from so many slots dealt for

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-IntArray = npt.NDArray[np.int64]
+from ...foundation.arrays import IntArray
 
 
 @dataclass(frozen=True, eq=False)

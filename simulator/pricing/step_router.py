@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
+from ...foundation.arrays import FloatArray, IntArray
 from ...foundation.parallel import LayerThreads, usable_cores
 from ...placement.cluster import Cluster
 from ...placement.cost.evaluate import check_model, check_slots
@@ -31,9 +32,6 @@ from .even_bulk import bulk_loads, counts_in_bulk
 from .measured_range import below_measured
 from .memory import require_experts_fit
 from .step_composition import Composition
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 PORTS = COST_PORTS[:4]    # of a device; spines are a node's
 PORT_KINDS = len(COST_PORTS)

@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray
 from ...placement.cost.step_cost import StepCost, step_cost
 from ...placement.cost.step_loads import StepLoads
 from ...placement.plan import Plan
 from ..pricing.step_router import MIRROR, PORTS, StepRouter, copy_us, port_copies
 from ..serving.result import SimulationResult
 from .page import write_report
-
-FloatArray = npt.NDArray[np.float64]
 
 STEPS, DEVICES, LINKS = 1, 2, 3
 MOST_STEPS, MOST_DETAILS = 20_000, 60_000    # events, so that a browser still opens the file

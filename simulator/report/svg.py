@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from ...foundation.arrays import FloatArray
 
 MOST_CELLS = 64          # of a side; more are averaged together
 COLOURS = ("#3b6ea5", "#d98032", "#c8553d", "#7a9e48", "#8d8d99", "#6b5b95")

@@ -9,14 +9,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import IntArray
 from ...placement.cluster import Cluster
 from ...placement.cost.step_loads import check_fit
 from ...placement.dispatch.quotas import route
 from ...placement.plan import DispatchSpec, Plan
 from ...traces.steps import Steps
 from ...traces.trace import RoutingTrace
-
-IntArray = npt.NDArray[np.int64]
 
 
 def copies_GG(

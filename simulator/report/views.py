@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray
 from ...placement.cluster import Cluster
 from ...placement.cost.evaluate import resolve_dispatch
 from ...placement.cost.step_loads import step_loads
@@ -18,8 +18,6 @@ from ...placement.plan import DispatchSpec, Plan
 from ...traces.steps import StepSampler
 from ...traces.trace import RoutingTrace
 from .traffic_matrix import mean_copies_GG
-
-FloatArray = npt.NDArray[np.float64]
 
 SHOWN_STEPS = 16
 

@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InfeasibleError, LoadmasterError
+from ...foundation.arrays import FloatArray
 from ...placement.plan import EMPTY, Plan
 from ..pricing.memory import MemorySpec, kv_tokens_per_device
 from ..pricing.step_router import Condition, StepRouter
 from ..random_streams import stream
-
-FloatArray = npt.NDArray[np.float64]
 
 
 class InForce:

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray
 from ...placement.comparison.intervals import CONFIDENCE, band, few_draws_factor
 from ..random_streams import stream
-
-FloatArray = npt.NDArray[np.float64]
 
 FEWEST_REQUESTS = 5          # fewer say nothing about others
 FEWEST_BLOCKS, MOST_BLOCKS = 10, 2000

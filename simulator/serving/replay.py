@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InputError, UsageError
+from ...foundation.arrays import FloatArray, IntArray
 from ...placement.cluster import Cluster
 from ...placement.comparison.compare import Comparison, compare
 from ...placement.cost.evaluate import resolve_dispatch
@@ -33,9 +33,6 @@ from ..pricing.attribution import OTHER_DISPATCHES, Blame, Usage, WaitSplit, spl
 from ..pricing.step_composition import Composition
 from ..pricing.step_router import Condition, StepRouter
 from .result import Distribution
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 # Steps priced together: enough to amortise a call, few enough to stay in the processor's cache.
 MOST_STEPS_AT_ONCE, CELLS_AT_ONCE = 64, 2**18

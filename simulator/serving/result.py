@@ -14,12 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UsageError
+from ...foundation.arrays import FloatArray, IntArray
 from ..pricing.attribution import Blame
 from ..pricing.step_composition import Composition
 from .workload import Workload
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import UsageError
+from ...foundation.arrays import FloatArray, IntArray
 from ..pricing.attribution import Usage
 from ..pricing.step_composition import Composition
 from ..pricing.step_router import Condition, RoutedSteps, StepRouter
@@ -25,9 +25,6 @@ from .batching import Batch
 from .event_loop import ServingGroup
 from .token_source import TokenSource
 from .workload import Workload
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 KEPT_STEPS = 48
 # Share of a step's prompt tokens that the busiest home rank holds.

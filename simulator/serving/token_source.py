@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import IntArray
 from ...traces.trace import DECODE, PREFILL, RoutingTrace
 from ..random_streams import stream
 from .workload import Workload
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import IntArray
 from ..random_streams import stream
-
-IntArray = npt.NDArray[np.int64]
 
 NS_PER_US = 1_000
 LATEST_US = 9e15    # of 64-bit nanoseconds

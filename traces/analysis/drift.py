@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
+from ...foundation.arrays import FloatArray
 from ..profile import Profile
 from ..trace import RoutingTrace
 
-FloatArray = npt.NDArray[np.float64]
 _BLOCKS = 64
 SHUFFLES = 200
 

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UsageError
+from ...foundation.arrays import FloatArray
 from ..model_config import MOST_LAYERS
 from ..model_spec import MOST_EXPERTS
 from ..trace import DECODE, PREFILL, RoutingTrace
 from .sampling import BlockTables, sample_ids
 
-FloatArray = npt.NDArray[np.float64]
 FAMILY_TOKENS, FAMILY_TOP_K = 200_000, 8
 MOST_ZIPF = 50.0             # beyond it the last experts' shares are no numbers any more
 

@@ -13,10 +13,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ...foundation.arrays import FloatArray, IntArray
 from ...foundation.compiled import compiled, compiled_inline, splitmix
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 _TRIES = 24  # rejected draws before the exact draw from what is left
 
 

@@ -19,9 +19,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from ...foundation.arrays import IntArray
 from ..protocol.step_messages import EpochMismatchError, ExchangeError
-
-IntArray = npt.NDArray[np.int64]
 
 _HEADER = 4      # epoch and step, as int32 words
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ...errors import LoadmasterError
+from ...foundation.arrays import IntArray
 from ...kernels.grouped import ExpertWeights, grouped_experts
 from .weight_files import ExpertTensors
-
-IntArray = npt.NDArray[np.int64]
 
 
 class ExpertStore:

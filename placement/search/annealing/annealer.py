@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ....foundation.arrays import SlotArray
 from ....foundation.compiled import compiled, compiled_inline
-
-SlotArray = npt.NDArray[np.int16]
 
 
 class SearchSpace(NamedTuple):

@@ -9,14 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from ....foundation.arrays import FloatArray, SlotArray
 from ....foundation.compiled import RandomState, compiled, compiled_inline, next_below, next_random
 from .annealer import SearchSpace, moves_price, moves_price_change, require_slots
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-SlotArray = npt.NDArray[np.int16]
 
 
 def even_device_load(load_E: FloatArray, slots_GC: SlotArray) -> FloatArray:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ....foundation.arrays import Float32Array, FloatArray, IntArray, SlotArray
 from ....foundation.compiled import RandomState, compiled, compiled_finite, next_below, next_random
 from ...cost.token_transfers import CopyModel, all_prices, price_change
 from .annealer import (
@@ -27,11 +28,6 @@ from .annealer import (
     penalty,
     require_slots,
 )
-
-FloatArray = npt.NDArray[np.float64]
-Float32Array = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
-SlotArray = npt.NDArray[np.int16]
 
 MOST_DEVICES = 10
 NOT_LEGAL = (-1, -1, -1, -1, -1, -1)     # a device without slots in this layer was drawn

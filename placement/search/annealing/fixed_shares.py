@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ....foundation.arrays import FloatArray, SlotArray
 from ....foundation.compiled import RandomState, compiled, next_below, next_random
 from ...cost.token_transfers import CopyModel, all_prices, places_of, price_change
 from .annealer import (
@@ -29,9 +30,6 @@ from .annealer import (
     penalty,
     require_slots,
 )
-
-FloatArray = npt.NDArray[np.float64]
-SlotArray = npt.NDArray[np.int16]
 
 NEAREST_RULES = ("nearest", "sglang_static")
 ALIKE, NEAREST, FIRST_NEAR = 0, 1, 2       # how copies share

@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ....foundation.arrays import FloatArray, SlotArray
 from ....foundation.compiled import RandomState, compiled, next_below, next_random
 from ...cost.token_transfers import CopyModel, all_prices, price_change
 from .annealer import (
@@ -27,9 +27,6 @@ from .annealer import (
     penalty,
     require_slots,
 )
-
-FloatArray = npt.NDArray[np.float64]
-SlotArray = npt.NDArray[np.int16]
 
 HAND_ON_ROUNDS = 8          # of the hottest device handing tokens on, per trial
 FLAT_ENOUGH = 1e-4          # above perfect balance: no rounds below this

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.oracles.expert_layer import relative_error
 from loadmaster.errors import InputError
-from loadmaster.foundation.compiled import compiled_fused as compiled
+from loadmaster.foundation.compiled import compiled_fused
 from loadmaster.kernels import weights
 from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.cpu import panel_matrix, panels
@@ -51,7 +51,7 @@ FACTORS = [
 ]
 
 
-@compiled
+@compiled_fused
 def _product(x: Any, panels: Any, bias: Any, out: Any) -> None:
     for p in range(len(panels)):
         panel_product(x, panels[p], bias[p * PANEL :], out, p * PANEL)

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadmaster.foundation.arrays import FloatArray
 from loadmaster.placement.cluster import Cluster, Device
 from loadmaster.placement.cost.evaluate import evaluate
 from loadmaster.placement.cost.lower_bounds import (
@@ -26,8 +26,6 @@ from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.trace import RoutingTrace
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def hosts_of_experts(experts: int, devices: int, slots: int) -> Iterator[tuple[int, ...]]:

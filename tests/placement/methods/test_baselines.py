@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from loadmaster.errors import InfeasibleError
+from loadmaster.foundation.arrays import SlotArray
 from loadmaster.placement.methods.baselines import (
     LAYER_METHODS,
     LayerLoads,
@@ -22,7 +23,6 @@ from loadmaster.placement.methods.baselines import (
     round_robin,
 )
 
-SlotArray = npt.NDArray[np.int16]
 OURS = ("contiguous", "round_robin", "greedy", "lpt_swap", "anticorrelation")
 REPLICATING = ("greedy", "lpt_swap", "anticorrelation")
 

@@ -10,6 +10,7 @@ import pulp
 import pytest
 
 from loadmaster.errors import InfeasibleError
+from loadmaster.foundation.arrays import FloatArray
 from loadmaster.placement.methods.cluster_assignment import (
     Worst,
     chain_cost,
@@ -27,7 +28,6 @@ from loadmaster.placement.methods.milp import (
 )
 from loadmaster.placement.methods.moetuner import cluster_layer
 
-FloatArray = npt.NDArray[np.float64]
 # Two nodes of two devices: crossing nodes costs four times a hop inside one.
 TWO_NODES = np.array([[0, 1, 4, 4], [1, 0, 4, 4], [4, 4, 0, 1], [4, 4, 1, 0]], np.float64)
 THREE_UNEQUAL = np.array([[0, 1, 3], [2, 0, 5], [1, 4, 0]], np.float64)

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from loadmaster.errors import InfeasibleError, InputError
+from loadmaster.foundation.arrays import SlotArray
 from loadmaster.foundation.compiled import random_state
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.cost.token_transfers import no_copies
@@ -25,7 +25,6 @@ from loadmaster.placement.search.annealing.water_filled import improve_many_devi
 from loadmaster.placement.search.layer_search import search_layer, within_slots
 from loadmaster.placement.search.layer_task import LayerTask
 
-SlotArray = npt.NDArray[np.int16]
 EXPERTS = 6
 COOLING = Annealing(3_000, 1e-2, 1e-5, 1.0, 1.0)
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pulp
 import pytest
 
+from loadmaster.foundation.arrays import FloatArray
 from loadmaster.placement.cluster import Cluster, Device
 from loadmaster.placement.cost.lower_bounds import BoundError, checked_gap
 from loadmaster.placement.methods.milp import Solved, SolverError, binary_grid, solve
@@ -26,7 +26,6 @@ from loadmaster.placement.search.milp_refine import Polished, polish, search_and
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.synth.generate import synth_trace
 
-FloatArray = npt.NDArray[np.float64]
 HARDWARE = Cluster.preset("h100", slots_per_device=1).hardware
 
 
