@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..placement.cluster import Cluster
     from ..placement.cost.overlap import Overlap
     from ..simulator.serving.result import Slo
-    from ..simulator.serving.simulate import Happening, Serving
+    from ..simulator.serving.simulate import Intervention, Serving
     from ..simulator.serving.workload import Workload
 
 MOST_IN_FLIGHT = 1024        # requests, where a step has room for so many
@@ -61,15 +61,15 @@ def build_serving(
     )
 
 
-def build_happenings(
+def build_interventions(
     faults: Path | None, policy: str | None, every_steps: int, cluster: Cluster, groups: int
-) -> list[Happening]:
+) -> list[Intervention]:
     """The faults of the file, and the policy at work on every serving group."""
     from ..placement.rebalancing.policy import Policy
     from ..simulator.events.fault_file import read_faults
     from ..simulator.events.replan import Replanning
 
-    found: list[Happening] = [] if faults is None else [*read_faults(faults, cluster, groups)]
+    found: list[Intervention] = [] if faults is None else [*read_faults(faults, cluster, groups)]
     if policy is not None:
         name = policy.replace("-", "_")      # as `run --control` spells it
         rule = Policy(name, every_steps=every_steps)  # type: ignore[arg-type]

@@ -122,7 +122,7 @@ SPEEDS = ((1.0, 1.0, 1.0, 0.3), (1.0, 1.0, 1.0, 0.5), (1.0, 2.0, 2.0, 1.0))
 
 
 def uneven_speeds() -> Section:
-    """auto against one copy of each expert, counts in proportion to speed, on unseen steps."""
+    """auto against one replica of each expert, counts in proportion to speed, on unseen steps."""
     model = ModelSpec(
         name="DeepSeek-V3 experts", num_layers=1, num_experts=16, top_k=2, hidden=7168,
         intermediate=2048,

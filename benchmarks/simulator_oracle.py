@@ -14,7 +14,7 @@ from loadmaster.placement.cost.step_cost import step_cost
 from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.planning.planner import plan
-from loadmaster.simulator.report.traffic_matrix import copies_GG
+from loadmaster.simulator.report.traffic_matrix import transfers_GG
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.steps import Steps, StepSampler
 from loadmaster.traces.synth.generate import synth_trace
@@ -98,7 +98,7 @@ def _fair_over(
     over: dict[str, list[float]] = {"priced": [], "port_bound": []}
     for layer in range(trace.num_layers):
         for w in range(len(steps)):
-            copies = copies_GG(trace, steps.tokens_of(w), made, cluster, layer)
+            copies = transfers_GG(trace, steps.tokens_of(w), made, cluster, layer)
             flows = Flows.of_matrix(copies * copy_bytes, network)
             fair_s = float(fair_finish_s(flows, network).max())
             priced_s = (float(priced_us_WL[w, layer]) - float(alpha_us)) / 1e6

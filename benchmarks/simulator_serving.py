@@ -13,7 +13,7 @@ from loadmaster.placement.plan import Plan
 from loadmaster.placement.planning.planner import plan as make_plan
 from loadmaster.simulator.pricing.memory import MemorySpec
 from loadmaster.simulator.pricing.step_router import StepRouter
-from loadmaster.simulator.serving.active_state import InForce
+from loadmaster.simulator.serving.active_state import ActiveState
 from loadmaster.simulator.serving.batching import Batch, BatchLimits
 from loadmaster.simulator.serving.event_loop import ServingGroup, ServingLoop
 from loadmaster.simulator.serving.every_step import EveryStep
@@ -92,11 +92,11 @@ def _bank_errors(
 ) -> dict[str, Any]:
     """The bank's summed step times over the routed ones, batch by batch; and whole runs apart."""
     router = StepRouter(trace, cluster, MODEL)
-    in_force = InForce(router, plan, groups=1, seed=0)
+    active = ActiveState(router, plan, groups=1, seed=0)
     source = TokenSource(trace, load, seed=0)
     both = _Both(
-        EveryStep(router, source, in_force),
-        StepBank(router, source, load, in_force, largest=SERVING.limits.step_tokens, seed=0),
+        EveryStep(router, source, active),
+        StepBank(router, source, load, active, largest=SERVING.limits.step_tokens, seed=0),
     )
     ServingLoop(load, both, SERVING.limits, num_devices=cluster.num_devices).run()
     prefill, exact_ns, bank_ns = np.array(both.rows).T

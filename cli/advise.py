@@ -152,7 +152,7 @@ def _print_moving(moving: dict[str, Moving]) -> None:
         rows.append((
             "  " + name, taken.moves, f"{taken.share:.1%}",
             None if taken.bytes is None else show.size(taken.bytes),
-            None if taken.us is None else taken.us / 1e3, taken.sure_gain_us,
+            None if taken.us is None else taken.us / 1e3, taken.significant_gain_us,
             None if steps is None else f"{steps:,.0f} steps",
         ))
     columns = ("plan", "experts to send", "of its slots", "bytes", "transfer, ms",

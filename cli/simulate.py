@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..app.inputs import plans_cluster, read_model, read_plans, read_trace, require_targets, writing
-from ..app.serving import build_happenings, build_serving, build_slo, build_workload
+from ..app.serving import build_interventions, build_serving, build_slo, build_workload
 from . import cache, calibrate, replay, whatif
 from . import output as show
 from .options import ClusterFile, Json, Nodes, Oversubscription, Preset, Seed, TrafficMode
@@ -105,7 +105,7 @@ def simulate(
     assert spec is not None
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription)
-    happenings = build_happenings(faults, policy, every_steps, place, groups)
+    interventions = build_interventions(faults, policy, every_steps, place, groups)
     load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
     name, first = next(iter(named.items()))
     router = StepRouter(routing, place, spec, dispatch=resolve_dispatch(dispatch, first),
@@ -115,7 +115,7 @@ def simulate(
         task = bar.add_task("serving under each plan", total=len(named))
         served = serve_each(
             named, load, place, trace=routing, model=spec, dispatch=dispatch, serving=service,
-            slo=slo, happenings=happenings, seed=seed, progress=lambda: bar.advance(task),
+            slo=slo, interventions=interventions, seed=seed, progress=lambda: bar.advance(task),
         )
     if report is not None:
         write_page(report, served, views)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 USERS = ("plan", "% behind best", "latency mean", "p50", "p99", "first token p50", "p99",
          "per token p50", "p99")
 SERVICE = ("plan", "output tokens/s", "requests/s", "good requests/s", "step mean, ms", "p99",
-           "devices busy", "stood still, s")
+           "devices busy", "paused, s")
 MOST_EVENTS_SHOWN = 20       # of each plan
 
 
@@ -90,7 +90,7 @@ def _print_events(served: Served) -> None:
         left += sum(map(len, runs[MOST_EVENTS_SHOWN:]))
     if rows:
         show.print_table(
-            "what happened", ("plan", "from, s", "times", "what", "", "stood still, ms"), rows
+            "what happened", ("plan", "from, s", "times", "what", "", "paused, ms"), rows
         )
     if left:
         show.print_notes([f"{left} more happened: --json lists all"])

@@ -61,7 +61,7 @@ class LayerEvidence(BaseModel):
     replicas: int = 0
     copies: float | None = Field(
         default=None,
-        description="remote copies per token on the planning steps, between nodes if there are "
+        description="remote transfers per token on the planning steps, between nodes if there are "
         "any; None where they cost nothing",
     )
 
@@ -168,12 +168,12 @@ class Plan:
 
     @property
     def replicas_LE(self) -> npt.NDArray[np.int64]:
-        """[L, E] copies of each expert."""
-        copies: npt.NDArray[np.int64] = self.copies_LGE().sum(axis=1)
+        """[L, E] replicas of each expert."""
+        copies: npt.NDArray[np.int64] = self.replicas_LGE().sum(axis=1)
         return copies
 
-    def copies_LGE(self) -> npt.NDArray[np.int64]:
-        """[L, G, E] copies of each expert on each device."""
+    def replicas_LGE(self) -> npt.NDArray[np.int64]:
+        """[L, G, E] replicas of each expert on each device."""
         layers, devices, _ = self.slots.shape
         width = self.num_experts + 1
         row = np.arange(layers * devices)[:, None] * width
@@ -183,8 +183,8 @@ class Plan:
 
     @property
     def duplicates(self) -> int:
-        """Second and further copies of an expert on one device: pure waste."""
-        return int(np.maximum(self.copies_LGE() - 1, 0).sum())
+        """Second and further replicas of an expert on one device: pure waste."""
+        return int(np.maximum(self.replicas_LGE() - 1, 0).sum())
 
     @property
     def spare_slots(self) -> int:
@@ -204,7 +204,7 @@ class Plan:
                 f"{self.num_devices} devices against {target.num_layers} x {target.num_experts} on "
                 f"{target.num_devices}"
             )
-        new = (target.copies_LGE() > 0) & (self.copies_LGE() == 0)
+        new = (target.replicas_LGE() > 0) & (self.replicas_LGE() == 0)
         return [(int(a), int(b), int(c)) for a, b, c in np.argwhere(new)]
 
     # ---- files ----------------------------------------------------------------------------

@@ -12,5 +12,5 @@ import numpy as np
 
 
 def stream(seed: int, cause: str, index: int = 0) -> np.random.Generator:
-    """The generator of one cause ("routing", "jitter", ...); `index` tells siblings apart."""
+    """The generator of one cause ("routing", "jitter", ...); `index` distinguishes siblings."""
     return np.random.default_rng([seed, zlib.crc32(cause.encode()), index])

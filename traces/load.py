@@ -1,6 +1,6 @@
 """A trace from wherever it lies: a stored trace, an array file, an engine's dump.
 
-Knows which reader a path needs; stands above `storage/` and `formats/`, which do not know it.
+Knows which reader a path needs; knows `storage/` and `formats/`, which do not know it.
 """
 
 from __future__ import annotations

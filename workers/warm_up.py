@@ -1,7 +1,7 @@
 """Compile what serving and planning compile, once, so that the first run of anything is quick.
 
 `make` runs it after installing: `python -m loadmaster.workers.warm_up`. Ranks compile the same
-functions; without it, all of them would do so at the same time. Compiled code is kept beside the
+functions; without it, all of them would do so at the same time. Compiled code is kept next to the
 modules, for every process to load. Prints nothing but errors.
 """
 

@@ -2,7 +2,8 @@
 
 Knows evaluations, not how plans were found. Every plan sees the same steps, so differences are
 paired. One key ranks plans everywhere, the planner's own (`search.choose`): the least time; without
-times the least imbalance, and where copies cost bytes, the fewest copies among those within slack.
+times the least imbalance, and where transfers cost bytes, the fewest transfers among those within
+slack.
 
 Bands: `intervals` says which and why; here `noise_band`, and `bootstrap` where requests turn over
 too little for that.
@@ -35,7 +36,7 @@ class ComparisonRow:
     of its evaluation).
 
     change_percent: metric against the reference plan's, negative = better, with its paired band.
-    copies: remote ones per token, between nodes if there are any; None where they do not count.
+    transfers: remote ones per token, between nodes if there are any; None where they do not count.
     Bands are infinite where too few requests were recorded to tell.
     """
 
@@ -50,10 +51,10 @@ class ComparisonRow:
     indistinguishable: bool      # from the best: nothing that decides differs beyond the noise
     better: bool = False         # than the reference, beyond the noise, in what decides
     worse: bool = False          # likewise
-    copies: float | None = None
-    copies_change_percent: float | None = None
-    copies_change_low_percent: float | None = None
-    copies_change_high_percent: float | None = None
+    transfers: float | None = None
+    transfers_change_percent: float | None = None
+    transfers_change_low_percent: float | None = None
+    transfers_change_high_percent: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +71,8 @@ class Comparison:
     resamples: int
     method: str
     notes: tuple[str, ...]
-    balance_slack: float = 0.0   # imbalances so close count as equal where copies count
-    copies_name: str = ""        # "node copies" or "device copies", where they count
+    balance_slack: float = 0.0   # imbalances so close count as equal where transfers count
+    transfers_name: str = ""        # "node transfers" or "device transfers", where they count
 
     @property
     def ranking(self) -> tuple[str, ...]:
@@ -129,7 +130,7 @@ def compare(
     """Judge several plans on the same steps of one trace.
 
     plans: name -> plan; ties rank the reference first, then in the order given. current: the plan
-    in force, what the verdict is about; None = the first. dispatch None: each plan under its own.
+    active, what the verdict is about; None = the first. dispatch None: each plan under its own.
     objective: what ranks, "time" (default with a model of known sizes) or "balance", with the
     planner's balance_slack. Raises UsageError without plans or for an unknown `current`.
     """
@@ -158,24 +159,25 @@ def _ranked(contest: Contest, reference: str) -> Comparison:
     notes = tuple(dict.fromkeys(n for e in contest.evaluations.values() for n in e.notes))
     return Comparison(
         contest.metric_name, reference, rows,
-        verdict_of(rows, reference, contest.metric_name, contest.copies_name, contest.slack),
+        verdict_of(rows, reference, contest.metric_name, contest.transfers_name, contest.slack),
         contest.evaluations, contest.steps, contest.mix.distinct_mixes, contest.resamples,
-        contest.method, notes, *((contest.slack, contest.copies_name) if contest.copies else ()),
+        contest.method, notes,
+        *((contest.slack, contest.transfers_name) if contest.transfers else ()),
     )
 
 
 def _row(contest: Contest, p: int, best: int, against: int) -> ComparisonRow:
-    metric, copies = contest.metric, contest.copies
+    metric, transfers = contest.metric, contest.transfers
     standing = contest.difference(p, against)
     change = metric.change_percent(p, against)
-    fewer = (None, None, None) if copies is None else copies.change_percent(p, against)
+    fewer = (None, None, None) if transfers is None else transfers.change_percent(p, against)
     return ComparisonRow(
         contest.names[p], float(metric.mean_P[p]), *metric.band(p), *change,
         best=p == best, indistinguishable=contest.difference(p, best) == 0,
         better=standing < 0, worse=standing > 0,
-        copies=None if copies is None else float(copies.mean_P[p]),
-        copies_change_percent=fewer[0], copies_change_low_percent=fewer[1],
-        copies_change_high_percent=fewer[2],
+        transfers=None if transfers is None else float(transfers.mean_P[p]),
+        transfers_change_percent=fewer[0], transfers_change_low_percent=fewer[1],
+        transfers_change_high_percent=fewer[2],
     )
 
 

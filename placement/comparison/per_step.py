@@ -19,7 +19,7 @@ from ..cluster import Cluster
 from ..cost.evaluate import Evaluation, check_model, check_slots, judge, resolve_dispatch
 from ..cost.overlap import Overlap
 from ..cost.step_loads import StepLoads, check_fit, step_loads
-from ..cost.token_transfers import copies_cost_bytes
+from ..cost.token_transfers import transfers_cost_bytes
 from ..plan import DispatchSpec, Plan
 from .bootstrap import redraw
 from .intervals import band
@@ -66,14 +66,14 @@ class Figure:
 
 @dataclass(frozen=True, eq=False)
 class Contest:
-    """Plans on the same steps. metric decides, and where copies count, they do within slack."""
+    """Plans on the same steps. metric decides, and where transfers count, they do within slack."""
 
     names: list[str]
     evaluations: dict[str, Evaluation]
     metric: Figure
     metric_name: str
-    copies: Figure | None
-    copies_name: str
+    transfers: Figure | None
+    transfers_name: str
     slack: float
     mix: StepMix
     steps: int
@@ -85,8 +85,8 @@ class Contest:
         mean_P = self.metric.mean_P
 
         def key(p: int) -> tuple[float, ...]:
-            near = self.copies is not None and mean_P[p] <= mean_P.min() + self.slack
-            first = self.copies.mean_P[p] if near and self.copies is not None else mean_P[p]
+            near = self.transfers is not None and mean_P[p] <= mean_P.min() + self.slack
+            first = self.transfers.mean_P[p] if near and self.transfers is not None else mean_P[p]
             return (not near, first, mean_P[p], p != against, p)
 
         return sorted(range(len(self.names)), key=key)
@@ -94,10 +94,10 @@ class Contest:
     def difference(self, p: int, q: int) -> int:
         """-1 where plan p is better than q beyond the noise, 1 where worse, 0 = cannot be told."""
         sign = self.metric.sign(p, q)
-        if self.copies is None:
+        if self.transfers is None:
             return sign
         gap = float(self.metric.mean_P[p] - self.metric.mean_P[q])
-        fewer = self.copies.sign(p, q)
+        fewer = self.transfers.sign(p, q)
         if abs(gap) <= self.slack:
             return fewer or sign
         return sign or (fewer if fewer * gap > 0 else 0)
@@ -116,14 +116,14 @@ class Bench:
     executor: Executor | None
 
     @property
-    def counts_copies(self) -> bool:
-        return not self.timed and copies_cost_bytes(self.cluster)
+    def counts_transfers(self) -> bool:
+        return not self.timed and transfers_cost_bytes(self.cluster)
 
     def judged(self, name: str, plan: Plan, steps: Steps, executor: Executor | None
                ) -> tuple[Evaluation, FloatArray, FloatArray]:
-        """(evaluation, [W] what decides, [W] copies per token); NaN for a step without tokens.
+        """(evaluation, [W] what decides, [W] transfers per token); NaN for a step without tokens.
 
-        `evaluate`, with each step's copies kept. Raises InputError naming the plan.
+        `evaluate`, with each step's transfers kept. Raises InputError naming the plan.
         """
         check_slots(plan, self.cluster, f"plan {name}")
         check_fit(self.trace, plan, self.cluster, f"plan {name}")
@@ -138,7 +138,7 @@ class Bench:
         found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap)
         metric_W = found.step_time_us_W if self.timed else _mean_over_layers(found.peak_WL)
         assert metric_W is not None
-        return found, metric_W, _copies_W(loads, self.cluster)
+        return found, metric_W, _transfers_W(loads, self.cluster)
 
 
 def hold_contest(
@@ -149,16 +149,16 @@ def hold_contest(
     steps = sampler.sample(bench.trace, max_steps)
     judged = [bench.judged(name, plan, steps, bench.executor) for name, plan in plans.items()]
     metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
-    copies_PW = np.stack([copies_W for _, _, copies_W in judged])
+    transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
     kept = ~np.isnan(metric_PW).any(axis=0)
-    metric_PW, copies_PW = metric_PW[:, kept], copies_PW[:, kept]
+    metric_PW, transfers_PW = metric_PW[:, kept], transfers_PW[:, kept]
     mix = step_mix(bench.trace, steps, np.flatnonzero(kept))
     method = "paired, 95 % bands by a parametric bootstrap over requests"
 
     def fitted(value_PW: FloatArray) -> Noise:
         return lambda weight_P: mean_noise(weight_P @ value_PW, mix, resamples, seed)
 
-    noises = fitted(metric_PW), fitted(copies_PW)
+    noises = fitted(metric_PW), fitted(transfers_PW)
     again = None if mix.tells else redrawn_noise(bench, plans, sampler, steps, seed)
     if again is not None:
         *drawn, resamples, requests = again
@@ -167,8 +167,8 @@ def hold_contest(
     return Contest(
         list(plans), {n: found[0] for n, found in zip(plans, judged, strict=True)},
         Figure(metric_PW, noises[0]), _metric_name(bench),
-        Figure(copies_PW, noises[1]) if bench.counts_copies else None,
-        "device copies" if bench.cluster.num_nodes == 1 else "node copies",
+        Figure(transfers_PW, noises[1]) if bench.counts_transfers else None,
+        "device transfers" if bench.cluster.num_nodes == 1 else "node transfers",
         slack, mix, int(metric_PW.shape[1]), resamples, method,
     )
 
@@ -176,20 +176,20 @@ def hold_contest(
 def redrawn_noise(
     bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int
 ) -> tuple[Noise, Noise, int, int] | None:
-    """(noise of the metric, noise of copies, draws, requests) by an ordinary bootstrap."""
+    """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap."""
     redrawn = redraw(bench.trace, sampler, steps, seed)
     if redrawn is None:
         return None
     threads = bench.executor or LayerThreads()
     judged = [bench.judged(name, plan, redrawn.steps, threads) for name, plan in plans.items()]
     metric_PB = np.stack([redrawn.means(metric_W) for _, metric_W, _ in judged])
-    copies_PB = np.stack([redrawn.means(copies_W) for _, _, copies_W in judged])
+    transfers_PB = np.stack([redrawn.means(transfers_W) for _, _, transfers_W in judged])
 
     def noise_of(mean_PB: FloatArray) -> Noise:
         return lambda weight_P: redrawn.noise(weight_P @ mean_PB)
 
     draws = int(metric_PB.shape[1])
-    return noise_of(metric_PB), noise_of(copies_PB), draws, redrawn.requests
+    return noise_of(metric_PB), noise_of(transfers_PB), draws, redrawn.requests
 
 
 def _metric_name(bench: Bench) -> str:
@@ -206,8 +206,8 @@ def _mean_over_layers(value_WL: FloatArray) -> FloatArray:
     return np.where(count_W > 0, sum_W / np.maximum(count_W, 1), np.nan)
 
 
-def _copies_W(loads: StepLoads, cluster: Cluster) -> FloatArray:
-    """[W] remote copies per token and layer, dispatch direction; between nodes if there are any."""
+def _transfers_W(loads: StepLoads, cluster: Cluster) -> FloatArray:
+    """[W] remote transfers per token and layer, dispatch direction; between nodes if any."""
     crossing_WLG = loads.nic_out_WLG if cluster.num_nodes > 1 else loads.nvlink_out_WLG
     tokens_W = np.maximum(loads.tokens_W, 1) * crossing_WLG.shape[1]
     return np.asarray(crossing_WLG.sum(axis=(1, 2)) / tokens_W, np.float64)

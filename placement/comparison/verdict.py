@@ -32,19 +32,19 @@ class Row(Protocol):
     @property
     def indistinguishable(self) -> bool: ...
     @property
-    def copies(self) -> float | None: ...
+    def transfers(self) -> float | None: ...
     @property
-    def copies_change_percent(self) -> float | None: ...
+    def transfers_change_percent(self) -> float | None: ...
     @property
-    def copies_change_low_percent(self) -> float | None: ...
+    def transfers_change_low_percent(self) -> float | None: ...
     @property
-    def copies_change_high_percent(self) -> float | None: ...
+    def transfers_change_high_percent(self) -> float | None: ...
 
 
 def verdict_of(
-    rows: Sequence[Row], reference: str, metric: str, copies_name: str, slack: float
+    rows: Sequence[Row], reference: str, metric: str, transfers_name: str, slack: float
 ) -> str:
-    """One sentence. rows: best first. slack: of imbalance, within which copies decide."""
+    """One sentence. rows: best first. slack: of imbalance, within which transfers decide."""
     best, what = rows[0], WORDS[metric]
     own = next(row for row in rows if row.name == reference)
     if len(rows) == 1:
@@ -56,8 +56,8 @@ def verdict_of(
             "far that may be off: record more requests"
         )
     if best.name == reference:
-        return _reference_is_best(rows, metric, copies_name, slack)
-    gain = _gain_text(own, best, metric, copies_name, slack)
+        return _reference_is_best(rows, metric, transfers_name, slack)
+    gain = _gain_text(own, best, metric, transfers_name, slack)
     if not best.better:
         change, reach = _deciding(own, best, slack)
         return (
@@ -75,45 +75,45 @@ def metric_text(value: float, metric: str) -> str:
 
 
 def _reference_is_best(
-    rows: Sequence[Row], metric: str, copies_name: str, slack: float
+    rows: Sequence[Row], metric: str, transfers_name: str, slack: float
 ) -> str:
     own, second = rows[0], rows[1]
     if second.indistinguishable:
         return f"{own.name} is fine here: {second.name} cannot be told apart from it"
     said = f"{own.name} is best: {WORDS[metric]} {metric_text(own.metric, metric)}"
-    if _copies_decide(own, second, slack):
+    if _transfers_decide(own, second, slack):
         return (
-            f"{said}, {copies_name} per token {own.copies:.3f}; {second.name} makes "
-            f"{second.copies_change_percent:.1f} % more of them"
+            f"{said}, {transfers_name} per token {own.transfers:.3f}; {second.name} makes "
+            f"{second.transfers_change_percent:.1f} % more of them"
         )
     return f"{said}; {second.name} is {second.change_percent:.1f} % worse"
 
 
-def _copies_decide(one: Row, other: Row, slack: float) -> bool:
-    """Whether these two are equal but for their copies."""
-    if one.copies is None or other.copies is None:
+def _transfers_decide(one: Row, other: Row, slack: float) -> bool:
+    """Whether these two are equal but for their transfers."""
+    if one.transfers is None or other.transfers is None:
         return False
-    return abs(one.metric - other.metric) <= slack and one.copies != other.copies
+    return abs(one.metric - other.metric) <= slack and one.transfers != other.transfers
 
 
 def _deciding(own: Row, best: Row, slack: float) -> tuple[float, float]:
     """(change in per cent of what decides, reach of its band)."""
-    low, high = best.copies_change_low_percent, best.copies_change_high_percent
-    if _copies_decide(own, best, slack):
-        assert best.copies_change_percent is not None and low is not None and high is not None
-        return best.copies_change_percent, (high - low) / 2
+    low, high = best.transfers_change_low_percent, best.transfers_change_high_percent
+    if _transfers_decide(own, best, slack):
+        assert best.transfers_change_percent is not None and low is not None and high is not None
+        return best.transfers_change_percent, (high - low) / 2
     return best.change_percent, (best.change_high_percent - best.change_low_percent) / 2
 
 
-def _gain_text(own: Row, best: Row, metric: str, copies_name: str, slack: float) -> str:
+def _gain_text(own: Row, best: Row, metric: str, transfers_name: str, slack: float) -> str:
     change, reach = _deciding(own, best, slack)
     band = f"({change:+.1f} % ± {reach:.1f})"
     figures = (
         f"{WORDS[metric]} {metric_text(own.metric, metric)} -> {metric_text(best.metric, metric)}"
     )
-    if best.copies is None:
+    if best.transfers is None:
         return f"{figures} {band}"
-    copies = f"{copies_name} per token {own.copies:.3f} -> {best.copies:.3f}"
-    if _copies_decide(own, best, slack):
-        return f"{copies} {band} at {figures}"
-    return f"{figures} {band}, {copies}"
+    transfers = f"{transfers_name} per token {own.transfers:.3f} -> {best.transfers:.3f}"
+    if _transfers_decide(own, best, slack):
+        return f"{transfers} {band} at {figures}"
+    return f"{figures} {band}, {transfers}"

@@ -1,4 +1,4 @@
-"""The compiled loops of `traffic.py`: work per device and copies per port.
+"""The compiled loops of `traffic.py`: work per device and transfers per port.
 
 Knows one layer at a time. The payload rules are stated in `traffic.py`.
 """
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ...foundation.compiled import compiled
 from ..cluster import Cluster
 from ..hardware import ComputeProfile, interpolate
-from .max_min_rates import deals_fairly, fair_copies_WX
+from .max_min_rates import deals_fairly, fair_transfers_WX
 
 NVLINK_OUT, NVLINK_IN, NIC_OUT, NIC_IN = 0, 1, 2, 3
 PAIRS_AT_ONCE = 2**20
@@ -44,7 +44,7 @@ def count_layer(
     timed: bool,
     gathers: int,
 ) -> LayerCounts:
-    """Work per device and copies per port of one layer in every step.
+    """Work per device and transfers per port of one layer in every step.
 
     slot_AK: the slot of every assignment, -1 = none. from_AX: the ranks a token comes from, -1 =
     none; one column, its home, except under `coherent`. timed: whether exchanges will be priced.
@@ -78,7 +78,7 @@ def count_layer(
         part_W = offset_W[first : first + at_once + 1]
         far_WGG = np.zeros((len(part_W) - 1, devices, devices))
         parts.append(_count_ports(slot_AK, from_AX, part_W, width, cluster, far_WGG))
-        fair.append(fair_copies_WX(far_WGG, cluster))
+        fair.append(fair_transfers_WX(far_WGG, cluster))
     return LayerCounts(
         tokens_WG, active_WG, bytes_WG, table_us_WG, bool(extrapolated),
         np.concatenate(parts, axis=1), np.concatenate(fair), gathers,
@@ -93,7 +93,7 @@ def _count_ports(
     cluster: Cluster,
     far_WGG: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.float64]:
-    """[4, W, G] copies per port; those between nodes also by pair of devices, where wanted."""
+    """[4, W, G] transfers per port; those between nodes also by pair of devices, where wanted."""
     node_G, traffic = cluster.node_G, cluster.traffic
     ports_PWG = np.zeros((4, len(offset_W) - 1, cluster.num_devices))
     if traffic.mode == "allgather":
@@ -152,7 +152,7 @@ def _count_pairs(
 ) -> None:
     """One copy for each (rank the token comes from, expert) on different ranks.
 
-    far_WGG, here and below: copies between devices of different nodes; no steps = not wanted.
+    far_WGG, here and below: transfers between devices of different nodes; no steps = not wanted.
     """
     by_pair = len(far_WGG) > 0
     for w in range(len(offset_W) - 1):

@@ -33,7 +33,7 @@ class Evaluation:
 
     peak_mean: what plans are compared by, busiest device over what perfect balance would give every
     device; the same as imbalance_mean where devices are equally fast (see `peak_of`).
-    Means are over steps and layers that held tokens. Copies are those that leave a rank (or a
+    Means are over steps and layers that held tokens. Transfers are those that leave a rank (or a
     node), per token and layer, dispatch direction. Times are None without a model.
     """
 
@@ -80,7 +80,7 @@ def evaluate(
     overlap: Overlap | None = None,
     executor: Executor | None = None,
 ) -> Evaluation:
-    """Serve the trace's steps under the plan and report balance, copies and, with a model, time.
+    """Serve the trace's steps under the plan and report balance, transfers and, with a model, time.
 
     dispatch: a policy's name or spec; None = the plan's own; the plan's own name keeps the plan's
     parameters. steps: how to cut the trace, or steps already cut from it.

@@ -46,12 +46,12 @@ def checked_gap(objective: float, bound: float, where: str) -> tuple[float, floa
 def balance_bound_W(load_WE: FloatArray, slots: int, speed_G: FloatArray) -> FloatArray:
     """[W] least possible peak (`evaluate.peak_of`) of each step, whatever placement and split.
 
-    load_WE [W, E] tokens; slots: S in the layer. Steps without load give 1.
-    Proof: (1) the busiest device is not below perfect balance. (2) An expert with r copies is
-    computed by at most r devices, at best the r fastest, so one of them is at load / speed_r or
-    above, speed_r the sum of the r highest speeds; all experts together have at most S copies. For
-    a level z expert e needs r_e(z) = least r with load_e <= z·speed_r; if the r_e sum above S, z is
-    out of reach. The bound is the least z that passes, found by bisection from below.
+    load_WE [W, E] tokens; slots: S in the layer. Steps without load give 1. Proof: (1) the busiest
+    device is not below perfect balance. (2) An expert with r replicas is computed by at most r
+    devices, at best the r fastest, so one of them is at load / speed_r or above, speed_r the sum of
+    the r highest speeds; all experts together have at most S replicas. For a level z expert e needs
+    r_e(z) = least r with load_e <= z·speed_r; if the r_e sum above S, z is out of reach. The bound
+    is the least z that passes, found by bisection from below.
     """
     total_W = load_WE.sum(axis=1)
     ideal_W = np.where(total_W > 0, total_W / speed_G.sum(), 1.0)
@@ -59,10 +59,10 @@ def balance_bound_W(load_WE: FloatArray, slots: int, speed_G: FloatArray) -> Flo
     return _balance_bound(relative, slots, np.cumsum(np.sort(speed_G)[::-1]))
 
 
-def most_copies(cluster: Cluster, model: ModelSpec | None, layers: int, experts: int) -> int:
-    """Copies that one layer can hold at most, however the layers share the devices' memory.
+def most_replicas(cluster: Cluster, model: ModelSpec | None, layers: int, experts: int) -> int:
+    """Replicas that one layer can hold at most, however the layers share the devices' memory.
 
-    Proof: no device needs two copies of an expert. Every other layer holds each expert at least
+    Proof: no device needs two replicas of an expert. Every other layer holds each expert at least
     once, so what memory holds in all, less one of every expert and layer, is the most that one
     layer can have beyond its own E; counted in smallest experts, device by device and in all.
     """
@@ -84,11 +84,11 @@ def _balance_bound(relative_WE: FloatArray, slots: int, level_R: FloatArray) -> 
     bound_W = np.ones(steps)
     for w in range(steps):
         low, high = 1.0, max(1.0, relative_WE[w].max() / level_R[0])
-        if high == 1.0 or _copies_needed(relative_WE[w], low, level_R) <= slots:
+        if high == 1.0 or _replicas_needed(relative_WE[w], low, level_R) <= slots:
             continue
         for _ in range(60):
             middle = 0.5 * (low + high)
-            if _copies_needed(relative_WE[w], middle, level_R) <= slots:
+            if _replicas_needed(relative_WE[w], middle, level_R) <= slots:
                 high = middle
             else:
                 low = middle
@@ -97,11 +97,11 @@ def _balance_bound(relative_WE: FloatArray, slots: int, level_R: FloatArray) -> 
 
 
 @compiled
-def _copies_needed(relative_E: FloatArray, level: float, level_R: FloatArray) -> int:
+def _replicas_needed(relative_E: FloatArray, level: float, level_R: FloatArray) -> int:
     needed = 0
     for load in relative_E:
-        copies = int(np.searchsorted(level_R, load / level * (1.0 - 1e-12))) + 1
-        needed += min(copies, len(level_R) + 1)
+        replicas = int(np.searchsorted(level_R, load / level * (1.0 - 1e-12))) + 1
+        needed += min(replicas, len(level_R) + 1)
     return needed
 
 
@@ -154,12 +154,12 @@ def time_bound_us(
 def least_sent_W(
     counts_WGE: npt.NDArray[np.integer[Any]], cluster: Cluster, top_k: int
 ) -> FloatArray:
-    """[W] copies that the busiest port sends at least: NVLink in one node, else the NICs.
+    """[W] replicas that the busiest port sends at least: NVLink in one node, else the NICs.
 
     counts_WGE [W, G, E] assignments by home rank. Proof: a device (a node) holds at most as many
     experts as it has slots, so of its own tokens' assignments all but those to so many most used
-    experts leave it, whatever the plan. One copy serves one assignment (`per_expert`), or up to
-    top_k of one token where copies to a place are merged. A node's NICs share what leaves it.
+    experts leave it, whatever the plan. One replica serves one assignment (`per_expert`), or up to
+    top_k of one token where replicas to a place are merged. A node's NICs share what leaves it.
     Traffic modes in which routing decides nothing, or not alone, are bounded by 0.
     """
     steps, devices, experts = counts_WGE.shape

@@ -1,13 +1,13 @@
 """How long an exchange between nodes takes when every flow gets a fair rate of its links.
 
 The most loaded port says how long an exchange takes as long as it works without a pause. A busy
-device behind an oversubscribed spine does not: at first all flows of its node get equal shares,
-and its own bytes are left over at the end, alone on the NIC. So here the rates are dealt, max-min
-fair, again whenever flows end: exactly behind a shared spine. Without one, ends within MERGED of
-the port bound are dealt as one, at the first of them: with the port bound as floor the price is
-then up to 3 % low on random traffic, 2 % on traces. Knows copies from device to device and rates of
-links. Knows nothing of plans, experts or steps; `benchmarks/oracles/flows.py`
-is the slow, plain form of it, and its oracle (benchmarks/simulator.py, `oracle`).
+device behind an oversubscribed spine does not: at first all flows of its node get equal shares, and
+its own bytes are left over at the end, alone on the NIC. So here the rates are dealt, max-min fair,
+again whenever flows end: exactly behind a shared spine. Without one, ends within MERGED of the port
+bound are dealt as one, at the first of them: with the port bound as floor the price is then up to 3
+% low on random traffic, 2 % on traces. Knows transfers from device to device and rates of links.
+Knows nothing of plans, experts or steps; `benchmarks/oracles/flows.py` is the slow, plain form of
+it, and its oracle (benchmarks/simulator.py, `oracle`).
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def _any_shared_spine(cluster: Cluster) -> bool:
     return any(shares_a_spine(profile, cluster) for profile in legs)
 
 
-def fair_copies_WX(copies_WGG: FloatArray, cluster: Cluster) -> FloatArray:
-    """[W, 2] how long dispatch and combine take between nodes, in copies through one NIC.
+def fair_transfers_WX(transfers_WGG: FloatArray, cluster: Cluster) -> FloatArray:
+    """[W, 2] how long dispatch and combine take between nodes, in transfers through one NIC.
 
-    copies_WGG: copies from device to device in the dispatch direction; those inside a node do not
-    count. The combine is the mirror image, which takes equally long over the same links.
+    transfers_WGG: transfers from device to device in the dispatch direction; those inside a node do
+    not count. The combine is the mirror image, which takes equally long over the same links.
     """
     hardware, merged = cluster.hardware, 0.0 if _any_shared_spine(cluster) else MERGED
     spine = [_spine_in_nics(profile, cluster) for profile in (hardware.dispatch, hardware.combine)]
-    dispatch_W = _finish_W(copies_WGG, cluster.node_G, spine[0], merged)
+    dispatch_W = _finish_W(transfers_WGG, cluster.node_G, spine[0], merged)
     same = spine[0] == spine[1]
-    combine_W = dispatch_W if same else _finish_W(copies_WGG, cluster.node_G, spine[1], merged)
+    combine_W = dispatch_W if same else _finish_W(transfers_WGG, cluster.node_G, spine[1], merged)
     return np.stack([dispatch_W, combine_W], axis=1)
 
 
@@ -74,31 +74,31 @@ def _spine_in_nics(profile: ExchangeProfile, cluster: Cluster) -> float:
 
 
 @compiled
-def _finish_W(copies_WGG: Any, node_G: Any, spine: float, merged: float) -> Any:
+def _finish_W(transfers_WGG: Any, node_G: Any, spine: float, merged: float) -> Any:
     devices = len(node_G)
     nodes = node_G[devices - 1] + 1
     # NIC out and in of every device, spine out and in of every node; what cannot bind is left out.
     binds = spine < devices
     rate_X = np.ones(2 * devices + (2 * nodes if binds else 0))
     rate_X[2 * devices :] = spine
-    finish_W = np.zeros(len(copies_WGG))
-    for w in range(len(copies_WGG)):
+    finish_W = np.zeros(len(transfers_WGG))
+    for w in range(len(transfers_WGG)):
         flows = 0
         for source in range(devices):
             for target in range(devices):
-                if node_G[source] != node_G[target] and copies_WGG[w, source, target] > 0:
+                if node_G[source] != node_G[target] and transfers_WGG[w, source, target] > 0:
                     flows += 1
         link_FP = np.empty((flows, 4 if binds else 2), np.int32)
         left_F = np.empty(flows)
         f = 0
         for source in range(devices):
             for target in range(devices):
-                if node_G[source] != node_G[target] and copies_WGG[w, source, target] > 0:
+                if node_G[source] != node_G[target] and transfers_WGG[w, source, target] > 0:
                     link_FP[f, 0], link_FP[f, 1] = source, devices + target
                     if binds:
                         link_FP[f, 2] = 2 * devices + node_G[source]
                         link_FP[f, 3] = 2 * devices + nodes + node_G[target]
-                    left_F[f] = copies_WGG[w, source, target]
+                    left_F[f] = transfers_WGG[w, source, target]
                     f += 1
         finish_W[w] = _finish(left_F, link_FP, rate_X, merged)
     return finish_W

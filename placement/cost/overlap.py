@@ -25,7 +25,7 @@ MAX_DEGREE = 32
 
 @dataclass(frozen=True)
 class Overlap:
-    """The schedule in force.
+    """The active schedule.
 
     none: dispatch, experts, combine one after the other. two_batch: the step's tokens in two
     halves, one computes while the other exchanges. pipeline: `degree` chunks (None = the best of

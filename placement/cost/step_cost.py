@@ -1,7 +1,7 @@
 """How long one MoE step takes under a plan, and what moving experts costs.
 
-Takes work per device and copies per port (`traffic.py`) and returns microseconds. Knows nothing of
-requests, queues, clocks or who asks: the planner, `evaluate` and the simulator price a plan with
+Takes work per device and transfers per port (`traffic.py`) and returns microseconds. Knows nothing
+of requests, queues, clocks or who asks: the planner, `evaluate` and the simulator price a plan with
 the same function. Pure: no randomness, no state.
 
 compute    a device's experts: start + active·fixed + weight bytes / HBM rate + tokens·flops / rate
@@ -15,7 +15,7 @@ counts     an all-gather of every rank's counts, where the dispatch needs them t
            exchange: it is in its alpha, measured with it. The live workers gather in every layer
            all the same (they agree on the plan's epoch in it); hardware profiles of theirs say so
            (`counts_always`).
-layer      counts + dispatch + slowest device + combine, under the overlap schedule in force.
+layer      counts + dispatch + slowest device + combine, under the overlap active schedule.
            step = sum over layers + the other time.
 
 Between nodes, where the loads say how long max-min fair sharing takes (`fair_sharing.py`), that is
@@ -228,11 +228,11 @@ def _exchange(
     copy_bytes = model.hidden * bytes_per_value
     alpha_us = profile.alpha_us + profile.alpha_per_log2_node_us * np.log2(cluster.num_nodes)
     fair_us = np.zeros(shape)
-    if loads.fair_copies_WLX is not None:
+    if loads.fair_transfers_WLX is not None:
         nic_us = copy_bytes / profile.nic_bytes_per_s * 1e6
-        fair_us = loads.fair_copies_WLX[:, :, int(mirrored)] * nic_us
+        fair_us = loads.fair_transfers_WLX[:, :, int(mirrored)] * nic_us
     if shares_a_spine(profile, cluster) and (
-        loads.fair_copies_WLX is None or nic_share_G is not None
+        loads.fair_transfers_WLX is None or nic_share_G is not None
     ):
         notes.append(SHARED_SPINE)
     port_us = _port_times(loads, cluster, profile, copy_bytes, mirrored, nic_share_G)
@@ -330,7 +330,7 @@ def move_cost(
     Raises InputError for a move outside the plan.
     """
     bytes_E = model.bytes_per_expert_E()
-    holds_LGE = current.copies_LGE() > 0
+    holds_LGE = current.replicas_LGE() > 0
     node_G = cluster.node_G
     devices = cluster.num_devices
     sums = np.zeros((5, devices))     # NVLink out, in, NIC out, in, host

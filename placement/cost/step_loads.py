@@ -3,7 +3,7 @@
 Knows routing, plans, dispatch and the payload rules of the traffic modes. Knows nothing of time:
 `cost.py` turns these loads into microseconds.
 
-Ports count token copies (hidden vectors) in the dispatch direction; the combine is the mirror
+Ports count token transfers (hidden vectors) in the dispatch direction; the combine is the mirror
 image, out and in exchanged, except under `coherent`, which has none.
 
 return_home/per_expert  one copy per (token, expert) from the home rank to the slot's rank; none
@@ -48,7 +48,7 @@ class StepLoads:
     tokens_WLG: IntArray                # assignments computed
     active_WLG: IntArray                # slots with at least one token
     weight_bytes_WLG: FloatArray | None   # weights those slots read; None = sizes unknown
-    nvlink_out_WLG: FloatArray          # copies, dispatch direction
+    nvlink_out_WLG: FloatArray          # transfers, dispatch direction
     nvlink_in_WLG: FloatArray
     nic_out_WLG: FloatArray
     nic_in_WLG: FloatArray
@@ -56,9 +56,9 @@ class StepLoads:
     expert_us_WLG: FloatArray | None = None     # sum over slots of the hardware's expert table
     expert_us_extrapolated: bool = False        # some slot held more tokens than the table did
     gathers_L: tuple[int, ...] | None = None    # of counts, to choose replicas; None = unknown
-    # [W, L, 2] dispatch and combine between nodes under fair sharing, in copies through one NIC;
+    # [W, L, 2] dispatch and combine between nodes under fair sharing, in transfers through one NIC;
     # None where the most loaded port says it (fair_sharing.py).
-    fair_copies_WLX: FloatArray | None = None
+    fair_transfers_WLX: FloatArray | None = None
 
 
 def step_loads(
@@ -214,5 +214,5 @@ def _stack(
         expert_us_WLG=table_us,
         expert_us_extrapolated=any(c.extrapolated for c in counted),
         gathers_L=tuple(c.gathers for c in counted),
-        fair_copies_WLX=np.stack(fair_WX, axis=1) if fair_WX else None,
+        fair_transfers_WLX=np.stack(fair_WX, axis=1) if fair_WX else None,
     )

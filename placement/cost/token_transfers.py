@@ -1,4 +1,4 @@
-"""What a placement sends: copies per token over the links that cost, and how a move changes it.
+"""What a placement sends: transfers per token over the links that cost, and how a move changes it.
 
 A place is a node or a rank, whichever the payload rule counts; each expert has the bit set of its
 places. per_expert pays for every choice whose expert is not at home; per_node and per_rank pay once
@@ -23,8 +23,8 @@ NEAR, FAR = 1.0 / 3.0, 1.0   # a copy inside a node against one between nodes
 PER_EXPERT, ONCE_PER_PLACE = 0, 1
 
 
-class CopyModel(NamedTuple):
-    """Tokens whose copies count; T = 0 means copies cost nothing here."""
+class TransferModel(NamedTuple):
+    """Tokens whose transfers count; T = 0 means transfers cost nothing here."""
 
     ids_TK: Any          # [T, K] int32, -1 = choice that does not count
     home_T: Any          # [T] int64 home place
@@ -36,30 +36,30 @@ class CopyModel(NamedTuple):
     weight: float        # price of one copy per token, in units of imbalance
 
 
-def no_copies(devices: int) -> CopyModel:
-    """A model under which copies cost nothing."""
-    return CopyModel(
+def no_transfers(devices: int) -> TransferModel:
+    """A model under which transfers cost nothing."""
+    return TransferModel(
         np.empty((0, 1), np.int32), np.empty(0, np.int64), np.zeros(1, np.int64),
         np.empty(0, np.int32), np.zeros(devices, np.int64), np.zeros((1, 1)), PER_EXPERT, 0.0,
     )
 
 
-def copies_cost_bytes(cluster: Cluster) -> bool:
-    """Whether placement can save copies on links that are scarce (design: `objective`)."""
+def transfers_cost_bytes(cluster: Cluster) -> bool:
+    """Whether placement can save transfers on links that are scarce (design: `objective`)."""
     if cluster.traffic.mode != "return_home" or cluster.num_devices == 1:
         return False
     return cluster.num_nodes > 1 or cluster.traffic.payload == "per_rank"
 
 
-def copy_model(
+def transfer_model(
     ids_TK: npt.NDArray[np.int32],
     home_T: npt.NDArray[np.integer[Any]],
     experts: int,
     cluster: Cluster,
     weight: float,
-) -> CopyModel | None:
-    """Copies under the cluster's payload rule; None where copies are free or places too many."""
-    if not copies_cost_bytes(cluster):
+) -> TransferModel | None:
+    """Transfers under the cluster's payload; None where they are free or go to too many places."""
+    if not transfers_cost_bytes(cluster):
         return None
     by_rank = cluster.traffic.payload == "per_rank"
     node_G = cluster.node_G
@@ -74,7 +74,7 @@ def copy_model(
     token = np.repeat(np.arange(len(ids_TK), dtype=np.int32), ids_TK.shape[1])[flat >= 0]
     order = np.argsort(flat[flat >= 0], kind="stable")
     counts_E = np.bincount(flat[flat >= 0], minlength=experts)
-    return CopyModel(
+    return TransferModel(
         ids_TK, place_G[home_T].astype(np.int64),
         np.concatenate(([0], np.cumsum(counts_E))).astype(np.int64), token[order],
         place_G.astype(np.int64), price_PP,
@@ -93,8 +93,8 @@ def places_of(holders: Any, place_G: Any) -> int:
 
 
 @compiled
-def token_price(model: CopyModel, t: int, places_E: Any) -> float:
-    """What one token's copies cost."""
+def token_price(model: TransferModel, t: int, places_E: Any) -> float:
+    """What one token's transfers cost."""
     home = model.home_T[t]
     price = 0.0
     visited = 1 << home
@@ -125,7 +125,7 @@ def _lowest(bits: int) -> int:
 
 
 @compiled
-def all_prices(model: CopyModel, places_E: Any) -> Any:
+def all_prices(model: TransferModel, places_E: Any) -> Any:
     """[T] price of every token."""
     price_T = np.zeros(len(model.home_T))
     for t in range(len(price_T)):
@@ -135,7 +135,7 @@ def all_prices(model: CopyModel, places_E: Any) -> Any:
 
 @compiled
 def price_change(
-    model: CopyModel, places_E: Any, price_T: Any, e1: int, after1: int, e2: int, after2: int,
+    model: TransferModel, places_E: Any, price_T: Any, e1: int, after1: int, e2: int, after2: int,
     commit: bool,
 ) -> float:
     """Change of cost when experts e1, e2 (or -1) get these place sets; `commit` makes it so.

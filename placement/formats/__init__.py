@@ -138,10 +138,10 @@ def _export_notes(plan: Plan, kind: _Format) -> tuple[str, ...]:
 def _nearest_notes(given: Plan, written: Plan) -> tuple[str, ...]:
     if written is given:
         return ()
-    change_LGE = written.copies_LGE() - given.copies_LGE()
+    change_LGE = written.replicas_LGE() - given.replicas_LGE()
     dropped, added = int(-change_LGE[change_LGE < 0].sum()), int(change_LGE[change_LGE > 0].sum())
     return (
-        f"not the plan but the nearest that can be held: {dropped:,} copies dropped, {added:,} "
+        f"not the plan but the nearest that can be held: {dropped:,} replicas dropped, {added:,} "
         "added; import it to judge it",
     )
 

@@ -31,15 +31,15 @@ def even_rows_LS(plan: Plan, engine: str) -> npt.NDArray[np.int64]:
 
 def refuse_duplicates(plan: Plan, engine: str, why: str) -> None:
     """Raises InputError naming the first device that holds an expert twice."""
-    twice = np.argwhere(plan.copies_LGE() > 1)
+    twice = np.argwhere(plan.replicas_LGE() > 1)
     if not len(twice):
         return
     layer, device, expert = (int(i) for i in twice[0])
-    more = f" ({plan.duplicates - 1} more such copies)" if plan.duplicates > 1 else ""
+    more = f" ({plan.duplicates - 1} more such replicas)" if plan.duplicates > 1 else ""
     raise InputError(
         f"{engine} cannot hold an expert twice on one device: {why}; device {device} of "
         f"{layer_name(plan, layer)} holds expert {expert} twice{more}. Nearest plan: leave out "
-        f"the second copy, or another expert in its place: {_EXPORT_IT}"
+        f"the second replica, or another expert in its place: {_EXPORT_IT}"
     )
 
 
@@ -61,7 +61,7 @@ def _uneven(plan: Plan, filled_LG: npt.NDArray[np.int64], engine: str) -> str:
     if drops:
         first, where, expert = drops[0]
         place = f"expert {expert} from device {where} of {layer_name(plan, first)}"
-        rest = f" and {len(drops) - 1} more extra copies" if len(drops) > 1 else ""
+        rest = f" and {len(drops) - 1} more extra replicas" if len(drops) > 1 else ""
         steps.append(f"drop {place}{rest}")
     if fills:
         first, where, count = fills[0]

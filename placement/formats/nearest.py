@@ -1,6 +1,7 @@
 """The nearest plan that an engine can hold: the fewest slots changed.
 
-Knows slots. Knows nothing of loads, so a dropped or added copy is chosen by counting copies alone.
+Knows slots. Knows nothing of loads, so a dropped or added replica is chosen by counting replicas
+alone.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ Step = tuple[int, int, int]      # layer, device, and the expert to drop or the 
 def nearest_plan(plan: Plan, *, duplicates: bool, uneven: bool) -> Plan:
     """`plan` made holdable. duplicates, uneven: whether the engine takes those as they are.
 
-    Second copies on a device go first. Then copies are dropped or added until all devices fill as
-    many slots in every layer (`even_steps`); added is the expert with fewest copies among those
-    the device lacks, ties to the lower id. A changed plan has no evidence.
+    Second replicas on a device go first. Then replicas are dropped or added until all devices fill
+    as many slots in every layer (`even_steps`); added is the expert with fewest replicas among
+    those the device lacks, ties to the lower id. A changed plan has no evidence.
     """
     slots_LGC = plan.slots.astype(np.int64)
     if not duplicates:
@@ -40,9 +41,9 @@ def nearest_plan(plan: Plan, *, duplicates: bool, uneven: bool) -> Plan:
 
 
 def even_steps(slots_LGC: IntArray, num_experts: int) -> tuple[int, list[Step], list[Step]]:
-    """(C, drops, fills): the fewest copies to drop and slots to fill until every device holds C.
+    """(C, drops, fills): the fewest replicas to drop and slots to fill until every device holds C.
 
-    Ties: the lower C. A dropped copy is never an expert's last. Filling every device like the
+    Ties: the lower C. A dropped replica is never an expert's last. Filling every device like the
     fullest needs no drop, so there always is an answer.
     """
     filled_LG = (slots_LGC >= 0).sum(axis=2)
@@ -65,7 +66,7 @@ def closed_up(slots_LGC: IntArray) -> IntArray:
 
 
 def _drops(slots_LGC: IntArray, num_experts: int, target: int) -> list[Step] | None:
-    """Copies to drop so that no device holds more than `target`; None where too few can go."""
+    """Replicas to drop so that no device holds more than `target`; None where too few can go."""
     drops = []
     filled_LG = (slots_LGC >= 0).sum(axis=2)
     for layer in np.flatnonzero((filled_LG > target).any(axis=1)):
@@ -84,9 +85,10 @@ def _drops(slots_LGC: IntArray, num_experts: int, target: int) -> list[Step] | N
 
 
 def _layer_drops(held_GE: IntArray, excess_G: IntArray) -> IntArray | None:
-    """[G, E] copies to drop, `excess_G` from each device, no expert's last; None where impossible.
+    """[G, E] replicas to drop, `excess_G` from each device, no expert's last; None where
+    impossible.
 
-    A flow: source -> device (its excess) -> expert (copies held) -> sink (all copies but one).
+    A flow: source -> device (its excess) -> expert (replicas held) -> sink (all replicas but one).
     """
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import maximum_flow
@@ -106,17 +108,17 @@ def _layer_drops(held_GE: IntArray, excess_G: IntArray) -> IntArray | None:
 
 def _fill_inplace(slots_GC: IntArray, device: int, count: int, num_experts: int) -> None:
     """Fill the first `count` empty slots of the device."""
-    copies_E = np.bincount(slots_GC[slots_GC >= 0], minlength=num_experts)
+    replicas_E = np.bincount(slots_GC[slots_GC >= 0], minlength=num_experts)
     for slot in np.flatnonzero(slots_GC[device] == EMPTY)[:count]:
         lacks_E = ~np.isin(np.arange(num_experts), slots_GC[device])
         candidates = lacks_E if lacks_E.any() else np.ones(num_experts, bool)
-        expert = int(np.where(candidates, copies_E, np.iinfo(np.int64).max).argmin())
+        expert = int(np.where(candidates, replicas_E, np.iinfo(np.int64).max).argmin())
         slots_GC[device, slot] = expert
-        copies_E[expert] += 1
+        replicas_E[expert] += 1
 
 
 def _drop_duplicates_inplace(slots_LGC: IntArray) -> None:
-    """Empty every second copy of an expert on a device; the first slot keeps it."""
+    """Empty every second replica of an expert on a device; the first slot keeps it."""
     for row in slots_LGC.reshape(-1, slots_LGC.shape[2]):
         again = np.ones(len(row), bool)
         again[np.unique(row, return_index=True)[1]] = False

@@ -55,7 +55,7 @@ def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
     """Raises InputError on an expert twice on a device: 0/1 cannot say it."""
     refuse_duplicates(plan, "OmniPlacement", "its file says 0 or 1 per expert")
     with replacing(path) as file:
-        np.save(file, plan.copies_LGE().transpose(1, 0, 2).astype(np.int32))
+        np.save(file, plan.replicas_LGE().transpose(1, 0, 2).astype(np.int32))
     return ("the format has no slot order: it tells which device holds which expert",)
 
 

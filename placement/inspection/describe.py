@@ -85,7 +85,7 @@ def _facts(plan: Plan) -> list[tuple[str, Any]]:
         ("filled slots per device and layer", _range(filled_LG)),
         ("spare replicas", plan.spare_slots),
         ("duplicates on one device", plan.duplicates),
-        ("most copies of an expert", int(plan.replicas_LE.max())),
+        ("most replicas of an expert", int(plan.replicas_LE.max())),
         ("dispatch", dispatch_text(plan.dispatch)),
         ("made by", _origin_text(plan.provenance)),
         ("trace", plan.provenance.trace_digest),
@@ -102,7 +102,7 @@ def _evidence_facts(evidence: Evidence) -> list[tuple[str, Any]]:
         (f"objective ({evidence.objective_name})", f"{evidence.objective:,.4f}"),
         (f"bound{kind}", f"{evidence.bound:,.4f}"),
         ("gap", f"{evidence.gap:.2%}"),
-        ("remote copies per token",
+        ("remote transfers per token",
          None if evidence.copies is None else f"{evidence.copies:,.3f}"),
         ("on held-back steps",
          None if evidence.validation is None else f"{evidence.validation:,.4f}"),
@@ -118,7 +118,7 @@ def _objective_text(evidence: Evidence) -> str:
 
 def _layer_documents(plan: Plan) -> list[dict[str, Any]]:
     filled_L = (plan.slots >= 0).sum(axis=(1, 2))
-    duplicates_L = np.maximum(plan.copies_LGE() - 1, 0).sum(axis=(1, 2))
+    duplicates_L = np.maximum(plan.replicas_LGE() - 1, 0).sum(axis=(1, 2))
     replicas_LE = plan.replicas_LE
     judged = plan.evidence.layers if plan.evidence is not None else ()
     documents = []
@@ -129,7 +129,7 @@ def _layer_documents(plan: Plan) -> list[dict[str, Any]]:
             "filled_slots": int(filled_L[layer]),
             "spare_replicas": int(filled_L[layer]) - plan.num_experts,
             "duplicates": int(duplicates_L[layer]),
-            "most_copies": _most_copies(replicas_LE[layer]),
+            "most_replicas": _most_replicas(replicas_LE[layer]),
             "objective": None if evidence is None else evidence.objective,
             "bound": None if evidence is None else evidence.bound,
         })
@@ -138,8 +138,8 @@ def _layer_documents(plan: Plan) -> list[dict[str, Any]]:
 
 def _layer_table(layers: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[Row]]:
     """Columns that say something, and rows with equal neighbours merged."""
-    columns = ["layer", "filled slots", "spare replicas", "most copies"]
-    keys = ["layer", "filled_slots", "spare_replicas", "most_copies"]
+    columns = ["layer", "filled slots", "spare replicas", "most replicas"]
+    keys = ["layer", "filled_slots", "spare_replicas", "most_replicas"]
     if any(entry["duplicates"] for entry in layers):
         columns.append("duplicates")
         keys.append("duplicates")
@@ -147,22 +147,22 @@ def _layer_table(layers: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[Ro
         columns += ["objective", "bound"]
         keys += ["objective", "bound"]
     rows = [
-        tuple(_copies_text(entry[key]) if key == "most_copies" else entry[key] for key in keys)
+        tuple(_replicas_text(entry[key]) if key == "most_replicas" else entry[key] for key in keys)
         for entry in layers
     ]
     return tuple(columns), merged_rows(rows)
 
 
-def _most_copies(replicas_E: IntArray) -> list[dict[str, int]]:
-    """The experts with most copies, of those with more than one; ties to the lower id."""
+def _most_replicas(replicas_E: IntArray) -> list[dict[str, int]]:
+    """The experts with most replicas, of those with more than one; ties to the lower id."""
     order = np.argsort(-replicas_E, kind="stable")[:MOST_SHOWN]
     return [
-        {"expert": int(e), "copies": int(replicas_E[e])} for e in order if replicas_E[e] > 1
+        {"expert": int(e), "replicas": int(replicas_E[e])} for e in order if replicas_E[e] > 1
     ]
 
 
-def _copies_text(most: list[dict[str, int]]) -> str | None:
-    return ", ".join(f"{m['expert']} x{m['copies']}" for m in most) or None
+def _replicas_text(most: list[dict[str, int]]) -> str | None:
+    return ", ".join(f"{m['expert']} x{m['replicas']}" for m in most) or None
 
 
 def merged_rows(rows: list[Row]) -> list[Row]:
@@ -177,7 +177,7 @@ def merged_rows(rows: list[Row]) -> list[Row]:
 def _notes(plan: Plan) -> tuple[str, ...]:
     notes = []
     if plan.duplicates:
-        notes.append("a second copy of an expert on one device serves nothing: plan anew, or "
+        notes.append("a second replica of an expert on one device serves nothing: plan anew, or "
                      "leave the slot to another expert")
     if plan.evidence is None:
         notes.append("no evidence in the file: `loadmaster evaluate TRACE PLAN` judges it")

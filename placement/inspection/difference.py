@@ -49,7 +49,7 @@ def diff_plans(old: Plan, new: Plan, model: ModelSpec | None = None) -> PlanDiff
             f"{layer_range(new)}"
         )
     bytes_E = _expert_bytes(new, model)
-    arrived_LGE = (new.copies_LGE() > 0) & (old.copies_LGE() == 0)
+    arrived_LGE = (new.replicas_LGE() > 0) & (old.replicas_LGE() == 0)
     change_LE = new.replicas_LE - old.replicas_LE
     total_bytes = None if bytes_E is None else int((arrived_LGE.sum(axis=(0, 1)) * bytes_E).sum())
     gained, lost = int(np.maximum(change_LE, 0).sum()), int(np.maximum(-change_LE, 0).sum())

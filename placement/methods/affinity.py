@@ -1,7 +1,7 @@
 """ExFlow, aggregated (arXiv 2401.08383): experts that follow each other go to one device.
 
 Minimises the price of hops from layer to layer, each layer's experts in equal parts; loads are not
-looked at, so balance is what falls out of it. One copy of each expert. The original keeps one
+looked at, so balance is what falls out of it. One replica of each expert. The original keeps one
 column per token; counting transitions first gives the same objective in E² numbers per layer.
 
 Knows transition counts and hop prices. Knows nothing of loads, replicas, steps or dispatch.
@@ -13,14 +13,14 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from ...foundation.arrays import FloatArray, IntArray
-from .whole_model import Laid, LayersDone, WholeModel, slots_of
+from .whole_model import LayersDone, PlacedModel, WholeModel, slots_of
 
 STARTS = {"fast": 1, "normal": 2, "thorough": 8}
 MOST_SWEEPS = {"fast": 2, "normal": 8, "thorough": 50}
 LEAST_GAIN = 1e-3           # of the price, by a sweep worth repeating
 
 
-def affinity(model: WholeModel, done: LayersDone) -> Laid:
+def affinity(model: WholeModel, done: LayersDone) -> PlacedModel:
     """Slots of all layers with few and short hops from layer to layer.
 
     minimise  sum_l sum_{e,f} transitions[l][e, f] · hop[device of e in l, device of f in l + 1]
@@ -54,7 +54,7 @@ def affinity(model: WholeModel, done: LayersDone) -> Laid:
     hops = float(model.transition_LEE.sum())
     stay = 1.0 - _moved(model, best_LE) / hops if hops > 0 else 1.0
     notes = (f"affinity: {stay:.1%} of the ways from layer to layer stay on their device",)
-    return Laid(slots_of(best_LE, model.slots_G), notes, truncated)
+    return PlacedModel(slots_of(best_LE, model.slots_G), notes, truncated)
 
 
 def _forward(

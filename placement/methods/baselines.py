@@ -1,8 +1,8 @@
 """Placement methods that look at loads alone, one layer at a time: baselines and starting points.
 
-Each takes a `LayerLoads` and returns slots_GC [G, C] int16. Ours never put two copies of an expert
-on one device; DeepSeek's may. Knows loads, steps' shares and devices. Knows nothing of dispatch,
-traffic or cost: how good a placement is, others say.
+Each takes a `LayerLoads` and returns slots_GC [G, C] int16. Ours never put two replicas of an
+expert on one device; DeepSeek's may. Knows loads, steps' shares and devices. Knows nothing of
+dispatch, traffic or cost: how good a placement is, others say.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..search.annealing.even_average import swap_with_hottest
 from .cover_milp import cover_by_program
 from .eplb import eplb
 from .pack import EMPTY, pack_heaviest_first
-from .replicate import copies_by_load
+from .replicate import replicas_by_load
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LayerLoads:
         return int(self.slots_G.max())
 
     def usable_slots_G(self) -> IntArray:
-        """[G] slots that can hold something: no device needs more than one copy of each expert."""
+        """[G] slots that can hold something: a device needs one replica of an expert at most."""
         return np.minimum(self.slots_G, self.experts)
 
 
@@ -90,7 +90,7 @@ def eplb_global(layer: LayerLoads) -> SlotArray:
 
 
 def eplb_hierarchical(layer: LayerLoads) -> SlotArray:
-    """DeepSeek's EPLB: expert groups to nodes first, then copies and devices inside each node.
+    """DeepSeek's EPLB: expert groups to nodes first, then replicas and devices inside each node.
 
     The model's expert groups are used; a model without groups counts each node as one group.
     """
@@ -99,18 +99,18 @@ def eplb_hierarchical(layer: LayerLoads) -> SlotArray:
 
 
 def greedy(layer: LayerLoads) -> SlotArray:
-    """Copies by load, then heaviest first onto the device that would finish first.
+    """Replicas by load, then heaviest first onto the device that would finish first.
 
     Where that leaves out experts of different sizes, a program packs them (`cover_program.py`) and
-    copies fill what is left. Raises InfeasibleError where it finds no packing either.
+    replicas fill what is left. Raises InfeasibleError where it finds no packing either.
     """
     slots_GC = pack_heaviest_first(
-        layer.load_E, greedy_copies(layer), layer.slots_G, layer.speed_G,
+        layer.load_E, greedy_replicas(layer), layer.slots_G, layer.speed_G,
         size_E=layer.size_E, room_G=layer.room_G,
     )
     if len(np.setdiff1d(np.arange(layer.experts), slots_GC)) == 0:
         return slots_GC
-    require_room(layer.experts, layer.usable_slots_G())
+    require_capacity(layer.experts, layer.usable_slots_G())
     size_E, room_G = layer.size_E, layer.room_G
     if size_E is None or room_G is None:
         size_E, room_G = np.zeros(layer.experts), np.zeros(layer.devices)
@@ -121,8 +121,8 @@ def greedy(layer: LayerLoads) -> SlotArray:
 def _filled(
     layer: LayerLoads, slots_GC: SlotArray, size_E: FloatArray, room_G: FloatArray
 ) -> SlotArray:
-    """The rest of slots and bytes filled with copies: always of the expert with most load per copy
-    among those that fit somewhere, onto the device that holds fewest."""
+    """The rest of slots and bytes filled with replicas: always of the expert with most load per
+    replica among those that fit somewhere, onto the device that holds fewest."""
     slots_GC = slots_GC.copy()
     held_GE = np.zeros((layer.devices, layer.experts), bool)
     for g, row in enumerate(slots_GC):
@@ -150,12 +150,12 @@ def anticorrelation(layer: LayerLoads) -> SlotArray:
     """As `greedy`, but a device looks fuller to an expert that is busy when its experts are.
 
     Placing a, device load = sum over its experts m of (share_m + 0.5 · corr(a, m)), shares and
-    Pearson correlations over steps; copies count with share/copies.
+    Pearson correlations over steps; replicas count with share/replicas.
     Source: Towards MoE Deployment (arXiv 2303.06182), anti-correlation placement.
     """
-    copies_E = greedy_copies(layer)
+    replicas_E = greedy_replicas(layer)
     total_W1 = np.maximum(layer.load_WE.sum(axis=1, keepdims=True), 1e-300)
-    share_WE = layer.load_WE / total_W1 / copies_E
+    share_WE = layer.load_WE / total_W1 / replicas_E
     centred = share_WE - share_WE.mean(axis=0)
     norm_E = np.sqrt((centred**2).sum(axis=0))
     norm_E[norm_E == 0] = np.inf           # an expert that never varies correlates with nothing
@@ -168,9 +168,9 @@ def anticorrelation(layer: LayerLoads) -> SlotArray:
     for expert in np.lexsort((np.arange(layer.experts), -share_E)):
         waiting -= 1
         felt_E = share_E[expert] + 0.5 * (scaled.T @ scaled[:, expert])
-        for copy in range(int(copies_E[expert])):
+        for replica in range(int(replicas_E[expert])):
             barred = (used_G >= layer.slots_G) | held_GE[:, expert]
-            if barred.all() or (copy > 0 and free <= waiting):
+            if barred.all() or (replica > 0 and free <= waiting):
                 break
             finish_G = np.where(barred, np.inf, seen_GE[:, expert] / layer.speed_G)
             g = int(np.argmin(finish_G))
@@ -182,13 +182,13 @@ def anticorrelation(layer: LayerLoads) -> SlotArray:
     return slots_GC
 
 
-def greedy_copies(layer: LayerLoads) -> IntArray:
-    """[E] copies by load for every usable slot; memory may cut them later."""
-    return copies_by_load(layer.load_E, int(layer.usable_slots_G().sum()), layer.devices)
+def greedy_replicas(layer: LayerLoads) -> IntArray:
+    """[E] replicas by load for every usable slot; memory may cut them later."""
+    return replicas_by_load(layer.load_E, int(layer.usable_slots_G().sum()), layer.devices)
 
 
-def require_room(experts: int, slots_G: IntArray) -> None:
-    """Raises InfeasibleError when one copy of each expert does not fit."""
+def require_capacity(experts: int, slots_G: IntArray) -> None:
+    """Raises InfeasibleError when one replica of each expert does not fit."""
     slots = int(slots_G.sum())
     if slots < experts:
         raise InfeasibleError(

@@ -22,7 +22,7 @@ def cover_by_program(
     load_E: FloatArray, size_E: FloatArray, slots_G: IntArray, room_G: FloatArray,
     speed_G: FloatArray,
 ) -> SlotArray:
-    """One copy of every expert [G, C], every device within its slots and bytes.
+    """One replica of every expert [G, C], every device within its slots and bytes.
 
     n[s][g] = experts of size s on device g, whole numbers
     (1) sum_g n[s][g] = count[s]                every expert is somewhere

@@ -1,8 +1,8 @@
 """DeepSeek's expert placement load balancer (EPLB), as a baseline to be judged beside.
 
-Reproduces the published algorithm: replicas by largest load per copy, packing of equal counts by
+Reproduces the published algorithm: replicas by largest load per replica, packing of equal counts by
 longest processing time, and the hierarchical variant that first packs expert groups onto nodes.
-Knows average loads only. Two copies of an expert may share a device, as in the original.
+Knows average loads only. Two replicas of an expert may share a device, as in the original.
 
 Ties, which decide the result on equal loads: the original's descending sort is unstable from 17
 items on; here it is stable, lower index first. On loads without ties the results are identical.
@@ -22,17 +22,17 @@ from ...foundation.compiled import compiled
 
 @dataclass(frozen=True)
 class EplbMaps:
-    """What the original returns. X = most copies of any expert; unused entries are -1."""
+    """What the original returns. X = most replicas of any expert; unused entries are -1."""
 
     physical_to_logical_LS: IntArray
-    logical_to_physical_LEX: IntArray   # in order of creation of the copies, not of slots
+    logical_to_physical_LEX: IntArray   # in order of creation of the replicas, not of slots
     logical_count_LE: IntArray
 
 
 def eplb(
     load_LE: npt.NDArray[np.floating], slots: int, groups: int, nodes: int, devices: int
 ) -> EplbMaps:
-    """Place S = `slots` copies per layer; hierarchical when `groups` divide over `nodes`.
+    """Place S = `slots` replicas per layer; hierarchical when `groups` divide over `nodes`.
 
     load_LE: [L, E] cast to float32 first, as the original does. slots and E must divide by
     devices and groups; devices by nodes. Raises UsageError where they do not.
@@ -64,7 +64,7 @@ def eplb(
 def _layer(
     load_E: Float32Array, slots: int, groups: int, nodes: int, devices: int
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """One layer: expert and copy number of each slot [S], copies of each expert [E]."""
+    """One layer: expert and replica number of each slot [S], replicas of each expert [E]."""
     experts = len(load_E)
     # 1. Groups of experts to nodes; from here on an expert is known by its place in its node.
     group_load = load_E.reshape(groups, -1).sum(axis=1, dtype=np.float32)
@@ -79,7 +79,7 @@ def _layer(
     slots_per_node = slots // nodes
     for node in range(nodes):
         members = expert_at[node * per_node : (node + 1) * per_node]
-        # 2. Copies inside the node; 3. copies to its devices.
+        # 2. Replicas inside the node; 3. replicas to its devices.
         copy_of, rank_of, count = _replicate(load_E[members], slots_per_node)
         share = np.divide(load_E[members], count, dtype=np.float32)
         weight: Float32Array = share[copy_of]
@@ -123,7 +123,7 @@ def _fill_lightest(
 
 @compiled
 def _replicate(load_E: Float32Array, slots: int) -> tuple[IntArray, IntArray, IntArray]:
-    """Expert and copy number of each of S copies, in order of creation; copies per expert."""
+    """Expert and number of each of S replicas, in order of creation; replicas per expert."""
     experts = len(load_E)
     copy_of, rank_of = np.arange(slots), np.zeros(slots, np.int64)
     count_E = np.ones(experts, np.int64)

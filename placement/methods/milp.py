@@ -2,8 +2,8 @@
 
 The solver's word is never taken: gap and bound are read from HiGHS itself, and every answer is
 validated by the caller's own arithmetic. Work is limited by nodes, so the same program gives the
-same answer; a limit on seconds is a guard beside that. One program at a time runs in a process.
-Knows solvers. What the programs mean, their functions say.
+same answer; a limit on seconds is a time limit beside that. One program at a time runs in a
+process. Knows solvers. What the programs mean, their functions say.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def solve(
 ) -> Solved:
     """Minimise; returns what was reached and proved. Variables then hold the answer.
 
-    gap: relative, at which to stop. nodes: of the search tree, the budget. seconds: a guard; when
-    it fires the answer depends on the machine. on_gap: called with incumbent and bound as they
+    gap: relative, at which to stop. nodes: of the search tree, the budget. seconds: a time limit;
+    when it fires the answer depends on the machine. on_gap: called with incumbent and bound as they
     improve. Raises SolverError where HiGHS holds no feasible answer (NoAnswerError: where it says
     that there is none), BoundError where its bound is above its own answer.
     """

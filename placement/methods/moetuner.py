@@ -2,7 +2,7 @@
 
 Stage 1, here, clusters each layer's experts by load; stage 2 (`chain.py`) places the clusters of
 all layers so that tokens stay near. The printed programs lack an assignment constraint, nest their
-sums wrongly and multiply variables; the repaired forms are in the docstrings. One copy of each
+sums wrongly and multiply variables; the repaired forms are in the docstrings. One replica of each
 expert; spare slots only loosen the clusters' sizes.
 
 Knows loads, transition counts and hop prices. Knows nothing of replicas, steps or dispatch.
@@ -20,14 +20,14 @@ from ...errors import InfeasibleError
 from ...foundation.arrays import FloatArray, IntArray
 from .cluster_assignment import EXACT_DEVICES, cluster_traffic, place_clusters
 from .milp import OnGap, Solved, binary_grid, continuous, largest_in_rows, set_start, solve
-from .whole_model import Laid, LayersDone, WholeModel, slots_of
+from .whole_model import LayersDone, PlacedModel, WholeModel, slots_of
 
 NODES = {"fast": 20, "normal": 200, "thorough": 20_000}   # of the search tree, each layer
 ENOUGH = 1e-4               # relative gap of a layer's makespan at which to stop, and where the
 EXACT, SMALL = 1e-6, 512    # program is small (experts · devices), at which to stop instead
 
 
-def moetuner(model: WholeModel, done: LayersDone) -> Laid:
+def moetuner(model: WholeModel, done: LayersDone) -> PlacedModel:
     """Both stages: slots of all layers, and how far each stage is proved.
 
     Clusters hold between one expert (none where experts are fewer than devices) and as many as a
@@ -65,7 +65,7 @@ def moetuner(model: WholeModel, done: LayersDone) -> Laid:
         f"clusters on devices: local search (exact up to {EXACT_DEVICES} devices)",
     )
     device_LE = np.take_along_axis(device_LC, cluster_LE, axis=1)
-    return Laid(slots_of(device_LE, model.slots_G), notes, truncated or model.expired())
+    return PlacedModel(slots_of(device_LE, model.slots_G), notes, truncated or model.expired())
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def cluster_layer(
     (3) z >= T_c                         each c
     (4) clusters of equal size bounds are interchangeable: the heaviest expert goes to the first.
     Starts from longest-processing-time with swaps, which is the answer where it is at the bound
-    already or `nodes` is 0. Loads are scaled to a mean cluster of 1. seconds: a guard.
+    already or `nodes` is 0. Loads are scaled to a mean cluster of 1. seconds: a time limit.
     Raises InfeasibleError when the sizes cannot hold the experts.
     """
     experts, clusters = len(load_E), len(sizes)

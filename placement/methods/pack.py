@@ -1,6 +1,6 @@
-"""Copies of experts onto devices, heaviest first, never two of one expert on a device.
+"""Replicas of experts onto devices, heaviest first, never two of one expert on a device.
 
-Knows weights of copies, slots and speeds of devices. Knows nothing of steps, dispatch or search.
+Knows weights of replicas, slots and speeds of devices. Knows nothing of steps, dispatch or search.
 """
 
 from __future__ import annotations
@@ -16,44 +16,43 @@ EMPTY = -1
 
 def pack_heaviest_first(
     load_E: FloatArray,
-    copies_E: IntArray,
+    replicas_E: IntArray,
     slots_G: IntArray,
     speed_G: FloatArray | None = None,
     *,
     size_E: FloatArray | None = None,
     room_G: FloatArray | None = None,
 ) -> SlotArray:
-    """Place every copy of one layer by the longest-processing-time rule.
+    """Place every replica of one layer by the longest-processing-time rule.
 
-    load_E [E] tokens, split evenly over copies_E [E]; slots_G [G] slots per device; speed_G [G]
+    load_E [E] tokens, split evenly over replicas_E [E]; slots_G [G] slots per device; speed_G [G]
     relative speeds (1 where None); size_E [E] bytes and room_G [G] bytes where memory limits too.
-    Returns slots_GC [G, max slots] int16, EMPTY where a slot holds nothing.
-    The heaviest copy goes to the device that would finish first, among devices with a free slot,
-    enough room and no copy of that expert; ties go to the lower expert id, then the lower device.
-    Where no device qualifies, another expert is moved out of the way; if that fails too the copy
-    is left out. Where that leaves an expert without any, memory is short: then every expert is
-    placed once, largest first, before any second copy. An expert missing even so fits nowhere by
-    this rule, and the caller must refuse.
-    Cost O(S·G). Source: Graham (1969) with a count limit per device.
+    Returns slots_GC [G, max slots] int16, EMPTY where a slot holds nothing. The heaviest replica
+    goes to the device that would finish first, among devices with a free slot, enough room and no
+    replica of that expert; ties go to the lower expert id, then the lower device. Where no device
+    qualifies, another expert is moved out of the way; if that fails too the replica is left out.
+    Where that leaves an expert without any, memory is short: then every expert is placed once,
+    largest first, before any second replica. An expert missing even so fits nowhere by this rule,
+    and the caller must refuse. Cost O(S·G). Source: Graham (1969) with a count limit per device.
     """
     experts, devices = len(load_E), len(slots_G)
-    weight_E = np.asarray(load_E, np.float64) / np.maximum(copies_E, 1)
+    weight_E = np.asarray(load_E, np.float64) / np.maximum(replicas_E, 1)
     order = np.lexsort((np.arange(experts), -weight_E)).astype(np.int64)
     speed = np.ones(devices) if speed_G is None else np.asarray(speed_G, np.float64)
     size = np.zeros(experts) if size_E is None else np.asarray(size_E, np.float64)
     room = np.full(devices, np.inf) if room_G is None else np.asarray(room_G, np.float64)
-    copies, slots = np.asarray(copies_E, np.int64), np.asarray(slots_G, np.int64)
-    packed = _pack(weight_E, copies, order[:0], order, slots, speed, size, room.copy())
+    replicas, slots = np.asarray(replicas_E, np.int64), np.asarray(slots_G, np.int64)
+    packed = _pack(weight_E, replicas, order[:0], order, slots, speed, size, room.copy())
     if len(np.unique(packed[packed >= 0])) < experts:
         largest = np.lexsort((np.arange(experts), -weight_E, -size)).astype(np.int64)
-        packed = _pack(weight_E, copies, largest, order, slots, speed, size, room.copy())
+        packed = _pack(weight_E, replicas, largest, order, slots, speed, size, room.copy())
     return packed
 
 
 @compiled
 def _pack(
     weight_E: FloatArray,
-    copies_E: IntArray,
+    replicas_E: IntArray,
     first_order: IntArray,
     order: IntArray,
     slots_G: IntArray,
@@ -61,7 +60,7 @@ def _pack(
     size_E: FloatArray,
     room_G: FloatArray,
 ) -> SlotArray:
-    """Experts in `order`, all copies of each; before that, one each in `first_order` if given."""
+    """Experts in `order`, all replicas of each; before that, one each in `first_order` if given."""
     devices = len(slots_G)
     slots_GC = np.full((devices, slots_G.max()), EMPTY, np.int16)
     held_EG = np.zeros((len(weight_E), devices), np.bool_)
@@ -74,7 +73,7 @@ def _pack(
         for e in first_order if firsts and turn == 0 else order:
             if placed_E[e] == 0:
                 waiting -= 1
-            most = 1 if firsts and turn == 0 else copies_E[e]
+            most = 1 if firsts and turn == 0 else replicas_E[e]
             while placed_E[e] < most:
                 if placed_E[e] > 0 and free <= waiting:
                     break
@@ -86,7 +85,7 @@ def _pack(
                     if finish < best_load:
                         best, best_load = g, finish
                 if best < 0:
-                    best = _make_room(
+                    best = _evict(
                         e, slots_GC, held_EG, used_G, slots_G, load_G, weight_E, size_E, room_G
                     )
                 if best < 0:
@@ -102,7 +101,7 @@ def _pack(
 
 
 @compiled
-def _make_room(
+def _evict(
     e: int,
     slots_GC: SlotArray,
     held_EG: npt.NDArray[np.bool_],

@@ -1,7 +1,7 @@
-"""How many copies each expert gets, and how many slots each layer.
+"""How many replicas each expert gets, and how many slots each layer.
 
-Knows loads and slot counts. Knows nothing of devices' contents (`pack.py` places the copies) and
-nothing of steps or dispatch beyond "an expert's copies share its load evenly".
+Knows loads and slot counts. Knows nothing of devices' contents (`pack.py` places the replicas) and
+nothing of steps or dispatch beyond "an expert's replicas share its load evenly".
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from ...foundation.arrays import FloatArray, IntArray
 from ...foundation.compiled import compiled
 
 
-def copies_by_load(load_E: FloatArray, slots: int, most_copies: int) -> IntArray:
-    """Copies of each expert so that the heaviest copy is as light as possible.
+def replicas_by_load(load_E: FloatArray, slots: int, most_replicas: int) -> IntArray:
+    """Replicas of each expert so that the heaviest replica is as light as possible.
 
-    load_E: [E] finite, >= 0. slots: S >= E copies to hand out. most_copies: no expert gets more
-    (the number of devices, since two copies on one device are waste).
-    Returns copies_E [E] int64, each in 1..most_copies, summing to min(S, E·most_copies).
-    Gives one copy at a time to the largest load per copy; this is optimal for max load/copies.
-    Ties go to the expert with fewer copies, then to the lower id, so a layer that nobody used
-    spreads its spare slots evenly.
-    Raises InfeasibleError if S < E. Cost O(S log E).
+    load_E: [E] finite, >= 0. slots: S >= E replicas to hand out. most_replicas: no expert gets more
+    (the number of devices, since two replicas on one device are waste). Returns replicas_E [E]
+    int64, each in 1..most_copies, summing to min(S, E·most_replicas). Gives one replica at a time
+    to the largest load per replica; this is optimal for max load/replicas. Ties go to the expert
+    with fewer replicas, then to the lower id, so a layer that nobody used spreads its spare slots
+    evenly. Raises InfeasibleError if S < E. Cost O(S log E).
     """
     experts = len(load_E)
     if slots < experts:
@@ -32,36 +31,39 @@ def copies_by_load(load_E: FloatArray, slots: int, most_copies: int) -> IntArray
             f"{slots} slots cannot hold {experts} experts: {experts - slots} slots short; add "
             "devices or slots per device"
         )
-    spare = min(slots, experts * most_copies) - experts
-    return _hand_out(np.ascontiguousarray(load_E, np.float64), spare, most_copies)
+    spare = min(slots, experts * most_replicas) - experts
+    return _hand_out(np.ascontiguousarray(load_E, np.float64), spare, most_replicas)
 
 
 @compiled
-def _hand_out(load_E: FloatArray, spare: int, most_copies: int) -> IntArray:
-    """Spare copies one by one from a heap ordered by (-load per copy, copies, id)."""
-    copies_E = np.ones(len(load_E), np.int64)
-    if spare == 0 or most_copies == 1:
-        return copies_E
+def _hand_out(load_E: FloatArray, spare: int, most_replicas: int) -> IntArray:
+    """Spare replicas one by one from a heap ordered by (-load per replica, replicas, id)."""
+    replicas_E = np.ones(len(load_E), np.int64)
+    if spare == 0 or most_replicas == 1:
+        return replicas_E
     heap = [(-load_E[e], 1, e) for e in range(len(load_E))]
     heapq.heapify(heap)
     for _ in range(spare):
-        _, copies, e = heap[0]
-        copies_E[e] = copies + 1
-        if copies + 1 < most_copies:
-            heapq.heapreplace(heap, (-load_E[e] / (copies + 1), copies + 1, e))
+        _, replicas, e = heap[0]
+        replicas_E[e] = replicas + 1
+        if replicas + 1 < most_replicas:
+            heapq.heapreplace(heap, (-load_E[e] / (replicas + 1), replicas + 1, e))
         else:
             heapq.heappop(heap)
-    return copies_E
+    return replicas_E
 
 
-def lightest_heaviest_copy(load_E: FloatArray, most_spare: int, most_copies: int) -> FloatArray:
-    """[R+1] load of the heaviest copy with 0..R = most_spare spare slots, as `copies_by_load`."""
+def lightest_heaviest_replica(
+    load_E: FloatArray, most_spare: int, most_replicas: int
+) -> FloatArray:
+    """[R+1] load of the heaviest replica with 0..R = most_spare spare slots; see
+    `replicas_by_load`."""
     load = np.ascontiguousarray(load_E, np.float64)
-    return _heaviest_by_spare(load, most_spare, most_copies)
+    return _heaviest_by_spare(load, most_spare, most_replicas)
 
 
 @compiled
-def _heaviest_by_spare(load_E: FloatArray, most_spare: int, most_copies: int) -> FloatArray:
+def _heaviest_by_spare(load_E: FloatArray, most_spare: int, most_replicas: int) -> FloatArray:
     heap = [(-load_E[e], 1, e) for e in range(len(load_E))]
     heapq.heapify(heap)
     heaviest_R, capped = np.zeros(most_spare + 1), 0.0
@@ -69,9 +71,9 @@ def _heaviest_by_spare(load_E: FloatArray, most_spare: int, most_copies: int) ->
         heaviest_R[spare] = max(capped, -heap[0][0] if len(heap) > 0 else 0.0)
         if len(heap) == 0:
             continue
-        load, copies, e = heap[0]
-        if copies < most_copies:
-            heapq.heapreplace(heap, (-load_E[e] / (copies + 1), copies + 1, e))
+        load, replicas, e = heap[0]
+        if replicas < most_replicas:
+            heapq.heapreplace(heap, (-load_E[e] / (replicas + 1), replicas + 1, e))
         else:
             capped = max(capped, -load)
             heapq.heappop(heap)

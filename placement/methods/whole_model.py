@@ -1,6 +1,6 @@
 """Methods in which layers depend on each other, and what they look at.
 
-Both keep one copy of each expert and place experts that follow each other near each other: the
+Both keep one replica of each expert and place experts that follow each other near each other: the
 exchange that this saves exists only under `coherent` traffic, elsewhere they are baselines. Knows
 loads, transitions and hops. Knows nothing of steps, dispatch, cost or what the slots are worth.
 """
@@ -44,12 +44,12 @@ class WholeModel:
         return None if self.deadline is None else max(0.01, self.deadline - time.time())
 
     def expired(self) -> bool:
-        """Whether the guard on time has fired."""
+        """Whether the time limit has fired."""
         return self.deadline is not None and time.time() > self.deadline
 
 
 @dataclass(frozen=True)
-class Laid:
+class PlacedModel:
     """Slots of all layers, and what the method has to say about them."""
 
     slots_LGC: SlotArray
@@ -58,7 +58,7 @@ class Laid:
 
 
 LayersDone = Callable[[int, float], None]     # layers done, the method's own gap
-Method = Callable[[WholeModel, LayersDone], Laid]
+Method = Callable[[WholeModel, LayersDone], PlacedModel]
 
 
 def whole_model(

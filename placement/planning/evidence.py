@@ -12,7 +12,7 @@ import numpy as np
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
 from ..cost.lower_bounds import checked_gap
-from ..cost.token_transfers import copies_cost_bytes
+from ..cost.token_transfers import transfers_cost_bytes
 from ..dispatch.quotas import needs_all_counts
 from ..plan import DispatchSpec, Evidence, LayerEvidence
 from ..planning_traffic import PlanningSteps
@@ -42,7 +42,7 @@ def evidence_of(
 ) -> Evidence:
     """Objective, bound and gap; time adds layers up, balance takes their mean."""
     name = settings.objective
-    counted = data.trace is not None and copies_cost_bytes(settings.cluster)
+    counted = data.trace is not None and transfers_cost_bytes(settings.cluster)
     layers = []
     for answer in answers:
         reached = answer.planning.objective(name)
@@ -51,7 +51,7 @@ def evidence_of(
             LayerEvidence(
                 objective=reached, bound=bound, imbalance_mean=answer.planning.imbalance,
                 replicas=int((answer.slots_GC >= 0).sum()) - data.num_experts,
-                copies=answer.planning.copies if counted else None,
+                copies=answer.planning.transfers if counted else None,
             )
         )
     other_us = settings.model.other_time_us if name == "time" and settings.model else 0.0
@@ -66,19 +66,19 @@ def evidence_of(
         objective_name=name, objective=float(objective), bound=bound, gap=gap,
         validation=validation, layers=tuple(layers), steps=data.said,
         bound_kind=BOUND_KINDS[name],
-        notes=(*data.notes, *notes, *remarks(answers, data, settings)),
-        copies=float(np.mean([a.planning.copies for a in answers])) if counted else None,
+        notes=(*data.notes, *notes, *notes_on(answers, data, settings)),
+        copies=float(np.mean([a.planning.transfers for a in answers])) if counted else None,
     )
 
 
 BOUND_KINDS = {
-    "balance": "mean load; copies that the heaviest experts need",
+    "balance": "mean load; replicas that the heaviest experts need",
     "time": "every used expert read once, every token computed once; exchanges start, and send "
             "what no device's slots could keep at home",
 }
 
 
-def remarks(
+def notes_on(
     answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
 ) -> tuple[str, ...]:
     """What a reader of the plan should know beside the numbers."""

@@ -54,7 +54,7 @@ def can_align(cluster: Cluster) -> bool:
 def aligned(slots_LGC: SlotArray, model: WholeModel) -> tuple[SlotArray, str]:
     """(the same contents of devices under other device numbers, layer by layer; what that gains).
 
-    Tokens of an expert count as spread evenly over its copies. MoETuner's second program, with a
+    Tokens of an expert count as spread evenly over its replicas. MoETuner's second program, with a
     device's contents as the cluster: exact up to six devices, local search above.
     """
     held_LGE = np.stack([

@@ -1,10 +1,10 @@
 """What each device may hold in each layer: slots, and where memory is the tighter limit, bytes.
 
 A device's memory is for the experts of all layers together. With experts of one size it is a number
-of copies, shared between layers by what another copy is worth in each (`replicate.py`), so layers
-may end up with different numbers of slots; every device's copies are dealt as evenly over layers as
-that allows. With experts of different sizes every layer gets the same bytes. Knows loads, sizes and
-devices. Knows nothing of what is placed where.
+of replicas, shared between layers by what another replica is worth in each (`replicate.py`), so
+layers may end up with different numbers of slots; every device's replicas are dealt as evenly over
+layers as that allows. With experts of different sizes every layer gets the same bytes. Knows loads,
+sizes and devices. Knows nothing of what is placed where.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ...errors import InfeasibleError
 from ...foundation.arrays import FloatArray, IntArray
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
-from ..methods.replicate import lightest_heaviest_copy, share_slots_between_layers
+from ..methods.replicate import lightest_heaviest_replica, share_slots_between_layers
 from ..plan import Plan
 
 
 @dataclass(frozen=True)
-class LayerRooms:
+class LayerCapacity:
     """slots_LG [L, G]; room_LG [L, G] bytes, None where slots are the only limit."""
 
     slots_LG: IntArray
@@ -33,27 +33,27 @@ class LayerRooms:
     notes: tuple[str, ...] = ()
 
 
-def layer_rooms(
+def capacity_per_layer(
     load_LE: FloatArray, cluster: Cluster, model: ModelSpec | None, current: Plan | None = None
-) -> LayerRooms:
+) -> LayerCapacity:
     """Slots and bytes of each layer. current: a standing plan, whose layers keep what they hold.
 
-    Raises InfeasibleError when memory cannot hold one copy of every expert, or not what `current`
-    puts on a device.
+    Raises InfeasibleError when memory cannot hold one replica of every expert, or not what
+    `current` puts on a device.
     """
     layers, experts = load_LE.shape
     slots_LG = np.tile(cluster.slots_G, (layers, 1))
     memory = [d.expert_memory_bytes for d in cluster.devices]
     if all(own is None for own in memory):
-        return LayerRooms(slots_LG)
+        return LayerCapacity(slots_LG)
     if model is None or not model.knows_bytes:
-        return LayerRooms(
+        return LayerCapacity(
             slots_LG, notes=("expert_memory_bytes not counted: give the model, for its sizes",)
         )
     memory_G = np.array([np.inf if own is None else own for own in memory])
     size_E = model.bytes_per_expert_E().astype(np.float64)
     if (memory_G >= layers * cluster.slots_G * size_E.max()).all():
-        return LayerRooms(slots_LG)
+        return LayerCapacity(slots_LG)
     short = layers * size_E.sum() - memory_G.sum()
     if short > 0:
         raise InfeasibleError(
@@ -63,10 +63,10 @@ def layer_rooms(
         )
     if size_E.min() < size_E.max():
         room_LG = _bytes_of_layers(memory_G, size_E, layers, current)
-        return LayerRooms(slots_LG, room_LG, ("memory limits the experts' bytes on devices",))
+        return LayerCapacity(slots_LG, room_LG, ("memory limits the experts' bytes on devices",))
     copies_G = np.minimum(np.floor(memory_G / size_E[0]), layers * cluster.slots_G)
     if current is not None:
-        return LayerRooms(_kept(current, copies_G.astype(np.int64), cluster.slots_G))
+        return LayerCapacity(_kept(current, copies_G.astype(np.int64), cluster.slots_G))
     most_G = np.minimum(cluster.slots_G, experts)
     return _shared(load_LE, np.minimum(copies_G, layers * most_G).astype(np.int64), most_G)
 
@@ -109,17 +109,18 @@ def _require_memory(
         g = int(over[0])
         raise InfeasibleError(
             f"the current plan holds {held_G[g]:,.0f} {what} on device {g} over all layers, whose "
-            f"expert_memory_bytes allow {most_G[g]:,.0f} ({len(over)} such devices): plan afresh, "
-            "or raise expert_memory_bytes"
+            f"expert_memory_bytes allow {most_G[g]:,.0f} ({len(over)} such devices): plan from "
+            "scratch, or raise expert_memory_bytes"
         )
 
 
-def _shared(load_LE: FloatArray, copies_G: IntArray, most_G: IntArray) -> LayerRooms:
-    """copies_G [G] copies over all layers that each device's memory holds, at most L·most_G.
+def _shared(load_LE: FloatArray, copies_G: IntArray, most_G: IntArray) -> LayerCapacity:
+    """copies_G [G] replicas over all layers that each device's memory holds, at most L·most_G.
 
     k layers together can get sum over devices of min(copies_g, k·most_g), and nothing else limits
     what the layers' sums may be (max-flow/min-cut: a device gives a layer at most most_g). So
-    memory is too small only where all layers ask for more than there is at one copy of each expert.
+    memory is too small only where all layers ask for more than there is at one replica of each
+    expert.
     """
     layers, experts = load_LE.shape
     together_K = np.minimum(
@@ -133,13 +134,13 @@ def _shared(load_LE: FloatArray, copies_G: IntArray, most_G: IntArray) -> LayerR
             f"{layers} layers of {experts} need {layers * experts}: add devices or memory"
         )
     cost_LR = np.stack([
-        lightest_heaviest_copy(load_E, int(spare_K[0]), len(copies_G)) for load_E in load_LE
+        lightest_heaviest_replica(load_E, int(spare_K[0]), len(copies_G)) for load_E in load_LE
     ])
     spare_L = _spare_within(cost_LR, spare_K)
-    said = f"memory holds {budget} copies beyond one of each expert; layers have " + (
+    said = f"memory holds {budget} replicas beyond one of each expert; layers have " + (
         f"{spare_L.min()} to {spare_L.max()} of them, by what they are worth there"
     )
-    return LayerRooms(_dealt(experts + spare_L, copies_G, most_G), notes=(said,))
+    return LayerCapacity(_dealt(experts + spare_L, copies_G, most_G), notes=(said,))
 
 
 def _spare_within(cost_LR: FloatArray, most_K: IntArray) -> IntArray:
@@ -164,9 +165,9 @@ def _dealt(count_L: IntArray, copies_G: IntArray, most_G: IntArray) -> IntArray:
     """[L, G] slots: count_L in every layer, at most most_G there and copies_G over all layers.
 
     Layers are served by falling count. Each takes a like part of what every device has left, whole
-    copies, and the rest one by one from the device that could fill most layers, ties to the lower
-    one: a copy too many there hurts the remaining layers least. Needs counts of which any k sum to
-    at most sum over devices of min(copies_g, k·most_g); then it always comes out even.
+    replicas, and the rest one by one from the device that could fill most layers, ties to the lower
+    one: a replica too many there hurts the remaining layers least. Needs counts of which any k sum
+    to at most sum over devices of min(copies_g, k·most_g); then it always comes out even.
     """
     order = np.argsort(-count_L, kind="stable")
     left_G = copies_G.copy()
@@ -182,7 +183,7 @@ def _dealt(count_L: IntArray, copies_G: IntArray, most_G: IntArray) -> IntArray:
 
 
 def _take(left_G: IntArray, count: int, limit_G: IntArray, most_G: IntArray) -> IntArray:
-    """[G] `count` copies taken off left_G, in place, at most limit_G of each device."""
+    """[G] `count` replicas taken off left_G, in place, at most limit_G of each device."""
     taken_G = np.zeros(len(left_G), np.int64)
     heap = [
         (-left_G[g] / most_G[g], g) for g in range(len(left_G)) if min(left_G[g], limit_G[g]) > 0

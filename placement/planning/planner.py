@@ -28,9 +28,9 @@ from ..cost.lower_bounds import checked_gap
 from ..dispatch.policies import policy_of
 from ..dispatch.quotas import default_slack
 from ..methods.affinity import affinity
-from ..methods.baselines import LAYER_METHODS, require_room
+from ..methods.baselines import LAYER_METHODS, require_capacity
 from ..methods.moetuner import moetuner
-from ..methods.whole_model import Laid, Method, whole_model
+from ..methods.whole_model import Method, PlacedModel, whole_model
 from ..plan import DispatchSpec, Evidence, Plan, Provenance
 from ..planning_traffic import MOST_STEPS, MOST_TIMED_STEPS, PlanningSteps, planning_steps
 from ..search.layer_search import EFFORTS
@@ -38,7 +38,7 @@ from ..search.layer_task import LayerAnswer, LayerTask, answer_with, judged
 from ..search.milp_refine import search_and_polish
 from .evidence import Settings, evidence_of
 from .layer_alignment import linked, stacked
-from .layer_capacity import LayerRooms, layer_rooms
+from .layer_capacity import LayerCapacity, capacity_per_layer
 
 WHOLE_MODEL_METHODS: dict[str, Method] = {"affinity": affinity, "moetuner": moetuner}
 METHODS = (*LAYER_METHODS, *WHOLE_MODEL_METHODS, "auto")
@@ -51,7 +51,7 @@ class PlanResult:
     """A plan, what it is worth, and what finding it took.
 
     moves and pays_back_after_steps are `rebalance`'s: (layer, device, expert) to send, in order,
-    and after how many steps their cost is earned back (None: never, or nothing to earn).
+    and after how many steps their cost is earned back (None: never, or nothing to gain).
     """
 
     plan: Plan
@@ -82,29 +82,28 @@ def plan(
     """Decide which device holds which expert and replica, for the dispatch that will run.
 
     method: see METHODS. objective: "time" (default with a model of known sizes) or "balance":
-    smallest per-step imbalance and, where the traffic mode makes copies cost bytes, the fewest
-    copies among plans within balance_slack of it (by default what the dispatch may spend on it:
-    0.02 where copies to one place are sent once, 0.002 where each is sent). current: a
-    standing plan, taken as one more candidate. effort: "fast", "normal" or "thorough", a budget in
-    units of work, so the same input and seed give the same plan byte for byte on any executor.
-    time_limit_s: a guard; when it fires the best so far is returned, `truncated`. Evidence holds a
-    bound over all plans and the gap.
-    Raises UsageError on an unknown option, InputError on a bad trace, InfeasibleError when the
-    cluster cannot hold every expert.
+    smallest per-step imbalance and, where the traffic mode makes transfers cost bytes, the fewest
+    transfers among plans within balance_slack of it (by default what the dispatch may spend on it:
+    0.02 where transfers to one place are sent once, 0.002 where each is sent). current: a standing
+    plan, taken as one more candidate. effort: "fast", "normal" or "thorough", a budget in units of
+    work, so the same input and seed give the same plan byte for byte on any executor. time_limit_s:
+    a time limit; when it fires the best so far is returned, `truncated`. Evidence holds a bound
+    over all plans and the gap. Raises UsageError on an unknown option, InputError on a bad trace,
+    InfeasibleError when the cluster cannot hold every expert.
     """
     started = time.perf_counter()
     settings = resolve_settings(
         cluster, method, objective, dispatch, model, balance_slack, seed, effort, time_limit_s
     )
-    require_room(trace.num_experts, cluster.slots_G)
+    require_capacity(trace.num_experts, cluster.slots_G)
     data = planning_steps(trace, steps, most_steps=most_steps(settings))
     _check_model(settings, data)
     if current is not None:
         check_current(current, data, cluster)
-    rooms = rooms_of_layers(data, settings)
+    rooms = capacity_of_layers(data, settings)
     tasks = layer_tasks(data, settings, rooms, current)
     work: Callable[[LayerTask], LayerAnswer]
-    laid: Laid | None = None
+    laid: PlacedModel | None = None
     if method in WHOLE_MODEL_METHODS:
         laid = lay(method, data, settings, progress)
         work, progress = Judge(method, laid.slots_LGC), None
@@ -123,7 +122,7 @@ def plan(
 
 def lay(
     method: str, data: PlanningSteps, settings: Settings, progress: Progress | None
-) -> Laid:
+) -> PlacedModel:
     """All layers by a method that places them together."""
     model = whole_model(
         data, settings.cluster, method, settings.seed, settings.effort, settings.deadline
@@ -158,20 +157,20 @@ class Baseline:
         return answer_with(task, judged(task, self.method, slots_GC))
 
 
-def rooms_of_layers(
+def capacity_of_layers(
     data: PlanningSteps, settings: Settings, current: Plan | None = None
-) -> LayerRooms:
+) -> LayerCapacity:
     """Slots and bytes of each layer; loads are counted only where memory may be the limit."""
     cluster, shape = settings.cluster, (data.num_layers, data.num_experts)
     load_LE = np.zeros(shape)
     if any(device.expert_memory_bytes is not None for device in cluster.devices):
         for layer in range(data.num_layers):
             load_LE[layer] = data.layer(layer).planning_WE().mean(axis=0)
-    return layer_rooms(load_LE, cluster, settings.model, current)
+    return capacity_per_layer(load_LE, cluster, settings.model, current)
 
 
 def layer_tasks(
-    data: PlanningSteps, settings: Settings, rooms: LayerRooms, current: Plan | None = None
+    data: PlanningSteps, settings: Settings, rooms: LayerCapacity, current: Plan | None = None
 ) -> Iterator[LayerTask]:
     """One job per layer, made as they are asked for."""
     for layer in range(data.num_layers):
@@ -238,7 +237,7 @@ def _check_memory(made: Plan, settings: Settings) -> None:
     model = settings.model
     if model is None or not model.knows_bytes:
         return
-    held_G = made.copies_LGE().sum(axis=0) @ model.bytes_per_expert_E()
+    held_G = made.replicas_LGE().sum(axis=0) @ model.bytes_per_expert_E()
     for g, device in enumerate(settings.cluster.devices):
         if device.expert_memory_bytes is not None and held_G[g] > device.expert_memory_bytes:
             raise InfeasibleError(

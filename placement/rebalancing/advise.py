@@ -106,8 +106,8 @@ def advise(
     """Plan by every method on 70 % of the requests, judge on the rest, choose.
 
     The reference is `current`, else contiguous. It is chosen unless a plan beats it beyond the
-    noise and, with sizes known, earns its moves back within `horizon_steps`: a switch must earn its
-    place. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
+    noise and, with sizes known, pays back its moves within `horizon_steps`: a switch must pay back
+    its place. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
     `current`. `options` go to `attempt` (effort, executor, progress, time_limit_s). Judged where
     planned, and said, where the trace is too short to hold requests back. Raises UsageError on a
     budget without `current`, InfeasibleError where no method finds a plan.
@@ -137,13 +137,13 @@ def _moving(
     for row in table.rows:
         if row.name == CURRENT:
             continue
-        new, gain_us, sure_us = table.evaluations[row.name].step_time_us, None, None
+        new, gain_us, significant_us = table.evaluations[row.name].step_time_us, None, None
         if now is not None and new is not None:
             gain_us = now - new
             if table.metric_name == "step_time_us" and table.sure:
-                sure_us = -row.change_high_percent / 100 * table.row(CURRENT).metric
+                significant_us = -row.change_high_percent / 100 * table.row(CURRENT).metric
         found[row.name] = price_moves(
-            plans[CURRENT], plans[row.name], cluster, model, gain_us, sure_us
+            plans[CURRENT], plans[row.name], cluster, model, gain_us, significant_us
         )
     return found
 
@@ -183,7 +183,7 @@ def _better_text(table: Comparison, row: ComparisonRow) -> str:
     if row.best:
         return table.verdict
     return verdict_of(
-        (row, table.row(CURRENT)), CURRENT, table.metric_name, table.copies_name,
+        (row, table.row(CURRENT)), CURRENT, table.metric_name, table.transfers_name,
         table.balance_slack,
     )
 

@@ -1,6 +1,6 @@
 """advise_loads: several methods on average loads alone, with what can be said of them.
 
-Without steps nothing tells noise, times or copies: plans are ranked by the imbalance of the loads
+Without steps nothing tells noise, times or replicas: plans are ranked by the imbalance of the loads
 they were made for. Knows loads and plans. Prints nothing.
 """
 

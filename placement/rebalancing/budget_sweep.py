@@ -27,7 +27,7 @@ ROUNDING = 1e-9                  # of the budget: prices are added up in differe
 
 
 @dataclass(frozen=True)
-class Ladder:
+class BudgetSweep:
     """One layer at rising budgets; index 0 is the layer as it stands.
 
     slots_FK[f][k]: searched on half f. price_FK: what its moves cost, in shares of the budget.
@@ -62,7 +62,7 @@ class Climb:
     task: LayerTask
     halves: tuple[LayerTraffic, LayerTraffic] | None
 
-    def __call__(self) -> Ladder:
+    def __call__(self) -> BudgetSweep:
         task = self.task
         assert task.start_GC is not None and task.move_price_E is not None
         halves, counting = (self.halves, 0.0) if self.halves else _thinned(task)
@@ -84,7 +84,7 @@ class Climb:
             cost_KW, wide_K = zip(*(judged_on(judge, s) for s in slots_K), strict=True)
             cost_FKW.append(np.stack(cost_KW))
             wide_FK.append(wide_K)
-        return Ladder(
+        return BudgetSweep(
             budgets, tuple(slots_FK), np.array(price_FK), tuple(cost_FKW), np.array(wide_FK),
             counting,
         )
@@ -99,7 +99,7 @@ def judged_on(task: LayerTask, slots_GC: SlotArray) -> tuple[FloatArray, float]:
     return cost_W, float(wide_W[used].mean()) if used.any() else 0.0
 
 
-def climb(work: Climb) -> Ladder:
+def climb(work: Climb) -> BudgetSweep:
     """The layer's ladder, as a job."""
     return work()
 
@@ -158,14 +158,14 @@ def share_budget(gain_LK: list[FloatArray], price_LK: list[FloatArray]) -> list[
         left -= price
 
 
-def chosen_levels(ladders: list[Ladder]) -> list[int]:
+def chosen_levels(ladders: list[BudgetSweep]) -> list[int]:
     """By what both halves say; a level costs what the dearer of its two searches took."""
     return share_budget(
         [x.gain_FK.mean(axis=0) for x in ladders], [x.price_FK.max(axis=0) for x in ladders]
     )
 
 
-def allowances(ladders: list[Ladder], levels: list[int]) -> list[float | None]:
+def allowances(ladders: list[BudgetSweep], levels: list[int]) -> list[float | None]:
     """Budget of each layer's last search, together at most the whole; None = stay.
 
     What its searches took; then, in order of gain, up to the level's own budget.
@@ -186,7 +186,7 @@ def allowances(ladders: list[Ladder], levels: list[int]) -> list[float | None]:
 # ---- is it sure ---------------------------------------------------------------------------------
 
 
-def crossed_levels(ladders: list[Ladder]) -> tuple[list[int], list[int]]:
+def crossed_levels(ladders: list[BudgetSweep]) -> tuple[list[int], list[int]]:
     """[F][L] levels by which half f's searches are judged: chosen by the other half's figures."""
     chosen = [
         share_budget([x.gain_FK[f] for x in ladders], [x.price_FK[f] for x in ladders])
@@ -195,7 +195,9 @@ def crossed_levels(ladders: list[Ladder]) -> tuple[list[int], list[int]]:
     return chosen[1], chosen[0]
 
 
-def crossed_gains(ladders: list[Ladder], levels_FL: tuple[list[int], list[int]]) -> list[float]:
+def crossed_gains(
+    ladders: list[BudgetSweep], levels_FL: tuple[list[int], list[int]]
+) -> list[float]:
     """[F] gain over all layers at these levels."""
     return [
         sum(float(x.gain_W(f, k).mean()) for x, k in zip(ladders, levels_FL[f], strict=True))
@@ -222,7 +224,7 @@ def redrawn_gain(work: Redraw) -> FloatArray:
     return work.redrawn.means(np.nan_to_num(gain_W))
 
 
-def counting_error(ladders: list[Ladder], half: int, level_L: list[int]) -> float:
+def counting_error(ladders: list[BudgetSweep], half: int, level_L: list[int]) -> float:
     """Standard error of the gain of average loads: of counting, and of windows that differ."""
     changed = [(x, k) for x, k in zip(ladders, level_L, strict=True) if k]
     if not changed:
@@ -232,6 +234,6 @@ def counting_error(ladders: list[Ladder], half: int, level_L: list[int]) -> floa
     return float(np.hypot(sampling, np.sqrt(sum(x.counting**2 for x, _ in changed))))
 
 
-def is_sure(gain_F: list[float], error_F: list[float]) -> bool:
+def is_significant(gain_F: list[float], error_F: list[float]) -> bool:
     """Whether the mean of both gains exceeds SURE of its standard errors."""
     return float(np.mean(gain_F)) > SURE * float(np.hypot(error_F[0], error_F[1])) / 2

@@ -32,12 +32,12 @@ class Observation:
 
     step: int                              # steps served so far
     last_look_step: int = 0                # when a candidate was last sought
-    tokens_since_switch: int = 0           # recorded under the plan in force
+    tokens_since_switch: int = 0           # recorded under the active plan
     drift_bits: float | None = None        # Jensen-Shannon divergence to the loads planned for
     drift_floor_bits: float = 0.0          # the same between halves of one sample: noise
     rollbacks: int = 0                     # switches in a row that measured worse than promised
 
-    gain_us: float | None = None           # predicted per step, against the plan in force
+    gain_us: float | None = None           # predicted per step, against the active plan
     gain_low_us: float | None = None       # low end of its band
     move_us: float = 0.0                   # cost of switching that serving feels
     moves: int = 0                         # experts to send
@@ -103,7 +103,7 @@ class Policy:
     def _whether_to_switch(self, seen: Observation) -> Decision:
         assert seen.gain_us is not None
         if seen.moves == 0:
-            return Decision("keep", "the best plan found is the one in force")
+            return Decision("keep", "the best plan found is the active one")
         if self.name != "net_benefit":
             if seen.gain_us <= 0:
                 return Decision("keep", f"no gain: {seen.gain_us:.1f} us a step")

@@ -30,18 +30,18 @@ from ..planning.evidence import Settings, evidence_of
 from ..planning.planner import (
     PlanResult,
     assemble,
+    capacity_of_layers,
     check_current,
     layer_tasks,
     resolve_settings,
-    rooms_of_layers,
     trace_digest,
 )
 from ..planning_traffic import PlanningSteps, planning_steps
 from ..search.layer_search import search_from, within_slots
 from ..search.layer_task import LayerAnswer, LayerTask, answer_with, judged
 from .budget_sweep import (
+    BudgetSweep,
     Climb,
-    Ladder,
     Redraw,
     allowances,
     chosen_levels,
@@ -49,7 +49,7 @@ from .budget_sweep import (
     counting_error,
     crossed_gains,
     crossed_levels,
-    is_sure,
+    is_significant,
     redrawn_gain,
 )
 from .move_budget import Budget, sent
@@ -78,7 +78,7 @@ def rebalance(
 ) -> PlanResult:
     """The best plan for `new_trace` within a budget of moves from `current`.
 
-    A move sends one expert's weights to a device that does not hold it; dropping a copy is free.
+    A move sends one expert's weights to a device that does not hold it; dropping a replica is free.
     max_moves, max_bytes: budgets over all layers, both kept where both are given; DEFAULT_SHARE of
     the filled slots where neither is. `.moves` lists them in order, best gain first;
     `.pays_back_after_steps` (with a model and a trace) is their transfer time over the time they
@@ -95,7 +95,7 @@ def rebalance(
     standing = _fitted(current, cluster)
     budget = Budget.of(current, model, max_moves, max_bytes)
     run: Executor = LayerThreads() if executor is None else executor
-    rooms = rooms_of_layers(data, settings, standing)
+    rooms = capacity_of_layers(data, settings, standing)
     tasks = [
         replace(t, move_price_E=budget.price_E(current.num_experts))
         for t in layer_tasks(data, settings, rooms, standing)
@@ -139,7 +139,7 @@ def _allowances(
             else _request_error(tasks, ladders, f, level_FL[f], halves[1 - f], run)
             for f in range(2)
         ]
-    if not is_sure(gain_F, error_F):
+    if not is_significant(gain_F, error_F):
         return stay, [0.0] * len(tasks), ()
     levels = chosen_levels(ladders)
     gain_L = [float(x.gain_FK[:, k].mean()) for x, k in zip(ladders, levels, strict=True)]
@@ -147,7 +147,8 @@ def _allowances(
 
 
 def _request_error(
-    tasks: list[LayerTask], ladders: list[Ladder], half: int, level_L: list[int], judging: Half,
+    tasks: list[LayerTask], ladders: list[BudgetSweep], half: int, level_L: list[int],
+    judging: Half,
     run: Executor,
 ) -> float:
     """Standard error, over requests, of what half `half`'s searches gain on the other half."""

@@ -1,7 +1,7 @@
 """Survivors short of memory: every expert covered within each device's bytes, replicas given up.
 
 Invariant as in `survivors.py`: equal input gives equal slots. Memory is for all layers together, so
-an orphan of one layer may take the bytes of another layer's replica. Experts with one copy stay
+an orphan of one layer may take the bytes of another layer's replica. Experts with one replica stay
 where they are. Knows slots and bytes.
 """
 
@@ -34,20 +34,21 @@ def cover_within(
     """
     slots = slots_LGC.copy()
     layers, devices, _ = slots.shape
-    copies_LE = np.stack([np.bincount(x[x >= 0], minlength=len(size_E)) for x in slots])
-    orphans = np.argwhere(copies_LE == 0)
+    replicas_LE = np.stack([np.bincount(x[x >= 0], minlength=len(size_E)) for x in slots])
+    orphans = np.argwhere(replicas_LE == 0)
     left_G = most_G - device_bytes(slots, size_E)
     short = layers * int(size_E.sum()) - most_G.sum()
     if short > 0:
         raise InfeasibleError(
-            f"one copy of every expert takes {layers * int(size_E.sum()):,} bytes, the {devices} "
-            f"surviving devices' expert_memory_bytes hold {short:,.0f} fewer: bring devices back"
+            f"one replica of every expert takes {layers * int(size_E.sum()):,} bytes, the "
+            f"{devices} surviving devices' expert_memory_bytes hold {short:,.0f} fewer: bring "
+            "devices back"
         )
     taken_G = np.zeros(devices, np.int64)
     for layer, expert in orphans[np.argsort(-size_E[orphans[:, 1]], kind="stable")].tolist():
         order = np.lexsort((np.arange(devices), -left_G, taken_G)).tolist()
         given_up, g = min(
-            ((_given_up(slots, copies_LE, g, layer, int(size_E[expert]), left_G[g], slots_G[g],
+            ((_given_up(slots, replicas_LE, g, layer, int(size_E[expert]), left_G[g], slots_G[g],
                         size_E), g) for g in order),
             key=lambda found: np.inf if found[0] is None else len(found[0]),
         )
@@ -55,27 +56,27 @@ def cover_within(
             raise InfeasibleError(
                 f"layer {layer}: no surviving device has a slot and {size_E[expert]:,} bytes for "
                 f"expert {expert}, all replicas given up, unless others move; bring devices back "
-                "or plan afresh"
+                "or plan from scratch"
             )
         for other, c in given_up:
-            copies_LE[other, slots[other, g, c]] -= 1
+            replicas_LE[other, slots[other, g, c]] -= 1
             left_G[g] += size_E[slots[other, g, c]]
             slots[other, g, c] = EMPTY
         slots[layer, g, np.flatnonzero(slots[layer, g] == EMPTY)[0]] = expert
-        copies_LE[layer, expert] = 1
+        replicas_LE[layer, expert] = 1
         left_G[g] -= size_E[expert]
         taken_G[g] += 1
     if (left_G < 0).any():
         g = int(np.argmin(left_G))
         raise InfeasibleError(
             f"the plan holds {-left_G[g]:,.0f} bytes more on device {names_G[g]} than its "
-            "expert_memory_bytes allow: plan afresh"
+            "expert_memory_bytes allow: plan from scratch"
         )
     return slots
 
 
 def _given_up(
-    slots: SlotArray, copies_LE: IntArray, g: int, layer: int, size: int, left: float, most: int,
+    slots: SlotArray, replicas_LE: IntArray, g: int, layer: int, size: int, left: float, most: int,
     size_E: IntArray,
 ) -> list[tuple[int, int]] | None:
     """(layer, slot) of the replicas on device g that make way for an orphan; None = not enough.
@@ -83,19 +84,19 @@ def _given_up(
     The layer's own first where its slots are full; then, largest first, what the bytes ask for.
     """
     gone: list[tuple[int, int]] = []
-    copies = copies_LE.copy()
+    replicas = replicas_LE.copy()
 
     def give_up(candidates: list[tuple[int, int]]) -> float:
         """Give up the best replica among these slots; its bytes, 0 where none is one."""
         spare = [
-            (-int(copies[at, slots[at, g, c]]), -int(size_E[slots[at, g, c]]), at, c)
+            (-int(replicas[at, slots[at, g, c]]), -int(size_E[slots[at, g, c]]), at, c)
             for at, c in candidates
-            if slots[at, g, c] >= 0 and (at, c) not in gone and copies[at, slots[at, g, c]] > 1
+            if slots[at, g, c] >= 0 and (at, c) not in gone and replicas[at, slots[at, g, c]] > 1
         ]
         if not spare:
             return 0.0
         _, freed, at, c = min(spare)
-        copies[at, slots[at, g, c]] -= 1
+        replicas[at, slots[at, g, c]] -= 1
         gone.append((at, c))
         return float(-freed)
 

@@ -1,7 +1,7 @@
 """Survivors: the plan for the moment after devices are lost.
 
 Every expert covered on the devices that are left, with the fewest weights sent: one for each expert
-that lost its last copy, nothing else moved. No trace is asked for, so nothing here knows load or
+that lost its last replica, nothing else moved. No trace is asked for, so nothing here knows load or
 time; a planner with a trace does better afterwards. Equal (plan, lost devices, limits) give equal
 slots, so that all survivors can compute it alone. Knows slots and, with a model, bytes
 (`survivors_memory.py`).
@@ -101,18 +101,18 @@ def cover_layer(
     Orphans go, in order of their number, into an empty slot of the plan, else into one that the
     device has beyond the plan's, else over a replica: each time on the device that took fewest
     orphans so far, then holds fewest experts, then the lower one. Of replicas the expert with most
-    copies loses one. most_slots_G: limit of each device. Raises InfeasibleError when all limits
+    replicas loses one. most_slots_G: limit of each device. Raises InfeasibleError when all limits
     together are below the number of experts.
     """
     held_S = slots_GC[slots_GC >= 0]
-    copies_E = np.bincount(held_S, minlength=experts)
+    replicas_E = np.bincount(held_S, minlength=experts)
     # Slots in use stay usable even where a limit is below them.
     room_G = np.maximum(most_slots_G, (slots_GC >= 0).sum(axis=1))
     width = max(slots_GC.shape[1], int(room_G.max()))
     wide_GC = np.full((len(slots_GC), width), EMPTY, np.int16)
     wide_GC[:, : slots_GC.shape[1]] = slots_GC
     taken_G = np.zeros(len(slots_GC), np.int64)
-    orphans = np.flatnonzero(copies_E == 0).tolist()
+    orphans = np.flatnonzero(replicas_E == 0).tolist()
     if int(room_G.sum()) < experts:
         raise InfeasibleError(
             f"layer {layer}: {len(slots_GC)} surviving devices have {int(room_G.sum())} slots for "
@@ -120,18 +120,18 @@ def cover_layer(
             "more slots on each"
         )
     for orphan in orphans:
-        device, slot = _place_for(wide_GC, slots_GC.shape[1], room_G, copies_E, taken_G)
+        device, slot = _place_for(wide_GC, slots_GC.shape[1], room_G, replicas_E, taken_G)
         if wide_GC[device, slot] >= 0:
-            copies_E[wide_GC[device, slot]] -= 1
+            replicas_E[wide_GC[device, slot]] -= 1
         wide_GC[device, slot] = orphan
-        copies_E[orphan] += 1
+        replicas_E[orphan] += 1
         taken_G[device] += 1
     used = np.flatnonzero((wide_GC >= 0).any(axis=0))
     return wide_GC[:, : max(slots_GC.shape[1], int(used[-1]) + 1)]
 
 
 def _place_for(
-    wide_GC: SlotArray, planned: int, room_G: IntArray, copies_E: IntArray, taken_G: IntArray
+    wide_GC: SlotArray, planned: int, room_G: IntArray, replicas_E: IntArray, taken_G: IntArray
 ) -> tuple[int, int]:
     """(device, slot) that takes one more expert. There is one: more slots than experts."""
     held_G = (wide_GC >= 0).sum(axis=1)
@@ -144,7 +144,7 @@ def _place_for(
                     return device, int(empty[0])
     for device in order:
         held_C = wide_GC[device]
-        spare_C = np.where(held_C >= 0, copies_E[held_C], 0)
+        spare_C = np.where(held_C >= 0, replicas_E[held_C], 0)
         if spare_C.max() > 1:
             return device, int(np.argmax(spare_C))
     raise AssertionError("room for every expert was counted before")

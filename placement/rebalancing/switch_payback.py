@@ -1,4 +1,4 @@
-"""What it takes to come from the plan in force to another, and whether that pays.
+"""What it takes to come from the active plan to another, and whether that pays.
 
 Knows plans, links and gains per step. Knows nothing of how plans were found; the decision is
 `policy.py`'s, the same as in simulation and in live control.
@@ -22,7 +22,7 @@ HORIZON_STEPS = Policy().horizon_steps
 class Moving:
     """Experts to send. Bytes and transfer time are None without sizes, gains without times.
 
-    sure_gain_us: per step, at the low end of its band where there is one.
+    significant_gain_us: per step, at the low end of its band where there is one.
     """
 
     moves: int
@@ -30,21 +30,21 @@ class Moving:
     bytes: int | None = None
     us: float | None = None
     gain_us: float | None = None
-    sure_gain_us: float | None = None
+    significant_gain_us: float | None = None
 
     @property
     def pays_back_after_steps(self) -> float | None:
         """Transfer time over the sure gain per step; None where either is unknown, or no gain."""
-        if self.us is None or self.sure_gain_us is None or self.sure_gain_us <= 0:
+        if self.us is None or self.significant_gain_us is None or self.significant_gain_us <= 0:
             return None
-        return self.us / self.sure_gain_us
+        return self.us / self.significant_gain_us
 
     def refusal(self, horizon_steps: float) -> str | None:
         """Why these moves do not pay within the horizon; None where they do, or none can tell."""
         if not self.moves or self.us is None or self.gain_us is None:
             return None
         decision = Policy(horizon_steps=horizon_steps).decide(Observation(
-            step=0, gain_us=self.gain_us, gain_low_us=self.sure_gain_us, move_us=self.us,
+            step=0, gain_us=self.gain_us, gain_low_us=self.significant_gain_us, move_us=self.us,
             moves=self.moves,
         ))
         return None if decision.action == "switch" else decision.reason
@@ -77,7 +77,7 @@ def price_moves(
     cluster: Cluster,
     model: ModelSpec | None,
     gain_us: float | None = None,
-    sure_gain_us: float | None = None,
+    significant_gain_us: float | None = None,
 ) -> Moving:
     """What coming from `current` to `target` takes, against a gain per step."""
     moves = current.moves_to(target)
@@ -85,5 +85,5 @@ def price_moves(
     if model is None or not model.knows_bytes:
         return Moving(len(moves), share)
     cost = move_cost(moves, current, model, cluster)
-    sure = gain_us if sure_gain_us is None else sure_gain_us
+    sure = gain_us if significant_gain_us is None else significant_gain_us
     return Moving(len(moves), share, cost.bytes, cost.us, gain_us, sure)

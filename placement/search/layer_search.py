@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ...errors import InfeasibleError, InputError
 from ...foundation.arrays import SlotArray
 from ...foundation.compiled import random_state
-from ..cost.token_transfers import CopyModel, copy_model, no_copies
+from ..cost.token_transfers import TransferModel, no_transfers, transfer_model
 from ..methods.baselines import LayerLoads, contiguous, greedy, lpt_swap
 from .annealing.annealer import Annealing, Found, SearchSpace, search_space
 from .annealing.even_average import improve_average
@@ -31,8 +31,8 @@ Improve = Callable[..., Found]
 
 EFFORTS = {"fast": 0.3, "normal": 1.0, "thorough": 4.0}   # units of work
 # Rounds of moves, each with fresh scenarios; the last one with more of them, cold. More on few
-# devices where copies are free: on a shifted mix no farther from fewer than seeds are from each
-# other. Where copies cost, more rounds saved fewer (28.9 % of those between nodes, not 31.0 %).
+# devices where transfers are free: on a shifted mix no farther from fewer than seeds are from each
+# other. Where transfers cost, more rounds saved fewer (28.9 % of those between nodes, not 31.0 %).
 ROUNDS, ROUNDS_BALANCE = 6, 24
 # Moves over all rounds: so many per slot, and at least so many. Within a budget of moves most break
 # it, and cost nothing.
@@ -40,11 +40,11 @@ PER_SLOT_FEW, FEWEST_FEW, FEWEST_BALANCE = 200, 6_000, 16_000
 PER_SLOT_BUDGETED, FEWEST_BUDGETED = 1_000, 30_000
 PER_SLOT_MANY, FEWEST_MANY = 10, 2_500
 SCENARIOS_FEW, SCENARIOS_MANY = 192, 8    # fresh rows of each kind, each round: few are overfitted
-SCENARIOS_COPIES = 48        # the same where copies cost: rows ask for room that saves none
+SCENARIOS_COPIES = 48        # the same where transfers cost: rows ask for room that saves none
 HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
 BEND = 1.0                   # weight of squared overload: the tail counts more
 ROBUSTNESS_PRICE = 0.005     # imbalance at home that robustness may cost
-COPY_TOKENS = 4_096          # tokens whose copies are counted while searching
+COPY_TOKENS = 4_096          # tokens whose transfers are counted while searching
 # Price of one copy per token against overload: a search each on few devices, one on many.
 COPY_WEIGHTS_FEW, COPY_WEIGHT = (1.0, 2.0, 4.0), 0.3
 
@@ -74,11 +74,11 @@ def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
         return start_GC
     if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
         return _average(task, loads, start_GC)
-    return _by_rows(task, loads, start_GC, COPY_WEIGHT if task.counts_copies else 0.0)
+    return _by_rows(task, loads, start_GC, COPY_WEIGHT if task.counts_transfers else 0.0)
 
 
 def without_duplicates(slots_GC: SlotArray) -> SlotArray:
-    """Second and further copies of an expert on one device become empty slots."""
+    """Second and further replicas of an expert on one device become empty slots."""
     slots_GC = slots_GC.copy()
     for row in slots_GC:
         _, first = np.unique(row, return_index=True)
@@ -114,15 +114,15 @@ def within_slots(
 def choose(task: LayerTask, candidates: list[Candidate]) -> Candidate:
     """The best candidate; see the objective in `plan`.
 
-    time: the least. balance: the lowest peak, where a searched placement may cost
-    ROBUSTNESS_PRICE at home; where copies cost bytes, the fewest copies among those within slack.
+    time: the least. balance: the lowest peak, where a searched placement may cost ROBUSTNESS_PRICE
+    at home; where transfers cost bytes, the fewest transfers among those within slack.
     """
     if task.objective == "time":
         return min(candidates, key=lambda c: c.decisive.objective("time"))
     least = min(c.decisive.peak for c in candidates)
-    if task.counts_copies:
+    if task.counts_transfers:
         near = [c for c in candidates if c.decisive.peak <= least + task.slack]
-        return min(near, key=lambda c: (c.decisive.copies, c.decisive.peak))
+        return min(near, key=lambda c: (c.decisive.transfers, c.decisive.peak))
     for candidate in candidates:
         if candidate.name == SEARCHED and candidate.decisive.peak <= least + ROBUSTNESS_PRICE:
             return candidate
@@ -133,7 +133,7 @@ SEARCHED = "search"
 
 
 def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
-    """(name, slots), cheap ones first, so that a fired guard still has something to choose."""
+    """(name, slots), cheap ones first, so that there is something to choose when time is up."""
     loads = task.loads()
     if task.start_GC is not None:
         yield "current", task.start_GC
@@ -149,14 +149,14 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
         return
     found = _by_rows(task, loads, start, 0.0)
     yield SEARCHED, found
-    if task.counts_copies:
+    if task.counts_transfers:
         few = loads.devices <= MOST_DEVICES
         for weight in COPY_WEIGHTS_FEW if few else (COPY_WEIGHT,):
-            yield f"search, copies {weight}", _by_rows(task, loads, found, weight)
+            yield f"search, transfers {weight}", _by_rows(task, loads, found, weight)
     if task.objective == "time":
         yield from time_candidates(task, loads, _space(task, loads), found, EFFORTS[task.effort])
     if task.dispatch.policy in NEAREST_RULES:
-        yield from _with_fewer_copies(task, loads)
+        yield from _with_fewer_transfers(task, loads)
 
 
 def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
@@ -174,7 +174,7 @@ def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
     return starts
 
 
-def _with_fewer_copies(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
+def _with_fewer_transfers(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
     """The same with slots left empty: a replica costs weight reads, and under some engines' rules
     it takes few tokens but disturbs the rest."""
     experts, slots = loads.experts, int(loads.usable_slots_G().sum())
@@ -218,23 +218,23 @@ MOVES_PER_SLOT_AVERAGE = 600
 
 
 def _by_rows(
-    task: LayerTask, loads: LayerLoads, start_GC: SlotArray, copy_weight: float
+    task: LayerTask, loads: LayerLoads, start_GC: SlotArray, transfer_weight: float
 ) -> SlotArray:
     """Anneal in rounds, each on home steps and fresh scenarios; the last is cold and has more."""
     few = loads.devices <= MOST_DEVICES
     improve = _improver(task, few)
     space = _space(task, loads)
-    copies = _copies(task, copy_weight)
+    transfers = _copies(task, transfer_weight)
     rng = np.random.default_rng([task.seed, task.layer])
     state = random_state(task.seed, task.layer)
     home = home_rows(task.traffic.search_WE(), float(loads.speed_G.sum()))
     kinds = request_kinds(task.traffic.request_RE())
     scenarios = SCENARIOS_FEW if few else SCENARIOS_MANY
-    if copy_weight > 0.0:
+    if transfer_weight > 0.0:
         scenarios = min(scenarios, SCENARIOS_COPIES)
     rounds, moves = _rounds(task, few, int(np.asarray(space.slots_G).sum()))
     heat = HOT * (COLD / HOT) ** (np.arange(rounds) / (rounds - 1))
-    free = 1.0 if copy_weight == 0.0 else 1.0 + task.slack / 2
+    free = 1.0 if transfer_weight == 0.0 else 1.0 + task.slack / 2
     found_GC = start_GC
     for turn in range(rounds):
         last = turn == rounds - 1
@@ -244,7 +244,7 @@ def _by_rows(
         annealing = Annealing(
             moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1]), BEND, free
         )
-        found = improve(space, rows.load_WE, rows.weight_W, found_GC, annealing, copies, state)
+        found = improve(space, rows.load_WE, rows.weight_W, found_GC, annealing, transfers, state)
         found_GC = found.best_GC if last else found.last_GC
         if task.expired():
             return found.best_GC
@@ -258,7 +258,7 @@ def _rounds(task: LayerTask, few: bool, slots: int) -> tuple[int, int]:
         moves = max(FEWEST_MANY, PER_SLOT_MANY * slots)
     elif task.move_budget is not None:
         moves = max(FEWEST_BUDGETED, PER_SLOT_BUDGETED * slots)
-    elif task.counts_copies:
+    elif task.counts_transfers:
         moves = max(FEWEST_FEW, PER_SLOT_FEW * slots)
     else:
         rounds, moves = ROUNDS_BALANCE, max(FEWEST_BALANCE, PER_SLOT_FEW * slots)
@@ -276,7 +276,7 @@ def _space(task: LayerTask, loads: LayerLoads) -> SearchSpace:
 
 
 def _improver(task: LayerTask, few: bool) -> Improve:
-    """The search that models how the dispatch shares tokens among copies."""
+    """The search that models how the dispatch shares tokens among transfers."""
     if task.dispatch.policy in ("balanced", "fewest_active"):
         return improve_few_devices if few else improve_many_devices
     if task.dispatch.policy in NEAREST_RULES:
@@ -285,11 +285,11 @@ def _improver(task: LayerTask, few: bool) -> Improve:
     return improve_fixed_shares
 
 
-def _copies(task: LayerTask, weight: float) -> CopyModel:
-    """Copies of a sample of the tokens; none where they cost nothing."""
+def _copies(task: LayerTask, weight: float) -> TransferModel:
+    """Transfers of a sample of the tokens; none where they cost nothing."""
     trace = task.traffic.trace
     if weight == 0.0 or trace is None:
-        return no_copies(task.cluster.num_devices)
+        return no_transfers(task.cluster.num_devices)
     # Drawn at random from all requests, those held back too: which experts go together differs more
     # from request to request than loads do, and the steps held back still decide on balance.
     rng = np.random.default_rng([task.seed, task.layer, 3])
@@ -299,5 +299,5 @@ def _copies(task: LayerTask, weight: float) -> CopyModel:
     if valid is not None:
         ids_TK[~valid[:, 0]] = -1
     home_T = trace.home_rank_T(task.cluster.num_devices)[token]
-    model = copy_model(ids_TK, home_T, task.traffic.num_experts, task.cluster, weight)
-    return no_copies(task.cluster.num_devices) if model is None else model
+    model = transfer_model(ids_TK, home_T, task.traffic.num_experts, task.cluster, weight)
+    return no_transfers(task.cluster.num_devices) if model is None else model

@@ -18,10 +18,10 @@ from ...traces.model_spec import ModelSpec
 from ...traces.steps import Steps
 from ..cluster import Cluster
 from ..cost.evaluate import imbalance_of, peak_of
-from ..cost.lower_bounds import balance_bound_W, most_copies, time_bound_us
+from ..cost.lower_bounds import balance_bound_W, most_replicas, time_bound_us
 from ..cost.step_cost import step_cost
 from ..cost.step_loads import step_loads
-from ..cost.token_transfers import copies_cost_bytes
+from ..cost.token_transfers import transfers_cost_bytes
 from ..dispatch.quotas import count_tokens
 from ..methods.baselines import LayerLoads
 from ..plan import DispatchSpec, Plan
@@ -42,7 +42,7 @@ class LayerTask:
     dispatch: DispatchSpec
     objective: str                       # "balance" or "time"
     model: ModelSpec | None              # this layer's sizes, needed for "time"
-    slack: float                         # of balance, in favour of fewer copies
+    slack: float                         # of balance, in favour of fewer transfers
     seed: int
     effort: str
     deadline: float | None = None        # time.time() after which only cheap work is begun
@@ -61,7 +61,7 @@ class LayerTask:
         )
 
     def expired(self) -> bool:
-        """Whether the guard on time has fired."""
+        """Whether the time limit has fired."""
         return self.deadline is not None and time.time() > self.deadline
 
     def fits(self, slots_GC: SlotArray) -> bool:
@@ -76,9 +76,9 @@ class LayerTask:
         return bool((held_G <= self.room_G).all())
 
     @property
-    def counts_copies(self) -> bool:
-        """Whether fewer copies are worth something here."""
-        return self.traffic.trace is not None and copies_cost_bytes(self.cluster)
+    def counts_transfers(self) -> bool:
+        """Whether fewer transfers are worth something here."""
+        return self.traffic.trace is not None and transfers_cost_bytes(self.cluster)
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ class Score:
     """What slots are worth on some steps.
 
     peak: balance, as it decides (`evaluate.peak_of`). imbalance: as it is told; the same where
-    devices are equally fast. copies: remote, per token; between nodes if any.
+    devices are equally fast. transfers: remote, per token; between nodes if any.
     """
 
     peak: float
     imbalance: float
-    copies: float = 0.0
+    transfers: float = 0.0
     time_us: float | None = None
 
     def objective(self, name: str) -> float:
@@ -146,11 +146,11 @@ def answer_with(task: LayerTask, candidate: Candidate) -> LayerAnswer:
 
 def score(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> Score:
     """What slots are worth on these steps (the average loads where there is no trace)."""
-    tokens, copies, time_us_W = _measured(task, slots_GC, steps)
+    tokens, transfers, time_us_W = _measured(task, slots_GC, steps)
     return Score(
         mean_over_steps(peak_of(tokens[:, None], task.cluster)[:, 0]),
         mean_over_steps(imbalance_of(tokens[:, None], task.cluster)[:, 0]),
-        copies, None if time_us_W is None else float(time_us_W.mean()),
+        transfers, None if time_us_W is None else float(time_us_W.mean()),
     )
 
 
@@ -163,12 +163,12 @@ def objective_W(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> Fl
 def _measured(
     task: LayerTask, slots_GC: SlotArray, steps: Steps | None
 ) -> tuple[FloatArray, float, FloatArray | None]:
-    """(tokens [W, G], remote copies per token, microseconds [W] for objective time)."""
+    """(tokens [W, G], remote transfers per token, microseconds [W] for objective time)."""
     traffic, cluster = task.traffic, task.cluster
     if traffic.load_WE is not None:
         return fluid_tokens_WG(traffic.load_WE, slots_GC, cluster, task.dispatch), 0.0, None
     assert traffic.trace is not None and steps is not None
-    plain = task.objective == "balance" and not task.counts_copies
+    plain = task.objective == "balance" and not task.counts_transfers
     if plain and task.dispatch.policy in HOME_BLIND:
         counts = traffic.counts(steps)[:, None]
         return tokens_WG(counts, slots_GC, cluster, task.dispatch), 0.0, None
@@ -206,7 +206,7 @@ def layer_bound(task: LayerTask) -> float:
     used = load_WE.sum(axis=1) > 0
     if not used.any():
         return 1.0
-    slots = most_copies(task.cluster, task.model, task.layers, task.traffic.num_experts)
+    slots = most_replicas(task.cluster, task.model, task.layers, task.traffic.num_experts)
     return float(balance_bound_W(load_WE[used], slots, task.cluster.speed_G).mean())
 
 

@@ -4,7 +4,7 @@ Starts from the slots that the search found, so nothing gets worse; its bound ho
 placement under every dispatch, because tokens split freely in it. Worth its time for layers of a
 few hundred experts · devices. Neighbouring layers stay as they are: balance does not couple them.
 
-Knows per-step loads and devices of one layer. Knows nothing of traces or of what copies cost.
+Knows per-step loads and devices of one layer. Knows nothing of traces or of what transfers cost.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def search_and_polish(task: LayerTask, on_gap: OnGap | None = None) -> LayerAnsw
     """`search_layer`; with effort "thorough", small layers are polished on their planning steps.
 
     The polished slots are taken where the steps that decide say they are better. The program's
-    bound counts where it saw every planning step and all devices are equally fast. When the guard
-    on time fires meanwhile the best so far is kept, `truncated`. on_gap: hears of the program's
-    incumbent and bound while it is solved, in this process.
+    bound counts where it saw every planning step and all devices are equally fast. When the time
+    limit on time fires meanwhile the best so far is kept, `truncated`. on_gap: hears of the
+    program's incumbent and bound while it is solved, in this process.
     """
     answer = search_layer(task)
     chosen_WE, whole = _steps_to_polish(task, answer)
@@ -54,7 +54,7 @@ def search_and_polish(task: LayerTask, on_gap: OnGap | None = None) -> LayerAnsw
         polished = polish(chosen_WE, task, answer.slots_GC, seconds=seconds, on_gap=on_gap)
     except SolverError:
         if seconds is None:
-            raise                     # the start is an answer: without a guard, a defect
+            raise                     # the start is an answer: without a time limit, a defect
         return replace(answer, truncated=True)
     better = _better_of(task, answer, polished, whole)
     return replace(better, truncated=task.expired())
@@ -70,7 +70,7 @@ def _steps_to_polish(task: LayerTask, answer: LayerAnswer) -> tuple[FloatArray, 
     flows_per_step = load_WE.shape[1] * len(task.slots_G)
     steps = min(len(load_WE), MOST_FLOWS // max(flows_per_step, 1))
     if (
-        task.effort != "thorough" or task.objective != "balance" or task.counts_copies
+        task.effort != "thorough" or task.objective != "balance" or task.counts_transfers
         or task.dispatch.policy not in FREE_SPLIT or steps < min(FEWEST_STEPS, len(load_WE))
         or steps == 0 or answer.truncated or task.expired()
         or answer.planning.peak <= answer.bound * (1 + NOTHING_TO_GAIN)

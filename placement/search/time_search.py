@@ -1,6 +1,6 @@
 """Search for time: placements whose slowest device is done soonest, on sampled steps.
 
-Balance of tokens is not balance of time: every active copy reads its weights, on a slow device
+Balance of tokens is not balance of time: every active replica reads its weights, on a slow device
 more slowly, and each device pays its start. So a device's level is its time, and replicas may be
 dropped as well as added. `anneal_time.py` and `step_times.py` hold the loops.
 
@@ -24,7 +24,7 @@ from ..dispatch.quotas import needs_all_counts
 from ..hardware import interpolate
 from ..methods.baselines import LayerLoads, eplb_global
 from ..methods.pack import pack_heaviest_first
-from ..methods.replicate import copies_by_load
+from ..methods.replicate import replicas_by_load
 from ..plan import DispatchSpec
 from ..planning_traffic import MOST_STEPS
 from .annealing.anneal_time import anneal
@@ -32,7 +32,7 @@ from .annealing.annealer import Annealing, SearchSpace, moves_price
 from .annealing.step_time import ALIKE, FLAT, ONE, DeviceTimes, Layout
 from .layer_task import LayerTask, score
 
-RULES = {"balanced": FLAT, "fewest_active": ONE}    # all others: copies share alike, or nearly so
+RULES = {"balanced": FLAT, "fewest_active": ONE}    # all others: replicas share alike, or nearly so
 SPARE_SHARES = (0.0, 0.25, 0.5, 1.0)                # of spare slots that starts fill
 MOVES_PER_SLOT, FEWEST_MOVES = 40, 8_000
 HOT, COLD = 1e-3, 3e-5      # temperatures, in units of the mean step's time
@@ -97,12 +97,12 @@ def search_time(
 def packed_by_load(loads: LayerLoads, keep: int) -> SlotArray | None:
     """Heaviest first, on `keep` slots dealt to devices in proportion to their speed.
 
-    None where memory, or an expert with more copies than devices are dealt slots, forbids it.
+    None where memory, or an expert with more replicas than devices are dealt slots, forbids it.
     """
     slots_G = slots_by_speed(loads, keep)
-    copies_E = copies_by_load(loads.load_E, keep, int((slots_G > 0).sum()))
+    replicas_E = replicas_by_load(loads.load_E, keep, int((slots_G > 0).sum()))
     slots_GC = _widened(pack_heaviest_first(
-        loads.load_E, copies_E, slots_G, loads.speed_G, size_E=loads.size_E, room_G=loads.room_G
+        loads.load_E, replicas_E, slots_G, loads.speed_G, size_E=loads.size_E, room_G=loads.room_G
     ), loads.most_slots)
     return slots_GC if _complete(slots_GC, loads.experts) else None
 
@@ -118,11 +118,11 @@ def slots_by_speed(loads: LayerLoads, keep: int) -> npt.NDArray[np.int64]:
 
 
 def packed_by_time(task: LayerTask, loads: LayerLoads) -> SlotArray | None:
-    """One copy each, heaviest first onto the device that would finish first, by mean time."""
+    """One replica each, heaviest first onto the device that would finish first, by mean time."""
     load_WE = _steps(task)
-    copies_E = np.ones(loads.experts, np.int64)
+    replicas_E = np.ones(loads.experts, np.int64)
     slots_GC = pack_heaviest_first(
-        mean_us_E(device_times(task, load_WE), load_WE), copies_E, loads.slots_G, loads.speed_G,
+        mean_us_E(device_times(task, load_WE), load_WE), replicas_E, loads.slots_G, loads.speed_G,
         size_E=loads.size_E, room_G=loads.room_G,
     )
     return slots_GC if _complete(slots_GC, loads.experts) else None
@@ -139,7 +139,7 @@ def _widened(slots_GC: SlotArray, width: int) -> SlotArray:
 
 
 def mean_us_E(times: DeviceTimes, load_WE: FloatArray) -> FloatArray:
-    """[E] mean time over steps of an expert's only copy, its share of the exchange included."""
+    """[E] mean time over steps of an expert's only replica, its share of the exchange included."""
     used_WE = np.minimum(load_WE, 1.0)
     if len(times.table_us):
         us_WE = used_WE * np.interp(load_WE, np.arange(len(times.table_us)), times.table_us)
@@ -182,9 +182,9 @@ def _rule(dispatch: DispatchSpec) -> int:
 def _link_us(cluster: Cluster, model: ModelSpec) -> float:
     """Microseconds that one more token on the fullest device adds to both exchanges.
 
-    Homes count as spread evenly. Copies to one rank that are sent once count by how many remain of
-    a token's choices when these fall anywhere. Between nodes, `per_node` copies are shared by the
-    node's ports, whichever device computes.
+    Homes count as spread evenly. Replicas to one rank that are sent once count by how many remain
+    of a token's choices when these fall anywhere. Between nodes, `per_node` replicas are shared by
+    the node's ports, whichever device computes.
     """
     devices, nodes, choices = cluster.num_devices, cluster.num_nodes, model.top_k
     traffic, hardware = cluster.traffic, cluster.hardware

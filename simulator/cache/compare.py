@@ -35,7 +35,7 @@ class CacheRow:
 
     @property
     def name(self) -> str:
-        """As a table says it."""
+        """As a table shows it."""
         bound = " (bound)" if self.policy == BOUND else ""
         ahead = "" if self.predictor == "none" else f" + {self.predictor}"
         return f"{self.policy}{ahead}{bound}"

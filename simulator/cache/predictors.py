@@ -2,7 +2,7 @@
 
 Conditional frequency (EdgeMoE): how often each expert of layer l + 1 followed each one of layer l
 in a profile. Look-ahead (Fate): the next gate evaluated early; needs ids that a recorder predicted,
-or stands in for them with a stated accuracy. Knows routing. Knows nothing of caches or time.
+or replaces them at a stated accuracy. Knows routing. Knows nothing of caches or time.
 """
 
 from __future__ import annotations

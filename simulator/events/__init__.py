@@ -1,1 +1,1 @@
-"""What happens beside requests: faults, plan switches, replanning. Knows the event loop's clock."""
+"""What happens besides requests: faults, plan switches, replanning. Knows the loop's clock."""

@@ -1,7 +1,7 @@
 """What goes wrong during a run: slow devices, jitter, bad links, lost devices and nodes.
 
-Each fault is a `Happening`: it starts a process that changes what is in force at its times. A lost
-device ends the running step, sends its requests back to the queue, and the group stands still until
+Each fault is a `Happening`: it starts a process that changes what is active at its times. A lost
+device ends the running step, sends its requests back to the queue, and the group pauses until
 an emergency plan covers every expert on the survivors and their weights are loaded. Knows nothing
 of live workers. Fault times and draws do not depend on the plan.
 """
@@ -45,13 +45,13 @@ class SlowDevice:
         run.loop.env.process(self._play(run))
 
     def _play(self, run: Run) -> Process:
-        slow_G, cause = _one(run, self.device, self.factor), run.in_force.new_cause()
+        slow_G, cause = _one(run, self.device, self.factor), run.active.new_cause()
         yield from _wait_until(run, self.at_us)
-        run.in_force.slow(self.group, cause, slow_G)
+        run.active.slow(self.group, cause, slow_G)
         run.log("slow", f"device {self.device} takes {self.factor:g} times as long")
         if self.until_us is not None:
             yield from _wait_until(run, self.until_us)
-            run.in_force.slow(self.group, cause, None)
+            run.active.slow(self.group, cause, None)
             run.log("recovered", f"device {self.device} at full speed")
 
 
@@ -74,7 +74,7 @@ class Jitter:
             _check(run, "Jitter", device, 0, 0.0, None)
         sigma_G = np.zeros(devices)
         sigma_G[chosen] = self.sigma
-        run.in_force.add_jitter(sigma_G)
+        run.active.add_jitter(sigma_G)
         run.log("jitter", f"sigma {self.sigma:g} on {len(chosen)} devices")
 
 
@@ -101,16 +101,16 @@ class FlappingNic:
         run.loop.env.process(self._play(run))
 
     def _play(self, run: Run) -> Process:
-        share_G, cause = _one(run, self.device, self.share), run.in_force.new_cause()
+        share_G, cause = _one(run, self.device, self.share), run.active.new_cause()
         yield from _wait_until(run, self.at_us)
         run.log("nic flaps", f"device {self.device} at {self.share:g} of its rate at times")
         while not run.loop.finished:
             if self.until_us is not None and run.loop.now_ns >= self.until_us * 1e3:
                 run.log("recovered", f"network port of device {self.device}")
                 return
-            run.in_force.throttle(self.group, cause, share_G)
+            run.active.throttle(self.group, cause, share_G)
             yield run.loop.env.timeout(round(self.down_us * 1e3))
-            run.in_force.throttle(self.group, cause, None)
+            run.active.throttle(self.group, cause, None)
             yield run.loop.env.timeout(round((self.period_us - self.down_us) * 1e3))
 
 
@@ -163,19 +163,19 @@ class LostDevices:
             return
         lost = self.lost(run)
         group = run.loop.groups[self.group]
-        orphans = run.in_force.lose(self.group, lost)
+        orphans = run.active.lose(self.group, lost)
         group.at_boundary(lambda _now: self._recover(run, lost))
         group.interrupt("devices lost")
         retried = group.lanes.lose_devices(lost, run.loop.queue)
-        run.log("lost", f"devices {sorted(lost)}: {orphans} experts without a copy, "
+        run.log("lost", f"devices {sorted(lost)}: {orphans} experts without a replica, "
                         f"{retried} requests start over")
         if self.back_after_us is not None:
             yield run.loop.env.timeout(round(self.back_after_us * 1e3))
             group.at_boundary(lambda _now: self._return(run, lost))
 
     def _recover(self, run: Run, lost: frozenset[int]) -> int:
-        """Put the emergency plan in force; the group stands still until it is loaded."""
-        current = run.in_force.of(self.group).plan
+        """Put the emergency active plan; the group pauses until it is loaded."""
+        current = run.active.of(self.group).plan
         plan = self._survivors(run, current)
         pause_us, text = _load(run, current, plan, self.group)
         pause_ns = round((self.detect_us + self.replan_us + pause_us) * 1e3)
@@ -183,9 +183,9 @@ class LostDevices:
         return pause_ns
 
     def _return(self, run: Run, lost: frozenset[int]) -> int:
-        current = run.in_force.of(self.group).plan
-        back = run.in_force.regain(self.group, lost)
-        plan = self._survivors(run, run.in_force.whole_plan[self.group])
+        current = run.active.of(self.group).plan
+        back = run.active.regain(self.group, lost)
+        plan = self._survivors(run, run.active.whole_plan[self.group])
         pause_us, text = _load(run, current, plan, self.group)
         run.loop.groups[self.group].lanes.regain_devices(back)
         run.log("back", f"devices {sorted(back)}; {text}", round(pause_us * 1e3))
@@ -193,7 +193,7 @@ class LostDevices:
 
     def _survivors(self, run: Run, plan: Plan) -> Plan:
         """The plan for the devices that are there."""
-        lost = run.in_force.of(self.group).lost
+        lost = run.active.of(self.group).lost
         if not lost:
             return plan
         if self.replan is not None:
@@ -203,8 +203,8 @@ class LostDevices:
 
 def _load(run: Run, current: Plan, plan: Plan, group: int) -> tuple[float, str]:
     """Switch to `plan` at once; (microseconds of loading, what was loaded)."""
-    lost = run.in_force.of(group).lost
-    plan = run.in_force.standing(group, plan)
+    lost = run.active.of(group).lost
+    plan = run.active.standing(group, plan)
     moves = current.moves_to(plan)
     cost = move_cost(moves, current, run.router.model, run.router.cluster, unavailable=lost)
     run.moved_bytes += cost.bytes

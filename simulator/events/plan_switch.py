@@ -27,7 +27,7 @@ Refused = Callable[[InfeasibleError], None]
 
 @dataclass(frozen=True)
 class PlanSwitch:
-    """Put `plan` in force at `at_us`, in one of the three ways.
+    """Put `plan` active at `at_us`, in one of the three ways.
 
     link_share: hidden only, the part of an idle link window that transfers really use.
     """
@@ -65,7 +65,7 @@ def begin_switch(
     done: Callable[[], None] | None = None,
     refused: Refused | None = None,
 ) -> None:
-    """Start changing to `plan` at the next step boundary; `done()` once it is in force.
+    """Start changing to `plan` at the next step boundary; `done()` once it is active.
 
     refused(error) hears of a plan that devices lost meanwhile have made impossible, and the switch
     ends; None = raise it.
@@ -83,7 +83,7 @@ def begin_switch(
 
 
 def _heeding(refused: Refused | None, action: BoundaryAction) -> BoundaryAction:
-    """The action; what cannot be is told to `refused`, where there is one."""
+    """The action; a switch that cannot be done is handed to `refused`, where there is one."""
     if refused is None:
         return action
 
@@ -98,9 +98,9 @@ def _heeding(refused: Refused | None, action: BoundaryAction) -> BoundaryAction:
 
 
 def switch_cost(run: Run, plan: Plan, group: int) -> MoveCost:
-    """What changing from the plan in force to `plan` sends."""
-    condition = run.in_force.of(group)
-    moves = condition.plan.moves_to(run.in_force.standing(group, plan))
+    """What changing from the active plan to `plan` sends."""
+    condition = run.active.of(group)
+    moves = condition.plan.moves_to(run.active.standing(group, plan))
     return move_cost(moves, condition.plan, run.router.model, run.router.cluster,
                      unavailable=condition.lost)
 
@@ -119,8 +119,8 @@ def _next_layer(
     refused: Refused | None,
 ) -> int:
     """Move one layer's experts, then let a step run; layers that do not change are skipped."""
-    current = run.in_force.of(group).plan
-    target = _widened(run.in_force.standing(group, plan), current)
+    current = run.active.of(group).plan
+    target = _widened(run.active.standing(group, plan), current)
     while layer < plan.num_layers and np.array_equal(
         _widened(current, plan).slots[layer], target.slots[layer]
     ):
@@ -153,14 +153,14 @@ def _hide(
     """
     cost = switch_cost(run, plan, group)
     run.moved_bytes += cost.bytes
-    run.log("staging", f"{cost.moves} experts, {cost.bytes} bytes beside serving")
+    run.log("staging", f"{cost.moves} experts, {cost.bytes} bytes while serving")
     left_ns = round(cost.us * 1e3 / link_share)
     while left_ns > 0:
-        busy_us = run.in_force.exchange_us_of_group[group]
+        busy_us = run.active.exchange_us_of_group[group]
         yield run.loop.env.timeout(left_ns)
         if run.loop.finished:
             return
-        left_ns = round((run.in_force.exchange_us_of_group[group] - busy_us) * 1e3 / link_share)
+        left_ns = round((run.active.exchange_us_of_group[group] - busy_us) * 1e3 / link_share)
 
     def commit(_now: int) -> int:
         _commit(run, plan, group, "staged weights", 0)

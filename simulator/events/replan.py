@@ -143,7 +143,7 @@ class _ControlLoop:
         """Price it again without faults."""
         run, group = self.run, self.run.loop.groups[self.spec.group]
         faultless = dataclasses.replace(
-            run.in_force.of(self.spec.group), slowdown_G=None, nic_share_G=None
+            run.active.of(self.spec.group), slowdown_G=None, nic_share_G=None
         )
         before_us = 0.0
         if self.promise is not None:
@@ -211,7 +211,7 @@ class _ControlLoop:
         spec.on_entry(Entry(self.steps, proposal.answer, proposal.reason, numbers))
 
     def _situation(self) -> Situation:
-        router, condition = self.run.router, self.run.in_force.of(self.spec.group)
+        router, condition = self.run.router, self.run.active.of(self.spec.group)
         return Situation(
             self.steps, condition.plan, router.cluster, router.model, dispatch=router.dispatch,
             overlap=router.overlap, lost=condition.lost,
@@ -232,7 +232,7 @@ class _ControlLoop:
 
     def _switch(self, proposal: Proposal) -> None:
         assert proposal.plan is not None and proposal.made_for is not None
-        before, made_for = self.run.in_force.of(self.spec.group).plan, proposal.made_for
+        before, made_for = self.run.active.of(self.spec.group).plan, proposal.made_for
         gain_us = proposal.numbers["gain_us"]
 
         def switched() -> None:

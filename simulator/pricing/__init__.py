@@ -1,5 +1,6 @@
 """What a simulated step takes: `step_router` routes its tokens, `attribution` says who waited for
 whom.
 
-`memory` is the room for KV, `measured_range` tells where a price is extrapolated. Knows no clock.
+`memory` is the capacity for KV, `measured_range` tells where a price is extrapolated. Knows no
+clock.
 """

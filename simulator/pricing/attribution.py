@@ -127,7 +127,7 @@ class Usage:
             self.imbalance.append((routed.imbalance[n], w))
 
     def add_beside(self, jitter_us: float, own_us: float) -> None:
-        """Time beside the routed steps': jitter of devices, and work outside the expert layers."""
+        """Time that the routed steps do not hold: jitter, and work outside the expert layers."""
         self.jitter_us += jitter_us
         self.step_us += jitter_us + own_us
 

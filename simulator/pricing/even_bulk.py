@@ -1,6 +1,6 @@
 """`step_loads` for many large steps at once, for the case that needs no token's slot.
 
-Under `even` dispatch with one copy per (token, expert), work and port sums follow from how many
+Under `even` dispatch with one replica per (token, expert), work and port sums follow from how many
 tokens each rank sends to each expert: same numbers as `placement.cost.step_loads` (a test
 compares), counted rank by rank and dealt node by node, so a step of 16,384 tokens on 256 devices
 and 58 layers takes milliseconds. Knows counting. Knows nothing of time.
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from ...foundation.arrays import Int32Array
 from ...foundation.compiled import compiled, prefetch
 from ...placement.cluster import Cluster
-from ...placement.cost.max_min_rates import deals_fairly, fair_copies_WX
+from ...placement.cost.max_min_rates import deals_fairly, fair_transfers_WX
 from ...placement.cost.step_loads import StepLoads, check_fit
 from ...placement.plan import DispatchSpec, Plan
 from ...traces.trace import RoutingTrace
@@ -99,14 +99,14 @@ def bulk_loads(
                 active[w, b], weights[w, b], ports[:, w, b], far_LGG[b],
             )
         if fair_WLX is not None:
-            fair_WLX[w] = fair_copies_WX(far_LGG, cluster)
+            fair_WLX[w] = fair_transfers_WX(far_LGG, cluster)
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(count, range(len(steps))))
     near_out, near_in, far_out, far_in = ports.astype(np.float64)
     return StepLoads(
         tokens, active, weights, near_out, near_in, far_out, far_in,
-        tokens_W=np.array([len(s.token) for s in steps], np.int64), fair_copies_WLX=fair_WLX,
+        tokens_W=np.array([len(s.token) for s in steps], np.int64), fair_transfers_WLX=fair_WLX,
     )
 
 
@@ -114,12 +114,12 @@ def _counter(
     first_G: npt.NDArray[np.int64], top_k: int, node_G: npt.NDArray[Any], layout: SlotLayout
 ) -> type[np.unsignedinteger[Any]]:
     """The narrowest counter that no step overflows: all of a node's assignments may be of one cell
-    (a token may name an expert more than once), and `deal_node` divides a rank's by its copies.
+    (a token may name an expert more than once), and `deal_node` divides a rank's by its replicas.
     """
     of_rank_G = np.diff(first_G) * top_k
     of_node = int(np.bincount(node_G, of_rank_G).max())
-    most_copies = int(layout.run_LRX[..., 2].max())
-    return np.uint16 if max(of_node, int(of_rank_G.max()) * most_copies) < 2**16 else np.uint32
+    most_replicas = int(layout.run_LRX[..., 2].max())
+    return np.uint16 if max(of_node, int(of_rank_G.max()) * most_replicas) < 2**16 else np.uint32
 
 
 def _layers_together(ids_TLK: npt.NDArray[Any]) -> list[slice]:
@@ -133,12 +133,12 @@ def _layers_together(ids_TLK: npt.NDArray[Any]) -> list[slice]:
 
 @dataclass(frozen=True, eq=False)
 class SlotLayout:
-    """Experts by falling number of copies, slots so that equal copies lie side by side.
+    """Experts by falling number of replicas, slots so that equal replicas lie side by side.
 
-    Place p of a layer holds expert_LP; a run is a stretch of places with equally many copies.
-    run_LRX: (first place, places, copies, first cell) of each run, places 0 past the last. Cell
-    first + j·places + i is the j-th copy of the run's i-th place; slot_LS is its global slot, -1
-    past the last. cell_LGC: the cells a device holds, -1 = none. turn_LP: expert mod copies.
+    Place p of a layer holds expert_LP; a run is a stretch of places with equally many replicas.
+    run_LRX: (first place, places, replicas, first cell) of each run, places 0 past the last. Cell
+    first + j·places + i is the j-th replica of the run's i-th place; slot_LS is its global slot, -1
+    past the last. cell_LGC: the cells a device holds, -1 = none. turn_LP: expert mod replicas.
     """
 
     expert_LP: Int32Array
@@ -149,10 +149,10 @@ class SlotLayout:
 
     @classmethod
     def of(cls, plan: Plan) -> SlotLayout:
-        copies_LE = plan.replicas_LE
-        expert_LP = np.argsort(-copies_LE, axis=1, kind="stable").astype(np.int32)
-        copies_LP = np.take_along_axis(copies_LE, expert_LP, axis=1).astype(np.int32)
-        runs = [_runs(copies_P) for copies_P in copies_LP]
+        replicas_LE = plan.replicas_LE
+        expert_LP = np.argsort(-replicas_LE, axis=1, kind="stable").astype(np.int32)
+        replicas_LP = np.take_along_axis(replicas_LE, expert_LP, axis=1).astype(np.int32)
+        runs = [_runs(replicas_P) for replicas_P in replicas_LP]
         run_LRX = np.zeros((plan.num_layers, max(len(r) for r in runs), 4), np.int32)
         layers, devices, width = plan.slots.shape
         slot_LS = np.full((layers, devices * width), -1, np.int32)
@@ -164,7 +164,7 @@ class SlotLayout:
             slot_LS[layer, : len(slot_X)] = slot_X
             cell_LS[layer, slot_X] = np.arange(len(slot_X))
         return cls(
-            expert_LP, (expert_LP % copies_LP).astype(np.int32), run_LRX, slot_LS,
+            expert_LP, (expert_LP % replicas_LP).astype(np.int32), run_LRX, slot_LS,
             cell_LS.reshape(layers, devices, width),
         )
 
@@ -175,24 +175,24 @@ def layout_of(plan: Plan) -> SlotLayout:
     return SlotLayout.of(plan)
 
 
-def _runs(copies_P: Int32Array) -> Int32Array:
-    """[runs, 4] first place, places, copies, first cell."""
-    first = np.flatnonzero(np.diff(copies_P, prepend=-1))
-    places = np.diff(np.append(first, len(copies_P)))
-    copies = copies_P[first]
-    cell = np.concatenate(([0], np.cumsum(places * copies)[:-1]))
-    return np.stack([first, places, copies, cell], axis=1).astype(np.int32)
+def _runs(replicas_P: Int32Array) -> Int32Array:
+    """[runs, 4] first place, places, replicas, first cell."""
+    first = np.flatnonzero(np.diff(replicas_P, prepend=-1))
+    places = np.diff(np.append(first, len(replicas_P)))
+    replicas = replicas_P[first]
+    cell = np.concatenate(([0], np.cumsum(places * replicas)[:-1]))
+    return np.stack([first, places, replicas, cell], axis=1).astype(np.int32)
 
 
 def _cells(run_RX: Int32Array) -> tuple[Int32Array, Int32Array]:
-    """(place, copy) of every cell of a layer."""
-    place = [np.tile(np.arange(first, first + m), copies) for first, m, copies, _ in run_RX]
-    copy = [np.repeat(np.arange(copies), m) for _, m, copies, _ in run_RX]
-    return np.concatenate(place).astype(np.int32), np.concatenate(copy).astype(np.int32)
+    """(place, replica) of every cell of a layer."""
+    place = [np.tile(np.arange(first, first + m), replicas) for first, m, replicas, _ in run_RX]
+    replica = [np.repeat(np.arange(replicas), m) for _, m, replicas, _ in run_RX]
+    return np.concatenate(place).astype(np.int32), np.concatenate(replica).astype(np.int32)
 
 
 def _slots(slots_S: Any, expert_X: Int32Array, copy_X: Int32Array) -> Int32Array:
-    """Global slot of the j-th copy of each expert, ascending."""
+    """Global slot of the j-th replica of each expert, ascending."""
     filled = np.flatnonzero(slots_S >= 0)
     by_expert = filled[np.argsort(slots_S[filled], kind="stable")]
     first_E = np.searchsorted(slots_S[by_expert], np.arange(int(expert_X.max()) + 1))

@@ -1,4 +1,4 @@
-"""Deals what the ranks of one node send in one layer to the copies of experts, as `even` does.
+"""Deals what the ranks of one node send in one layer to the replicas of experts, as `even` does.
 
 Knows one node and layer at a time, in the cells of `even_bulk.SlotLayout`. Knows nothing of tokens
 or steps. Counters are unsigned and of one width throughout, 16 bits where they suffice, and every
@@ -26,14 +26,14 @@ def deal_node(
     """One layer of a node's ranks, the first of which is device `first`; its counts go out zero.
 
     A layer's tables stay in the processor's nearest cache while all ranks of the node use them.
-    node_S, work_XP and before_G are room to work in. Products of a count and its copies must fit
-    the counter. far_DG: copies to each device outside the node; no rows = not wanted.
+    node_S, work_XP and before_G are room to work in. Products of a count and its replicas must fit
+    the counter. far_DG: transfers to each device outside the node; no rows = not wanted.
     """
     before_G[:] = 0    # what the node has sent to each device
     node_S[:] = 0      # what the node has sent to each cell
     near_before = 0
     ranks = len(own_D)
-    in_order = run_RX[0, 1] == len(expert_P)       # equally many copies of all: places are experts
+    in_order = run_RX[0, 1] == len(expert_P)       # as many replicas of all: places are experts
     for d in range(ranks):
         count_E = count_HLE[d, layer]
         own = -_held(cell_DC, d, d + 1, node_S)
@@ -77,27 +77,28 @@ def _held(cell_DC: Any, first: int, last: int, node_S: Any) -> int:
 def _deal(
     tokens_P: Any, turn_P: Any, run_RX: Any, home: int, node_S: Any, work_XP: Any
 ) -> None:
-    """Add one rank's tokens to the cells of their experts' copies."""
+    """Add one rank's tokens to the cells of their experts' replicas."""
     for r in range(len(run_RX)):
-        first, m, copies, cell = run_RX[r]
+        first, m, replicas, cell = run_RX[r]
         if m == 0:
             return
         n_P, turns = tokens_P[first : first + m], turn_P[first : first + m]
-        if copies == 1:
+        if replicas == 1:
             out = node_S[cell : cell + m]
             for i in range(m):
                 out[i] += n_P[i]
-        elif copies == 2:
+        elif replicas == 2:
             _deal_pair(
                 n_P, turns, home % 2, node_S[cell : cell + m], node_S[cell + m : cell + 2 * m]
             )
         else:
-            _deal_run(n_P, turns, home % copies, copies, node_S[cell : cell + copies * m], work_XP)
+            of_run_S = node_S[cell : cell + replicas * m]
+            _deal_run(n_P, turns, home % replicas, replicas, of_run_S, work_XP)
 
 
 @compiled
 def _deal_pair(n_P: Any, turns: Any, turn: int, first: Any, second: Any) -> None:
-    """Two copies: the odd token goes to the one whose turn it is."""
+    """Two replicas: the odd token goes to the one whose turn it is."""
     one, this_turn = n_P.dtype.type(1), n_P.dtype.type(turn)
     for i in range(len(n_P)):
         odd = n_P[i] & one
@@ -109,21 +110,21 @@ def _deal_pair(n_P: Any, turns: Any, turn: int, first: Any, second: Any) -> None
 
 @compiled
 def _deal_run(
-    n_P: Any, turns: Any, turn: int, copies: int, out_X: Any, work_XP: Any
+    n_P: Any, turns: Any, turn: int, replicas: int, out_X: Any, work_XP: Any
 ) -> None:
-    """Any number of copies: the whole part to each, the rest one by one from the turn on."""
+    """Any number of replicas: the whole part to each, the rest one by one from the turn on."""
     counter = n_P.dtype.type
-    m, zero, one, c, this_turn = len(n_P), counter(0), counter(1), counter(copies), counter(turn)
-    # Division by multiplication, exact while count · copies fits the counter.
+    m, zero, one, c, this_turn = len(n_P), counter(0), counter(1), counter(replicas), counter(turn)
+    # Division by multiplication, exact while count · replicas fits the counter.
     bits = np.uint64(8 * n_P.itemsize)
-    inverse = (np.uint64(1) << bits) // np.uint64(copies) + np.uint64(1)
+    inverse = (np.uint64(1) << bits) // np.uint64(replicas) + np.uint64(1)
     base, extra, start = work_XP[0, :m], work_XP[1, :m], work_XP[2, :m]
     for i in range(m):
         base[i] = (n_P[i] * inverse) >> bits
         extra[i] = n_P[i] - base[i] * c
         begin = counter(turns[i] + this_turn)
-        start[i] = min(begin, counter(begin - c))      # mod copies: below 0 a counter is huge
-    for j in range(copies):
+        start[i] = min(begin, counter(begin - c))      # mod replicas: below 0 a counter is huge
+    for j in range(replicas):
         out, this = out_X[j * m : (j + 1) * m], counter(j)
         for i in range(m):
             ahead = counter(this - start[i])

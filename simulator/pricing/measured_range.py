@@ -1,7 +1,8 @@
 """Whether steps lie below what a hardware profile was measured on.
 
-Beyond the last measured point `step_cost` goes on along the last slope and says so; below the first
-it keeps the first value, and this says so. Knows work, traffic and tables. Knows nothing of time.
+Beyond the last measured point `step_cost` goes on along the last slope and notes it; below the
+first it keeps the first value, and this notes it. Knows work, traffic and tables. Knows nothing of
+time.
 """
 
 from __future__ import annotations

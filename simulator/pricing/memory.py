@@ -18,7 +18,7 @@ from ...traces.model_spec import ModelSpec
 
 @dataclass(frozen=True)
 class MemorySpec:
-    """Bytes beside the experts.
+    """Bytes of all but the experts.
 
     kv_bytes_per_token: keys and values of one token over all layers, on the device that serves it.
     other_bytes: attention, embeddings, activations, on every device. usable: share of the memory
@@ -41,8 +41,8 @@ class MemorySpec:
 def expert_bytes_G(plan: Plan, model: ModelSpec) -> npt.NDArray[np.int64]:
     """[G] bytes of the expert weights that the plan keeps on each device, all layers."""
     bytes_E = model.bytes_per_expert_E()
-    copies_GE = plan.copies_LGE().sum(axis=0)
-    held: npt.NDArray[np.int64] = copies_GE @ bytes_E
+    replicas_GE = plan.replicas_LGE().sum(axis=0)
+    held: npt.NDArray[np.int64] = replicas_GE @ bytes_E
     return held
 
 
@@ -61,7 +61,7 @@ def require_experts_fit(plan: Plan, cluster: Cluster, model: ModelSpec) -> None:
 def kv_tokens_per_device(
     plan: Plan, cluster: Cluster, model: ModelSpec, memory: MemorySpec
 ) -> tuple[int, ...]:
-    """[G] tokens of KV cache each device has room for beside the plan's experts.
+    """[G] tokens of KV cache that each device can hold next to the plan's experts.
 
     Raises InfeasibleError when a device cannot even hold its experts.
     """

@@ -42,7 +42,7 @@ MIRROR = [1, 0, 3, 2]      # the combine goes back through the other end
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What is in force while a step runs: the plan, and what is wrong with the devices.
+    """What is active while a step runs: the plan, and what is wrong with the devices.
 
     slowdown_G: >= 1, how many times as long a device computes. nic_share_G: in (0, 1], what is
     left of a device's network port. None = all well. lost: devices that neither compute nor serve.
@@ -54,10 +54,10 @@ class Condition:
     lost: frozenset[int] = frozenset()
 
     def uncovered(self) -> int:
-        """How many (layer, expert) have no copy on a device that is there."""
-        copies_LGE = self.plan.copies_LGE()
+        """How many (layer, expert) have no replica on a device that is there."""
+        replicas_LGE = self.plan.replicas_LGE()
         there_G = ~np.isin(np.arange(self.plan.num_devices), sorted(self.lost))
-        return int((copies_LGE[:, there_G].sum(axis=1) == 0).sum())
+        return int((replicas_LGE[:, there_G].sum(axis=1) == 0).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ class StepRouter:
             slowdown_G=condition.slowdown_G, nic_share_G=condition.nic_share_G,
         )
         if condition.nic_share_G is not None:
-            # A port at a fraction of its rate is busy as if it carried more copies.
+            # A port at a fraction of its rate is busy as if it carried more transfers.
             loads = dataclasses.replace(
                 loads,
                 nic_out_WLG=loads.nic_out_WLG / condition.nic_share_G,
@@ -188,13 +188,13 @@ class StepRouter:
 def port_times(loads: StepLoads, model: ModelSpec, cluster: Cluster) -> FloatArray:
     """[N, P, G] microseconds each device's port is busy over all layers, dispatch and combine."""
     to_P, back_P = copy_us(model, cluster)
-    copies = port_copies(loads).sum(axis=2)
-    us: FloatArray = copies * to_P[:, None, None] + copies[MIRROR] * back_P[:, None, None]
+    transfers = port_transfers(loads).sum(axis=2)
+    us: FloatArray = transfers * to_P[:, None, None] + transfers[MIRROR] * back_P[:, None, None]
     return us.transpose(1, 0, 2)
 
 
-def port_copies(loads: StepLoads) -> FloatArray:
-    """[P, N, L, G] token copies through each port in the dispatch direction."""
+def port_transfers(loads: StepLoads) -> FloatArray:
+    """[P, N, L, G] token transfers through each port in the dispatch direction."""
     return np.stack(
         [loads.nvlink_out_WLG, loads.nvlink_in_WLG, loads.nic_out_WLG, loads.nic_in_WLG]
     )

@@ -17,7 +17,7 @@ from ...foundation.arrays import FloatArray
 from ...placement.cost.step_cost import StepCost, step_cost
 from ...placement.cost.step_loads import StepLoads
 from ...placement.plan import Plan
-from ..pricing.step_router import MIRROR, PORTS, StepRouter, copy_us, port_copies
+from ..pricing.step_router import MIRROR, PORTS, StepRouter, copy_us, port_transfers
 from ..serving.result import SimulationResult
 from .page import write_report
 
@@ -30,7 +30,7 @@ def chrome_events(
 ) -> list[dict[str, Any]]:
     """Trace events; `plan` is the one the run started with. Times in microseconds.
 
-    Layers of a step are scaled to the time it took in the run (a bank's step is one alike).
+    Layers of a step are scaled to the time it took in the run (a step of the bank stands for it).
     """
     events = [_name("process_name", STEPS, 0, "serving groups")]
     steps = result.steps
@@ -83,7 +83,7 @@ def _details(
 def _layer(
     cost: StepCost, port_us: FloatArray, w: int, layer: int, clock: float, scale: float
 ) -> list[dict[str, Any]]:
-    """Dispatch, experts, wait and combine of one layer on every device; busy ports beside."""
+    """Dispatch, experts, wait and combine of one layer on every device, and its busy ports."""
     dispatch = float(cost.dispatch_us_WL[w, layer]) * scale
     combine = float(cost.combine_us_WL[w, layer]) * scale
     compute_G = cost.compute_us_WLG[w, layer] * scale
@@ -108,9 +108,9 @@ def _layer(
 def _port_us(loads: StepLoads, router: StepRouter) -> FloatArray:
     """[2, P, W, L, G] time each port carries dispatch and combine."""
     to_P, back_P = copy_us(router.model, router.cluster)
-    copies = port_copies(loads)
+    transfers = port_transfers(loads)
     shape = (-1, 1, 1, 1)
-    return np.stack([copies * to_P.reshape(shape), copies[MIRROR] * back_P.reshape(shape)])
+    return np.stack([transfers * to_P.reshape(shape), transfers[MIRROR] * back_P.reshape(shape)])
 
 
 def _tracks(devices: int) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def _traffic(views: Sequence[PlanView]) -> str:
     most = max(float(v.traffic_GG.max()) for v in views)
     maps = "".join(
         heat_map(v.traffic_GG, rows="from rank", columns="to device", middle=mean,
-                 highest=max(most, mean), title=f"{v.name}: token copies per step")
+                 highest=max(most, mean), title=f"{v.name}: token transfers per step")
         for v in views
     )
     return f'<h2>Traffic between devices</h2><div class="pair">{maps}</div>'

@@ -23,7 +23,7 @@ def heat_map(
 ) -> str:
     """A grid of coloured cells: `middle` is white, 0 blue, `highest` and above red.
 
-    Sides longer than 64 are averaged in blocks, and the caption says so.
+    Sides longer than 64 are averaged in blocks, and the caption notes it.
     """
     grid, blocks = _blocks(values)
     size = max(4, min(16, 640 // max(grid.shape)))

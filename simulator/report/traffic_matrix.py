@@ -1,6 +1,6 @@
-"""Who sends how much to whom: token copies per (source, target) device, step by step.
+"""Who sends how much to whom: token transfers per (source, target) device, step by step.
 
-Knows routing, a plan and dispatch. Knows nothing of time. Copies as under
+Knows routing, a plan and dispatch. Knows nothing of time. Transfers as under
 `return_home/per_expert`, the dispatch direction; the combine is the transpose.
 """
 
@@ -18,7 +18,7 @@ from ...traces.steps import Steps
 from ...traces.trace import RoutingTrace
 
 
-def copies_GG(
+def transfers_GG(
     trace: RoutingTrace,
     tokens: IntArray,
     plan: Plan,
@@ -26,7 +26,7 @@ def copies_GG(
     layer: int,
     dispatch: DispatchSpec | None = None,
 ) -> IntArray:
-    """[G, G] copies of one step and layer, home rank to computing rank; the diagonal stays."""
+    """[G, G] transfers of one step and layer, home rank to computing rank; the diagonal stays."""
     check_fit(trace, plan, cluster)
     devices = cluster.num_devices
     ids_TK = trace.ids[tokens, layer].astype(np.int32)
@@ -42,7 +42,7 @@ def copies_GG(
     return counts.reshape(devices, devices)
 
 
-def mean_copies_GG(
+def mean_transfers_GG(
     trace: RoutingTrace,
     steps: Steps,
     plan: Plan,
@@ -51,10 +51,10 @@ def mean_copies_GG(
     *,
     max_steps: int = 16,
 ) -> npt.NDArray[np.float64]:
-    """[G, G] copies per step, all layers together, over up to `max_steps` steps spread evenly."""
+    """[G, G] transfers per step, all layers together, over `max_steps` steps spread evenly."""
     chosen = np.unique(np.linspace(0, len(steps) - 1, max_steps).astype(np.int64))
     total = np.zeros((cluster.num_devices, cluster.num_devices))
     for w in chosen.tolist():
         for layer in range(plan.num_layers):
-            total += copies_GG(trace, steps.tokens_of(w), plan, cluster, layer, dispatch)
+            total += transfers_GG(trace, steps.tokens_of(w), plan, cluster, layer, dispatch)
     return total / len(chosen)

@@ -17,7 +17,7 @@ from ...placement.cost.step_loads import step_loads
 from ...placement.plan import DispatchSpec, Plan
 from ...traces.steps import StepSampler
 from ...traces.trace import RoutingTrace
-from .traffic_matrix import mean_copies_GG
+from .traffic_matrix import mean_transfers_GG
 
 SHOWN_STEPS = 16
 
@@ -26,8 +26,8 @@ SHOWN_STEPS = 16
 class PlanView:
     """One plan's load and traffic on the same steps as the others'.
 
-    load_LG: tokens of each device over the layer's mean (1 = level). traffic_GG: token copies per
-    step from each rank to each device, all layers together, the diagonal stays at home.
+    load_LG: tokens of each device over the layer's mean (1 = level). traffic_GG: token transfers
+    per step from each rank to each device, all layers together, the diagonal stays at home.
     """
 
     name: str
@@ -52,7 +52,7 @@ def plan_views(
         busy_LG = (loads.tokens_WLG / cluster.speed_G).mean(axis=0)
         mean_L = busy_LG.mean(axis=1, keepdims=True)
         load_LG = np.divide(busy_LG, mean_L, out=np.ones_like(busy_LG), where=mean_L > 0)
-        traffic = mean_copies_GG(trace, shown, plan, cluster, dispatch, max_steps=SHOWN_STEPS)
+        traffic = mean_transfers_GG(trace, shown, plan, cluster, dispatch, max_steps=SHOWN_STEPS)
         views.append(PlanView(name, load_LG, traffic))
     return views
 

@@ -1,4 +1,4 @@
-"""What is in force in each serving group: plan, slowness, links, lost devices.
+"""What is active in each serving group: plan, slowness, links, lost devices.
 
 Plan switches and faults change it, step timers read it. Checks at every change that a plan covers
 every expert on the devices that are there. Knows nothing of when or why.
@@ -22,7 +22,7 @@ from ..pricing.step_router import Condition, StepRouter
 from ..random_streams import stream
 
 
-class InForce:
+class ActiveState:
     """Numbered conditions, and which one holds in which group."""
 
     def __init__(
@@ -50,27 +50,28 @@ class InForce:
         return self.conditions[self.number_of_group[group]]
 
     def require_cover(self, group: int) -> None:
-        """Raises LoadmasterError when a step would run while an expert has no live copy."""
+        """Raises LoadmasterError when a step would run while an expert has no live replica."""
         if self._uncovered[group]:
             raise LoadmasterError(
-                f"{self._uncovered[group]} experts have no copy on a live device: no step can run"
+                f"{self._uncovered[group]} experts have no replica on a live device: no step runs"
             )
 
     def switch_plan(self, group: int, plan: Plan) -> None:
-        """Put in force what of a plan stands on the devices that are there.
+        """Put active what of a plan stands on the devices that are there.
 
         Raises InputError if it is for another model or cluster, InfeasibleError if it leaves an
-        expert without a copy on the devices that are there, or does not leave the KV cache's room.
+        expert without a replica on the devices that are there, or leaves too little for the KV
+        cache.
         """
         self.router.check(plan)
         standing = self.standing(group, plan)
-        self.kv_room_G(standing)
+        self.kv_capacity_G(standing)
         self._set(group, dataclasses.replace(self.of(group), plan=standing))
         if standing is not plan or not self.of(group).lost:
             self.whole_plan[group] = plan
 
-    def kv_room_G(self, plan: Plan) -> tuple[int, ...] | None:
-        """[G] tokens of KV cache beside a plan's experts; None = memory is not counted.
+    def kv_capacity_G(self, plan: Plan) -> tuple[int, ...] | None:
+        """[G] tokens of KV cache that a plan's experts leave; None = memory is not counted.
 
         Raises InfeasibleError when the experts and other weights alone are too much.
         """
@@ -81,22 +82,22 @@ class InForce:
     def standing(self, group: int, plan: Plan) -> Plan:
         """The plan with the slots of lost devices empty; itself where they are.
 
-        Raises InfeasibleError if that leaves an expert without a copy.
+        Raises InfeasibleError if that leaves an expert without a replica.
         """
         lost = sorted(self.of(group).lost)
         if not (plan.slots[:, lost] != EMPTY).any():
             return plan
         if missing := Condition(plan, lost=frozenset(lost)).uncovered():
             raise InfeasibleError(
-                f"the new plan leaves {missing} experts without a copy on a live device: keep "
-                "copies on other nodes, or bring devices back"
+                f"the new plan leaves {missing} experts without a replica on a live device: keep "
+                "replicas on other nodes, or bring devices back"
             )
         slots = plan.slots.copy()
         slots[:, lost] = EMPTY
         return dataclasses.replace(plan, slots=slots, evidence=None)
 
     def lose(self, group: int, devices: Collection[int]) -> int:
-        """Devices are gone; returns how many experts now lack a live copy."""
+        """Devices are gone; returns how many experts now lack a live replica."""
         self._lost[group].update(devices)
         self._set(group, dataclasses.replace(self.of(group), lost=self.of(group).lost | {*devices}))
         return self._uncovered[group]

@@ -26,7 +26,7 @@ class BatchLimits:
     step_tokens: tokens of a step, prefill and decode together. max_requests: requests in flight.
     kv_tokens_per_device: KV memory of each device in tokens; None = never the limit. A request
     holds prompt + output tokens on its home device from admission to end.
-    prefill: "chunked" fills the room beside decoding requests with pieces of prompts;
+    prefill: "chunked" fills what decoding requests leave of a step with pieces of prompts;
     "first" lets prompts go alone, decoding waits meanwhile.
     """
 
@@ -100,7 +100,7 @@ class Lanes:
     ) -> None:
         self.limits, self.log = limits, log
         self.prompt, self.output = workload.prompt_tokens.tolist(), workload.output_tokens.tolist()
-        self.kv_free_G, self.kv_room_G = None, limits.kv_tokens_per_device
+        self.kv_free_G, self.kv_capacity_G = None, limits.kv_tokens_per_device
         if limits.kv_tokens_per_device is not None:
             self.kv_free_G = list(limits.kv_tokens_per_device)
         self.requests_G = [0] * num_devices
@@ -197,14 +197,14 @@ class Lanes:
         """Devices that serve again; they are empty."""
         self.alive = sorted({*self.alive, *devices})
 
-    def set_kv_room(self, tokens_G: tuple[int, ...]) -> None:
-        """Another plan leaves other room; a device that holds more than it has admits none."""
-        if self.kv_free_G is not None and self.kv_room_G is not None:
+    def set_kv_capacity(self, tokens_G: tuple[int, ...]) -> None:
+        """Another plan leaves another capacity; a device over it admits no request."""
+        if self.kv_free_G is not None and self.kv_capacity_G is not None:
             self.kv_free_G = [
                 free + new - old
-                for free, new, old in zip(self.kv_free_G, tokens_G, self.kv_room_G, strict=True)
+                for free, new, old in zip(self.kv_free_G, tokens_G, self.kv_capacity_G, strict=True)
             ]
-            self.kv_room_G = tokens_G
+            self.kv_capacity_G = tokens_G
 
     def _admit(self, prefill: Prefill, now_ns: int) -> bool:
         request = prefill.request
@@ -221,7 +221,7 @@ class Lanes:
         return True
 
     def _home(self, need: int) -> int | None:
-        """The live device with the fewest requests that has room; ties go round in turn."""
+        """The live device with the fewest requests with capacity left; ties go round in turn."""
         free, requests, devices = self.kv_free_G, self.requests_G, len(self.requests_G)
         fits = self.alive if free is None else [g for g in self.alive if free[g] >= need]
         if not fits:

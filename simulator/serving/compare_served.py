@@ -19,7 +19,7 @@ from ...traces.trace import RoutingTrace
 from ..pricing.step_router import StepRouter
 from .paired_difference import Paired, set_side_by_side
 from .result import SimulationResult, Slo
-from .simulate import Happening, Serving, simulate
+from .simulate import Intervention, Serving, simulate
 from .workload import Workload
 
 
@@ -41,7 +41,7 @@ class Served:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the results and the comparison say beside their figures, each once."""
+        """The notes of the results and of the comparison, each once."""
         said = (*self.paired.notes, *(n for r in self.results.values() for n in r.notes))
         return tuple(dict.fromkeys(said))
 
@@ -65,7 +65,7 @@ def serve_each(
     dispatch: str | None = None,
     serving: Serving | None = None,
     slo: Slo | None = None,
-    happenings: Sequence[Happening] = (),
+    interventions: Sequence[Intervention] = (),
     seed: int = 0,
     progress: Callable[[], None] | None = None,
 ) -> Served:
@@ -86,7 +86,7 @@ def serve_each(
         with _named(name, plans):
             results[name] = simulate(
                 plan, workload, cluster, trace=trace, model=model, dispatch=dispatch,
-                serving=serving, slo=slo, happenings=happenings, seed=seed,
+                serving=serving, slo=slo, interventions=interventions, seed=seed,
             )
         if progress is not None:
             progress()

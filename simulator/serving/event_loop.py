@@ -62,13 +62,13 @@ class ServingGroup:
         self.on_step: list[Callable[[], None]] = []
         self.paused_ns = 0
         self.lost_steps = 0
-        self.epoch = 0    # of the plan in force; whoever switches plans counts it up
+        self.epoch = 0    # of the active plan; counted up by whatever switches plans
         self.stepping = False
         self.wake: simpy.Event | None = None
         self.process = loop.env.process(self._run())
 
     def at_boundary(self, action: BoundaryAction) -> None:
-        """Run `action(now_ns)` before the next step; it returns how long the group stands still."""
+        """Run `action(now_ns)` before the next step; it returns how long the group pauses."""
         self.boundary.append(action)
         self.rouse()
 

@@ -7,7 +7,7 @@ import numpy as np
 from ..pricing.attribution import Usage
 from ..pricing.step_composition import Composition
 from ..pricing.step_router import Condition, StepRouter
-from .active_state import InForce
+from .active_state import ActiveState
 from .batching import Batch
 from .event_loop import ServingGroup
 from .token_source import TokenSource
@@ -21,10 +21,10 @@ class EveryStep:
     follows_traffic = True
 
     def __init__(
-        self, router: StepRouter, source: TokenSource, in_force: InForce,
+        self, router: StepRouter, source: TokenSource, active: ActiveState,
         *, other_us_per_token: float = 0.0,
     ) -> None:
-        self.router, self.source, self.in_force = router, source, in_force
+        self.router, self.source, self.active = router, source, active
         self.other_us_per_token = other_us_per_token
         self.usage = Usage(router.model.num_layers, router.cluster.num_devices)
         self.kept: list[Composition] = []
@@ -34,13 +34,13 @@ class EveryStep:
         composition = self.compose(batch, group)
         if len(self.kept) < KEPT_STEPS:
             self.kept.append(composition)
-        self.in_force.require_cover(group.index)
-        routed = self.router.cost([composition], self.in_force.of(group.index))
+        self.active.require_cover(group.index)
+        routed = self.router.cost([composition], self.active.of(group.index))
         self.usage.add(routed, np.ones(1))
         exchange_us = routed.dispatch_us[0].sum() + routed.combine_us[0].sum()
-        self.in_force.exchange_us_of_group[group.index] += float(exchange_us)
+        self.active.exchange_us_of_group[group.index] += float(exchange_us)
         own_us = self._outside_us(batch)
-        jitter_us = self.in_force.jitter_us(routed.compute_us[0])
+        jitter_us = self.active.jitter_us(routed.compute_us[0])
         self.usage.add_beside(jitter_us, own_us)
         return max(1, round((float(routed.step_us[0]) + jitter_us + own_us) * 1e3))
 
@@ -73,4 +73,4 @@ class EveryStep:
 
     def account(self) -> tuple[Usage, list[Composition], Condition]:
         """Everything that ran; steps to judge the waits on; the condition they ran in."""
-        return self.usage, self.kept, self.in_force.conditions[0]
+        return self.usage, self.kept, self.active.conditions[0]

@@ -68,7 +68,7 @@ class Paired:
         return next(row for row in self.rows if row.name == name)
 
     def verdict(self) -> str:
-        """One sentence: the best plan, who is worse and by how much, who cannot be told apart."""
+        """One sentence: the best plan, which are worse and by how much, which indistinguishable."""
         best, *others = self.rows
         said = f"{best.name}: mean latency {_time_text(best.mean_us)}"
         if not others:

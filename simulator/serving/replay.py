@@ -102,7 +102,7 @@ def replay(
 
     steps None: the recorded steps where the trace has them, else the default sampler.
     arrival_us: request id -> time it arrived, for every request in the steps; None = no waiting.
-    current: the plan in force, what the verdict is about; None = the first. seed: of the bands.
+    current: the active plan, which the verdict compares with; None = the first. seed: of the bands.
     Raises UsageError without plans, InputError when something does not fit together.
     """
     if not plans:

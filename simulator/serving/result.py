@@ -97,7 +97,7 @@ class RequestTimes:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened beside steps: a switch, a fault, a recovery."""
+    """Something that happened between steps: a switch, a fault, a recovery."""
 
     at_us: float
     kind: str
@@ -143,7 +143,7 @@ class SimulationResult:
     lost_steps: int = 0
     seed: int = 0
     notes: tuple[str, ...] = ()
-    first_steps: tuple[Composition, ...] = ()     # what the first steps held (of the bank: alike)
+    first_steps: tuple[Composition, ...] = ()     # what the first steps held
 
     @property
     def requests_per_s(self) -> float:

@@ -24,7 +24,7 @@ from ..pricing.attribution import OTHER_DISPATCHES, Blame, Usage, split_wait
 from ..pricing.memory import MemorySpec
 from ..pricing.step_composition import Composition
 from ..pricing.step_router import Condition, StepRouter
-from .active_state import InForce
+from .active_state import ActiveState
 from .batching import BatchLimits
 from .event_loop import ServingLoop
 from .every_step import EveryStep
@@ -40,9 +40,9 @@ Routing = Literal["bank", "every_step"]
 class Serving:
     """How the service runs, apart from the plan.
 
-    limits: what a step holds. memory: bytes beside the experts, for KV admission; None = KV memory
-    is never the limit. groups: equal sets of devices behind one queue. other_us_per_token:
-    attention and dense layers, per token of a device, beside the model's `other_time_us`.
+    limits: what a step holds. memory: bytes of all but the experts, for KV admission; None = KV
+    memory is never the limit. groups: equal sets of devices behind one queue. other_us_per_token:
+    attention and dense layers, per token of a device, in addition to the model's `other_time_us`.
     """
 
     limits: BatchLimits = field(default_factory=BatchLimits)
@@ -62,30 +62,30 @@ class Run:
     """A simulation under way: what plan switches and faults act on."""
 
     def __init__(
-        self, loop: ServingLoop, in_force: InForce, router: StepRouter, source: TokenSource,
+        self, loop: ServingLoop, active: ActiveState, router: StepRouter, source: TokenSource,
         timer: StepBank | EveryStep, seed: int,
     ) -> None:
-        self.loop, self.in_force, self.router, self.seed = loop, in_force, router, seed
+        self.loop, self.active, self.router, self.seed = loop, active, router, seed
         self.source, self.timer = source, timer
         self.events: list[Event] = []
         self.moved_bytes = 0
         self.notes: list[str] = []
 
     def switch_plan(self, group: int, plan: Plan) -> None:
-        """Put a plan in force, with the KV memory it leaves; raises as `InForce.switch_plan`."""
-        self.in_force.switch_plan(group, plan)
+        """Put a active plan, with the KV memory it leaves; raises as `ActiveState.switch_plan`."""
+        self.active.switch_plan(group, plan)
         serving = self.loop.groups[group]
         serving.epoch += 1
-        room_G = self.in_force.kv_room_G(self.in_force.of(group).plan)
+        room_G = self.active.kv_capacity_G(self.active.of(group).plan)
         if room_G is not None:
-            serving.lanes.set_kv_room(room_G)
+            serving.lanes.set_kv_capacity(room_G)
 
     def log(self, kind: str, detail: str, pause_ns: int = 0) -> None:
         """Note something that happened now."""
         self.events.append(Event(self.loop.env.now / 1e3, kind, detail, pause_ns / 1e3))
 
 
-class Happening(Protocol):
+class Intervention(Protocol):
     """Something that acts on a run: a plan switch, a fault, a policy."""
 
     def start(self, run: Run) -> None: ...
@@ -103,7 +103,7 @@ def simulate(
     slo: Slo | None = None,
     routing: Routing = "bank",
     bank: BankSpec | None = None,
-    happenings: Sequence[Happening] = (),
+    interventions: Sequence[Intervention] = (),
     seed: int = 0,
 ) -> SimulationResult:
     """Serve the workload to its last token.
@@ -118,30 +118,30 @@ def simulate(
     requests, serving = as_workload(workload), serving or Serving()
     spec = None if dispatch is None else resolve_dispatch(dispatch, plan)
     router = StepRouter(trace, cluster, model, dispatch=spec, overlap=serving.overlap)
-    in_force = InForce(
+    active = ActiveState(
         router, plan, groups=serving.groups, seed=seed, memory=serving.memory
     )
     source = TokenSource(trace, requests, seed=seed)
     timer: StepBank | EveryStep
     if routing == "every_step":
-        timer = EveryStep(router, source, in_force, other_us_per_token=serving.other_us_per_token)
+        timer = EveryStep(router, source, active, other_us_per_token=serving.other_us_per_token)
     elif routing == "bank":
         timer = StepBank(
-            router, source, requests, in_force, largest=serving.limits.step_tokens, seed=seed,
+            router, source, requests, active, largest=serving.limits.step_tokens, seed=seed,
             spec=bank or BankSpec(), other_us_per_token=serving.other_us_per_token,
         )
     else:
         raise UsageError(f"unknown routing {routing!r}: bank or every_step")
     limits = serving.limits
-    if (room_G := in_force.kv_room_G(plan)) is not None:
+    if (room_G := active.kv_capacity_G(plan)) is not None:
         limits = dataclasses.replace(limits, kv_tokens_per_device=room_G)
     loop = ServingLoop(
         requests, timer, limits, num_devices=cluster.num_devices, groups=serving.groups
     )
-    run = Run(loop, in_force, router, source, timer, seed)
+    run = Run(loop, active, router, source, timer, seed)
     run.notes.extend(source.notes)
-    for happening in happenings:
-        happening.start(run)
+    for intervention in interventions:
+        intervention.start(run)
     loop.run()
     return _result(run, timer, slo)
 

@@ -20,7 +20,7 @@ from ..pricing.attribution import Usage
 from ..pricing.step_composition import Composition
 from ..pricing.step_router import Condition, RoutedSteps, StepRouter
 from ..random_streams import stream
-from .active_state import InForce
+from .active_state import ActiveState
 from .batching import Batch
 from .event_loop import ServingGroup
 from .token_source import TokenSource
@@ -64,10 +64,10 @@ class StepBank:
     """Times of steps by size. Grows as sizes, conditions and windows occur."""
 
     def __init__(
-        self, router: StepRouter, source: TokenSource, workload: Workload, in_force: InForce,
+        self, router: StepRouter, source: TokenSource, workload: Workload, active: ActiveState,
         *, largest: int, seed: int, spec: BankSpec = BankSpec(), other_us_per_token: float = 0.0,
     ) -> None:
-        self.router, self.source, self.in_force = router, source, in_force
+        self.router, self.source, self.active = router, source, active
         self.workload, self.spec, self.seed = workload, spec, seed
         self.other_us_per_token = other_us_per_token
         self.sizes = grid(largest, spec.ratio)
@@ -76,7 +76,7 @@ class StepBank:
         self._drawn: list[int] = []
         self._last_sample = 0
         self._first: list[tuple[Key, int]] = []
-        self._jitter_us = self._own_us = 0.0    # beside the cells' own times
+        self._jitter_us = self._own_us = 0.0    # in addition to the cells' own times
         requests = len(workload)
         self.window_start = [requests * i // spec.windows for i in range(spec.windows)]
         self.window_ns = [int(workload.arrival_ns[r]) for r in self.window_start]
@@ -90,10 +90,10 @@ class StepBank:
 
     def step_ns(self, batch: Batch, group: ServingGroup) -> int:
         """Nanoseconds of the batch, at least 1."""
-        self.in_force.require_cover(group.index)
+        self.active.require_cover(group.index)
         sample = self._sample()
         step_us, heaviest, nearest_key = 0.0, -1.0, (0, 0, 0, 0, 0)
-        number = self.in_force.number_of_group[group.index]
+        number = self.active.number_of_group[group.index]
         for key, part in self._corners(batch, group, number):
             cell = self._cell(key)
             cell.used[sample] += part
@@ -103,8 +103,8 @@ class StepBank:
         nearest = self.cells[nearest_key]
         if len(self._first) < KEPT_STEPS:
             self._first.append((nearest_key, sample))
-        self.in_force.exchange_us_of_group[group.index] += nearest.exchange_us[sample]
-        jitter_us = self.in_force.jitter_us(nearest.routed.compute_us[sample])
+        self.active.exchange_us_of_group[group.index] += nearest.exchange_us[sample]
+        jitter_us = self.active.jitter_us(nearest.routed.compute_us[sample])
         own_us = self._outside_us(batch)
         self._jitter_us += jitter_us
         self._own_us += own_us
@@ -112,7 +112,7 @@ class StepBank:
 
     def again_us(self, batch: Batch, group: ServingGroup, condition: Condition) -> float:
         """What the batch priced last would take in another condition: the same draw, no jitter."""
-        number = self.in_force.number_of(condition)
+        number = self.active.number_of(condition)
         return self._outside_us(batch) + sum(
             part * self._cell(key).step_us[self._last_sample]
             for key, part in self._corners(batch, group, number)
@@ -156,7 +156,7 @@ class StepBank:
     def _cell(self, key: Key) -> _Cell:
         cell = self.cells.get(key)
         if cell is None:
-            routed = self.router.cost(self._compositions(key), self.in_force.conditions[key[0]])
+            routed = self.router.cost(self._compositions(key), self.active.conditions[key[0]])
             exchange_us = (routed.dispatch_us + routed.combine_us).sum(axis=1)
             cell = _Cell(routed, routed.step_us.tolist(), exchange_us.tolist(),
                          np.zeros(self.spec.samples))
@@ -166,7 +166,7 @@ class StepBank:
     def _compositions(self, key: Key) -> list[Composition]:
         """The cell's steps; they depend on window, sizes and seed, not on plan or order of use."""
         number, window, answers, prompts, share = key
-        lost = self.in_force.conditions[number].lost
+        lost = self.active.conditions[number].lost
         alive = np.array([g for g in range(self.router.cluster.num_devices) if g not in lost])
         rng = stream(self.seed, f"bank {answers} {prompts} {share}", window)
         first = self.window_start[window]
@@ -224,7 +224,7 @@ class StepBank:
                  if k[0] == 0 and c.used.any()]
         heaviest = sorted(first, key=lambda row: (-row[0], row[1]))[:KEPT_STEPS]
         kept = [self._compositions(key)[0] for _, key in heaviest]
-        return usage, kept, self.in_force.conditions[0]
+        return usage, kept, self.active.conditions[0]
 
 
 def grid(largest: int, ratio: float) -> list[int]:

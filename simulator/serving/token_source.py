@@ -76,7 +76,9 @@ class TokenSource:
         everything = np.ones(trace.num_tokens, bool)
         self.continues = True
         if trace.phase is None:
-            self.notes.append("the trace recorded no phase: prompts and answers read on alike")
+            self.notes.append(
+                "the trace recorded no phase: prompts and answers are read in the same way"
+            )
             return [everything, everything]
         prefill, decode = trace.phase == PREFILL, trace.phase == DECODE
         if not prefill.any() or not decode.any():

@@ -131,7 +131,7 @@ class Workload:
     def with_burst(
         self, from_us: float, until_us: float, times: int, *, seed: int = 0
     ) -> Self:
-        """Requests of a window come `times` as often: copies at random moments inside it.
+        """Requests of a window come `times` as often: replicas at random moments inside it.
 
         Times from the stream "burst" of `seed`. Raises InputError when the window holds none.
         """

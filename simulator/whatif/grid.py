@@ -122,7 +122,7 @@ class Grid(BaseModel):
             )
         return scenario
 
-    def happenings(self, scenario: Scenario) -> list[Fault]:
+    def interventions(self, scenario: Scenario) -> list[Fault]:
         """The scenario's faults. Raises InputError naming the failure and field."""
         if scenario.failure == "none":
             return []

@@ -24,7 +24,7 @@ class Cell:
     fields: dict[str, Any]
     figures: dict[str, float | None]
     error: str | None = None
-    notes: tuple[str, ...] = ()      # what to know beside the figures, extrapolation first of all
+    notes: tuple[str, ...] = ()      # notes on the figures, extrapolation first of all
 
 
 def finished_cells(path: Path, study: str) -> dict[str, Cell]:

@@ -2,8 +2,8 @@
 
 A cell makes a plan on one half of the trace's requests, serves the workload with routing of the
 other half, and reports time, devices and memory. Cells are independent jobs for any executor with
-an ordered `map`; a cell that fails says why and the others go on. Results are kept in a file as
-they come, so an interrupted study resumes. Knows nothing of Ray.
+an ordered `map`; a cell that fails keeps its reason and the others go on. Results are kept in a
+file as they come, so an interrupted study resumes. Knows nothing of Ray.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ PARETO_FIGURES = ("latency_mean_us", "devices", "expert_bytes_per_device")
 Progress = Callable[[int, int], None]
 
 
-# What finished cells rest on beside their inputs: another text when steps are priced another way.
+# What finished cells depend on besides their inputs: another text when steps are priced another
+# way.
 PRICES = "fair sharing between nodes"
 
 
@@ -80,7 +81,7 @@ class WhatIf:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What cells say beside their figures, each once, and of how many cells it holds."""
+        """The notes of all cells, each once, and for how many cells it holds."""
         counted = Counter(note for c in self.cells for note in c.notes)
         whole = sum(c.error is None for c in self.cells)
         return tuple(
@@ -210,7 +211,7 @@ def _serve(study: Study, scenario: Scenario) -> tuple[SimulationResult, int]:
         plan, study.workload.scaled(scenario.load), cluster, trace=unseen, model=study.model,
         dispatch=scenario.dispatch, serving=serving, bank=BANK, seed=study.grid.seed,
         slo=None if slo is None else Slo(slo.ttft_us, slo.tpot_us),
-        happenings=study.grid.happenings(scenario),
+        interventions=study.grid.interventions(scenario),
     )
     return result, int(expert_bytes_G(plan, study.model).max())
 

@@ -9,10 +9,10 @@ import pytest
 
 from loadmaster.errors import UsageError
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.cost.lower_bounds import most_copies
+from loadmaster.placement.cost.lower_bounds import most_replicas
 from loadmaster.placement.inspection.difference import diff_plans
 from loadmaster.placement.plan import Plan
-from loadmaster.placement.planning.layer_capacity import layer_rooms
+from loadmaster.placement.planning.layer_capacity import capacity_per_layer
 from loadmaster.placement.planning.planner import plan
 from loadmaster.placement.rebalancing.move_budget import Budget
 from loadmaster.placement.rebalancing.rebalance import rebalance
@@ -62,8 +62,8 @@ ASKED: dict[str, Any] = {
     "the price of a switch": lambda model: price_moves(OLD, NEW, FULL, model),
     "a difference": lambda model: diff_plans(OLD, NEW, model),
     "a budget of bytes": lambda model: Budget.of(OLD, model, None, 2 * EACH).price_E(4).tolist(),
-    "the bytes of a layer": lambda model: layer_rooms(np.ones((1, 4)), TIGHT, model),
-    "most replicas": lambda model: most_copies(TIGHT, model, 1, 4),
+    "the bytes of a layer": lambda model: capacity_per_layer(np.ones((1, 4)), TIGHT, model),
+    "most replicas": lambda model: most_replicas(TIGHT, model, 1, 4),
     "survivors": lambda model: survivors_plan(OLD, frozenset({1}), TIGHT, model).slots.tolist(),
     "moves within bytes": lambda model: rebalance(
         OLD, TRACE, FULL, model=model, objective="balance", max_bytes=EACH, steps=STEPS

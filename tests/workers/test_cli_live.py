@@ -113,7 +113,7 @@ def test_a_capacity_rule_is_reported_by_share_and_peak() -> None:
     nothing = np.zeros((1, 2))
     steps = Measurements(
         step=np.array([1]), epoch=np.array([1]), rows=nothing.astype(int), expert_cpu_us=tokens,
-        tokens=tokens, remote_copies=tokens, dropped=dropped, peak=np.array([[5, 4]]),
+        tokens=tokens, remote_transfers=tokens, dropped=dropped, peak=np.array([[5, 4]]),
         step_wall_us=np.zeros(1), step_cpu_us=nothing, stage_us=nothing, staging=np.zeros(1, bool),
     )
     said = capacity_report(steps, SPEC)

@@ -1,8 +1,8 @@
 """How far routing moved between two traces or profiles, and how far chance alone moves it.
 
 Jensen-Shannon divergence of expert loads per layer, in bits (0: the same, 1: disjoint). Loads of
-finite samples always differ, and the tokens of a request are alike, so beside it stands the noise
-floor: the divergence between random halves of one side, split by requests. Knows loads and
+finite samples always differ, and the tokens of a request are alike, so the noise floor is printed
+with it: the divergence between random halves of one side, split by requests. Knows loads and
 requests. Knows nothing of plans: whether a drift costs anything is for `placement` to say.
 """
 
@@ -36,7 +36,7 @@ class Drift:
 
     @property
     def moved(self) -> bool | None:
-        """Whether chance is an unlikely explanation (5 %); None where that cannot be said."""
+        """Whether chance is an unlikely explanation (5 %); None where that is not known."""
         return None if self.chance is None else self.chance <= 0.05
 
 

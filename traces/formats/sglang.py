@@ -2,7 +2,7 @@
 
 stat: counts of logical experts, summed over ranks. per_pass: counts of physical slots per forward
 pass and rank. per_token: the slots every token was sent to. Slots become experts through the map
-in the file, which is the last one in force: a recording that spans a rebalance cannot be mapped
+in the file, which is the last active one: a recording that spans a rebalance cannot be mapped
 back, and nothing in the file shows that it does. Files are read with weights_only, never unpickled.
 """
 

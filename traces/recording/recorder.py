@@ -137,7 +137,7 @@ class Recorder:
             self._dummy_steps += dummy
             self._refused_tokens += 0 if dummy else len(request)
             return
-        self._make_room(len(request))
+        self._evict(len(request))
         columns, at = self._buffer.columns, self._rows(len(request))
         columns["step"][at] = step
         if "source" in columns:
@@ -272,7 +272,7 @@ class Recorder:
             self._abandoned_steps += 1
         self._step = None
 
-    def _make_room(self, tokens: int) -> None:
+    def _evict(self, tokens: int) -> None:
         if self._buffer.used + tokens > self._buffer.capacity:
             self._flush()
         if tokens > self._buffer.capacity:  # a step larger than a buffer gets a larger one

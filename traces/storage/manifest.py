@@ -62,7 +62,7 @@ class Manifest(BaseModel):
     domain_names: tuple[str, ...] = ()
     ranks: int = Field(default=1, gt=0, description="how many writers may add shards")
     plan_at_capture: str | None = Field(
-        default=None, description="digest of the plan in force when recording began"
+        default=None, description="digest of the active plan when recording began"
     )
     shards: tuple[Shard, ...] = ()
 
@@ -106,7 +106,7 @@ class Manifest(BaseModel):
         return 1 if self.num_experts <= 256 else 2
 
     def same_recording(self, other: Manifest) -> bool:
-        """Whether shards of both may stand in one folder: all but shards and domain names agree."""
+        """Whether shards of both may be in one folder: all but shards and domain names agree."""
         but = {"shards", "domain_names"}
         return self.model_dump(exclude=but) == other.model_dump(exclude=but)
 
@@ -152,7 +152,7 @@ def create_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def require_unused(folder: Path) -> None:
-    """Raise UsageError where something stands at `folder` already, be it a file or a full folder,
+    """Raise UsageError where something exists at `folder` already, be it a file or a full folder,
     and InputError where no folder can be made.
 
     An empty folder is fine, and so is what an unfinished write left behind.

@@ -245,7 +245,7 @@ def _check_shard(folder: Path, shard: Shard, verify: bool) -> None:
 
 
 def _check_fits(trace: RoutingTrace, manifest: Manifest) -> None:
-    """Raise InputError unless these tokens may stand in this trace."""
+    """Raise InputError unless these tokens may be part of this trace."""
     have = (trace.num_layers, trace.top_k, trace.num_experts)
     need = (manifest.num_layers, manifest.top_k, manifest.num_experts)
     if have != need:

@@ -36,7 +36,7 @@ from ...traces.trace import RoutingTrace
 from ..calibrate.expert_fit import ExpertFit
 from ..protocol.phase_plans import PhasePlans
 from ..protocol.plan_switch import ApplyReport
-from .decisions import Control, ControlledGroup, Standing
+from .decisions import ActiveGroup, Control, ControlledGroup
 from .measured_times import LivePromise, LiveTimes, MovePrice, stalls
 from .switch_preview import new_experts, resized, with_phase
 from .traffic_window import Taken, Window, take_window
@@ -81,7 +81,7 @@ class Controller:
         self.entries: list[Entry] = []
         self._spec = group.model_spec
         self._times = LiveTimes(self._spec, cluster, kernel)
-        self._standing = Standing.of(group)
+        self._standing = ActiveGroup.of(group)
         self._taken_step = self._seen_step = self._standing.step
         self._memory = LoopMemory(last_look_step=self._standing.step)
         self._promise: LivePromise | None = None
@@ -112,14 +112,14 @@ class Controller:
             if not self._recording:
                 self._group.record(True)
                 self._recording = True
-            step = Standing.of(self._group).step
+            step = ActiveGroup.of(self._group).step
         except LoadmasterError as error:
             if str(error) != self._trouble:     # said once, not at every poll
                 self._trouble = str(error)
                 self._note("cannot", self._trouble, {})
             return False
         self._trouble = ""
-        if step < self._seen_step:              # a new coordinator counts afresh
+        if step < self._seen_step:              # a new coordinator counts from scratch
             self._taken_step = self._seen_step = step
             self._memory = self._memory.looked(step)
             self._recording = False
@@ -129,7 +129,7 @@ class Controller:
         """Take the window that has passed since the last tick, and decide."""
         self._began = time.process_time()
         try:
-            self._standing = Standing.of(self._group)
+            self._standing = ActiveGroup.of(self._group)
             self._seen_step = self._standing.step
         except LoadmasterError as error:
             self._trouble = str(error)
@@ -196,7 +196,7 @@ class Controller:
 
     def _situation(self, live: Window, phase: int | None) -> Situation:
         unknown = "" if self._times.measured else (
-            f"{live.steps} steps measured under the plan in force, {FEWEST_STEPS} in one window "
+            f"{live.steps} steps measured under the active plan, {FEWEST_STEPS} in one window "
             "are needed to know this machine's times"
         )
         return Situation(
@@ -271,7 +271,7 @@ class Controller:
                 before.prefill, before.decode, epoch=self._standing.epoch
             )
         except LoadmasterError:
-            self._promise = promise                     # still in force: judged again
+            self._promise = promise                     # still active: judged again
             raise
         self._memory = self._memory.undone(self._standing.step)
         self._feel(report, numbers)

@@ -39,15 +39,15 @@ class ControlledGroup(Protocol):
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What is in force in a group, all of one moment."""
+class ActiveGroup:
+    """What is active in a group, all of one moment."""
 
     plans: PhasePlans
     epoch: int
     step: int
 
     @classmethod
-    def of(cls, group: ControlledGroup) -> Standing:
+    def of(cls, group: ControlledGroup) -> ActiveGroup:
         """Ask the group."""
         told = group.status()
         plans = PhasePlans.both(told["plan"], told["decode_plan"])
@@ -60,8 +60,8 @@ class Control:
 
     window_steps: steps per window. windows_kept: how many windows a plan is made from at most;
     those before the newest only where traffic has not drifted since. candidates: `rebalance` moves
-    a few experts from the plan in force, `replan` starts afresh. max_moves: budget of one switch;
-    None = rebalance's own. planning_shares_cores: what looking takes (measuring, planning,
+    a few experts from the active plan, `replan` starts from scratch. max_moves: budget of one
+    switch; None = rebalance's own. planning_shares_cores: what looking takes (measuring, planning,
     comparing; CPU time of this process) is taken from the ranks (one machine), so a switch must pay
     for it too. worse_by: share of a step by which a switch may measure worse than promised before
     it is undone. advise_only: decide and log, change nothing.

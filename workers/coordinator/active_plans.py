@@ -1,4 +1,4 @@
-"""Which plans are in force, and the switch under way to the next ones.
+"""Which plans are active, and the switch under way to the next ones.
 
 Asks ranks what they hold and have verified, and writes to the journal what begins and ends. Knows
 nothing of requests or steps: the coordinator carries each part of a switch in its next step. The
@@ -17,34 +17,35 @@ from ..protocol.plan_switch import ApplyReport, PlanSwitch, check_plans
 from ..protocol.settings import GroupSettings
 from ..protocol.step_messages import StepResult
 from ..protocol.transfers import Round
-from .journal import Journal, JournalError, Standing
-from .recovery import Crew
+from .journal import Journal, JournalError, JournalState
+from .recovery import WorkerSet
 
 
-class InForce:
+class ActivePlans:
     """Plans, their epoch, and at most one switch."""
 
     def __init__(
-        self, settings: GroupSettings, crew: Crew, journal: Journal, changed: threading.Condition
+        self, settings: GroupSettings, workers: WorkerSet, journal: Journal,
+        changed: threading.Condition,
     ) -> None:
         self.plans = settings.plans
         self.epoch = 1
         self.committing = False
         self._model = settings.model_spec
         self._budget_bytes = settings.stage_budget_bytes
-        self._crew, self._journal, self._changed = crew, journal, changed
+        self._workers, self._journal, self._changed = workers, journal, changed
         self._switch: PlanSwitch | None = None
 
-    def resume(self, standing: Standing) -> None:
+    def resume(self, state: JournalState) -> None:
         """What a predecessor left in its journal: a commit begun is finished, all else undone."""
-        if standing.plans is not None:
-            self.plans = standing.plans
-        self.epoch = standing.epoch
-        if standing.unfinished is not None:
-            if standing.committing:
-                self.plans, self.epoch = standing.unfinished, standing.unfinished_epoch
+        if state.plans is not None:
+            self.plans = state.plans
+        self.epoch = state.epoch
+        if state.unfinished is not None:
+            if state.committing:
+                self.plans, self.epoch = state.unfinished, state.unfinished_epoch
             self._journal.try_write(
-                "done" if standing.committing else "abort", standing.unfinished_epoch
+                "done" if state.committing else "abort", state.unfinished_epoch
             )
 
     # ---- a switch ----------------------------------------------------------------------------
@@ -64,11 +65,11 @@ class InForce:
         check_plans(plans, self.plans, self._model)
         if epoch is not None and epoch != self.epoch:
             raise LoadmasterError(
-                f"the plan was made under epoch {epoch}, in force is {self.epoch}: plan again"
+                f"the plan was made under epoch {epoch}, active is {self.epoch}: plan again"
             )
         size_bytes = int(self._model.bytes_per_expert_E()[0])
         switch = PlanSwitch(plans, self.epoch + 1, size_bytes, self._budget_bytes, future)
-        switch.begin(self._crew.all("held"), self._crew.fingerprints)
+        switch.begin(self._workers.all("held"), self._workers.fingerprints)
         self._journal.write("stage", switch.epoch, plans)
         self._switch = switch
 
@@ -83,19 +84,19 @@ class InForce:
         if commit is None:
             return stage, None
         began = time.perf_counter()
-        wrong_G = self._crew.all("verify", switch.expected)
+        wrong_G = self._workers.all("verify", switch.expected)
         if not switch.verified(wrong_G, (time.perf_counter() - began) * 1e6):
             return switch.next_stage(), None
         try:
             self._journal.write("commit", commit.epoch)
         except JournalError as error:
-            switch.failed = f"{error}; the old plan stays in force"
+            switch.failed = f"{error}; the old plan stays active"
             return (), None
         self.committing = True
         return (), commit
 
     def advance(self, commit: Tables | None, results: list[StepResult], wall_us: float) -> bool:
-        """Take what a step did of it; whether the new plans are in force now."""
+        """Take what a step did of it; whether the new plans are active now."""
         switch = self._switch
         if switch is None:
             return False
@@ -104,7 +105,7 @@ class InForce:
             return True
         switch.note(results, wall_us)
         if switch.failed:
-            self._crew.all("abort")
+            self._workers.all("abort")
             self._journal.try_write("abort", switch.epoch)
             self._switch = None
             switch.aborted()
@@ -126,7 +127,7 @@ class InForce:
         return self.plans, self.epoch
 
     def reformed(self, plans: PhasePlans, epoch: int) -> bool:
-        """The group stands again under these: a switch ends or begins again. Whether it ended in
+        """The group serves again under these: a switch ends or begins again. Whether it ended in
         its commit."""
         switch = self._switch
         rolled_forward = switch is not None and self.committing
@@ -136,7 +137,7 @@ class InForce:
             self.give_up("the number of ranks changed: plan again for those there are")
             self._journal.try_write("done", epoch)
         elif self._switch is not None:
-            self._switch.begin(self._crew.all("held"), self._crew.fingerprints)
+            self._switch.begin(self._workers.all("held"), self._workers.fingerprints)
         with self._changed:
             self.plans, self.epoch = plans, epoch
             self._changed.notify_all()

@@ -1,6 +1,6 @@
 """The one process that leads a group: takes requests, runs lock-step steps, switches plans.
 
-Knows the scheduler, what is in force (`in_force`), and ranks through a fleet. Knows nothing of
+Knows the scheduler, what is active (`in_force`), and ranks through a fleet. Knows nothing of
 tensors or Ray. All state changes happen in one thread, at step boundaries; callers from other
 threads hand in work and wait. What happens when ranks die is in `recovery`.
 """
@@ -27,10 +27,10 @@ from ..protocol.plan_switch import ApplyReport
 from ..protocol.settings import GroupSettings
 from ..protocol.step_messages import Chunk, ExchangeError, ReplayedRouting, StepResult, StepWork
 from ..protocol.transfers import Round
-from .active_plans import InForce
+from .active_plans import ActivePlans
 from .journal import Journal, Switches
 from .metrics import NO_METRICS, Metrics
-from .recovery import Crew, Recovered
+from .recovery import Recovered, WorkerSet
 from .request_registry import RequestBook, RequestState
 from .scheduler import Scheduler
 from .step_boundary import Answer, Boundary
@@ -39,7 +39,7 @@ from .step_log import Measurements, StepLog
 IDLE_S = 0.8               # how often an idle group's ranks are asked for signs of life
 _CAUSE_S = 0.8             # what ranks get to tell why a step failed
 _FAILURES_IN_A_ROW = 3
-_REBUILDS = 3              # attempts to stand again after one failure
+_REBUILDS = 3              # attempts to serve again after one failure
 _NUMBERS_PER_LIFE = 10**9
 
 
@@ -53,12 +53,12 @@ class Coordinator:
         self._fleet = fleet
         self._metrics = metrics
         self._journal = Journal(settings.journal)
-        self._crew = Crew(settings, fleet, self._journal.try_resize)
+        self._workers = WorkerSet(settings, fleet, self._journal.try_resize)
         self._scheduler = Scheduler(len(settings.ranks), settings.limits)
         self._changed = threading.Condition()
         self._book = RequestBook(self._changed, self._journal.begin_life() * _NUMBERS_PER_LIFE)
         self._log = StepLog(settings.model_spec.num_layers)
-        self._in_force = InForce(settings, self._crew, self._journal, self._changed)
+        self._active = ActivePlans(settings, self._workers, self._journal, self._changed)
         self._step = 0
         self._last_phase = DECODE
         self._switches = Switches(step_tokens=settings.limits.step_tokens)
@@ -73,7 +73,7 @@ class Coordinator:
 
     def start(self) -> ModelSpec:
         """Start the ranks, load what the plan gives each, form the group, begin to serve."""
-        self._crew.muster(Tables.of(self._in_force.plans, self._in_force.epoch))
+        self._workers.start_all(Tables.of(self._active.plans, self._active.epoch))
         return self._begin()
 
     def resume(self) -> ModelSpec:
@@ -81,13 +81,13 @@ class Coordinator:
 
         Lost ranks are replaced, or done without. Where that cannot be, `status` says why.
         """
-        standing = self._journal.read()
-        self._in_force.resume(standing)
-        self._switch_to(standing.switches)
-        self._book.domain_names = list(standing.switches.domains)
+        state = self._journal.read()
+        self._active.resume(state)
+        self._switch_to(state.switches)
+        self._book.domain_names = list(state.switches.domains)
         try:
             began = time.time()
-            lost, self._step = self._crew.take_over(self._in_force.plans)
+            lost, self._step = self._workers.take_over(self._active.plans)
             recovered = self._rebuilt(lost, "the coordinator was replaced")
             self._reform(recovered)
             if lost:
@@ -98,7 +98,7 @@ class Coordinator:
         return self._begin()
 
     def _begin(self) -> ModelSpec:
-        loaded = self._crew.loaded
+        loaded = self._workers.loaded
         self._book.vocabulary = loaded.vocabulary
         self._book.context_tokens = loaded.context_tokens
         self._thread = threading.Thread(target=self._serve, name="serve", daemon=True)
@@ -114,7 +114,7 @@ class Coordinator:
             self._thread.join(self.settings.step_timeout_s)
             self._thread = None
             if not self._broken:
-                self._crew.all("close_recording")
+                self._workers.all("close_recording")
         self._fail_all("the group was stopped")
         self._fleet.end()
 
@@ -150,7 +150,7 @@ class Coordinator:
         return self._book.wait_all(numbers, timeout_s)
 
     def forget(self, numbers: Sequence[int]) -> None:
-        """The caller has all it wants of these requests; those still running are cancelled."""
+        """The caller has all it needs of these requests; those still running are cancelled."""
         with self._changed:
             for number in numbers:
                 if self._book.forget(number):
@@ -200,7 +200,7 @@ class Coordinator:
 
     def trace(self, take: bool = False) -> RoutingTrace | None:
         """Everything recorded on all ranks, in step order; None when nothing was."""
-        parts = self._at_boundary(lambda: self._crew.all("trace", take=take))
+        parts = self._at_boundary(lambda: self._workers.all("trace", take=take))
         traces = [t for t in parts if t is not None]
         return in_step_order(concatenate(traces)) if traces else None
 
@@ -210,7 +210,7 @@ class Coordinator:
         def end() -> list[RecordingSummary]:
             self._switches = dataclasses.replace(self._switches, recording=False)
             self._journal.try_switch(self._switches)
-            return [s for s in self._crew.all("close_recording") if s is not None]
+            return [s for s in self._workers.all("close_recording") if s is not None]
 
         return self._at_boundary(end)
 
@@ -220,27 +220,27 @@ class Coordinator:
             return self._log.after(after_step)
 
     def status(self) -> dict[str, Any]:
-        """What is in force, how far the group is, and what befell it."""
+        """What is active, how far the group is, and what befell it."""
         with self._changed:
             return {
-                "plan": self._in_force.plans.prefill,
-                "decode_plan": self._in_force.plans.decode,
-                "epoch": self._in_force.epoch,
+                "plan": self._active.plans.prefill,
+                "decode_plan": self._active.plans.decode,
+                "epoch": self._active.epoch,
                 "step": self._step,
                 "requests": len(self._scheduler.requests),
                 "step_tokens": self._scheduler.limits.step_tokens,
                 "recording": self._switches.recording,
-                "switching": self._in_force.switching,
-                "committing": self._in_force.committing,
+                "switching": self._active.switching,
+                "committing": self._active.committing,
                 "pids": self._fleet.pids,
                 "recoveries": list(self._recoveries),
                 "broken": self._broken,
                 "model_spec": self.model_spec,
                 "model_dir": self.settings.ranks[0].model_dir,
                 "device": self.settings.ranks[0].device,
-                "cluster": self._crew.cluster,
-                "experts_backend": self._crew.experts_backend,
-                "notes": self._crew.notes,
+                "cluster": self._workers.cluster,
+                "experts_backend": self._workers.experts_backend,
+                "notes": self._workers.notes,
             }
 
     # ---- plans -----------------------------------------------------------------------------
@@ -252,33 +252,33 @@ class Coordinator:
         """Move to another plan while serving: stage, verify, commit. Applies wait for each other.
 
         decode: a plan of its own for new tokens. epoch: the one the caller decided under; another
-        one in force by now is an error. Raises PlanError for a plan that does not fit, before
-        anything moves; LoadmasterError when staging failed: then the old plan is in force.
+        active one by now is an error. Raises PlanError for a plan that does not fit, before
+        anything moves; LoadmasterError when staging failed: then the old plan is active.
         """
         plans = PhasePlans.both(plan, decode)
         future: Future[ApplyReport] = Future()
-        self._hand_in_change(lambda: self._in_force.begin(plans, epoch, future), future)
+        self._hand_in_change(lambda: self._active.begin(plans, epoch, future), future)
         return future.result(timeout_s)
 
     def resize(self, ranks: int, plan: Plan | None = None) -> Plan:
         """Serve on another number of ranks; requests in flight start again from their prompts.
 
         Fewer: the last ranks leave, and survivors take over what only those held. More: they join
-        empty; apply a plan to use them. plan: go to this one instead. Returns the plan in force.
+        empty; apply a plan to use them. plan: go to this one instead. Returns the active plan.
         """
         wanted = None if plan is None else PhasePlans.both(plan)
         future: Future[Plan] = Future()
 
         def change() -> None:
-            epoch = self._in_force.epoch + 1
-            plans = self._crew.plans_for(ranks, self._in_force.plans, wanted)
+            epoch = self._active.epoch + 1
+            plans = self._workers.plans_for(ranks, self._active.plans, wanted)
             self._journal.resize(epoch, plans)
             try:
-                self._reform(self._crew.resize(plans, epoch))
+                self._reform(self._workers.resize(plans, epoch))
             except PlanError:                   # as many ranks as before serve on
                 self._journal.try_write("abort", epoch)
                 raise
-            future.set_result(self._in_force.plans.prefill)
+            future.set_result(self._active.plans.prefill)
 
         self._hand_in_change(change, future)
         return future.result(self.settings.start_timeout_s)
@@ -288,7 +288,7 @@ class Coordinator:
     def _serve(self) -> None:
         while self._wait_for_work():
             try:
-                self._boundary.run(lambda: self._in_force.switching)
+                self._boundary.run(lambda: self._active.switching)
                 self._run_step()
             except Exception as error:
                 if not self._recover(error):
@@ -309,16 +309,16 @@ class Coordinator:
                 return False
 
     def _has_work(self) -> bool:
-        idle = self._scheduler.idle and not self._in_force.switching
+        idle = self._scheduler.idle and not self._active.switching
         return self._boundary.waiting or not idle or self._stopping
 
     def _run_step(self) -> None:
-        stage, commit = self._in_force.next_of_switch()
+        stage, commit = self._active.next_of_switch()
         with self._changed:
             phase = self._next_phase()
             chunks_G = self._scheduler.next_step(phase=phase)
             release_G = self._scheduler.take_release()
-            if not any(chunks_G) and not self._in_force.switching:
+            if not any(chunks_G) and not self._active.switching:
                 self._scheduler.put_back_release(release_G)
                 return
             works = self._works(chunks_G, release_G, phase, stage, commit)
@@ -326,7 +326,7 @@ class Coordinator:
         answers = [self._fleet.call(g, "step", work) for g, work in enumerate(works)]
         results: list[StepResult] = self._await_step(answers)
         wall_us = (time.perf_counter() - began) * 1e6
-        switching = self._in_force.switching
+        switching = self._active.switching
         with self._changed:
             self._failures = 0
             self._scheduler.finish_step(chunks_G, results)
@@ -334,13 +334,13 @@ class Coordinator:
             if any(chunks_G):
                 self._log.add(results, wall_us, staging=switching)
             self._changed.notify_all()
-        self._metrics.step(results, wall_us, self._in_force.epoch)
-        if self._in_force.advance(commit, results, wall_us):
-            self._metrics.switched(self._in_force.epoch)
+        self._metrics.step(results, wall_us, self._active.epoch)
+        if self._active.advance(commit, results, wall_us):
+            self._metrics.switched(self._active.epoch)
 
     def _next_phase(self) -> int | None:
         """None: both phases in one step. Under two plans they take turns."""
-        if not self._in_force.plans.apart:
+        if not self._active.plans.apart:
             return None
         open_phases = self._scheduler.phases()
         other = PREFILL if self._last_phase == DECODE else DECODE
@@ -360,7 +360,7 @@ class Coordinator:
         return [
             StepWork(
                 step=self._step,
-                epoch=self._in_force.epoch if commit is None else commit.epoch,
+                epoch=self._active.epoch if commit is None else commit.epoch,
                 phase=PREFILL if phase is None else phase,
                 chunks=chunks,
                 release=release,
@@ -369,9 +369,9 @@ class Coordinator:
                 digest=self._switches.digests,
                 all_logits=self._switches.all_logits,
                 stage=stage,
-                expected=self._in_force.expected if stage else {},
+                expected=self._active.expected if stage else {},
                 commit=commit,
-                retire=commit is not None,
+                evict=commit is not None,
             )
             for chunks, release in zip(chunks_G, release_G, strict=True)
         ]
@@ -416,11 +416,11 @@ class Coordinator:
         return True
 
     def _rebuilt(self, known: Sequence[int], reason: str) -> Recovered:
-        """The group as it stands again; a rank that dies meanwhile is one more to replace."""
-        plans, epoch = self._in_force.after_failure()
+        """The group as it is rebuilt; a rank that dies meanwhile is one more to replace."""
+        plans, epoch = self._active.after_failure()
         for attempt in range(_REBUILDS):
             try:
-                return self._crew.recover(known, reason, plans, epoch)
+                return self._workers.recover(known, reason, plans, epoch)
             except (RankLostError, OverdueError, ExchangeError) as error:
                 if attempt == _REBUILDS - 1:
                     raise
@@ -428,12 +428,12 @@ class Coordinator:
         raise AssertionError("unreachable")
 
     def _reform(self, recovered: Recovered) -> None:
-        """The group stands again: requests start anew, a switch ends or begins again."""
+        """The group serves again: requests start anew, a switch ends or begins again."""
         with self._changed:
             self._scheduler.restart_all(self._fleet.ranks)
             self._log.forget_pace()
-        if self._in_force.reformed(recovered.plans, recovered.epoch):
-            self._metrics.switched(self._in_force.epoch)
+        if self._active.reformed(recovered.plans, recovered.epoch):
+            self._metrics.switched(self._active.epoch)
 
     # ---- small things ----------------------------------------------------------------------
 
@@ -464,7 +464,7 @@ class Coordinator:
         self._fail_requests(reason)
         with self._changed:
             self._boundary.fail(reason)
-            self._in_force.give_up(reason)
+            self._active.give_up(reason)
 
     def _fail_requests(self, reason: str) -> None:
         with self._changed:

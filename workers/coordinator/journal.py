@@ -1,7 +1,7 @@
 """The journal of a group: what was intended, so that whoever comes after can finish or undo.
 
 One folder per group. A line per phase of a plan switch or change of size, flushed to disk before
-the phase begins; each plan lies beside it in a file of its own, written before the line that names
+the phase begins; each plan is in a file of its own next to it, written before the line that names
 it, and deleted when no phase can need it. Also what callers switched on. Knows files. Knows nothing
 of ranks. JSON only; a line cut off by a crash is no line.
 """
@@ -45,8 +45,8 @@ class Switches:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What the journal says is in force, and what was under way when it ends."""
+class JournalState:
+    """The plan that the journal names as active, and what was under way when it ends."""
 
     plans: PhasePlans | None                  # None: the plans the group was started with
     epoch: int
@@ -60,7 +60,7 @@ class Standing:
 class _Read:
     """The journal's lines, taken one by one."""
 
-    in_force: int = 0
+    active: int = 0
     begun: int = 0
     committing: bool = False
     switches: Switches = field(default_factory=Switches)
@@ -68,12 +68,12 @@ class _Read:
     def take(self, phase: str, epoch: int, entry: dict[str, Any]) -> None:
         if phase == "stage":
             if self.committing:       # its end could not be written any more
-                self.in_force = self.begun
+                self.active = self.begun
             self.begun, self.committing = epoch, False
         elif phase == "commit":
             self.committing = True
         elif phase in ("done", "abort"):
-            self.in_force = epoch if phase == "done" else self.in_force
+            self.active = epoch if phase == "done" else self.active
             self.begun, self.committing = 0, False
         elif phase == _STATE:
             values = {f.name: entry[f.name] for f in dataclasses.fields(Switches)}
@@ -160,21 +160,21 @@ class Journal:
                     file.truncate(whole)
 
     def _drop_plans(self, phase: str, epoch: int) -> None:
-        """After a switch has ended, only the plans in force are needed, and those that follow."""
+        """After a switch has ended, only the active plans are needed, and those that follow."""
         for path, number in self._plan_files():
             if (phase == "done" and number < epoch) or (phase == "abort" and number == epoch):
                 path.unlink(missing_ok=True)
 
     # ---- reading ---------------------------------------------------------------------------
 
-    def read(self) -> Standing:
-        """Where things stand. Raises InputError on a journal that is not one."""
+    def read(self) -> JournalState:
+        """The state it describes. Raises InputError on a journal that is not one."""
         found = _Read()
         for phase, epoch, entry in self._lines():
             found.take(phase, epoch, entry)
-        return Standing(
-            plans=self._plans(found.in_force) if found.in_force else None,
-            epoch=max(found.in_force, 1),
+        return JournalState(
+            plans=self._plans(found.active) if found.active else None,
+            epoch=max(found.active, 1),
             unfinished=self._plans(found.begun) if found.begun else None,
             unfinished_epoch=found.begun,
             committing=found.committing,

@@ -1,4 +1,4 @@
-"""What a group tells Prometheus, through Ray's metrics; nothing where there is no Ray.
+"""What a group reports to Prometheus, through Ray's metrics; nothing where there is no Ray.
 
 Names begin with `loadmaster_`; Ray puts `ray_` before them. Knows step results. Knows nothing of
 how they came about.
@@ -15,7 +15,7 @@ from ..protocol.step_messages import StepResult
 
 
 class Metrics(Protocol):
-    """Who is told what happens in a group."""
+    """Receives what happens in a group."""
 
     def step(self, results: list[StepResult], wall_us: float, epoch: int) -> None: ...
 
@@ -56,7 +56,7 @@ class RayMetrics:
         self._rows = make(metrics.Counter, "tokens_total", "Rows served")
         self._copies = make(metrics.Counter, "remote_copies_total", "Rows sent to other ranks")
         self._dropped = make(metrics.Counter, "dropped_total", "Assignments over capacity")
-        self._epoch = make(metrics.Gauge, "epoch", "Number of the plan in force")
+        self._epoch = make(metrics.Gauge, "epoch", "Number of the active plan")
         self._switches = make(metrics.Counter, "switches_total", "Plan switches committed")
         self._recoveries = make(metrics.Counter, "recoveries_total", "Failures recovered from")
         self._recovery_s = make(metrics.Gauge, "recovery_seconds", "How long the last one took")
@@ -72,18 +72,18 @@ class RayMetrics:
             self._imbalance.set(float(ratio.mean()), self._tags)
         for counter, total in (
             (self._rows, sum(r.rows for r in results)),
-            (self._copies, sum(int(r.remote_copies_L.sum()) for r in results)),
+            (self._copies, sum(int(r.remote_transfers_L.sum()) for r in results)),
             (self._dropped, sum(int(r.dropped_L.sum()) for r in results)),
         ):
             if total:
                 counter.inc(total, self._tags)
 
     def switched(self, epoch: int) -> None:
-        """Another plan is in force."""
+        """Another plan is active."""
         self._switches.inc(1, self._tags)
         self._epoch.set(epoch, self._tags)
 
     def recovered(self, seconds: float) -> None:
-        """The group stands again after a failure."""
+        """The group serves again after a failure."""
         self._recoveries.inc(1, self._tags)
         self._recovery_s.set(seconds, self._tags)

@@ -1,4 +1,4 @@
-"""The ranks as a crew: muster it, find who is lost, replace or do without, stand again.
+"""A group's ranks: start them, find which are lost, replace them or shrink, serve again.
 
 Knows settings, tables and a fleet. Knows nothing of requests, queues or plan switches. A rank is
 admitted only after every expert it read matches the model's manifest of fingerprints.
@@ -30,7 +30,7 @@ Fingerprints = dict[tuple[int, int], str]
 
 @dataclass(frozen=True)
 class Recovered:
-    """How the group stands after a failure or a change of size."""
+    """The group after a failure or a change of size."""
 
     reason: str
     replaced: tuple[int, ...]       # ranks that got a new process
@@ -41,20 +41,20 @@ class Recovered:
     seconds: float = 0.0            # from then until the group stood again
 
     def timed(self, noticed_at: float) -> Recovered:
-        """The same, with its times, now that the group stands."""
+        """The same, with its times, now that the group serves."""
         return dataclasses.replace(
             self, noticed_at=noticed_at, seconds=time.time() - noticed_at
         )
 
 
-class Crew:
+class WorkerSet:
     """The ranks of one group."""
 
     def __init__(
         self, settings: GroupSettings, fleet: Fleet,
         announce: Callable[[int, PhasePlans], None] = lambda epoch, plans: None,
     ) -> None:
-        """announce: told the epoch and plans of fewer ranks before any of them leaves for good."""
+        """announce: called with the epoch and plans of fewer ranks before any of them leaves."""
         self._settings = settings
         self._announce = announce
         self._fleet = fleet
@@ -68,7 +68,7 @@ class Crew:
 
     @property
     def cluster(self) -> Cluster:
-        """The cluster that the ranks stand in."""
+        """The cluster of the ranks."""
         return self._ranks[0].cluster
 
     def all(self, method: str, *args: Any, **options: Any) -> list[Any]:
@@ -103,9 +103,9 @@ class Crew:
         )
         return [*self._notes, *([mixed] if len(self._backends) > 1 else [])]
 
-    # ---- standing up -----------------------------------------------------------------------
+    # ---- starting -----------------------------------------------------------------------
 
-    def muster(self, tables: Tables) -> None:
+    def start_all(self, tables: Tables) -> None:
         """Start all ranks; each reads its experts; the group forms under the tables."""
         self._fleet.start(self._ranks, self._settings.start_timeout_s)
         self.loaded = self._load(range(self._fleet.ranks))
@@ -180,7 +180,7 @@ class Crew:
         self._answers(calls)
         self.all("forget_requests")
         self.all("commit", tables)
-        self.all("retire")
+        self.all("evict")
 
     # ---- after a failure -------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ class Crew:
         """
         if self._resized is not None and plans.prefill.num_devices != self._fleet.ranks:
             plans, epoch = self._resized     # what failed got as far as that
-            known_lost = ()                  # said in the old numbering
+            known_lost = ()                  # given in the old numbering
         lost = sorted({*known_lost, *silent_for_certain(self._fleet)})
         for rank in lost:
             self._fleet.kill(rank)
@@ -223,9 +223,9 @@ class Crew:
     def plans_for(
         self, ranks: int, plans: PhasePlans, target: PhasePlans | None
     ) -> PhasePlans:
-        """The plans of a group of that many ranks: the target, or those in force made to fit.
+        """The plans of a group of that many ranks: the target, or the active ones made to fit.
 
-        Raises PlanError where they are not for so many, InfeasibleError where they have no room.
+        Raises PlanError where they are not for so many, InfeasibleError where they do not fit.
         """
         if ranks < 1:
             raise PlanError(f"a group needs at least one rank, not {ranks}")
@@ -287,7 +287,7 @@ class Crew:
         self._renumber()
 
     def _renumber(self) -> None:
-        """Tell every rank its number, the group's size and the cluster it stands in."""
+        """Tell every rank its number, the group's size and its cluster."""
         size = len(self._ranks)
         first = self._ranks[0].cluster
         devices = tuple(
@@ -326,8 +326,8 @@ class Crew:
 def without_ranks(plans: PhasePlans, lost: Sequence[int], most_slots: int | None) -> PhasePlans:
     """The plans on the surviving ranks, in their old order, with every expert covered.
 
-    What goes where says `placement/rebalancing/survivors.py`. most_slots: that a rank may use in a
-    layer. Raises InfeasibleError, with the numbers, when the survivors have no room.
+    `placement/rebalancing/survivors.py` decides what goes where. most_slots: that a rank may use in
+    a layer. Raises InfeasibleError, with the numbers, when the survivors cannot hold it.
     """
     decode = plan_without(plans.decode, lost, most_slots) if plans.apart else None
     return PhasePlans.both(plan_without(plans.prefill, lost, most_slots), decode)

@@ -1,4 +1,4 @@
-"""The book of requests: numbers, what callers may see of each, and waiting for news.
+"""The request registry: numbers, what callers may see of each, and waiting for changes.
 
 Knows requests and their domains. Knows nothing of ranks, steps or Ray. Safe for many threads: all
 state is behind one condition, which its owner shares.

@@ -123,7 +123,7 @@ class Scheduler:
         return [r for rank in self._active for r in rank] + list(self._waiting)
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Take requests; they run in this order as room allows."""
+        """Take requests; they run in this order as the limits allow."""
         self._waiting.extend(requests)
 
     def next_step(self, *, phase: int | None = None) -> list[tuple[Chunk, ...]]:

@@ -23,7 +23,7 @@ _JUDGED_STEPS = 256
 _FEWEST_STEPS = 8
 # What is kept of a step's results, by name.
 _PER_RANK = ("rows", "cpu_us", "stage_us")
-_PER_LAYER = ("expert_cpu_us_L", "tokens_L", "remote_copies_L", "dropped_L", "peak_L")
+_PER_LAYER = ("expert_cpu_us_L", "tokens_L", "remote_transfers_L", "dropped_L", "peak_L")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Measurements:
     rows: npt.NDArray[np.int64]                  # [W, G] rows that were not padding
     expert_cpu_us: npt.NDArray[np.float64]       # [W, L, G]
     tokens: npt.NDArray[np.int64]                # [W, L, G] rows computed
-    remote_copies: npt.NDArray[np.int64]         # [W, L, G] rows sent to other ranks
+    remote_transfers: npt.NDArray[np.int64]         # [W, L, G] rows sent to other ranks
     dropped: npt.NDArray[np.int64]               # [W, L, G] assignments over capacity
     peak: npt.NDArray[np.int64]                  # [W, L] most assignments of one expert
     step_wall_us: npt.NDArray[np.float64]        # [W] seen by the coordinator
@@ -136,7 +136,7 @@ class StepLog:
             rows=by_rank["rows"].astype(np.int64),
             expert_cpu_us=by_layer["expert_cpu_us_L"],
             tokens=by_layer["tokens_L"].astype(np.int64),
-            remote_copies=by_layer["remote_copies_L"].astype(np.int64),
+            remote_transfers=by_layer["remote_transfers_L"].astype(np.int64),
             dropped=by_layer["dropped_L"].astype(np.int64),
             peak=by_layer["peak_L"].max(axis=2, initial=0.0).astype(np.int64),
             step_wall_us=np.array([s.wall_us for s in kept], np.float64),

@@ -23,7 +23,7 @@ from ..coordinator.step_log import Measurements
 
 @dataclass(frozen=True)
 class Figures:
-    """One column of the demo's table; None where it cannot be said."""
+    """One column of the demo's table; None where it is not known."""
 
     imbalance_mean: float
     imbalance_p99: float
@@ -43,9 +43,9 @@ def measured(steps: Measurements) -> Figures:
     tokens_WLG = tokens_WLG[busy_W]
     imbalance_WL = tokens_WLG.max(axis=2) / tokens_WLG.mean(axis=2)
     rows = steps.rows[busy_W].sum()
-    copies = steps.remote_copies[busy_W].sum() / steps.tokens.shape[1] / rows
+    transfers = steps.remote_transfers[busy_W].sum() / steps.tokens.shape[1] / rows
     return Figures(
-        float(imbalance_WL.mean()), float(np.quantile(imbalance_WL, 0.99)), float(copies),
+        float(imbalance_WL.mean()), float(np.quantile(imbalance_WL, 0.99)), float(transfers),
         float(steps.critical_us[busy_W].mean()), float(steps.step_wall_us[busy_W].mean()),
         int(busy_W.sum()),
     )

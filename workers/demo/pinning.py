@@ -1,6 +1,6 @@
 """Ranks to cores: where more ranks than cores share a machine, which of them meet must not change.
 
-A measurement that compares plans wants it: two busy ranks that happen to meet on a core slow each
+A measurement that compares plans needs it: two busy ranks that happen to meet on a core slow each
 other down, whatever the plan. Knows processes of this machine. Knows nothing of groups or plans.
 """
 

@@ -33,7 +33,7 @@ class DemoSize:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedTurn:
     """One plan's turn: what came out, what it took, what was recorded."""
 
     outputs: tuple[object, ...]      # a digest per prompt, then the tokens generated

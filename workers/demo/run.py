@@ -42,7 +42,7 @@ from .measure import (
 )
 from .pinning import pin_in_turn
 from .report import leave
-from .result import DemoResult, DemoSize, Served
+from .result import DemoResult, DemoSize, ServedTurn
 
 STEP_TOKENS = 4096
 OVERHEAD_STEPS = 3
@@ -126,7 +126,7 @@ def _in_folder(
     return result
 
 
-def _record(group: Group, sent: traffic.Traffic) -> RoutingTrace:
+def _record(group: Group, sent: traffic.DemoTraffic) -> RoutingTrace:
     group.record(True)
     group.prefill(sent.prompts, sent.domains, step_tokens=STEP_TOKENS)
     group.record(False)
@@ -134,9 +134,9 @@ def _record(group: Group, sent: traffic.Traffic) -> RoutingTrace:
 
 
 def _serve(
-    group: Group, judging: traffic.Traffic, decoding: traffic.Traffic, new_tokens: int, *,
+    group: Group, judging: traffic.DemoTraffic, decoding: traffic.DemoTraffic, new_tokens: int, *,
     record: bool,
-) -> Served:
+) -> ServedTurn:
     """Prefill the one, then decode the other; the steps of each apart."""
     group.record(record)
     first = group.step
@@ -152,35 +152,35 @@ def _serve(
         recorded = group.trace(take=True)
         assert recorded.step is not None
         decode_trace = recorded.select(np.isin(recorded.step, decode_steps.step))
-    return Served((prefill.digests, generated), steps, decode_steps, trace, decode_trace)
+    return ServedTurn((prefill.digests, generated), steps, decode_steps, trace, decode_trace)
 
 
 def _in_turns(
-    group: Group, plans: dict[str, Plan], judging: traffic.Traffic, decoding: traffic.Traffic,
-    size: DemoSize,
-) -> tuple[dict[str, Served], ApplyReport]:
+    group: Group, plans: dict[str, Plan], judging: traffic.DemoTraffic,
+    decoding: traffic.DemoTraffic, size: DemoSize,
+) -> tuple[dict[str, ServedTurn], ApplyReport]:
     """Every stretch of the traffic under both plans, the first turn alternating; auto stays.
 
     The report is the first switch's."""
-    served: dict[str, list[Served]] = {"contiguous": [], "auto": []}
-    in_force, reports = "contiguous", []
+    served: dict[str, list[ServedTurn]] = {"contiguous": [], "auto": []}
+    active, reports = "contiguous", []
     for number, stretch in enumerate(judging.parts(size.rounds)):
         for name in ("contiguous", "auto") if number % 2 else ("auto", "contiguous"):
-            if name != in_force:
+            if name != active:
                 reports.append(group.apply(plans[name]))
-                in_force = name
+                active = name
             served[name].append(_serve(group, stretch, decoding, size.decode_tokens, record=False))
-    if in_force != "auto":
+    if active != "auto":
         group.apply(plans["auto"])
     return {name: _joined(turns) for name, turns in served.items()}, reports[0]
 
 
-def _joined(turns: list[Served]) -> Served:
-    """All turns as one. What is generated is the same every time, or the demo says so."""
+def _joined(turns: list[ServedTurn]) -> ServedTurn:
+    """All turns as one. What is generated is the same every time, or the demo notes it."""
     digests = tuple(d for turn in turns for d in turn.outputs[0])  # type: ignore[attr-defined]
     generated = [turn.outputs[1] for turn in turns]
     same = all(g == generated[0] for g in generated)
-    return Served(
+    return ServedTurn(
         (digests, generated[0] if same else None),
         Measurements.joined([t.steps for t in turns]),
         Measurements.joined([t.decode_steps for t in turns]),
@@ -224,7 +224,8 @@ class _DecodeView:
 
 
 def _decode_view(
-    plans: dict[str, Plan], before: Served, kernel: ExpertFit, cluster: Cluster, model: ModelSpec
+    plans: dict[str, Plan], before: ServedTurn, kernel: ExpertFit, cluster: Cluster,
+    model: ModelSpec,
 ) -> _DecodeView:
     """What the plan is worth at decode, judged by time: waking more experts costs."""
     assert before.decode_trace is not None
@@ -256,7 +257,7 @@ def _simulate(
     }
 
 
-def _overhead(group: Group, sent: traffic.Traffic, pairs: int) -> Overhead:
+def _overhead(group: Group, sent: traffic.DemoTraffic, pairs: int) -> Overhead:
     """Blocks of the same prompts, recording on and off in turn."""
     on: list[Measurements] = []
     off: list[Measurements] = []

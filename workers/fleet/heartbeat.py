@@ -1,7 +1,8 @@
 """Waiting for ranks without waiting for the dead: what is late makes us ask for signs of life.
 
 Knows a fleet. Knows nothing of what the ranks were asked for. A busy rank answers at once, because
-its voice is not the thread that works; so only a dead or stopped process is ever called silent.
+the thread that answers is not the one that works; so only a dead or stopped process is ever called
+silent.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     """Be connected to a Ray cluster: the one already joined, the one at `address`, or a new one
     on this machine that ends with this process.
 
-    A new cluster listens on the loopback address and asks for a token (Ray makes one, or takes
+    A new cluster listens on the loopback address and requires a token (Ray makes one, or takes
     RAY_AUTH_TOKEN). Raises UsageError for another machine's address without token authentication.
     """
     if ray.is_initialized():
@@ -121,7 +121,7 @@ def _on_this_machine(address: str) -> bool:
 
 
 class RankProcess:
-    """What lives in a rank's process: the rank, and a voice that answers while it works."""
+    """What lives in a rank's process: the rank, and a probe that is answered while it works."""
 
     def __init__(self, settings: RankSettings) -> None:
         # Imports torch, which only the rank's own process needs.
@@ -152,7 +152,7 @@ class RankProcess:
 
 @dataclass(frozen=True)
 class Place:
-    """One bundle of one of the group's placement groups: room for one rank."""
+    """One bundle of one of the group's placement groups: resources of one rank."""
 
     bundles: Any          # the placement group
     group: int            # its number among the group's

@@ -34,7 +34,7 @@ class CoordinatorGoneError(CoordinatorLostError):
     """The coordinator is dead and none will follow it: the group was stopped or killed."""
 
 
-class Line:
+class Connection:
     """Calls one group's coordinator; its errors come out as they went in."""
 
     def __init__(self, group: str, actor: Any) -> None:
@@ -56,7 +56,7 @@ class Line:
         if isinstance(cause, TimeoutError) and not isinstance(cause, LoadmasterError):
             return LoadmasterError(
                 f"group {self._group!r} did not get to {method!r} in the time it gives it: what "
-                "was asked may still happen; `status` says how the group stands"
+                "was asked may still happen; `status` shows the state of the group"
             )
         return cause if isinstance(cause, LoadmasterError) else error
 
@@ -109,7 +109,7 @@ class Order:
     replay: ReplayedRouting | None = None
 
 
-def send(line: Line, orders: Sequence[Order]) -> list[int]:
+def send(line: Connection, orders: Sequence[Order]) -> list[int]:
     """Submit orders that agree on all but prompt, domain and replay; their numbers."""
     first = orders[0]
     domains = None if first.domain is None else [o.domain for o in orders]
@@ -121,7 +121,7 @@ def send(line: Line, orders: Sequence[Order]) -> list[int]:
     return numbers
 
 
-def run(line: Line, orders: Sequence[Order]) -> list[RequestState]:
+def run(line: Connection, orders: Sequence[Order]) -> list[RequestState]:
     """Send orders and wait for all. A request that failed raises LoadmasterError."""
     if not orders:
         return []
@@ -144,7 +144,7 @@ def run(line: Line, orders: Sequence[Order]) -> list[RequestState]:
 class Stream:
     """One request's tokens as they come. Iterate, or ask for the `result`."""
 
-    def __init__(self, line: Line, order: Order) -> None:
+    def __init__(self, line: Connection, order: Order) -> None:
         self._line, self._order = line, order
         (self.number,) = send(line, [order])
         self.retries = 0

@@ -41,7 +41,7 @@ from ..protocol.settings import (
 )
 from ..protocol.step_messages import ReplayedRouting
 from . import run_folder
-from .connection import CoordinatorGoneError, Line, Order, Stream, run
+from .connection import Connection, CoordinatorGoneError, Order, Stream, run
 from .prompt_tokens import Prompt, as_tokens
 
 # Ray declares few of its types.
@@ -86,7 +86,7 @@ class Group:
 
     def __init__(self, name: str, actor: Any) -> None:
         self.name = name
-        self._line = Line(name, actor)
+        self._line = Connection(name, actor)
         self._model_dir: str | None = None
 
     @classmethod
@@ -337,10 +337,10 @@ class Group:
     def apply(
         self, plan: Plan, decode: Plan | None = None, *, epoch: int | None = None
     ) -> ApplyReport:
-        """Switch to another plan without stopping; returns when it is in force.
+        """Switch to another plan without stopping; returns when it is active.
 
         decode: a plan of its own for new tokens. epoch: the one the plan was made under; if
-        another is in force by now, nothing happens but an error.
+        another is active by now, nothing happens but an error.
         """
         report: ApplyReport = self._line.ask("apply", plan, decode, epoch)
         return report
@@ -349,18 +349,18 @@ class Group:
         """Serve on another number of ranks; requests in flight start again from their prompts.
 
         Fewer: survivors take over what the last ranks held. More: they join empty, unless `plan`
-        uses them. Returns the plan in force.
+        uses them. Returns the active plan.
         """
         return self._line.ask("resize", ranks, plan)  # type: ignore[no-any-return]
 
     @property
     def plan(self) -> Plan:
-        """The plan in force."""
+        """The active plan."""
         return self._line.ask_again("status")["plan"]  # type: ignore[no-any-return]
 
     @property
     def epoch(self) -> int:
-        """The number of the plan in force; counts up with every switch."""
+        """The number of the active plan; counts up with every switch."""
         return int(self._line.ask_again("status")["epoch"])
 
     @property

@@ -1,4 +1,4 @@
-"""The plans in force on the ranks, under their epoch: one for prompts, one for new tokens.
+"""The active plans on the ranks, under their epoch: one for prompts, one for new tokens.
 
 Knows slots and the dispatch policy. Knows nothing of weights, transfers or how a plan was found.
 """
@@ -48,7 +48,7 @@ class PhasePlans:
 
 @dataclass(frozen=True)
 class Tables:
-    """Which expert stands in which slot of which rank, all layers, and how tokens choose."""
+    """Which expert is in which slot of which rank, all layers, and how tokens choose."""
 
     epoch: int
     slots_PLGC: tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]    # by phase

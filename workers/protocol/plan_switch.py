@@ -1,7 +1,7 @@
 """One plan switch, from the first byte staged to the commit or the abort.
 
 Knows the plans, what still has to move, and what arrived. Knows nothing of Ray or tensors: the
-coordinator asks it what the next step should carry and tells it what came back.
+coordinator asks it what the next step carries and gives it what came back.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class PlanSwitch:
         self._begins += 1
         if self._begins > _ATTEMPTS:
             self.failed = (
-                f"staging was interrupted {_ATTEMPTS} times: the old plan stays in force; see why "
+                f"staging was interrupted {_ATTEMPTS} times: the old plan stays active; see why "
                 "ranks fail, then apply again"
             )
             self._queue = []
@@ -171,7 +171,7 @@ class PlanSwitch:
             rank, (layer, expert) = wrong[0]
             self.failed = (
                 f"expert {expert} of layer {layer} arrived corrupted on rank {rank}, or was so "
-                f"before it served, {_ATTEMPTS} times: the old plan stays in force"
+                f"before it served, {_ATTEMPTS} times: the old plan stays active"
             )
             return
         again = [t for t in self._transfers if (t.target, (t.layer, t.expert)) in wrong]

@@ -34,7 +34,7 @@ class Chunk:
     start: int                    # position of the first of these rows in the request
     phase: int                    # traces.trace.PREFILL or DECODE
     domain: int = -1              # index of the request's domain; -1 = unknown
-    wants_token: bool = False     # the last of these rows predicts a token we want
+    wants_token: bool = False     # the last of these rows predicts a token to return
     replay: ReplayedRouting | None = None
 
 
@@ -51,10 +51,10 @@ class StepWork:
     domain_names: tuple[str, ...] = ()
     digest: bool = False              # answer with a digest of each request's outputs so far
     all_logits: bool = False          # answer with the logits of every row (tests, parity)
-    stage: tuple[Round, ...] = ()     # a plan switch's transfers of this step, all ranks alike
+    stage: tuple[Round, ...] = ()     # a switch's transfers in this step, for all ranks
     expected: dict[tuple[int, int], str] = field(default_factory=dict)  # fingerprints of arrivals
     commit: Tables | None = None      # switch to these tables before the step
-    retire: bool = False              # after the step, drop experts that no table asks for
+    evict: bool = False              # after the step, drop experts that no active plan needs
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class StepResult:
     rows: int = 0
     expert_cpu_us_L: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     tokens_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    remote_copies_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    remote_transfers_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     dropped_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     peak_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     staged: tuple[tuple[int, int], ...] = ()        # (layer, expert) that arrived whole and right
@@ -86,4 +86,4 @@ class ExchangeError(LoadmasterError):
 
 
 class EpochMismatchError(LoadmasterError):
-    """Ranks met in one exchange with different plans in force; nothing was computed."""
+    """Ranks met in one exchange with different active plans; nothing was computed."""

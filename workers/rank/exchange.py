@@ -169,7 +169,7 @@ def agree(
     met = np.ascontiguousarray(table[:, :_HEADER]).view(np.int64)
     if (met != met[0]).any():
         each = ", ".join(f"rank {g}: epoch {e} step {s}" for g, (e, s) in enumerate(met))
-        raise EpochMismatchError(f"ranks met with different plans or steps in force ({each})")
+        raise EpochMismatchError(f"ranks met with different plans or steps active ({each})")
     counts = table[:, _HEADER : _HEADER + len(count_X)]
     if len(count_X) > first:
         rest = exchange.all_gather(torch.from_numpy(count_X[first:])).numpy()
@@ -239,16 +239,16 @@ def _send_once_per_rank(
 
     Two small exchanges go ahead: how many distinct tokens, and which of them each assignment is.
     """
-    blocks, copies, indices = [], [], []
+    blocks, transfers, indices = [], [], []
     for part in torch.split(token_A, send_G):
         distinct, index = torch.unique(part, return_inverse=True)
         blocks.append(distinct)
         indices.append(index)
-        copies.append(len(distinct))
-    copies_GG = exchange.all_gather(torch.tensor(copies, dtype=torch.int64))
-    arriving = copies_GG[:, exchange.rank].tolist()
+        transfers.append(len(distinct))
+    transfers_GG = exchange.all_gather(torch.tensor(transfers, dtype=torch.int64))
+    arriving = transfers_GG[:, exchange.rank].tolist()
     index_A = exchange.all_to_all(torch.cat(indices), send_G, receive_G)
-    rows = exchange.all_to_all(x_TH[torch.cat(blocks)], copies, arriving)
+    rows = exchange.all_to_all(x_TH[torch.cat(blocks)], transfers, arriving)
     source_A = torch.repeat_interleave(torch.arange(exchange.ranks), torch.tensor(receive_G))
     start_G = torch.tensor([0, *np.cumsum(arriving)[:-1].tolist()])
-    return rows[index_A + start_G[source_A]], sum(copies) - copies[exchange.rank]
+    return rows[index_A + start_G[source_A]], sum(transfers) - transfers[exchange.rank]

@@ -1,6 +1,6 @@
 """Our experts implementation for transformers' experts interface: exchange, compute, combine.
 
-Knows one rank's side of a layer: its tokens' choices, the slot table in force, the experts held
+Knows one rank's side of a layer: its tokens' choices, the slot active table, the experts held
 here, the exchange. Knows nothing of requests, attention, Ray or how plans are made. The same
 tokens, weights and any legal placement give the same bits on the CPU.
 
@@ -40,7 +40,7 @@ class RoutingRecorder(Protocol):
 
 
 @dataclass
-class Replay:
+class RoutingOverride:
     """Routing to use instead of the router's own, and what the router would have chosen."""
 
     ids_LTK: Tensor
@@ -54,7 +54,7 @@ class LayerMeasures:
 
     expert_cpu_us_L: npt.NDArray[np.float64]   # of the calling thread; on a GPU, the GPU's time
     tokens_L: npt.NDArray[np.int64]            # rows computed by this rank's experts
-    remote_copies_L: npt.NDArray[np.int64]     # rows this rank sent to other ranks
+    remote_transfers_L: npt.NDArray[np.int64]     # rows this rank sent to other ranks
     dropped_L: npt.NDArray[np.int64]           # assignments of this rank's tokens left out
     peak_L: npt.NDArray[np.int64]              # most assignments of one expert, all ranks
 
@@ -76,7 +76,7 @@ class RankContext:
     step: int = 0
     phase: int = 0
     recorder: RoutingRecorder | None = None
-    replay: Replay | None = None
+    replay: RoutingOverride | None = None
     measures: LayerMeasures = field(default_factory=lambda: LayerMeasures.zeros(0))
 
 
@@ -154,7 +154,7 @@ class ExpertLayer:
         measures = context.measures
         measures.expert_cpu_us_L[self.layer] += clock.stop_us()
         measures.tokens_L[self.layer] += len(rows)
-        measures.remote_copies_L[self.layer] += remote
+        measures.remote_transfers_L[self.layer] += remote
         measures.peak_L[self.layer] = _busiest_expert(quota_GS, slots_GC)
         home_AH = return_tokens(context.exchange, y_AH.cpu(), receipt).to(x_TH.device)
         return combine_rows(home_AH, row_TK.to(x_TH.device), gate_TK.to(x_TH.device))
@@ -187,7 +187,7 @@ class ExpertLayer:
         mine = quota_GS.sum(axis=0)[exchange.rank * slots : (exchange.rank + 1) * slots]
         return np.bincount(physical_C, weights=mine, minlength=capacity).astype(np.int64)
 
-    def _replayed(self, replay: Replay, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def _replayed(self, replay: RoutingOverride, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         replay.own_ids_LTK[self.layer] = ids_TK
         return replay.ids_LTK[self.layer], replay.gates_LTK[self.layer]
 

@@ -243,7 +243,7 @@ class Rank:
         """Throw away whatever is staged."""
         self._staging.abort()
 
-    def retire(self) -> int:
+    def evict(self) -> int:
         """Drop experts that neither the tables nor a switch under way asks for; how many."""
         if self._tables is None:
             return 0
@@ -323,8 +323,8 @@ class Rank:
         measures = context.measures
         moving = time.perf_counter_ns()
         staged, corrupted = self._staging.run(work.stage, context.exchange, work.expected)
-        if work.retire:
-            self.retire()
+        if work.evict:
+            self.evict()
         self._gather()
         return StepResult(
             rank=self.settings.rank,
@@ -337,7 +337,7 @@ class Rank:
             rows=wanted,
             expert_cpu_us_L=measures.expert_cpu_us_L,
             tokens_L=measures.tokens_L,
-            remote_copies_L=measures.remote_copies_L,
+            remote_transfers_L=measures.remote_transfers_L,
             dropped_L=measures.dropped_L,
             peak_L=measures.peak_L,
             staged=tuple(staged),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import LoadmasterError
 from ..protocol.step_messages import Chunk
 from .attention import padding_of
-from .expert_layer import Replay
+from .expert_layer import RoutingOverride
 
 # What follows the head has a whole vocabulary a row: fewer rows than STEP_ROWS leave nothing over.
 HEAD_ROWS = 16
@@ -42,7 +42,7 @@ def logits_by_request(
     return {c.request: part.numpy() for c, part in zip(chunks, parts, strict=True)}
 
 
-def replay_of(chunks: tuple[Chunk, ...], layers: int, top_k: int) -> Replay | None:
+def replay_of(chunks: tuple[Chunk, ...], layers: int, top_k: int) -> RoutingOverride | None:
     if not any(c.replay is not None for c in chunks):
         return None
     parts = [c.replay for c in chunks]
@@ -50,13 +50,13 @@ def replay_of(chunks: tuple[Chunk, ...], layers: int, top_k: int) -> Replay | No
         raise LoadmasterError("a step replays the routing of all its chunks or of none")
     ids = np.concatenate([p.ids_LTK for p in parts if p is not None], axis=1)
     gates = np.concatenate([p.gates_LTK for p in parts if p is not None], axis=1)
-    return Replay(
+    return RoutingOverride(
         torch.from_numpy(ids), torch.from_numpy(gates),
         torch.zeros(layers, ids.shape[1], top_k, dtype=torch.int64),
     )
 
 
-def own_ids(replay: Replay | None, chunks: tuple[Chunk, ...]) -> dict[int, Any]:
+def own_ids(replay: RoutingOverride | None, chunks: tuple[Chunk, ...]) -> dict[int, Any]:
     if replay is None:
         return {}
     parts = torch.split(replay.own_ids_LTK, [len(c.tokens) for c in chunks], dim=1)

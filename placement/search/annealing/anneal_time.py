@@ -20,7 +20,7 @@ PROBE_MARGIN = 3e-3             # what it may have lost by then, in units of the
 
 @compiled
 def _holds(layout: Layout, held: Holders, e: int, g: int) -> bool:
-    for r in range(held.copies_E[e]):
+    for r in range(held.replicas_E[e]):
         if layout.device_S[held.slot_ER[e, r]] == g:
             return True
     return False
@@ -28,20 +28,20 @@ def _holds(layout: Layout, held: Holders, e: int, g: int) -> bool:
 
 @compiled
 def _turn(held: Holders, e: int, old: int, new: int) -> None:
-    """Expert e's copy in slot `old` goes to `new`; old < 0 adds a copy, new < 0 removes one."""
-    slot_R, copies_E = held.slot_ER[e], held.copies_E
+    """Expert e's replica in slot `old` goes to `new`; old < 0 adds one, new < 0 removes it."""
+    slot_R, replicas_E = held.slot_ER[e], held.replicas_E
     if old < 0:
-        slot_R[copies_E[e]] = new
-        copies_E[e] += 1
+        slot_R[replicas_E[e]] = new
+        replicas_E[e] += 1
         return
-    last = copies_E[e] - 1
-    for r in range(copies_E[e]):
+    last = replicas_E[e] - 1
+    for r in range(replicas_E[e]):
         if slot_R[r] == old:
             if new >= 0:
                 slot_R[r] = new
             else:
                 slot_R[r] = slot_R[last]
-                copies_E[e] = last
+                replicas_E[e] = last
             return
 
 
@@ -62,7 +62,7 @@ def _propose(layout: Layout, held: Holders, slowest: int, state: RandomState) ->
     """(s1, e1, s2, e2) as for `_change`; it may break a rule.
 
     Begins at the slowest device of a step, seven times in ten. An expert there changes places with
-    another (or an empty slot), loses this copy, or gets one more elsewhere, in an empty slot or
+    another (or an empty slot), loses this replica, or gets one more elsewhere, in an empty slot or
     instead of another's replica; an empty slot takes any expert.
     """
     g1 = slowest if next_random(state) < 0.7 else next_below(state, len(layout.speed_G))
@@ -72,9 +72,9 @@ def _propose(layout: Layout, held: Holders, slowest: int, state: RandomState) ->
     s1 = first + next_below(state, last - first)
     e1 = held.expert_S[s1]
     if e1 < 0:
-        return s1, e1, -1, next_below(state, len(held.copies_E))
+        return s1, e1, -1, next_below(state, len(held.replicas_E))
     kind = next_random(state)
-    if held.copies_E[e1] > 1 and kind < 0.3:
+    if held.replicas_E[e1] > 1 and kind < 0.3:
         return s1, e1, -1, -1
     s2 = next_below(state, len(held.expert_S))
     if kind < 0.55:
@@ -95,9 +95,9 @@ def _legal(
     if growth > room_G[g1] or (e2 >= 0 and _holds(layout, held, e2, g1)):
         return False
     if s2 < 0:
-        if e1 >= 0 and held.copies_E[e1] == 1:
+        if e1 >= 0 and held.replicas_E[e1] == 1:
             return False
-        return e2 < 0 or (held.copies_E[e2] < held.slot_ER.shape[1] and (e1 >= 0 or space.fill))
+        return e2 < 0 or (held.replicas_E[e2] < held.slot_ER.shape[1] and (e1 >= 0 or space.fill))
     g2 = layout.device_S[s2]
     return g1 != g2 and -growth <= room_G[g2] and not (
         e1 >= 0 and _holds(layout, held, e1, g2)
@@ -105,11 +105,11 @@ def _legal(
 
 
 @compiled
-def _spare_copies(held: Holders) -> int:
-    """Copies beyond one of each expert."""
+def _spare_replicas(held: Holders) -> int:
+    """Replicas beyond one of each expert."""
     spare = 0
-    for copies in held.copies_E:
-        spare += max(copies - 1, 0)
+    for replicas in held.replicas_E:
+        spare += max(replicas - 1, 0)
     return spare
 
 
@@ -132,7 +132,7 @@ def anneal(
         if expert_S[s] >= 0:
             _turn(held, expert_S[s], -1, s)
             room_G[layout.device_S[s]] -= space.size_E[expert_S[s]]
-    spare = _spare_copies(held)
+    spare = _spare_replicas(held)
     row_WX = np.zeros((steps, 3 * devices + 2 * slots))
     cost_W, slowest_W = np.zeros(steps), np.zeros(steps, np.int64)
     for w in range(steps):

@@ -1,6 +1,6 @@
-"""Local search on average loads under an even split: exchanges, then annealing over copies too.
+"""Local search on average loads under an even split: exchanges, then annealing over replicas too.
 
-What matters here is one number per device, the sum of its copies' even shares over its speed.
+What matters here is one number per device, the sum of its replicas' even shares over its speed.
 Knows average loads of one layer, slots and speeds. Knows nothing of steps.
 """
 
@@ -16,10 +16,10 @@ from .annealer import SearchSpace, moves_price, moves_price_change, require_slot
 
 
 def even_device_load(load_E: FloatArray, slots_GC: SlotArray) -> FloatArray:
-    """[G] tokens per device when each expert's copies share its tokens evenly (fluid)."""
+    """[G] tokens per device when each expert's replicas share its tokens evenly (fluid)."""
     held = slots_GC >= 0
-    copies_E = np.bincount(slots_GC[held].astype(np.int64), minlength=len(load_E))
-    share_E = load_E / np.maximum(copies_E, 1)
+    replicas_E = np.bincount(slots_GC[held].astype(np.int64), minlength=len(load_E))
+    share_E = load_E / np.maximum(replicas_E, 1)
     return np.asarray(np.where(held, share_E[np.maximum(slots_GC, 0)], 0.0).sum(axis=1))
 
 
@@ -34,12 +34,12 @@ def swap_with_hottest(
 ) -> SlotArray:
     """Exchange slots between the hottest device and another while the worse of the two cools most.
 
-    size_E, room_G: bytes, where memory limits too. Copies' counts stay. Returns new slots. Ties:
+    size_E, room_G: bytes, where memory limits too. Replicas' counts stay. Returns new slots. Ties:
     lower device, then lower slots. Deterministic.
     """
     slots_GC = slots_GC.copy()
-    copies_E = np.bincount(slots_GC[slots_GC >= 0].astype(np.int64), minlength=len(load_E))
-    share_E = np.asarray(load_E, np.float64) / np.maximum(copies_E, 1)
+    replicas_E = np.bincount(slots_GC[slots_GC >= 0].astype(np.int64), minlength=len(load_E))
+    share_E = np.asarray(load_E, np.float64) / np.maximum(replicas_E, 1)
     size = np.zeros(len(load_E)) if size_E is None else np.asarray(size_E, np.float64)
     left_G = np.full(len(slots_GC), np.inf) if room_G is None else room_G - np.where(
         slots_GC >= 0, size[np.maximum(slots_GC, 0)], 0.0).sum(axis=1)
@@ -106,8 +106,8 @@ class _Placed(NamedTuple):
     """One layer's placement as the moves below read and change it."""
 
     slots_GC: Any       # [G, C] int16
-    copies_E: Any       # [E]
-    holder_ER: Any      # [E, most copies] device of each copy, any order, -1 = none
+    replicas_E: Any       # [E]
+    holder_ER: Any      # [E, most replicas] device of each replica, any order, -1 = none
     held_EG: Any        # [E, G] bool
     load_G: Any         # [G] tokens, 1 per unit of speed = perfect balance
     trial_G: Any        # [G] scratch, equal to load_G between moves
@@ -121,10 +121,10 @@ def improve_average(
     moves: int,
     state: RandomState,
 ) -> SlotArray:
-    """Anneal over exchanges and changes of copies' counts; returns the placement of least peak.
+    """Anneal over exchanges and changes of replicas' counts; returns the placement of least peak.
 
-    Cost: the sum over devices of squared overload, in units of perfect balance. Never two copies of
-    an expert on a device. Within a budget of moves the best ones are taken first, by gain per
+    Cost: the sum over devices of squared overload, in units of perfect balance. Never two replicas
+    of an expert on a device. Within a budget of moves the best ones are taken first, by gain per
     price, and the annealing starts cold from there: most of its moves would break the budget.
     """
     require_slots(space, slots_GC)
@@ -149,21 +149,21 @@ BUDGET_HOT, BUDGET_MOVES = 3e-5, 1
 @compiled
 def _placed(space: SearchSpace, slots_GC: Any, load_E: Any) -> _Placed:
     devices, experts = len(slots_GC), len(load_E)
-    copies_E, room_G = np.zeros(experts, np.int64), space.room_G.copy()
+    replicas_E, room_G = np.zeros(experts, np.int64), space.room_G.copy()
     holder_ER = np.full((experts, devices), -1, np.int16)
     held_EG = np.zeros((experts, devices), np.bool_)
     for g in range(devices):
         for e in slots_GC[g]:
             if e >= 0:
-                holder_ER[e, copies_E[e]] = g
-                copies_E[e] += 1
+                holder_ER[e, replicas_E[e]] = g
+                replicas_E[e] += 1
                 held_EG[e, g] = True
                 room_G[g] -= space.size_E[e]
     load_G = np.zeros(devices)
     for e in range(experts):
-        for r in range(copies_E[e]):
-            load_G[holder_ER[e, r]] += load_E[e] / copies_E[e]
-    return _Placed(slots_GC, copies_E, holder_ER, held_EG, load_G, load_G.copy(), room_G)
+        for r in range(replicas_E[e]):
+            load_G[holder_ER[e, r]] += load_E[e] / replicas_E[e]
+    return _Placed(slots_GC, replicas_E, holder_ER, held_EG, load_G, load_G.copy(), room_G)
 
 
 @compiled_inline
@@ -187,7 +187,7 @@ def _legal(
 ) -> bool:
     """Whether slots and memory let e1 (g1) and e2 (g2) change places.
 
-    g2 = -1: e2 gains a copy on g1 in place of e1 (-1 = an empty slot), which keeps another.
+    g2 = -1: e2 gains a replica on g1 in place of e1 (-1 = an empty slot), which keeps another.
     """
     if e1 == e2 or g1 == g2 or (e2 >= 0 and held_EG[e2, g1]):
         return False
@@ -199,12 +199,12 @@ def _legal(
 
 @compiled_inline
 def _swap_change(
-    load_G: Any, speed_G: Any, load_E: Any, copies_E: Any, g1: int, e1: int, g2: int, e2: int
+    load_G: Any, speed_G: Any, load_E: Any, replicas_E: Any, g1: int, e1: int, g2: int, e2: int
 ) -> float:
     """Change of cost when e1 on g1 and e2 on g2 (-1 = none) change places."""
-    gain = load_E[e1] / copies_E[e1]
+    gain = load_E[e1] / replicas_E[e1]
     if e2 >= 0:
-        gain -= load_E[e2] / copies_E[e2]
+        gain -= load_E[e2] / replicas_E[e2]
     return (
         _square_over(load_G[g1] - gain, speed_G[g1]) - _square_over(load_G[g1], speed_G[g1])
         + _square_over(load_G[g2] + gain, speed_G[g2]) - _square_over(load_G[g2], speed_G[g2])
@@ -213,35 +213,35 @@ def _swap_change(
 
 @compiled_inline
 def _recopy(
-    trial_G: Any, load_E: Any, copies_E: Any, holder_ER: Any, g1: int, e1: int, e2: int
+    trial_G: Any, load_E: Any, replicas_E: Any, holder_ER: Any, g1: int, e1: int, e2: int
 ) -> None:
-    """trial_G after e1 (-1 = none) loses its copy on g1 and e2 gains one there."""
+    """trial_G after e1 (-1 = none) loses its replica on g1 and e2 gains one there."""
     if e1 >= 0:
-        copies = copies_E[e1]
-        before, after = load_E[e1] / copies, load_E[e1] / (copies - 1)
-        for r in range(copies):
+        replicas = replicas_E[e1]
+        before, after = load_E[e1] / replicas, load_E[e1] / (replicas - 1)
+        for r in range(replicas):
             trial_G[holder_ER[e1, r]] += after - before
         trial_G[g1] -= after
-    copies = copies_E[e2]
-    before, after = load_E[e2] / copies, load_E[e2] / (copies + 1)
-    for r in range(copies):
+    replicas = replicas_E[e2]
+    before, after = load_E[e2] / replicas, load_E[e2] / (replicas + 1)
+    for r in range(replicas):
         trial_G[holder_ER[e2, r]] += after - before
     trial_G[g1] += after
 
 
 @compiled_inline
 def _recopy_change(
-    trial_G: Any, load_G: Any, speed_G: Any, load_E: Any, copies_E: Any, holder_ER: Any,
+    trial_G: Any, load_G: Any, speed_G: Any, load_E: Any, replicas_E: Any, holder_ER: Any,
     g1: int, e1: int, e2: int,
 ) -> float:
-    """Change of cost when e2 takes the place of e1's copy on g1; trial_G is put back."""
-    _recopy(trial_G, load_E, copies_E, holder_ER, g1, e1, e2)
+    """Change of cost when e2 takes the place of e1's replica on g1; trial_G is put back."""
+    _recopy(trial_G, load_E, replicas_E, holder_ER, g1, e1, e2)
     change = _square_over(trial_G[g1], speed_G[g1]) - _square_over(load_G[g1], speed_G[g1])
     trial_G[g1] = load_G[g1]
     for which in range(2):
         e = e1 if which == 0 else e2
         if e >= 0:
-            for r in range(copies_E[e]):
+            for r in range(replicas_E[e]):
                 g = holder_ER[e, r]
                 # What was counted already equals load_G again and adds nothing.
                 change += (
@@ -257,11 +257,11 @@ def _change_places(
 ) -> None:
     """Exchange two slots' contents."""
     e1, e2 = placed.slots_GC[g1, c1], placed.slots_GC[g2, c2]
-    gain = load_E[e1] / placed.copies_E[e1]
+    gain = load_E[e1] / placed.replicas_E[e1]
     growth = -space.size_E[e1]
     _rehold(placed, e1, g1, g2)
     if e2 >= 0:
-        gain -= load_E[e2] / placed.copies_E[e2]
+        gain -= load_E[e2] / placed.replicas_E[e2]
         growth += space.size_E[e2]
         _rehold(placed, e2, g2, g1)
     placed.slots_GC[g1, c1], placed.slots_GC[g2, c2] = e2, e1
@@ -278,22 +278,22 @@ def _change_copies(
 ) -> None:
     """Slot (g1, c1) turns to e2."""
     e1 = placed.slots_GC[g1, c1]
-    _recopy(placed.trial_G, load_E, placed.copies_E, placed.holder_ER, g1, e1, e2)
+    _recopy(placed.trial_G, load_E, placed.replicas_E, placed.holder_ER, g1, e1, e2)
     placed.load_G[:] = placed.trial_G
     placed.slots_GC[g1, c1] = e2
     placed.room_G[g1] -= space.size_E[e2]
     if e1 >= 0:
         placed.room_G[g1] += space.size_E[e1]
         _rehold(placed, e1, g1, -1)
-    placed.holder_ER[e2, placed.copies_E[e2]] = g1
-    placed.copies_E[e2] += 1
+    placed.holder_ER[e2, placed.replicas_E[e2]] = g1
+    placed.replicas_E[e2] += 1
     placed.held_EG[e2, g1] = True
 
 
 @compiled_inline
 def _rehold(placed: _Placed, e: int, source: int, to: int) -> None:
-    """Expert e's copy on `source` goes to device `to`, or away (-1)."""
-    last = placed.copies_E[e] - 1
+    """Expert e's replica on `source` goes to device `to`, or away (-1)."""
+    last = placed.replicas_E[e] - 1
     for r in range(last + 1):
         if placed.holder_ER[e, r] == source:
             if to >= 0:
@@ -301,7 +301,7 @@ def _rehold(placed: _Placed, e: int, source: int, to: int) -> None:
             else:
                 placed.holder_ER[e, r] = placed.holder_ER[e, last]
                 placed.holder_ER[e, last] = -1
-                placed.copies_E[e] = last
+                placed.replicas_E[e] = last
             break
     placed.held_EG[e, source] = False
     if to >= 0:
@@ -315,7 +315,7 @@ def _anneal(
 ) -> Any:
     placed = _placed(space, slots_GC.copy(), load_E)
     # Plain arrays: looking into a tuple costs more than the move itself.
-    slots_GC, copies_E, holder_ER, held_EG, load_G, trial_G, room_G = placed
+    slots_GC, replicas_E, holder_ER, held_EG, load_G, trial_G, room_G = placed
     slots_G, speed_G, size_E = space.slots_G, space.speed_G, space.size_E
     devices, experts = len(slots_GC), len(load_E)
     limited = len(space.standing_EG) > 0
@@ -337,7 +337,7 @@ def _anneal(
         e1 = slots_GC[g1, c1]
         allowed = -temperature * np.log(1.0 - next_random(state))
         g2, c2 = -1, -1
-        if e1 >= 0 and (copies_E[e1] == 1 or next_random(state) < 0.7):
+        if e1 >= 0 and (replicas_E[e1] == 1 or next_random(state) < 0.7):
             g2 = next_below(state, devices)
             if slots_G[g2] == 0:
                 continue
@@ -352,10 +352,10 @@ def _anneal(
             if more > 0.0 and moved + more > space.move_budget:
                 continue
         if g2 >= 0:
-            change = _swap_change(load_G, speed_G, load_E, copies_E, g1, e1, g2, e2)
+            change = _swap_change(load_G, speed_G, load_E, replicas_E, g1, e1, g2, e2)
         else:
             change = _recopy_change(
-                trial_G, load_G, speed_G, load_E, copies_E, holder_ER, g1, e1, e2
+                trial_G, load_G, speed_G, load_E, replicas_E, holder_ER, g1, e1, e2
             )
         if change > allowed:
             continue
@@ -376,8 +376,8 @@ def _anneal(
 def _descend(space: SearchSpace, slots_GC: Any, load_E: Any) -> Any:
     """Take the move with most gain per price, again and again, while one helps and fits.
 
-    Looked at: exchanges with the hottest device; other copies in place of its own redundant ones;
-    and one more copy, anywhere, of each of its experts. Ties go to the move looked at first.
+    Looked at: exchanges with the hottest device; other replicas in place of its own redundant ones;
+    and one more replica, anywhere, of each of its experts. Ties go to the move looked at first.
     """
     placed = _placed(space, slots_GC.copy(), load_E)
     moved = moves_price(space, placed.slots_GC)
@@ -409,11 +409,11 @@ def _best_move(space: SearchSpace, placed: _Placed, load_E: Any, moved: float) -
                 rate = _rate(space, placed, load_E, moved, h, e, g, f)
                 if rate > best[0]:
                     best = (rate, h, c, g, d, f)
-                if f < 0 or placed.copies_E[f] > 1:
+                if f < 0 or placed.replicas_E[f] > 1:
                     rate = _rate(space, placed, load_E, moved, g, f, -1, e)
                     if rate > best[0]:
                         best = (rate, g, d, -1, -1, e)
-        if placed.copies_E[e] > 1:
+        if placed.replicas_E[e] > 1:
             for f in range(experts):
                 rate = _rate(space, placed, load_E, moved, h, e, -1, f)
                 if rate > best[0]:
@@ -434,11 +434,11 @@ def _rate(
         return 0.0
     if g2 >= 0:
         change = _swap_change(
-            placed.load_G, space.speed_G, load_E, placed.copies_E, g1, e1, g2, e2
+            placed.load_G, space.speed_G, load_E, placed.replicas_E, g1, e1, g2, e2
         )
     else:
         change = _recopy_change(
-            placed.trial_G, placed.load_G, space.speed_G, load_E, placed.copies_E,
+            placed.trial_G, placed.load_G, space.speed_G, load_E, placed.replicas_E,
             placed.holder_ER, g1, e1, e2,
         )
     return -change / max(more, FREE)

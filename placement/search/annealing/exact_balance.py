@@ -1,11 +1,11 @@
 """Step-aware search for up to ten devices, on the exact best split of every step.
 
 With few devices the best fluid split of a step has a closed form: the largest, over device subsets
-Q, of the load of experts whose copies all lie in Q, over the speed of Q (max-flow/min-cut). Each
+Q, of the load of experts whose replicas all lie in Q, over the speed of Q (max-flow/min-cut). Each
 step keeps that load for all 2^G subsets; a move changes one or two experts' device sets, so the new
 table is the old one plus two terms. Annealing over swaps and re-replications.
 
-Knows per-step loads of one layer, devices' slots, speeds and room, and what copies cost
+Knows per-step loads of one layer, devices' slots, speeds and room, and what transfers cost
 (`search_copies.py`). Knows nothing of traces or how its steps were made (`scenarios.py`).
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ....foundation.arrays import Float32Array, FloatArray, IntArray, SlotArray
 from ....foundation.compiled import RandomState, compiled, compiled_finite, next_below, next_random
-from ...cost.token_transfers import CopyModel, all_prices, price_change
+from ...cost.token_transfers import TransferModel, all_prices, price_change
 from .annealer import (
     Annealing,
     Found,
@@ -70,7 +70,7 @@ def improve_few_devices(
     weight_W: FloatArray,
     slots_GC: SlotArray,
     annealing: Annealing,
-    copies: CopyModel,
+    replicas: TransferModel,
     state: RandomState,
 ) -> Found:
     """Anneal one layer's placement on exact splits of given steps.
@@ -81,11 +81,11 @@ def improve_few_devices(
     rate_Q = (1.0 / subset_speed(space.speed_G)).astype(np.float32)
     devices = len(space.speed_G)
     bits = (np.arange(1 << devices)[:, None] >> np.arange(devices)) & 1
-    place_Q = np.bitwise_or.reduce(bits << copies.place_G, axis=1)
+    place_Q = np.bitwise_or.reduce(bits << replicas.place_G, axis=1)
     cost, best, last = _anneal(
         space, np.ascontiguousarray(load_WE, np.float32), np.asarray(weight_W, np.float64),
         rate_Q, place_Q.astype(np.int64), device_masks(slots_GC, load_WE.shape[1]),
-        np.ascontiguousarray(slots_GC, np.int16), annealing, copies, state,
+        np.ascontiguousarray(slots_GC, np.int16), annealing, replicas, state,
     )
     return Found(float(cost), best, last)
 
@@ -154,13 +154,13 @@ def _mark_change(change_Q: Float32Array, before: int, after: int) -> None:
 
 @compiled
 def _propose(
-    space: SearchSpace, slots_GC: SlotArray, masks_E: IntArray, copies_E: IntArray,
+    space: SearchSpace, slots_GC: SlotArray, masks_E: IntArray, replicas_E: IntArray,
     room_G: FloatArray, state: RandomState,
 ) -> Any:
     """(g1, c1, g2, c2, e1, e2) of a legal move, or g1 = -1.
 
     g2 >= 0: slots (g1, c1) of e1 and (g2, c2) of e2 (or empty) change contents. g2 = -1: slot
-    (g1, c1) turns from e1, which has other copies (or was empty), to e2.
+    (g1, c1) turns from e1, which has other replicas (or was empty), to e2.
     """
     devices = len(space.slots_G)
     g1 = next_below(state, devices)
@@ -168,7 +168,7 @@ def _propose(
         return NOT_LEGAL
     c1 = next_below(state, space.slots_G[g1])
     e1 = slots_GC[g1, c1]
-    if e1 >= 0 and (copies_E[e1] == 1 or next_random(state) < 0.5):
+    if e1 >= 0 and (replicas_E[e1] == 1 or next_random(state) < 0.5):
         g2 = next_below(state, devices)
         if space.slots_G[g2] == 0:
             return NOT_LEGAL
@@ -206,7 +206,7 @@ def _masks_after(masks_E: IntArray, g1: int, g2: int, e1: int, e2: int) -> Any:
 
 @compiled
 def _apply(
-    space: SearchSpace, slots_GC: SlotArray, masks_E: IntArray, copies_E: IntArray,
+    space: SearchSpace, slots_GC: SlotArray, masks_E: IntArray, replicas_E: IntArray,
     room_G: FloatArray, move: Any, after1: int, after2: int,
 ) -> None:
     """Carry a move out on everything but the tables."""
@@ -219,12 +219,12 @@ def _apply(
         masks_E[e1] = after1
         growth -= space.size_E[e1]
         if g2 < 0:
-            copies_E[e1] -= 1
+            replicas_E[e1] -= 1
     if e2 >= 0:
         masks_E[e2] = after2
         growth += space.size_E[e2]
         if g2 < 0:
-            copies_E[e2] += 1
+            replicas_E[e2] += 1
     room_G[g1] -= growth
     if g2 >= 0:
         room_G[g2] += growth
@@ -234,20 +234,20 @@ def _apply(
 def _anneal(
     space: SearchSpace, load_WE: Float32Array, weight_W: FloatArray, rate_Q: Float32Array,
     place_Q: IntArray, masks_E: IntArray, slots_GC: SlotArray, annealing: Annealing,
-    copies: CopyModel, state: RandomState,
+    replicas: TransferModel, state: RandomState,
 ) -> Any:
     """(best cost, best slots, last slots). A candidate is dropped once its cost is too high."""
     steps, experts = load_WE.shape
     devices, subsets = len(space.slots_G), len(rate_Q)
     slots_GC = slots_GC.copy()
-    copies_E, room_G = np.zeros(experts, np.int64), space.room_G.copy()
+    replicas_E, room_G = np.zeros(experts, np.int64), space.room_G.copy()
     for g in range(devices):
         for e in slots_GC[g]:
             if e >= 0:
-                copies_E[e] += 1
+                replicas_E[e] += 1
                 room_G[g] -= space.size_E[e]
     places_E = place_Q[masks_E]
-    price_T = all_prices(copies, places_E)
+    price_T = all_prices(replicas, places_E)
     table_WQ = np.empty((steps, subsets), np.float32)
     _fill_tables(load_WE, masks_E, devices, table_WQ)
     first_Q, second_Q = np.zeros(subsets, np.float32), np.zeros(subsets, np.float32)
@@ -257,14 +257,14 @@ def _anneal(
         value = _worst_subset(table_WQ[w], first_Q, second_Q, nothing, nothing, rate_Q)
         cost_W[w] = weight_W[w] * penalty(annealing, value)
     order_W = np.argsort(-cost_W)
-    cost = cost_W.sum() + (copies.weight * price_T.mean() if len(price_T) else 0.0)
+    cost = cost_W.sum() + (replicas.weight * price_T.mean() if len(price_T) else 0.0)
     best_cost, best_GC = cost, slots_GC.copy()
     cooling = (annealing.cold / annealing.hot) ** (1.0 / max(annealing.moves - 1, 1))
     temperature, accepted = annealing.hot, 0
     moved = moves_price(space, slots_GC)
     for _ in range(annealing.moves):
         temperature *= cooling
-        move = _propose(space, slots_GC, masks_E, copies_E, room_G, state)
+        move = _propose(space, slots_GC, masks_E, replicas_E, room_G, state)
         g1, _c1, g2, _c2, e1, e2 = move
         if g1 < 0:
             continue
@@ -274,7 +274,7 @@ def _anneal(
         after1, after2 = _masks_after(masks_E, g1, g2, e1, e2)
         allowed = cost - temperature * np.log(1.0 - next_random(state))
         base = cost - cost_W.sum() + price_change(
-            copies, places_E, price_T, e1, place_Q[after1], e2, place_Q[after2], False
+            replicas, places_E, price_T, e1, place_Q[after1], e2, place_Q[after2], False
         )
         total = base
         first, second = nothing, nothing
@@ -292,14 +292,14 @@ def _anneal(
             total += tried_W[w]
         if total > allowed:
             continue
-        price_change(copies, places_E, price_T, e1, place_Q[after1], e2, place_Q[after2], True)
+        price_change(replicas, places_E, price_T, e1, place_Q[after1], e2, place_Q[after2], True)
         for w in range(steps):
             first = load_WE[w, e1] if e1 >= 0 else nothing
             second = load_WE[w, e2] if e2 >= 0 else nothing
             for q in range(subsets):
                 table_WQ[w, q] += first * first_Q[q] + second * second_Q[q]
         moved += more_moved
-        _apply(space, slots_GC, masks_E, copies_E, room_G, move, after1, after2)
+        _apply(space, slots_GC, masks_E, replicas_E, room_G, move, after1, after2)
         cost_W[:] = tried_W
         cost = total
         accepted += 1

@@ -1,13 +1,13 @@
-"""Step-aware search where copies share an expert's tokens by a rule that is blind to load.
+"""Step-aware search where replicas share an expert's tokens by a rule that is blind to load.
 
-`even` and most engines' rules split an expert's tokens over all its copies alike, or nearly so over
-many tokens; `nearest` sends each home rank's tokens to the copies nearest to it, alike; SGLang's
-static table to the first copy in the node, so that further ones there serve their own rank alone.
-Either way a device gets a share of the expert that depends on who holds it, a step's load is
-a sum of shares, and a move changes the shares of the touched experts. Annealing on the maximum of
-every step.
+`even` and most engines' rules split an expert's tokens over all its replicas alike, or nearly so
+over many tokens; `nearest` sends each home rank's tokens to the replicas nearest to it, alike;
+SGLang's static table to the first replica in the node, so that further ones there serve their own
+rank alone. Either way a device gets a share of the expert that depends on who holds it, a step's
+load is a sum of shares, and a move changes the shares of the touched experts. Annealing on the
+maximum of every step.
 
-Knows per-step loads of one layer, devices' slots, speeds, nodes and room, and what copies cost.
+Knows per-step loads of one layer, devices' slots, speeds, nodes and room, and what transfers cost.
 Homes count as spread evenly. Knows nothing of traces or how its steps were made.
 """
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ....foundation.arrays import FloatArray, SlotArray
 from ....foundation.compiled import RandomState, compiled, next_below, next_random
-from ...cost.token_transfers import CopyModel, all_prices, places_of, price_change
+from ...cost.token_transfers import TransferModel, all_prices, places_of, price_change
 from .annealer import (
     Annealing,
     Found,
@@ -32,7 +32,7 @@ from .annealer import (
 )
 
 NEAREST_RULES = ("nearest", "sglang_static")
-ALIKE, NEAREST, FIRST_NEAR = 0, 1, 2       # how copies share
+ALIKE, NEAREST, FIRST_NEAR = 0, 1, 2       # how replicas share
 NOT_LEGAL = (-1, -1, -1, -1, -1, -1)       # a device without slots in this layer was drawn
 
 
@@ -42,15 +42,16 @@ def improve_fixed_shares(
     weight_W: FloatArray,
     slots_GC: SlotArray,
     annealing: Annealing,
-    copies: CopyModel,
+    replicas: TransferModel,
     state: RandomState,
     *,
     node_G: npt.NDArray[np.int64] | None = None,
     first_near: bool = False,
 ) -> Found:
-    """Anneal one layer's placement where copies share alike (node_G None) or nearest first.
+    """Anneal one layer's placement where replicas share alike (node_G None) or nearest first.
 
-    first_near: of several copies in a node that the home rank does not hold, only the first serves.
+    first_near: of several replicas in a node that the home rank does not hold, only the first
+    serves.
 
     load_WE [W, E]: every step scaled so that perfect balance is 1 (its sum is the speeds' sum).
     """
@@ -60,7 +61,7 @@ def improve_fixed_shares(
         np.ascontiguousarray(slots_GC, np.int16),
         ALIKE if node_G is None else FIRST_NEAR if first_near else NEAREST,
         np.zeros(len(slots_GC), np.int64) if node_G is None else np.asarray(node_G, np.int64),
-        annealing, copies, state,
+        annealing, replicas, state,
     )
     return Found(float(cost), best, last)
 
@@ -70,13 +71,13 @@ def _shares(holder_G: Any, rule: int, node_G: Any, share_G: Any) -> None:
     """[G] the part of an expert's tokens each device computes; sums to 1."""
     devices = len(holder_G)
     share_G[:] = 0.0
-    copies = 0
+    replicas = 0
     for g in range(devices):
-        copies += holder_G[g]
+        replicas += holder_G[g]
     if rule == ALIKE:
         for g in range(devices):
             if holder_G[g]:
-                share_G[g] = 1.0 / copies
+                share_G[g] = 1.0 / replicas
         return
     for home in range(devices):
         if holder_G[home]:
@@ -90,7 +91,7 @@ def _shares(holder_G: Any, rule: int, node_G: Any, share_G: Any) -> None:
                 if near > 0 and rule == FIRST_NEAR:
                     share_G[g] += 1.0 / devices
                     break
-                share_G[g] += 1.0 / devices / (near if near > 0 else copies)
+                share_G[g] += 1.0 / devices / (near if near > 0 else replicas)
 
 
 @compiled
@@ -116,7 +117,7 @@ def _tried_peak(
 
 @compiled
 def _propose(
-    space: SearchSpace, slots_GC: Any, holder_EG: Any, copies_E: Any, room_G: Any, hottest: int,
+    space: SearchSpace, slots_GC: Any, holder_EG: Any, replicas_E: Any, room_G: Any, hottest: int,
     state: RandomState,
 ) -> Any:
     """(g1, c1, g2, c2, e1, e2) as in the other searches; g1 = -1 where the move is not legal."""
@@ -126,7 +127,7 @@ def _propose(
         return NOT_LEGAL
     c1 = next_below(state, space.slots_G[g1])
     e1 = slots_GC[g1, c1]
-    if e1 >= 0 and (copies_E[e1] == 1 or next_random(state) < 0.7):
+    if e1 >= 0 and (replicas_E[e1] == 1 or next_random(state) < 0.7):
         g2 = next_below(state, devices)
         if space.slots_G[g2] == 0:
             return NOT_LEGAL
@@ -138,7 +139,7 @@ def _propose(
         if growth > room_G[g2] or -growth > room_G[g1]:
             return -1, c1, g2, c2, e1, e2
         return g1, c1, g2, c2, e1, e2
-    e2 = next_below(state, len(copies_E))
+    e2 = next_below(state, len(replicas_E))
     growth = space.size_E[e2] - (space.size_E[e1] if e1 >= 0 else 0.0)
     if e1 == e2 or holder_EG[e2, g1] or growth > room_G[g1] or (e1 < 0 and not space.fill):
         return -1, c1, -1, -1, e1, e2
@@ -146,7 +147,7 @@ def _propose(
 
 
 @compiled
-def _hold(holder_EG: Any, copies_E: Any, move: Any, sign: int) -> None:
+def _hold(holder_EG: Any, replicas_E: Any, move: Any, sign: int) -> None:
     """Carry the move out on the tables of who holds what (sign 1), or take it back (-1)."""
     g1, _c1, g2, _c2, e1, e2 = move
     if e1 >= 0:
@@ -154,40 +155,40 @@ def _hold(holder_EG: Any, copies_E: Any, move: Any, sign: int) -> None:
         if g2 >= 0:
             holder_EG[e1, g2] = sign > 0
         else:
-            copies_E[e1] -= sign
+            replicas_E[e1] -= sign
     if e2 >= 0:
         holder_EG[e2, g1] = sign > 0
         if g2 >= 0:
             holder_EG[e2, g2] = sign < 0
         else:
-            copies_E[e2] += sign
+            replicas_E[e2] += sign
 
 
 @compiled
 def _anneal(
     space: SearchSpace, load_WE: Any, weight_W: Any, slots_GC: Any, rule: int, node_G: Any,
-    annealing: Annealing, copies: CopyModel, state: RandomState,
+    annealing: Annealing, replicas: TransferModel, state: RandomState,
 ) -> Any:
     """(best cost, best slots, last slots). A candidate is dropped once its cost is too high."""
     steps, experts = load_WE.shape
     devices = len(space.slots_G)
     slots_GC = slots_GC.copy()
     holder_EG = np.zeros((experts, devices), np.bool_)
-    copies_E, room_G = np.zeros(experts, np.int64), space.room_G.copy()
+    replicas_E, room_G = np.zeros(experts, np.int64), space.room_G.copy()
     for g in range(devices):
         for e in slots_GC[g]:
             if e >= 0:
                 holder_EG[e, g] = True
-                copies_E[e] += 1
+                replicas_E[e] += 1
                 room_G[g] -= space.size_E[e]
-    priced = len(copies.home_T) > 0
+    priced = len(replicas.home_T) > 0
     places_E = np.zeros(experts, np.int64)
     share_EG = np.zeros((experts, devices))
     for e in range(experts):
         _shares(holder_EG[e], rule, node_G, share_EG[e])
         if priced:
-            places_E[e] = places_of(np.flatnonzero(holder_EG[e]), copies.place_G)
-    price_T = all_prices(copies, places_E)
+            places_E[e] = places_of(np.flatnonzero(holder_EG[e]), replicas.place_G)
+    price_T = all_prices(replicas, places_E)
     load_WG = np.zeros((steps, devices))
     for w in range(steps):
         for e in range(experts):
@@ -199,7 +200,7 @@ def _anneal(
     for w in range(steps):
         cost_W[w] = weight_W[w] * penalty(annealing, _peak(load_WG[w], space.speed_G))
     order_W = np.argsort(-cost_W)
-    cost = cost_W.sum() + (copies.weight * price_T.mean() if priced else 0.0)
+    cost = cost_W.sum() + (replicas.weight * price_T.mean() if priced else 0.0)
     best_cost, best_GC = cost, slots_GC.copy()
     cooling = (annealing.cold / annealing.hot) ** (1.0 / max(annealing.moves - 1, 1))
     temperature, accepted = annealing.hot, 0
@@ -208,7 +209,7 @@ def _anneal(
         temperature *= cooling
         worst = order_W[next_below(state, min(steps, 8))]
         hottest = int(np.argmax(load_WG[worst] / space.speed_G))
-        move = _propose(space, slots_GC, holder_EG, copies_E, room_G, hottest, state)
+        move = _propose(space, slots_GC, holder_EG, replicas_E, room_G, hottest, state)
         g1, c1, g2, c2, e1, e2 = move
         if g1 < 0:
             continue
@@ -217,7 +218,7 @@ def _anneal(
             continue
         allowed = cost - temperature * np.log(1.0 - next_random(state))
         total = cost - cost_W.sum()
-        _hold(holder_EG, copies_E, move, 1)
+        _hold(holder_EG, replicas_E, move, 1)
         places1, places2 = 0, 0
         if e1 >= 0:
             _shares(holder_EG[e1], rule, node_G, new1_G)
@@ -227,10 +228,10 @@ def _anneal(
             change2_G[:] = new2_G - share_EG[e2]
         if priced:
             if e1 >= 0:
-                places1 = places_of(np.flatnonzero(holder_EG[e1]), copies.place_G)
+                places1 = places_of(np.flatnonzero(holder_EG[e1]), replicas.place_G)
             if e2 >= 0:
-                places2 = places_of(np.flatnonzero(holder_EG[e2]), copies.place_G)
-            total += price_change(copies, places_E, price_T, e1, places1, e2, places2, False)
+                places2 = places_of(np.flatnonzero(holder_EG[e2]), replicas.place_G)
+            total += price_change(replicas, places_E, price_T, e1, places1, e2, places2, False)
         for w in order_W:
             if total > allowed:
                 break
@@ -239,7 +240,7 @@ def _anneal(
             tried_W[w] = weight_W[w] * penalty(annealing, peak)
             total += tried_W[w]
         if total > allowed:
-            _hold(holder_EG, copies_E, move, -1)
+            _hold(holder_EG, replicas_E, move, -1)
             continue
         moved += more_moved
         growth = 0.0
@@ -250,7 +251,7 @@ def _anneal(
             share_EG[e2] = new2_G
             growth += space.size_E[e2]
         if priced:
-            price_change(copies, places_E, price_T, e1, places1, e2, places2, True)
+            price_change(replicas, places_E, price_T, e1, places1, e2, places2, True)
         room_G[g1] -= growth
         slots_GC[g1, c1] = e2
         if g2 >= 0:

@@ -1,8 +1,8 @@
-"""A step as the times of its devices, kept up to date while copies move: for `anneal_time.py`.
+"""A step as the times of its devices, kept up to date while replicas move: for `anneal_time.py`.
 
 Every step keeps its split: tokens and microseconds of each slot, sums of both for each device. A
 move takes the touched experts' tokens off and puts them back by the dispatch's own rule; weights
-are read by every copy that gets a token. Knows numbers only, one layer and one step at a time.
+are read by every replica that gets a token. Knows numbers only, one layer and one step at a time.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import numpy as np
 
 from ....foundation.compiled import compiled
 
-FLAT, ALIKE, ONE = 0, 1, 2      # copies level their devices; share alike; one takes all tokens,
+FLAT, ALIKE, ONE = 0, 1, 2      # replicas level their devices; share alike; one takes all tokens,
                                 # where the fewest experts are active
 HAND_ON_ROUNDS = 4              # of the fullest device refilling its replicated experts, per trial
 FLAT_ENOUGH = 1e-3              # above perfect balance: no rounds below this
 
 
 class DeviceTimes(NamedTuple):
-    """What a device's step takes: start + sum over its copies with tokens, over its speed.
+    """What a device's step takes: start + sum over its replicas with tokens, over its speed.
 
-    A copy of expert e takes read_us_E[e] + tokens · token_us, or by its whole tokens what
+    A replica of expert e takes read_us_E[e] + tokens · token_us, or by its whole tokens what
     table_us lists, where that is not empty. link_us: of the exchanges, per token of the device with
-    most. gather_us: paid where any expert has replicas. rule: how copies share tokens.
+    most. gather_us: paid where any expert has replicas. rule: how replicas share tokens.
     reference_us: the microseconds that count as 1.
     """
 
@@ -40,7 +40,7 @@ class DeviceTimes(NamedTuple):
 
 @compiled
 def _slot_us(times: DeviceTimes, e: int, tokens: float) -> float:
-    """One copy's time. Below one token, that share of what one token takes: tokens are whole."""
+    """One replica's time. Below one token, that share of what one token takes: tokens are whole."""
     if tokens <= 0.0:
         return 0.0
     whole = max(tokens, 1.0)
@@ -55,7 +55,7 @@ def _slot_us(times: DeviceTimes, e: int, tokens: float) -> float:
 class Layout(NamedTuple):
     """Devices and slots, and where a step's row keeps what. Axes: G devices, S slots.
 
-    A row is [3·G + 2·S]: tokens, microseconds and active copies of each device, then tokens and
+    A row is [3·G + 2·S]: tokens, microseconds and active replicas of each device, then tokens and
     microseconds of each slot.
     """
 
@@ -69,7 +69,7 @@ class Holders(NamedTuple):
 
     expert_S: Any
     slot_ER: Any
-    copies_E: Any
+    replicas_E: Any
 
 
 @compiled
@@ -101,28 +101,28 @@ def _lift(layout: Layout, s: int, row: Any) -> None:
 def _fill(
     times: DeviceTimes, layout: Layout, held: Holders, e: int, tokens: float, row: Any
 ) -> None:
-    """Put one expert's tokens on its copies, as the dispatch would."""
-    copies, slot_R = held.copies_E[e], held.slot_ER[e]
+    """Put one expert's tokens on its replicas, as the dispatch would."""
+    replicas, slot_R = held.replicas_E[e], held.slot_ER[e]
     if tokens <= 0.0:
         return
-    if copies == 1 or times.rule == ALIKE:
-        for r in range(copies):
-            _put(times, layout, e, slot_R[r], tokens / copies, row)
+    if replicas == 1 or times.rule == ALIKE:
+        for r in range(replicas):
+            _put(times, layout, e, slot_R[r], tokens / replicas, row)
         return
     if times.rule == ONE:
         best, least, fewest = slot_R[0], np.inf, np.inf
-        for r in range(copies):
+        for r in range(replicas):
             g = layout.device_S[slot_R[r]]
             level = np.rint(row[2 * len(layout.speed_G) + g] + 1.0) / layout.speed_G[g]
             if level < least or (level == least and row[g] / layout.speed_G[g] < fewest):
                 best, least, fewest = slot_R[r], level, row[g] / layout.speed_G[g]
         _put(times, layout, e, best, tokens, row)
         return
-    # FLAT: the level of all copies' devices; those above it drop out, which lowers it.
+    # FLAT: the level of all replicas' devices; those above it drop out, which lowers it.
     level = np.inf
-    for _ in range(copies):
+    for _ in range(replicas):
         below, speed = tokens, 0.0
-        for r in range(copies):
+        for r in range(replicas):
             g = layout.device_S[slot_R[r]]
             if row[g] <= level * layout.speed_G[g]:
                 below += row[g]
@@ -130,7 +130,7 @@ def _fill(
         if speed == 0.0 or below >= level * speed:
             break
         level = below / speed
-    for r in range(copies):
+    for r in range(replicas):
         g = layout.device_S[slot_R[r]]
         _put(times, layout, e, slot_R[r], max(0.0, level * layout.speed_G[g] - row[g]), row)
 
@@ -141,7 +141,7 @@ def _hand_on(
 ) -> None:
     """Let the fullest device refill its replicated experts, several times.
 
-    The fullest has most tokens over speed; where one copy takes all, most active copies.
+    The fullest has most tokens over speed; where one replica takes all, most active replicas.
     """
     devices = len(layout.speed_G)
     first = 2 * devices if times.rule == ONE else 0
@@ -156,8 +156,8 @@ def _hand_on(
         before = level
         for s in range(layout.start_G[fullest], layout.start_G[fullest + 1]):
             e = held.expert_S[s]
-            if e >= 0 and held.copies_E[e] > 1 and row[3 * devices + s] > 0.0:
-                for r in range(held.copies_E[e]):
+            if e >= 0 and held.replicas_E[e] > 1 and row[3 * devices + s] > 0.0:
+                for r in range(held.replicas_E[e]):
                     _lift(layout, held.slot_ER[e, r], row)
                 _fill(times, layout, held, e, load_E[e], row)
 
@@ -180,11 +180,11 @@ def step_cost(times: DeviceTimes, layout: Layout, row: Any) -> Any:
 def split_afresh(
     times: DeviceTimes, layout: Layout, held: Holders, load_E: Any, row: Any
 ) -> None:
-    """Split one step from nothing: single copies first, then replicated ones, heaviest first."""
+    """Split one step from nothing: single replicas first, then replicated ones, heaviest first."""
     order = np.argsort(-load_E)
     for turn in range(2):
         for e in order:
-            if (held.copies_E[e] > 1) == (turn == 1):
+            if (held.replicas_E[e] > 1) == (turn == 1):
                 _fill(times, layout, held, e, load_E[e], row)
     if times.rule != ALIKE:
         _hand_on(times, layout, held, load_E, row, 8 * HAND_ON_ROUNDS)
@@ -200,7 +200,7 @@ def try_step(
     for i in range(2):
         e = e1 if i == 0 else e2
         if e >= 0:
-            for r in range(held.copies_E[e]):
+            for r in range(held.replicas_E[e]):
                 _lift(layout, held.slot_ER[e, r], row)
     for i in range(2):
         e = e1 if i == 0 else e2

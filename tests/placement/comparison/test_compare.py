@@ -142,10 +142,10 @@ def test_within_slack_fewer_copies_decide_and_the_verdict_says_so() -> None:
                     balance_slack=0.5)
     row = table.row("local")
     assert table.ranking[0] == "local" and row.better and not row.worse
-    assert row.copies is not None and table.row("flat").copies == pytest.approx(
+    assert row.transfers is not None and table.row("flat").transfers == pytest.approx(
         table.evaluations["flat"].remote_node_copies_per_token, rel=1e-6)
-    assert row.copies_change_high_percent is not None and row.copies_change_high_percent < 0
-    assert table.verdict.startswith("local is better than flat: node copies per token ")
+    assert row.transfers_change_high_percent is not None and row.transfers_change_high_percent < 0
+    assert table.verdict.startswith("local is better than flat: node transfers per token ")
     assert " at imbalance " in table.verdict
     back = compare({"local": local, "flat": apart}, couples(0), place, steps=STEPS,
                    balance_slack=0.5)
@@ -159,7 +159,7 @@ def test_copies_do_not_decide_beyond_the_slack_nor_where_they_cost_nothing() -> 
                      balance_slack=0.0)
     assert strict.ranking == ("b", "a")
     one = compare({"a": uneven, "b": flat}, couples(0), PLACE, steps=STEPS, balance_slack=0.5)
-    assert one.ranking == ("b", "a") and one.row("a").copies is None
+    assert one.ranking == ("b", "a") and one.row("a").transfers is None
 
 
 def test_balance_decides_where_it_is_the_objective_though_a_model_gives_times() -> None:

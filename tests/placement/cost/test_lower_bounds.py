@@ -18,7 +18,7 @@ from loadmaster.placement.cost.lower_bounds import (
     balance_bound_W,
     checked_gap,
     least_sent_W,
-    most_copies,
+    most_replicas,
     time_bound_us,
 )
 from loadmaster.placement.cost.step_loads import step_loads
@@ -29,7 +29,7 @@ from loadmaster.traces.trace import RoutingTrace
 
 
 def hosts_of_experts(experts: int, devices: int, slots: int) -> Iterator[tuple[int, ...]]:
-    """Every way to give each expert a set of devices (a bit mask) with at most `slots` copies.
+    """Every way to give each expert a set of devices (a bit mask) with at most `slots` transfers.
 
     Slots may lie anywhere, which only makes the best placement better.
     """
@@ -76,7 +76,7 @@ def test_the_balance_bound_is_never_above_the_best_placement(
     ([30, 5, 5], 2, 3, 1.5),                # one expert with one copy: three quarters of all
     ([30, 5, 5], 2, 4, 1.0),                # a second copy frees it
     ([100, 0, 0, 0], 4, 4, 4.0),            # all load on one expert, no spare slot
-    ([100, 0, 0, 0], 4, 6, 4 / 3),          # three copies
+    ([100, 0, 0, 0], 4, 6, 4 / 3),          # three transfers
     ([100, 0, 0, 0], 4, 100, 1.0),          # never more than one on each device is of use
     ([0, 0, 0, 0], 4, 4, 1.0),              # a step without tokens
 ])
@@ -116,13 +116,13 @@ def test_a_layer_can_take_the_whole_spare_memory_of_all_layers() -> None:
     devices = [Device(node=0, slots=3, expert_memory_bytes=room) for room in (59, 60)]
     cluster = Cluster(devices=tuple(devices), hardware=Cluster.preset(
         "h100", slots_per_device=1).hardware)
-    # 119 bytes, 2 · 40 of them for one copy of each expert; 39 left hold three of the smallest.
-    assert most_copies(cluster, sized, 2, 3) == 6
+    # 119 bytes, 2 · 40 of them for one replica of each expert; 39 left hold three of the smallest.
+    assert most_replicas(cluster, sized, 2, 3) == 6
     tighter = cluster.model_copy(update={"devices": (devices[0], Device(
         node=0, slots=3, expert_memory_bytes=40))})
-    assert most_copies(tighter, sized, 2, 3) == 4
-    assert most_copies(tighter, None, 2, 3) == 6        # sizes unknown: slots alone limit
-    assert most_copies(Cluster.preset("h100", slots_per_device=9), sized, 2, 3) == 24
+    assert most_replicas(tighter, sized, 2, 3) == 4
+    assert most_replicas(tighter, None, 2, 3) == 6        # sizes unknown: slots alone limit
+    assert most_replicas(Cluster.preset("h100", slots_per_device=9), sized, 2, 3) == 24
 
 
 # ---- time --------------------------------------------------------------------------------------

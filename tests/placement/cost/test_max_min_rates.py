@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.cost.max_min_rates import MERGED, deals_fairly, fair_copies_WX
+from loadmaster.placement.cost.max_min_rates import MERGED, deals_fairly, fair_transfers_WX
 from loadmaster.placement.cost.step_cost import SHARED_SPINE, step_cost
 from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.placement.plan import Plan
@@ -33,14 +33,14 @@ def cluster(
 
 
 def flows(devices: int, *pairs: tuple[int, int, float]) -> np.ndarray:
-    copies_GG = np.zeros((devices, devices))
-    for source, target, copies in pairs:
-        copies_GG[source, target] = copies
-    return copies_GG
+    transfers_GG = np.zeros((devices, devices))
+    for source, target, transfers in pairs:
+        transfers_GG[source, target] = transfers
+    return transfers_GG
 
 
-def fair(copies_GG: np.ndarray, where: Cluster) -> list[float]:
-    return fair_copies_WX(copies_GG[None], where)[0].tolist()
+def fair(transfers_GG: np.ndarray, where: Cluster) -> list[float]:
+    return fair_transfers_WX(transfers_GG[None], where)[0].tolist()
 
 
 def test_a_busy_device_is_left_alone_on_its_nic_at_the_end() -> None:
@@ -72,36 +72,36 @@ def test_copies_inside_a_node_and_none_at_all_take_no_time() -> None:
 @settings(max_examples=40, deadline=None)
 def test_the_mirror_image_takes_equally_long(seed: int, nics: float) -> None:
     """So one dealing serves dispatch and combine."""
-    copies = np.random.default_rng(seed).gamma(0.5, size=(8, 8))
+    transfers = np.random.default_rng(seed).gamma(0.5, size=(8, 8))
     where = cluster(2, 4, nics)
-    assert fair(copies, where) == pytest.approx(fair(copies.T, where))
+    assert fair(transfers, where) == pytest.approx(fair(transfers.T, where))
 
 
 @given(st.integers(0, 10_000), st.permutations(range(4)), st.permutations(range(4)))
 @settings(max_examples=30, deadline=None)
 def test_names_of_devices_do_not_matter(seed: int, first: list[int], second: list[int]) -> None:
-    copies = np.random.default_rng(seed).integers(0, 9, (8, 8)).astype(float)
+    transfers = np.random.default_rng(seed).integers(0, 9, (8, 8)).astype(float)
     named = np.array([*second, *(4 + np.array(first))])
     where = cluster(2, 4, 2.0)
-    assert fair(copies[np.ix_(named, named)], where) == pytest.approx(fair(copies, where))
+    assert fair(transfers[np.ix_(named, named)], where) == pytest.approx(fair(transfers, where))
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 2.0))
 @settings(max_examples=40, deadline=None)
 def test_more_copies_everywhere_take_longer_in_proportion(seed: int, skew: float) -> None:
-    copies = np.random.default_rng(seed).gamma(skew, size=(8, 8))
+    transfers = np.random.default_rng(seed).gamma(skew, size=(8, 8))
     where = cluster(2, 4, 2.0)
-    assert fair(3 * copies, where) == pytest.approx([3 * t for t in fair(copies, where)])
+    assert fair(3 * transfers, where) == pytest.approx([3 * t for t in fair(transfers, where)])
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 2.0))
 @settings(max_examples=40, deadline=None)
 def test_without_a_spine_ends_are_merged_at_little_loss(seed: int, skew: float) -> None:
     """A spine that never binds makes the dealing exact: same links, merged and not."""
-    copies = np.random.default_rng(seed).gamma(skew, size=(16, 16))
-    merged = fair(copies, cluster(2, 8, None))[0]
-    exact = fair(copies, cluster(2, 8, 8.0, combine_nics=7.999999))[0]
-    far = copies * np.kron([[0, 1], [1, 0]], np.ones((8, 8)))
+    transfers = np.random.default_rng(seed).gamma(skew, size=(16, 16))
+    merged = fair(transfers, cluster(2, 8, None))[0]
+    exact = fair(transfers, cluster(2, 8, 8.0, combine_nics=7.999999))[0]
+    far = transfers * np.kron([[0, 1], [1, 0]], np.ones((8, 8)))
     bound = max(far.sum(axis=0).max(), far.sum(axis=1).max())
     assert exact * (1 - 2 * MERGED) <= max(merged, bound) <= exact * (1 + MERGED)
 
@@ -132,11 +132,11 @@ def test_a_step_costs_what_fair_sharing_takes_or_says_that_it_may_take_longer() 
     profile, hardware = where.hardware.dispatch, where.hardware
     copy_us = 1024 * hardware.dispatch_bytes_per_value / profile.nic_bytes_per_s * 1e6
     alpha_us = profile.alpha_us + 2 * profile.alpha_per_log2_node_us
-    assert loads.fair_copies_WLX is not None
-    exchanged_us = alpha_us + loads.fair_copies_WLX[0, 0, 0] * copy_us
+    assert loads.fair_transfers_WLX is not None
+    exchanged_us = alpha_us + loads.fair_transfers_WLX[0, 0, 0] * copy_us
     assert cost.dispatch_us_WL[0, 0] == pytest.approx(exchanged_us) and cost.notes == ()
     untimed, cheaper = cost_of(where, timed=False)
-    assert untimed.fair_copies_WLX is None
+    assert untimed.fair_transfers_WLX is None
     assert cheaper.dispatch_us_WL[0, 0] < cost.dispatch_us_WL[0, 0]
     assert cheaper.notes == (SHARED_SPINE,)
     assert SHARED_SPINE in cost_of(cluster(20, 4, 2.0))[1].notes

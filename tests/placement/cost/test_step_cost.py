@@ -74,7 +74,7 @@ def test_a_layer_by_hand() -> None:
     cost = step_cost(loads(), MODEL, cluster(), dispatch=EVEN)
     # start + active * (1 + 3) + tokens * 0.01; nothing on an idle device
     assert cost.compute_us_WLG[0, 0].tolist() == pytest.approx([5 + 8 + 1, 5 + 4 + 2, 0, 9.5])
-    # alpha 10 + 2 * log2(2); the NIC out of device 1 carries 30 copies
+    # alpha 10 + 2 * log2(2); the NIC out of device 1 carries 30 transfers
     assert cost.dispatch_us_WL[0, 0] == pytest.approx(12 + 30 * 0.2)
     assert cost.combine_us_WL[0, 0] == pytest.approx(12 + 30 * 0.4)
     assert cost.counts_us_L.tolist() == [0]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loadmaster.errors import InputError
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.cost.max_min_rates import fair_copies_WX
+from loadmaster.placement.cost.max_min_rates import fair_transfers_WX
 from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.placement.dispatch.quotas import route
 from loadmaster.placement.hardware import ComputeProfile
@@ -53,8 +53,8 @@ def random_case(
 def by_hand(
     slot_TK: np.ndarray, home_T: np.ndarray, cluster: Cluster, width: int
 ) -> dict[str, np.ndarray]:
-    """Copies per port, and `far` [G, G] from device to device between nodes, of one step under the
-    cluster's payload, one token after the other."""
+    """Transfers per port, and `far` [G, G] from device to device between nodes, of one step under
+    the cluster's payload, one token after the other."""
     devices, node = cluster.num_devices, cluster.node_G
     ports = {n: np.zeros(devices) for n in PORT_NAMES} | {"far": np.zeros((devices,) * 2)}
     per_node = devices // cluster.num_nodes
@@ -105,9 +105,9 @@ def test_ports_are_what_the_tokens_send(traffic: str, policy: str, ragged: bool)
             for name in PORT_NAMES:
                 counted = getattr(loads, f"{name}_WLG")[w, layer]
                 assert np.array_equal(counted, expected[name]), name
-            fair_X = fair_copies_WX(expected["far"][None], cluster)[0]
-            assert loads.fair_copies_WLX is not None
-            assert loads.fair_copies_WLX[w, layer].tolist() == fair_X.tolist()
+            fair_X = fair_transfers_WX(expected["far"][None], cluster)[0]
+            assert loads.fair_transfers_WLX is not None
+            assert loads.fair_transfers_WLX[w, layer].tolist() == fair_X.tolist()
             used = np.bincount(slot_TK[slot_TK >= 0], minlength=12).reshape(4, 3)
             assert np.array_equal(loads.tokens_WLG[w, layer], used.sum(axis=1))
             assert np.array_equal(loads.active_WLG[w, layer], (used > 0).sum(axis=1))
@@ -120,7 +120,7 @@ def test_steps_counted_in_parts_are_counted_the_same(monkeypatch: pytest.MonkeyP
     whole = step_loads(trace, steps, plan, cluster)
     monkeypatch.setattr("loadmaster.placement.cost.count_traffic.PAIRS_AT_ONCE", 16)
     parts = step_loads(trace, steps, plan, cluster)
-    for name in (*(f"{n}_WLG" for n in PORT_NAMES), "fair_copies_WLX"):
+    for name in (*(f"{n}_WLG" for n in PORT_NAMES), "fair_transfers_WLX"):
         assert np.array_equal(getattr(parts, name), getattr(whole, name)), name
 
 
@@ -137,8 +137,9 @@ def test_allgather_enters_each_node_once_and_fans_out_there() -> None:
             assert np.allclose(ours, expected[name].reshape(2, 2).sum(axis=1)), name
         own_G = np.bincount(home, minlength=4)
         far_GG = np.kron([[0, 1], [1, 0]], np.ones((2, 2))) * own_G[:, None] / 2
-        assert loads.fair_copies_WLX is not None
-        assert np.allclose(loads.fair_copies_WLX[w, 0], fair_copies_WX(far_GG[None], cluster)[0])
+        assert loads.fair_transfers_WLX is not None
+        fair_X = fair_transfers_WX(far_GG[None], cluster)[0]
+        assert np.allclose(loads.fair_transfers_WLX[w, 0], fair_X)
     other = Plan(slots=plan.slots[:, ::-1], num_experts=8)
     again = step_loads(trace, steps, other, cluster, DispatchSpec())
     assert np.array_equal(loads.nic_in_WLG, again.nic_in_WLG)      # routing plays no part
@@ -164,9 +165,9 @@ def test_coherent_counts_pairs_of_successive_experts() -> None:
             assert loads.nvlink_in_WLG[w, layer].sum() == len(pairs) - far
             far_GG = np.zeros((4, 4))
             np.add.at(far_GG, tuple(np.array(pairs).T), 1.0)
-            fair_X = fair_copies_WX(far_GG[None], cluster)[0]
-            assert loads.fair_copies_WLX is not None
-            assert loads.fair_copies_WLX[w, layer].tolist() == fair_X.tolist()
+            fair_X = fair_transfers_WX(far_GG[None], cluster)[0]
+            assert loads.fair_transfers_WLX is not None
+            assert loads.fair_transfers_WLX[w, layer].tolist() == fair_X.tolist()
             before, home = after, after[:, 0]
 
 

@@ -109,8 +109,8 @@ def test_production_size_is_within_one_per_cent_of_the_program() -> None:
     """256 experts, 320 slots, 32 devices in 4 nodes, 8,192 tokens of top-8, default slack."""
     rng = np.random.default_rng(0)
     share = rng.permutation(1 / np.arange(1, 257) ** 0.8)
-    copies = np.argsort(-share, kind="stable")[:64]
-    slots = rng.permutation(np.r_[np.arange(256), copies]).reshape(32, 10)
+    replicas = np.argsort(-share, kind="stable")[:64]
+    slots = rng.permutation(np.r_[np.arange(256), replicas]).reshape(32, 10)
     counts = rng.multinomial(2048, share / share.sum(), size=32)
     place = Cluster.preset("h100", nodes=4, devices_per_node=8, slots_per_device=10)
     load = split(counts, slots, place, DispatchSpec()).sum(axis=0).reshape(32, 10).sum(axis=1)

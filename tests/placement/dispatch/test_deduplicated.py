@@ -40,8 +40,8 @@ def steps(draw: st.DrawFn) -> tuple[Cluster, np.ndarray, np.ndarray, np.ndarray,
     return cluster(payload, nodes, per_node, width), slots, ids, home, experts
 
 
-def copies(place: Cluster, slots: np.ndarray, slot_TK: np.ndarray, home: np.ndarray) -> int:
-    """Places other than their own that tokens visit: the copies the payload sends."""
+def transfers(place: Cluster, slots: np.ndarray, slot_TK: np.ndarray, home: np.ndarray) -> int:
+    """Places other than their own that tokens visit: the transfers the payload sends."""
     width = slots.shape[1]
     place_G = place.node_G if place.traffic.payload == "per_node" else np.arange(len(slots))
     return sum(
@@ -66,12 +66,12 @@ def test_unlimited_slack_reaches_the_fewest_copies_of_two_places(
         any(place.node_G[h] not in nodes_of[e] for e in row if e >= 0)
         for row, h in zip(ids, home, strict=True)
     )
-    assert copies(place, slots, chosen, home) == least
+    assert transfers(place, slots, chosen, home) == least
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_tiny_steps_against_all_assignments(seed: int) -> None:
-    """Six tokens, brute force over every slot choice: as flat, and close to the fewest copies."""
+    """Six tokens, brute force over every slot choice: as flat, and near the fewest transfers."""
     rng = np.random.default_rng(seed)
     place = cluster("per_node", 2, 1, 4)
     slots = np.array([[0, 1, 2, 3], [0, 1, 4, 5]])
@@ -84,10 +84,10 @@ def test_tiny_steps_against_all_assignments(seed: int) -> None:
     for pick in itertools.product(*options):
         slot_TK = np.array(pick).reshape(ids.shape)
         level = int(np.bincount(slot_TK.reshape(-1) // 4, minlength=2).max())
-        sent = copies(place, slots, slot_TK, home)
+        sent = transfers(place, slots, slot_TK, home)
         best[level] = min(sent, best.get(level, 99))
     assert load == min(best)
-    assert copies(place, slots, chosen, home) <= best[load] + 1
+    assert transfers(place, slots, chosen, home) <= best[load] + 1
 
 
 def test_tokens_that_cross_anyway_are_moved_before_the_others() -> None:
@@ -100,7 +100,7 @@ def test_tokens_that_cross_anyway_are_moved_before_the_others() -> None:
     chosen = route(ids, home, slots, place, DispatchSpec(parameters={"slack": 0.0}), 5)
     assert (chosen[:4, 0] // 4).tolist() == [1, 1, 1, 1]
     assert (chosen[4:, 0] // 4).tolist() == [0, 0, 0, 0]
-    assert copies(place, slots, chosen, home) == 4
+    assert transfers(place, slots, chosen, home) == 4
     assert np.bincount(chosen.reshape(-1) // 4).tolist() == [8, 8]
 
 

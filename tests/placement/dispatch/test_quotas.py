@@ -141,9 +141,9 @@ def test_nearest_prefers_its_rank_then_its_node() -> None:
     counts[0, 0] = counts[1, 0] = counts[1, 3] = counts[3, 3] = 4
     quotas = split(counts, slots, cluster(2, 2), spec("nearest"))
     assert quotas[0, 0] == 4          # own rank
-    assert quotas[1, 0] == 4          # own node, although node 1 has two copies
-    assert quotas[1, 3] == 4          # the only copy
-    assert quotas[3, 3] == 4          # no copy near: the other node
+    assert quotas[1, 0] == 4          # own node, although node 1 has two replicas
+    assert quotas[1, 3] == 4          # the only replica
+    assert quotas[3, 3] == 4          # no replica near: the other node
     counts = np.zeros((4, 4), int)
     counts[2, 0] = 5
     assert split(counts, slots, cluster(2, 2), spec("nearest"))[2, 4] == 5

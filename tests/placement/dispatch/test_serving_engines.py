@@ -31,12 +31,12 @@ def test_sglang_static_keeps_one_slot_per_rank_and_prefers_near_ones() -> None:
     assert all(len(slots) == 1 for slots in used.values())
     assert used[0, 0] == [0] and used[1, 0] == [3] and used[3, 0] == [11]      # own rank
     assert used[2, 0] == [11] and used[2, 3] == [9] and used[1, 3] == [1]      # own node
-    assert used[0, 1] == used[2, 1] == used[3, 1] == [4]                       # the only copy
+    assert used[0, 1] == used[2, 1] == used[3, 1] == [4]                       # the only replica
     assert {used[0, 4][0], used[1, 4][0]} == set(SLOTS_OF[4])     # far: a fair pick, one each
 
 
 def test_sglang_static_fair_picks_serve_equally_many_ranks() -> None:
-    """Two copies in node 0, fourteen ranks elsewhere: seven ranks each, whatever the seed."""
+    """Two replicas in node 0, fourteen ranks elsewhere: seven ranks each, whatever the seed."""
     place = Cluster.preset("h100", nodes=8, devices_per_node=2, slots_per_device=1)
     slots = np.r_[0, 0, np.arange(1, 15)].reshape(16, 1)
     counts = np.zeros((16, 15), int)
@@ -68,9 +68,9 @@ def test_vllm_hashes_the_flat_position_on_the_rank() -> None:
         mine = np.flatnonzero(home == rank)
         for row, t in enumerate(mine):
             for k in range(2):
-                copies = SLOTS_OF[ids[t, k]]
-                turn = (2654435769 * (row * 2 + k) % 2**32) % len(copies)
-                assert chosen[t, k] == copies[turn]
+                replicas = SLOTS_OF[ids[t, k]]
+                turn = (2654435769 * (row * 2 + k) % 2**32) % len(replicas)
+                assert chosen[t, k] == replicas[turn]
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -83,9 +83,9 @@ def test_trtllm_deals_in_turn_inside_blocks_of_1024(offset: int) -> None:
         for start in range(0, len(flat), 1024):
             seen = dict.fromkeys(range(5), 0)
             for i in range(start, min(start + 1024, len(flat))):
-                copies = SLOTS_OF[flat[i]]
+                replicas = SLOTS_OF[flat[i]]
                 turn = seen[flat[i]] + start // 1024 + offset * rank
-                assert got[i] == copies[turn % len(copies)]
+                assert got[i] == replicas[turn % len(replicas)]
                 seen[flat[i]] += 1
 
 
@@ -103,10 +103,10 @@ def test_quotas_without_positions_come_close_to_the_tokens_own(policy: str) -> N
 def test_ascend_takes_rank_mod_copies() -> None:
     quotas = split(np.full((4, 5), 2), SLOTS, PLACE, spec("ascend_fixed"))
     for rank in range(4):
-        for expert, copies in SLOTS_OF.items():
-            assert quotas[rank, copies[rank % len(copies)]] >= 2, (rank, expert)
+        for expert, replicas in SLOTS_OF.items():
+            assert quotas[rank, replicas[rank % len(replicas)]] >= 2, (rank, expert)
     turned = split(np.full((4, 5), 2), SLOTS, PLACE, spec("ascend_fixed", tensor_parallel=2))
     for rank in range(4):
-        for expert, copies in SLOTS_OF.items():
+        for expert, replicas in SLOTS_OF.items():
             turn = rank % 2 + rank // 2 + expert
-            assert turned[rank, copies[turn % len(copies)]] == 2, (rank, expert)
+            assert turned[rank, replicas[turn % len(replicas)]] == 2, (rank, expert)

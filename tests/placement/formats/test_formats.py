@@ -171,7 +171,7 @@ def test_real_omni_plans_with_uneven_layers(tmp_path: Path) -> None:
     assert (even.num_layers, even.num_devices, even.spare_slots) == (58, 16, 0)
     uneven = import_plan(PLANS / "omni_dsv3_32dies_decode_redundant.npy", "omni").plan
     stored = np.load(PLANS / "omni_dsv3_32dies_decode_redundant.npy")
-    assert np.array_equal(uneven.copies_LGE(), stored.transpose(1, 0, 2))
+    assert np.array_equal(uneven.replicas_LGE(), stored.transpose(1, 0, 2))
     export_plan(uneven, "omni", tmp_path / "omni.npy")
     assert np.array_equal(np.load(tmp_path / "omni.npy"), stored)
     with pytest.raises(InputError, match=r"device 0 of MoE layer 0 fills 9, most fill 8 .*Nearest"):
@@ -179,7 +179,7 @@ def test_real_omni_plans_with_uneven_layers(tmp_path: Path) -> None:
     assert not (tmp_path / "plan.npz").exists()
     export_plan(uneven, "eplb", tmp_path / "plan.npz", nearest=True)
     back = import_plan(tmp_path / "plan.npz", "eplb", num_devices=32).plan
-    assert ((back.copies_LGE() > 0) >= (uneven.copies_LGE() > 0)).all() and not back.duplicates
+    assert ((back.replicas_LGE() > 0) >= (uneven.replicas_LGE() > 0)).all() and not back.duplicates
 
 
 # ---- what an engine cannot hold ---------------------------------------------------------------
@@ -194,13 +194,13 @@ def test_uneven_slots_are_refused_and_the_nearest_plan_named(format: str, tmp_pa
         export_plan(UNEVEN, format, path, model=model)
     assert not path.exists()
     notes = export_plan(UNEVEN, format, path, model=model, nearest=True)
-    assert "1 copies dropped, 0 added" in notes[0]
+    assert "1 replicas dropped, 0 added" in notes[0]
     back = import_plan(path, format, num_devices=2, model=model).plan
     assert back.slots.tolist() == [[[0, 1], [2, 3]]]
 
 
 def test_where_nothing_can_go_the_nearest_plan_fills_up() -> None:
-    """Device 1's three experts have no other copy, so device 0 gets the rarest it lacks."""
+    """Device 1's three experts have no other replica, so device 0 gets the rarest it lacks."""
     plan = Plan(slots=np.array([[[0, 1, -1], [2, 3, 4]]], np.int16), num_experts=5)
     assert nearest_plan(plan, duplicates=True, uneven=False).slots.tolist() == [
         [[0, 1, 2], [2, 3, 4]]
@@ -225,14 +225,14 @@ def test_the_nearest_plan_is_holdable_and_changes_least(
     slots = plan.slots.copy()
     for _ in range(holes):
         layer, device, slot = (int(rng.integers(n)) for n in slots.shape)
-        copies = (slots[layer] == slots[layer, device, slot]).sum()
-        if slots[layer, device, slot] >= 0 and copies > 1:
+        replicas = (slots[layer] == slots[layer, device, slot]).sum()
+        if slots[layer, device, slot] >= 0 and replicas > 1:
             slots[layer, device, slot] = -1
     uneven = Plan(slots=slots, num_experts=plan.num_experts)
     near = nearest_plan(uneven, duplicates=False, uneven=False)
     filled = (near.slots >= 0).sum(axis=2)
     assert filled.min() == filled.max() and near.duplicates == 0
-    changed = np.abs(near.copies_LGE() - uneven.copies_LGE()).sum()
+    changed = np.abs(near.replicas_LGE() - uneven.replicas_LGE()).sum()
     assert changed <= (uneven.slots < 0).sum()
 
 

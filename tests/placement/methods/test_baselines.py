@@ -19,7 +19,7 @@ from loadmaster.placement.methods.baselines import (
     contiguous,
     greedy,
     lpt_swap,
-    require_room,
+    require_capacity,
     round_robin,
 )
 
@@ -36,9 +36,9 @@ def layer(
 
 
 def device_loads(slots_GC: SlotArray, load_E: npt.NDArray[np.float64]) -> list[float]:
-    """Load of each device when copies share evenly; counted one slot at a time."""
-    copies = [int((slots_GC == e).sum()) for e in range(len(load_E))]
-    return [sum(load_E[e] / copies[e] for e in row if e >= 0) for row in slots_GC]
+    """Load of each device when replicas share evenly; counted one slot at a time."""
+    replicas = [int((slots_GC == e).sum()) for e in range(len(load_E))]
+    return [sum(load_E[e] / replicas[e] for e in row if e >= 0) for row in slots_GC]
 
 
 def assert_valid(slots_GC: SlotArray, experts: int, slots: list[int]) -> None:
@@ -46,7 +46,7 @@ def assert_valid(slots_GC: SlotArray, experts: int, slots: list[int]) -> None:
     assert {e for row in held for e in row} == set(range(experts))
     for row, most in zip(held, slots, strict=True):
         assert len(row) <= most
-        assert len(set(row)) == len(row), "two copies of one expert on a device"
+        assert len(set(row)) == len(row), "two replicas of one expert on a device"
 
 
 # ---- what holds for all of them -----------------------------------------------------------------
@@ -97,8 +97,8 @@ def test_a_layer_nobody_used_is_placed_all_the_same(method: str) -> None:
 
 def test_too_few_slots_are_infeasible_and_the_message_says_how_many() -> None:
     with pytest.raises(InfeasibleError, match="8 experts: 2 slots short"):
-        require_room(8, np.array([2, 2, 2]))
-    require_room(6, np.array([2, 2, 2]))
+        require_capacity(8, np.array([2, 2, 2]))
+    require_capacity(6, np.array([2, 2, 2]))
 
 
 @pytest.mark.parametrize("method", REPLICATING)

@@ -114,7 +114,7 @@ def test_copies_make_the_heaviest_copy_as_light_as_any_other_counts_would(
 
 
 def _lightest_heaviest_copy(load: list[int], spare: int) -> float:
-    """By trying every way to hand out the spare copies."""
+    """By trying every way to hand out the spare replicas."""
     if len(load) == 1:
         return load[0] / (1 + spare)
     return min(

@@ -42,7 +42,7 @@ def small_trace(layers: int, experts: int, seed: int) -> RoutingTrace:
 def device_of(made: Plan) -> npt.NDArray[np.int64]:
     """[L, E] the one device of each expert."""
     assert (made.replicas_LE == 1).all()
-    return made.copies_LGE().argmax(axis=1)
+    return made.replicas_LGE().argmax(axis=1)
 
 
 def whole(made_on: RoutingTrace, cluster: Cluster, **asked: Any) -> WholeModel:

@@ -1,4 +1,4 @@
-"""What a plan's evidence says: slots closed by memory, slots left empty, copies."""
+"""What a plan's evidence says: slots closed by memory, slots left empty, replicas."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def trace() -> RoutingTrace:
     return RoutingTrace.from_arrays(ids, num_experts=8, request=np.arange(4000) // 50)
 
 
-def place(copies: int) -> Cluster:
-    """Four devices with 5 slots a layer and memory for `copies` experts over both layers."""
-    room = copies * int(MODEL.bytes_per_expert_E()[0])
+def place(replicas: int) -> Cluster:
+    """Four devices with 5 slots a layer and memory for `replicas` experts over both layers."""
+    room = replicas * int(MODEL.bytes_per_expert_E()[0])
     hardware = Cluster.preset("h100", slots_per_device=1).hardware
     device = Device(node=0, slots=5, expert_memory_bytes=room)
     return Cluster(devices=(device,) * 4, hardware=hardware)
@@ -47,7 +47,7 @@ def test_memory_that_is_wide_enough_closes_nothing() -> None:
 def test_copies_are_kept_where_they_cost_bytes() -> None:
     two = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=3)
     evidence = plan(trace(), two, steps=STEPS, method="greedy").evidence
-    assert evidence.copies is not None and 0 < evidence.copies < 2
-    assert evidence.copies == pytest.approx(np.mean([x.copies for x in evidence.layers]))
+    assert evidence.replicas is not None and 0 < evidence.replicas < 2
+    assert evidence.replicas == pytest.approx(np.mean([x.replicas for x in evidence.layers]))
     one = Cluster.preset("h100", devices_per_node=4, slots_per_device=3)
-    assert plan(trace(), one, steps=STEPS, method="greedy").evidence.copies is None
+    assert plan(trace(), one, steps=STEPS, method="greedy").evidence.replicas is None

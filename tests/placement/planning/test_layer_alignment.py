@@ -36,7 +36,7 @@ def model_of(transition: np.ndarray, devices: int) -> WholeModel:
 
 
 def crossings(slots_LGC: np.ndarray, transition: np.ndarray) -> float:
-    """Pairs that change device, copies used alike, counted one by one."""
+    """Pairs that change device, replicas used alike, counted one by one."""
     total = 0.0
     for layer, pairs in enumerate(transition):
         for e, f in np.argwhere(pairs):

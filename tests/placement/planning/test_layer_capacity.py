@@ -1,4 +1,4 @@
-"""Memory as the limit: copies shared between layers, every device within its own bytes."""
+"""Memory as the limit: replicas shared between layers, every device within its own bytes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from loadmaster.errors import InfeasibleError
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.methods.replicate import copies_by_load, lightest_heaviest_copy
+from loadmaster.placement.methods.replicate import lightest_heaviest_replica, replicas_by_load
 from loadmaster.placement.plan import Plan
-from loadmaster.placement.planning.layer_capacity import layer_rooms
+from loadmaster.placement.planning.layer_capacity import capacity_per_layer
 from loadmaster.placement.planning.planner import plan
 from loadmaster.placement.rebalancing.rebalance import rebalance
 from loadmaster.traces.model_spec import ModelSpec
@@ -26,27 +26,27 @@ MODEL = ModelSpec(
 SIZE = int(MODEL.bytes_per_expert_E()[0])
 
 
-def cluster_of(copies: list[int | None], slots: int = 4) -> Cluster:
+def cluster_of(replicas: list[int | None], slots: int = 4) -> Cluster:
     """Devices whose memory holds so many experts over all layers; None = as many as slots."""
-    plain = Cluster.preset("h100", devices_per_node=len(copies), slots_per_device=slots)
+    plain = Cluster.preset("h100", devices_per_node=len(replicas), slots_per_device=slots)
     devices = tuple(
         device.model_copy(update={"expert_memory_bytes": None if n is None else n * SIZE + 1})
-        for device, n in zip(plain.devices, copies, strict=True)
+        for device, n in zip(plain.devices, replicas, strict=True)
     )
     return plain.model_copy(update={"devices": devices})
 
 
 def held_bytes(made: Plan, model: ModelSpec = MODEL) -> list[int]:
-    return (made.copies_LGE().sum(axis=0) @ model.bytes_per_expert_E()).tolist()
+    return (made.replicas_LGE().sum(axis=0) @ model.bytes_per_expert_E()).tolist()
 
 
 def test_without_memory_limits_slots_are_all_there_is() -> None:
-    rooms = layer_rooms(np.ones((3, 8)), cluster_of([None] * 4), MODEL)
+    rooms = capacity_per_layer(np.ones((3, 8)), cluster_of([None] * 4), MODEL)
     assert rooms.slots_LG.tolist() == [[4] * 4] * 3 and rooms.room_LG is None
 
 
 def test_a_limit_that_does_not_bind_changes_nothing() -> None:
-    rooms = layer_rooms(np.ones((3, 8)), cluster_of([12] * 4), MODEL)
+    rooms = capacity_per_layer(np.ones((3, 8)), cluster_of([12] * 4), MODEL)
     assert rooms.slots_LG.tolist() == [[4] * 4] * 3 and not rooms.notes
 
 
@@ -54,50 +54,50 @@ def test_layers_get_slots_by_what_another_copy_is_worth_there() -> None:
     """Layer 1 is skewed, the others are flat: all spare memory goes to it."""
     load = np.ones((3, 8)) * 10
     load[1] = [70, 2, 2, 2, 1, 1, 1, 1]
-    rooms = layer_rooms(load, cluster_of([7] * 4), MODEL)
+    rooms = capacity_per_layer(load, cluster_of([7] * 4), MODEL)
     slots_L = rooms.slots_LG.sum(axis=1)
     assert slots_L[1] > 8 and slots_L[1] > slots_L[0] and slots_L.sum() <= 28
     assert (rooms.slots_LG.sum(axis=0) <= 7).all()
-    assert "memory holds 4 copies beyond one" in rooms.notes[0]
+    assert "memory holds 4 replicas beyond one" in rooms.notes[0]
 
 
 @settings(max_examples=50, deadline=None)
 @given(
-    copies=st.lists(st.integers(0, 12), min_size=2, max_size=4),
+    replicas=st.lists(st.integers(0, 12), min_size=2, max_size=4),
     load=st.lists(st.integers(0, 99), min_size=24, max_size=24),
 )
 def test_every_layer_holds_every_expert_and_every_device_its_memory(
-    copies: list[int], load: list[int]
+    replicas: list[int], load: list[int]
 ) -> None:
-    cluster = cluster_of([max(1, n) for n in copies], slots=5)
+    cluster = cluster_of([max(1, n) for n in replicas], slots=5)
     try:
-        rooms = layer_rooms(np.array(load, float).reshape(3, 8), cluster, MODEL)
+        rooms = capacity_per_layer(np.array(load, float).reshape(3, 8), cluster, MODEL)
     except InfeasibleError:
-        assert sum(max(1, n) for n in copies) < 24      # 12 copies fit into 3 layers of 5 slots
+        assert sum(max(1, n) for n in replicas) < 24      # 12 replicas fit into 3 layers of 5 slots
         return
     assert (rooms.slots_LG.sum(axis=1) >= 8).all()
-    assert (rooms.slots_LG.sum(axis=0) <= [max(1, n) for n in copies]).all()
+    assert (rooms.slots_LG.sum(axis=0) <= [max(1, n) for n in replicas]).all()
     assert (rooms.slots_LG <= 5).all()
 
 
 def test_layers_ask_for_no_more_than_can_be_dealt_to_them_together() -> None:
-    """Device 3 holds one copy in all: two skewed layers cannot both have 4 from every device."""
+    """Device 3 holds one replica in all: two skewed layers cannot both have 4 from every device."""
     load = np.ones((3, 8)) * 10
     load[:2] = [70, 60, 50, 1, 1, 1, 1, 1]
-    for copies in ([12, 12, 12, 1], [30, 30, 8], [30, 30, 1], [30, 9, 9, 1]):
-        slots_LG = layer_rooms(load, cluster_of(list(copies)), MODEL).slots_LG
+    for replicas in ([12, 12, 12, 1], [30, 30, 8], [30, 30, 1], [30, 9, 9, 1]):
+        slots_LG = capacity_per_layer(load, cluster_of(list(replicas)), MODEL).slots_LG
         assert (slots_LG.sum(axis=1) >= 8).all() and (slots_LG <= 4).all()
-        assert (slots_LG.sum(axis=0) <= copies).all()
+        assert (slots_LG.sum(axis=0) <= replicas).all()
 
 
 def test_every_device_serves_all_layers_alike() -> None:
-    slots_LG = layer_rooms(np.ones((3, 8)), cluster_of([7, 7, 7, 3]), MODEL).slots_LG
+    slots_LG = capacity_per_layer(np.ones((3, 8)), cluster_of([7, 7, 7, 3]), MODEL).slots_LG
     assert (slots_LG.max(axis=0) - slots_LG.min(axis=0) <= 1).all()
     assert slots_LG[:, 3].tolist() == [1, 1, 1]
 
 
 def test_a_device_without_a_limit_counts_by_its_slots() -> None:
-    slots_LG = layer_rooms(np.ones((3, 8)), cluster_of([None, 4, 4, 4]), MODEL).slots_LG
+    slots_LG = capacity_per_layer(np.ones((3, 8)), cluster_of([None, 4, 4, 4]), MODEL).slots_LG
     assert slots_LG.sum(axis=1).tolist() == [8, 8, 8] and (slots_LG <= 4).all()
 
 
@@ -107,10 +107,11 @@ def test_a_standing_plan_keeps_its_slots_and_what_memory_is_left_is_dealt() -> N
     held[:, :3] = np.arange(9).reshape(3, 3)[[0, 1, 2], :][None][..., [0, 1, 2, 2]] % 8
     held[:, :3, 3] = -1
     current = Plan(held, num_experts=8)
-    slots_LG = layer_rooms(np.ones((3, 8)), cluster_of([9, 9, 9, 2]), MODEL, current).slots_LG
+    cluster = cluster_of([9, 9, 9, 2])
+    slots_LG = capacity_per_layer(np.ones((3, 8)), cluster, MODEL, current).slots_LG
     assert slots_LG.tolist() == [[3, 3, 3, 1], [3, 3, 3, 1], [3, 3, 3, 0]]
     with pytest.raises(InfeasibleError, match=r"holds 9 experts on device 1 .* allow 8"):
-        layer_rooms(np.ones((3, 8)), cluster_of([9, 8, 9, 2]), MODEL, current)
+        capacity_per_layer(np.ones((3, 8)), cluster_of([9, 8, 9, 2]), MODEL, current)
 
 
 def test_a_standing_plan_keeps_its_bytes_and_what_is_left_is_shared() -> None:
@@ -121,7 +122,7 @@ def test_a_standing_plan_keeps_its_bytes_and_what_is_left_is_shared() -> None:
     plain = Cluster.preset("h100", devices_per_node=2, slots_per_device=3)
     devices = tuple(d.model_copy(update={"expert_memory_bytes": 600}) for d in plain.devices)
     current = Plan(np.array([[[0, -1], [1, 2]], [[1, -1], [0, 2]]]), num_experts=3)
-    rooms = layer_rooms(
+    rooms = capacity_per_layer(
         np.ones((2, 3)), plain.model_copy(update={"devices": devices}), model, current
     )
     assert rooms.room_LG is not None
@@ -135,10 +136,10 @@ def test_the_heaviest_copy_by_spare_slots_is_what_handing_them_out_gives(
 ) -> None:
     load_E = np.array(load, float)
     widest = len(load) * (most - 1)
-    found = lightest_heaviest_copy(load_E, widest, most)
+    found = lightest_heaviest_replica(load_E, widest, most)
     for spare in range(widest + 1):
-        copies_E = copies_by_load(load_E, len(load) + spare, most)
-        assert found[spare] == pytest.approx((load_E / copies_E).max())
+        replicas_E = replicas_by_load(load_E, len(load) + spare, most)
+        assert found[spare] == pytest.approx((load_E / replicas_E).max())
 
 
 @pytest.mark.parametrize("method", ["auto", "greedy", "lpt_swap", "contiguous"])

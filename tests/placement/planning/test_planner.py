@@ -90,7 +90,7 @@ def test_a_plan_is_made_for_the_dispatch_that_will_run(dispatch: str) -> None:
 
 @pytest.mark.parametrize("dispatch", ["nearest", "sglang_static"])
 def test_replicas_that_an_engines_rule_makes_useless_are_left_out(dispatch: str) -> None:
-    """In one node SGLang's table sends what is not local to the first copy: the next ones idle."""
+    """In one node SGLang's table sends what is not local to the first replica: others idle."""
     with_spare = quick(dispatch=dispatch).evidence
     without = quick(cluster=CLUSTER.with_slots(2), dispatch=dispatch).evidence
     assert with_spare.validation is not None and without.validation is not None

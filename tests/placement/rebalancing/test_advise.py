@@ -1,4 +1,4 @@
-"""What `plan` answers: methods that cannot, moves that must pay, copies, too little data, time."""
+"""What `plan` answers: methods that cannot, moves that must pay, replicas, little data, time."""
 
 from __future__ import annotations
 
@@ -134,9 +134,9 @@ def test_fewer_copies_win_within_slack_at_the_deciding_step() -> None:
     advice = advise(source, place, methods=("auto",), current=spread, effort="fast",
                     steps=StepSampler(tokens=512), balance_slack=0.1)
     assert advice.chosen == "auto"
-    assert "node copies per token" in advice.verdict
+    assert "node transfers per token" in advice.verdict
     row, standing = advice.comparison.row("auto"), advice.comparison.row(CURRENT)
-    assert row.copies is not None and row.copies < 0.8 * (standing.copies or 0)
+    assert row.replicas is not None and row.replicas < 0.8 * (standing.replicas or 0)
     assert row.metric <= standing.metric + advice.comparison.balance_slack
 
 
@@ -195,4 +195,5 @@ def test_moves_that_cost_nothing_need_not_pay() -> None:
     model = ModelSpec(num_layers=1, num_experts=4, top_k=2, hidden=64, intermediate=64)
     moving = price_moves(one, two, place, model, gain_us=1.0)
     assert moving.refusal(1.0) is None and str(moving) == "no expert moves"
-    assert Moving(3, 0.5, 10, 100.0, gain_us=-1.0, sure_gain_us=-1.0).refusal(1e9) is not None
+    worse = Moving(3, 0.5, 10, 100.0, gain_us=-1.0, significant_gain_us=-1.0)
+    assert worse.refusal(1e9) is not None

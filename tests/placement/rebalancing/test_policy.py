@@ -57,13 +57,13 @@ def test_whether_to_look(policy: Policy, seen: Observation, action: str, reason:
 
 @pytest.mark.parametrize(("policy", "seen", "action", "reason"), [
     (NEVER, candidate(1e9), "keep", "never"),
-    (EVERY, candidate(5.0, moves=0), "keep", "in force"),
+    (EVERY, candidate(5.0, moves=0), "keep", "active"),
     (EVERY, candidate(0.0), "keep", "no gain"),
     (EVERY, candidate(-1.0), "keep", "no gain"),
     (EVERY, candidate(0.1, low=-5.0, move=1e9), "switch", "gain 0.1 us"),
     (DRIFT, candidate(0.1, move=1e9), "switch", "gain 0.1 us"),
     (DRIFT, candidate(-0.1), "keep", "no gain"),
-    (NET, candidate(5.0, moves=0), "keep", "in force"),
+    (NET, candidate(5.0, moves=0), "keep", "active"),
     (NET, candidate(5.0, low=0.0), "keep", "within the noise"),
     (NET, candidate(5.0, low=-1.0), "keep", "within the noise"),
     (NET, candidate(5.0, low=2.0, move=2000.0), "switch", "after 1000 steps"),

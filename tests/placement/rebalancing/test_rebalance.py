@@ -17,7 +17,7 @@ from loadmaster.placement.cost.evaluate import evaluate
 from loadmaster.placement.cost.step_cost import move_cost
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.planning.planner import PlanResult, plan
-from loadmaster.placement.rebalancing.budget_sweep import Ladder, allowances, chosen_levels
+from loadmaster.placement.rebalancing.budget_sweep import BudgetSweep, allowances, chosen_levels
 from loadmaster.placement.rebalancing.move_budget import Budget
 from loadmaster.placement.rebalancing.rebalance import keep_places, rebalance
 from loadmaster.traces.model_spec import ModelSpec
@@ -126,10 +126,11 @@ def test_bytes_are_counted_whole() -> None:
     assert not Budget(moves=2, bytes=None, bytes_E=None).covers([5, 5, 5])
 
 
-def ladder_of(gains: list[float], prices: list[float], budgets: tuple[float, ...]) -> Ladder:
+def ladder_of(gains: list[float], prices: list[float], budgets: tuple[float, ...]) -> BudgetSweep:
     cost_KW = 2.0 - np.array([gains]).T
     wide_FK = np.tile(cost_KW.T, (2, 1))
-    return Ladder(budgets, ((), ()), np.array([prices, prices]), (cost_KW, cost_KW), wide_FK, 0.0)
+    prices_FK = np.array([prices, prices])
+    return BudgetSweep(budgets, ((), ()), prices_FK, (cost_KW, cost_KW), wide_FK, 0.0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -155,7 +156,7 @@ def test_last_searches_get_together_no_more_than_the_whole(data: st.DataObject) 
 def test_whatever_stood_before_the_budget_is_kept_and_the_plan_sound(
     seed: int, budget: int
 ) -> None:
-    """Standing plans nobody planned: random, with empty slots and uneven copies."""
+    """Standing plans nobody planned: random, with empty slots and uneven replicas."""
     rng = np.random.default_rng(seed)
     layers = []
     for _ in range(LAYERS):

@@ -135,7 +135,7 @@ def with_memory(slots: int, *limits: int | None) -> Cluster:
 
 
 def bytes_of(plan: Plan, model: ModelSpec) -> list[int]:
-    return (plan.copies_LGE().sum(axis=0) @ model.bytes_per_expert_E()).tolist()
+    return (plan.replicas_LGE().sum(axis=0) @ model.bytes_per_expert_E()).tolist()
 
 
 def test_an_orphan_goes_where_memory_is_left() -> None:
@@ -149,7 +149,7 @@ def test_an_orphan_goes_where_memory_is_left() -> None:
 
 
 def test_replicas_of_other_layers_make_way_for_an_orphan() -> None:
-    """Layer 0 loses expert 1; every byte is taken, two of them by layer 1's second copies."""
+    """Layer 0 loses expert 1; every byte is taken, two of them by layer 1's second replicas."""
     plan = plan_of([[0, -1], [-1, -1], [1, -1]], [[0, 1], [0, 1], [-1, -1]], experts=2)
     model = model_of(2, 10, 10)
     after = survivors_plan(plan, frozenset([2]), with_memory(2, 30, 20, 30), model)

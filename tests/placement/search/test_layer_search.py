@@ -13,7 +13,7 @@ from loadmaster.errors import InfeasibleError, InputError
 from loadmaster.foundation.arrays import SlotArray
 from loadmaster.foundation.compiled import random_state
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.cost.token_transfers import no_copies
+from loadmaster.placement.cost.token_transfers import no_transfers
 from loadmaster.placement.plan import DispatchSpec
 from loadmaster.placement.planning_traffic import LayerTraffic
 from loadmaster.placement.search import layer_search
@@ -34,7 +34,7 @@ def by_rows(improve: Callable[..., Any], space: SearchSpace, start_GC: SlotArray
     load_WE = np.random.default_rng(1).random((4, EXPERTS)) ** 3 + 0.01
     load_WE *= len(start_GC) / load_WE.sum(axis=1, keepdims=True)
     found: SlotArray = improve(
-        space, load_WE, np.full(4, 0.25), start_GC, COOLING, no_copies(len(start_GC)),
+        space, load_WE, np.full(4, 0.25), start_GC, COOLING, no_transfers(len(start_GC)),
         random_state(0, 0),
     ).best_GC
     return found

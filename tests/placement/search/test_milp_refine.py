@@ -152,7 +152,7 @@ def test_a_guard_that_fires_before_the_solver_has_an_answer_keeps_the_searchs(
     searched = search_layer(gapped_task())
     kept = search_and_polish(gapped_task(deadline=time.time() + 600))
     assert kept.truncated and kept.slots_GC.tolist() == searched.slots_GC.tolist()
-    with pytest.raises(SolverError):              # without a guard nothing may stop it
+    with pytest.raises(SolverError):              # without a time limit nothing may stop it
         search_and_polish(gapped_task())
 
 

@@ -14,10 +14,10 @@ from loadmaster.placement.cost.evaluate import evaluate
 from loadmaster.placement.methods.pack import pack_heaviest_first
 from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.placement.planning.planner import (
+    capacity_of_layers,
     layer_tasks,
     plan,
     resolve_settings,
-    rooms_of_layers,
 )
 from loadmaster.placement.planning_traffic import planning_steps
 from loadmaster.placement.search.annealing.annealer import search_space
@@ -51,11 +51,11 @@ def task(place: Cluster, tokens: int = 128, dispatch: str = "balanced") -> Layer
         place, "auto", "time", dispatch, MODEL, None, seed=0, effort="fast", time_limit_s=None
     )
     data = planning_steps(TRACE, StepSampler(tokens=tokens, concurrency=16))
-    return next(iter(layer_tasks(data, settings, rooms_of_layers(data, settings))))
+    return next(iter(layer_tasks(data, settings, capacity_of_layers(data, settings))))
 
 
 def in_proportion_to_speed(place: Cluster) -> Plan:
-    """One copy of each expert, as many on every device as its speed asks for, heaviest first."""
+    """One replica of each expert, as many on every device as its speed asks for, heaviest first."""
     counts = min(
         (c for c in itertools.product(range(SLOTS + 1), repeat=DEVICES) if sum(c) == EXPERTS),
         key=lambda c: max(n / s for n, s in zip(c, place.speed_G, strict=True)),
@@ -95,8 +95,8 @@ def test_the_search_gets_faster_on_its_steps_and_keeps_the_rules(dispatch: str) 
     assert start is not None
     found = search_time(one, space, start, 0.5)
     assert one.fits(found)
-    copies_GE = Plan(found[None], num_experts=EXPERTS).copies_LGE()[0]
-    assert copies_GE.max() == 1
+    replicas_GE = Plan(found[None], num_experts=EXPERTS).replicas_LGE()[0]
+    assert replicas_GE.max() == 1
     before, after = (score(one, s, one.traffic.planning).time_us for s in (start, found))
     assert before is not None and after is not None and after < before
     assert np.array_equal(found, search_time(one, space, start, 0.5))       # same seed, same slots

@@ -29,11 +29,11 @@ def roomy(cluster) -> Cluster:
     return cluster.with_slots(4)
 
 
-def run(plan, cluster, trace, model, *happenings, load=None, **more):
+def run(plan, cluster, trace, model, *interventions, load=None, **more):
     more = {"routing": "every_step", "serving": SERVING} | more
     return simulate(
         plan, load or steady_workload(), cluster, trace=trace, model=model,
-        happenings=happenings, **more,
+        interventions=interventions, **more,
     )
 
 
@@ -129,7 +129,7 @@ def test_survivors_keep_what_they_hold_and_cover_the_rest(seed, lost) -> None:
     after = survivors_plan(plan, frozenset(lost), cluster)
     assert (after.slots[:, sorted(lost)] == -1).all()
     alive = [g for g in range(6) if g not in lost]
-    covered = plan.copies_LGE()[:, alive].sum(axis=1) > 0
+    covered = plan.replicas_LGE()[:, alive].sum(axis=1) > 0
     moved = plan.moves_to(after)
     assert len(moved) == int((~covered).sum())
     assert all(not covered[layer, expert] for layer, _, expert in moved)
@@ -159,7 +159,7 @@ LOST = LostDevices(3e3, devices=(1,), detect_us=100.0, replan_us=100.0)
 
 @pytest.mark.parametrize("mode", ["stop", "layers", "hidden"])
 def test_a_switch_gives_lost_devices_no_work(roomy, trace, model, mode) -> None:
-    """The plan switched to holds copies on device 1, which is gone."""
+    """The plan switched to holds replicas on device 1, which is gone."""
     plan = contiguous_plan(slots=4)
     load = steady_workload(requests=60)
     gone = run(plan, roomy, trace, model, LOST, load=load)
@@ -178,7 +178,7 @@ def test_devices_come_back_to_a_plan_without_those_still_lost(roomy, trace, mode
 
     class Watch:
         def start(self, run) -> None:
-            run.loop.groups[0].on_step.append(lambda: seen.append(run.in_force.of(0)))
+            run.loop.groups[0].on_step.append(lambda: seen.append(run.active.of(0)))
 
     result = run(plan, roomy, trace, model, first, second, Watch(),
                  load=steady_workload(requests=60))
@@ -214,7 +214,7 @@ def test_a_port_that_flaps_for_long_makes_two_conditions(cluster, trace, model) 
 
     run(contiguous_plan(), cluster, trace, model, FlappingNic(0, 0.5, 200.0, 100.0), Watch(),
         routing="bank")
-    assert len(seen[0].in_force.conditions) == 2
+    assert len(seen[0].active.conditions) == 2
 
 
 @pytest.mark.parametrize("routing", ["every_step", "bank"])

@@ -1,4 +1,4 @@
-"""Changing plans under load: who stands still, for how long, and when it has paid off."""
+"""Changing plans under load: who pauses, for how long, and when it has paid off."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def reversed_plan(plan: Plan) -> Plan:
     return Plan(plan.slots[:, ::-1], EXPERTS, dispatch=plan.dispatch)
 
 
-def run(plan, cluster, trace, model, *happenings, load=None):
+def run(plan, cluster, trace, model, *interventions, load=None):
     return simulate(
         plan, load or steady_workload(), cluster, trace=trace, model=model,
-        happenings=happenings, routing="every_step", serving=SERVING,
+        interventions=interventions, routing="every_step", serving=SERVING,
     )
 
 
@@ -117,7 +117,7 @@ def test_a_switch_to_more_replicas_takes_room_from_the_kv_cache(cluster, trace, 
     def serve(slots):
         switch = PlanSwitch(contiguous_plan(slots=slots), at_us=2e3)
         return simulate(contiguous_plan(), steady_workload(), small, trace=trace, model=model,
-                        happenings=[switch, Watch()], routing="every_step", serving=serving)
+                        interventions=[switch, Watch()], routing="every_step", serving=serving)
 
     serve(3)
     assert lanes[0].kv_free_G == [400] * 4

@@ -72,7 +72,7 @@ def outcomes(day, trace, model):
     def outcome(name: str) -> Outcome:
         spec = Replanning(policy(name), mode="stop", max_moves=12, **SHARED)
         result = simulate(contiguous_plan(slots=3), day, node, trace=trace, model=fat,
-                          serving=SERVING, happenings=[spec], bank=BankSpec(windows=10))
+                          serving=SERVING, interventions=[spec], bank=BankSpec(windows=10))
         kinds = [e.kind for e in result.events]
         return Outcome(result.latency.mean, kinds.count("apply"),
                        kinds.count("apply") + kinds.count("leave it"), result.moved_bytes)
@@ -106,7 +106,7 @@ def test_a_plan_that_fits_is_left_alone(day, trace, model, cluster) -> None:
     result = simulate(
         fits_front(), Workload(morning.arrival_ns, morning.prompt_tokens, morning.output_tokens),
         cluster, trace=front_only, model=model, serving=SERVING,
-        happenings=[Replanning(policy("net_benefit"), **SHARED)],
+        interventions=[Replanning(policy("net_benefit"), **SHARED)],
     )
     assert "apply" not in [e.kind for e in result.events]
 
@@ -115,7 +115,7 @@ def test_a_plan_that_fits_is_left_alone(day, trace, model, cluster) -> None:
 def test_a_days_run_repeats_byte_for_byte(day, trace, model, cluster) -> None:
     runs = [
         simulate(fits_front(), day.head(150), cluster, trace=trace, model=model, serving=SERVING,
-                 happenings=[Replanning(policy("net_benefit"), **SHARED)]).to_json()
+                 interventions=[Replanning(policy("net_benefit"), **SHARED)]).to_json()
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
@@ -135,7 +135,7 @@ def test_what_cannot_be_is_refused(day, trace, model, cluster) -> None:
     for bad in ({"window_steps": 0}, {"mode": "slowly"}, {"candidates": "guess"}):
         with pytest.raises(UsageError, match="Replanning"):
             simulate(fits_front(), day.head(5), cluster, trace=trace, model=model,
-                     happenings=[Replanning(policy("never"), **(SHARED | bad))])
+                     interventions=[Replanning(policy("never"), **(SHARED | bad))])
 
 
 def test_after_a_loss_candidates_are_for_the_survivors(trace, model) -> None:
@@ -145,12 +145,12 @@ def test_after_a_loss_candidates_are_for_the_survivors(trace, model) -> None:
 
     class Watch:
         def start(self, run) -> None:
-            run.loop.groups[0].on_step.append(lambda: seen.append(run.in_force.of(0)))
+            run.loop.groups[0].on_step.append(lambda: seen.append(run.active.of(0)))
 
     spec = Replanning(policy("every_n"), mode="stop", candidates="replan", method="eplb", **SHARED)
     lost = LostDevices(2e3, devices=(1,), detect_us=10.0, replan_us=10.0)
     result = simulate(contiguous_plan(slots=3), steady_workload(150), node, trace=trace,
-                      model=model, serving=SERVING, happenings=[lost, spec, Watch()])
+                      model=model, serving=SERVING, interventions=[lost, spec, Watch()])
     assert {"apply", "leave it"} & {e.kind for e in result.events if e.at_us > 3e3}
     assert (seen[-1].plan.slots[:, 1] == -1).all()
 
@@ -166,7 +166,7 @@ def test_a_candidate_that_cannot_be_is_left_and_said(trace, model) -> None:
         patch.setattr("loadmaster.placement.rebalancing.proposal.survivors_plan", cannot)
         lost = LostDevices(2e3, devices=(1,), detect_us=10.0, replan_us=10.0)
         result = simulate(contiguous_plan(slots=3), steady_workload(150), node, trace=trace,
-                          model=model, serving=SERVING, happenings=[lost, spec])
+                          model=model, serving=SERVING, interventions=[lost, spec])
     assert ("cannot", "no room") in [(e.kind, e.detail) for e in result.events]
 
 
@@ -203,7 +203,7 @@ def controlled(trace, model):
 
         class Watch:
             def start(self, run) -> None:
-                run.loop.groups[0].on_step.append(lambda: self.see(run.in_force.of(0).plan))
+                run.loop.groups[0].on_step.append(lambda: self.see(run.active.of(0).plan))
 
             def see(self, active: Plan) -> None:
                 if not plans or not active.same_slots(plans[-1]):
@@ -214,7 +214,7 @@ def controlled(trace, model):
         result = simulate(
             sparing_device_0(), steady_workload(600, 100.0), node,
             trace=trace.slice_domains(["front"]), model=fat, serving=SERVING,
-            happenings=[*faults, spec, Watch()],
+            interventions=[*faults, spec, Watch()],
         )
         return ControlledDay(entries, plans, [e.kind for e in result.events])
 
@@ -263,7 +263,7 @@ def test_steps_of_all_day_judge_no_switch_of_its_afternoon(
     spec = Replanning(policy("every_n"), mode="stop", candidates="replan", method="lpt_swap",
                       on_entry=entries.append, **SHARED)
     result = simulate(contiguous_plan(), load, cluster, trace=trace, model=model,
-                      serving=SERVING, happenings=[spec], bank=BankSpec(windows=windows))
+                      serving=SERVING, interventions=[spec], bank=BankSpec(windows=windows))
     assert any(e.answer == "apply" for e in entries)
     assert any("realised_gain_us" in e.numbers for e in entries) == judged
     assert any("BankSpec windows" in n for n in result.notes) != judged

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from benchmarks.oracles.flows import Flows, Network, fair_finish_s, fair_rates, port_bound_s
 from loadmaster.errors import InputError
 from loadmaster.placement.cluster import Cluster
-from loadmaster.placement.cost.max_min_rates import fair_copies_WX
+from loadmaster.placement.cost.max_min_rates import fair_transfers_WX
 from loadmaster.placement.cost.step_cost import step_cost
 from loadmaster.placement.cost.step_loads import step_loads
 from loadmaster.placement.plan import DispatchSpec
-from loadmaster.simulator.report.traffic_matrix import copies_GG, mean_copies_GG
+from loadmaster.simulator.report.traffic_matrix import mean_transfers_GG, transfers_GG
 from loadmaster.traces.steps import StepSampler
 
 from ..conftest import contiguous_plan
@@ -104,11 +104,11 @@ def test_where_the_port_bound_is_far_too_low() -> None:
 @given(st.integers(0, 10_000), st.sampled_from([1.0, 1.5, 2.0, 3.0]), st.floats(0.05, 2.0))
 @settings(max_examples=40, deadline=None)
 def test_the_rates_that_price_an_exchange_are_these(seed, nics, skew) -> None:
-    """`fair_sharing.py` behind a shared spine, on whole copies and on parts, also with pairs that
-    send nothing."""
+    """`fair_sharing.py` behind a shared spine, on whole transfers and on parts, also with pairs
+    that send nothing."""
     rng = np.random.default_rng(seed)
-    copies = rng.gamma(skew, size=(8, 8)) * rng.integers(0, 2, (8, 8))
-    copies = np.round(copies * 5) if seed % 2 else copies
+    transfers = rng.gamma(skew, size=(8, 8)) * rng.integers(0, 2, (8, 8))
+    transfers = np.round(transfers * 5) if seed % 2 else transfers
     net = network(2, 4, 4 / nics)
     cluster = Cluster.preset("h100", nodes=2, devices_per_node=4, slots_per_device=1)
     legs = {
@@ -117,14 +117,14 @@ def test_the_rates_that_price_an_exchange_are_these(seed, nics, skew) -> None:
         ) for leg in ("dispatch", "combine")
     }
     cluster = cluster.model_copy(update={"hardware": cluster.hardware.model_copy(update=legs)})
-    far = copies * (net.node_G[:, None] != net.node_G[None, :])
+    far = transfers * (net.node_G[:, None] != net.node_G[None, :])
     slow = makespan(far, net) if far.any() else 0.0
-    assert fair_copies_WX(copies[None], cluster)[0, 0] / 2.0 == pytest.approx(slow, rel=1e-9)
+    assert fair_transfers_WX(transfers[None], cluster)[0, 0] / 2.0 == pytest.approx(slow, rel=1e-9)
 
 
 def test_the_step_cost_is_the_port_bound_of_the_routed_matrix(trace, model) -> None:
-    """alpha + busiest port, from the same copies counted pair by pair: two devices to a node wait
-    for nobody here."""
+    """alpha + busiest port, from the same transfers counted pair by pair: two devices to a node
+    wait for nobody here."""
     cluster = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=2)
     plan = contiguous_plan()
     steps = StepSampler(tokens=256, concurrency=16).sample(trace, max_steps=2)
@@ -135,9 +135,9 @@ def test_the_step_cost_is_the_port_bound_of_the_routed_matrix(trace, model) -> N
     copy_bytes = model.hidden * cluster.hardware.dispatch_bytes_per_value
     for w in range(2):
         for layer in range(plan.num_layers):
-            copies = copies_GG(trace, steps.tokens_of(w), plan, cluster, layer)
-            assert copies.sum() == 256 * trace.top_k
-            flows = Flows.of_matrix(copies * copy_bytes, net)
+            transfers = transfers_GG(trace, steps.tokens_of(w), plan, cluster, layer)
+            assert transfers.sum() == 256 * trace.top_k
+            flows = Flows.of_matrix(transfers * copy_bytes, net)
             alpha_us = profile.alpha_us + profile.alpha_per_log2_node_us
             expected_us = alpha_us + port_bound_s(flows, net) * 1e6
             assert cost.dispatch_us_WL[w, layer] == pytest.approx(expected_us)
@@ -146,7 +146,7 @@ def test_the_step_cost_is_the_port_bound_of_the_routed_matrix(trace, model) -> N
 def test_the_mean_matrix_counts_every_copy_of_a_step(trace) -> None:
     cluster = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=2)
     steps = StepSampler(tokens=256, concurrency=16).sample(trace)
-    matrix = mean_copies_GG(trace, steps, contiguous_plan(), cluster, max_steps=3)
+    matrix = mean_transfers_GG(trace, steps, contiguous_plan(), cluster, max_steps=3)
     assert matrix.sum() == pytest.approx(256 * trace.top_k * trace.num_layers)
 
 

@@ -19,7 +19,7 @@ from ..conftest import EXPERTS, LAYERS, contiguous_plan, skewed_trace
 
 EVEN = DispatchSpec(policy="even")
 FIELDS = ("tokens_WLG", "active_WLG", "weight_bytes_WLG", "nvlink_out_WLG", "nvlink_in_WLG",
-          "nic_out_WLG", "nic_in_WLG", "tokens_W", "fair_copies_WLX")
+          "nic_out_WLG", "nic_in_WLG", "tokens_W", "fair_transfers_WLX")
 
 
 def random_plan(rng, devices: int, slots: int) -> Plan:
@@ -72,7 +72,7 @@ def test_bulk_counts_equal_step_loads(shape, ragged) -> None:
 
 @pytest.mark.parametrize("tokens", [6_500, 8_500, 40_000])
 def test_counters_of_any_width_count_the_same(tokens) -> None:
-    """Five copies of some experts, all tokens of one rank: just below 2^16 by copies, and above."""
+    """Five replicas of some experts, all tokens of one rank: just below 2^16 by replicas, above."""
     rng = np.random.default_rng(tokens)
     trace = skewed_trace(300)
     cluster = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=6)

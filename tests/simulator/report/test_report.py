@@ -59,7 +59,7 @@ def served(trace, model, cluster):
     return {
         name: simulate(
             p, steady_workload(), cluster, trace=trace, model=model, routing="every_step",
-            serving=Serving(BatchLimits(128, 32)), happenings=[PlanSwitch(swapped, 1e3)],
+            serving=Serving(BatchLimits(128, 32)), interventions=[PlanSwitch(swapped, 1e3)],
         )
         for name, p in {"now": plan, "new <b>": swapped}.items()
     }
@@ -89,7 +89,7 @@ def test_the_page_is_well_formed_and_escapes_names(page) -> None:
 
 def test_the_page_shows_maps_of_both_plans_and_all_layers(page) -> None:
     assert page.count("load over the layer&#x27;s mean: layer down (3), device across (4)") == 2
-    assert page.count("token copies per step: from rank down (4), to device across (4)") == 2
+    assert page.count("token transfers per step: from rank down (4), to device across (4)") == 2
     assert page.count("layer by layer</summary>") == 2
     assert "leave it" in page and "first note" in page and "Before and after" in page
 

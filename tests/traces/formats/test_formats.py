@@ -231,7 +231,7 @@ def passes(rank: int) -> dict[str, Any]:
 
 
 def test_per_pass_sums_ranks_and_maps_slots_to_experts(tmp_path: Path) -> None:
-    """One window per forward pass, in their order; copies of an expert count together."""
+    """One window per forward pass, in their order; replicas of an expert count together."""
     for rank in range(2):
         torch.save(passes(rank), tmp_path / f"recorder_{rank}.pt")
     result: Any = import_any(tmp_path)

@@ -111,7 +111,7 @@ class ScriptedGroup:
         tokens = self._tokens if len(us) else zero_WLG
         return Measurements(
             step=steps, epoch=np.full(len(us), self.epoch), rows=zero_WG.astype(np.int64) + 64,
-            expert_cpu_us=us, tokens=tokens, remote_copies=zero_WLG, dropped=zero_WLG,
+            expert_cpu_us=us, tokens=tokens, remote_transfers=zero_WLG, dropped=zero_WLG,
             peak=zero_WLG[:, :, 0], step_wall_us=us.sum(axis=(1, 2)), step_cpu_us=zero_WG,
             stage_us=zero_WG, staging=np.zeros(len(us), bool),
         )
@@ -120,7 +120,7 @@ class ScriptedGroup:
         self, plan: Plan, decode: Plan | None = None, *, epoch: int | None = None
     ) -> ApplyReport:
         if epoch is not None and epoch != self.epoch:
-            raise LoadmasterError(f"made under epoch {epoch}, in force is {self.epoch}")
+            raise LoadmasterError(f"made under epoch {epoch}, active is {self.epoch}")
         moves = self.plan.moves_to(plan)
         self.applied.append(plan)
         self.plan, self.decode, self.epoch = plan, decode or plan, self.epoch + 1

@@ -59,7 +59,7 @@ def measured(stage_us_WG: list[list[float]], staging_W: list[bool]) -> Measureme
     none_WG, each_W = np.zeros((steps, 2)), np.arange(steps)
     return Measurements(
         step=each_W, epoch=each_W, rows=none_WG.astype(int), expert_cpu_us=figure,
-        tokens=figure.astype(int), remote_copies=figure.astype(int), dropped=figure.astype(int),
+        tokens=figure.astype(int), remote_transfers=figure.astype(int), dropped=figure.astype(int),
         peak=np.zeros((steps, 1), int), step_wall_us=np.zeros(steps), step_cpu_us=none_WG,
         stage_us=np.array(stage_us_WG, float).reshape(steps, 2),
         staging=np.array(staging_W, bool),

@@ -54,7 +54,7 @@ MEASURED = {      # by each loop, in ways of its own
 
 @dataclass
 class Loop:
-    """What one loop decided, and the plans it put in force after the first."""
+    """What one loop decided, and the plans it activated after the first."""
 
     entries: list[Entry] = field(default_factory=list)
     applied: list[Plan] = field(default_factory=list)
@@ -100,7 +100,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loop]:
             simulate(
                 plan_in_order(), load, cluster, trace=concatenate(prepared[-1:]), model=SPEC,
                 serving=Serving(BatchLimits(step_tokens=256, max_requests=64)),
-                happenings=[spec, Slower(slower), Watch(loop)],
+                interventions=[spec, Slower(slower), Watch(loop)],
             )
         return loop
 
@@ -109,7 +109,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Loop]:
 
 def price_as_live(run: Any, target: Plan, group: int) -> Any:
     """A switch in the simulation takes what the controller thinks that one of a group takes."""
-    moves = len(run.in_force.of(group).plan.moves_to(target))
+    moves = len(run.active.of(group).plan.moves_to(target))
     size = moves * int(SPEC.bytes_per_expert_E()[0])
     return SimpleNamespace(moves=moves, bytes=size, us=MovePrice().us(moves, size))
 
@@ -121,10 +121,10 @@ class Watch:
     loop: Loop
 
     def start(self, run: Any) -> None:
-        last = [run.in_force.of(0).plan]
+        last = [run.active.of(0).plan]
 
         def note() -> None:
-            active = run.in_force.of(0).plan
+            active = run.active.of(0).plan
             if active is not last[0]:
                 self.loop.applied.append(active)
                 last[0] = active
@@ -139,11 +139,11 @@ class Slower:
     factor: float
 
     def start(self, run: Any) -> None:
-        cause = run.in_force.new_cause()
+        cause = run.active.new_cause()
 
         def slow() -> None:
-            if run.loop.groups[0].epoch > 0 and run.in_force.of(0).slowdown_G is None:
-                run.in_force.slow(0, cause, np.full(CLUSTER.num_devices, self.factor))
+            if run.loop.groups[0].epoch > 0 and run.active.of(0).slowdown_G is None:
+                run.active.slow(0, cause, np.full(CLUSTER.num_devices, self.factor))
 
         if self.factor > 1.0:
             run.loop.groups[0].on_step.append(slow)

@@ -172,7 +172,7 @@ def test_measurements_count_every_assignment(
     rows = sum(len(p) for p in prompts)
     assert m.rows.sum() == rows
     assert (m.tokens.sum(axis=(0, 2)) == rows * 2).all()
-    assert (m.remote_copies.sum(axis=(0, 2)) <= rows * 2).all()
+    assert (m.remote_transfers.sum(axis=(0, 2)) <= rows * 2).all()
     assert m.expert_cpu_us.shape == (len(m.step), 2, 4)
     assert (m.expert_cpu_us[m.tokens > 0] > 0).all()
     assert (m.step_wall_us > 0).all()
@@ -233,7 +233,7 @@ def test_a_bit_that_flips_between_arrival_and_commit_does_not_serve(
         assert report.retried_bytes == int(spec.bytes_per_expert_E()[0])
         assert report.moved_bytes > report.retried_bytes
     else:
-        with pytest.raises(LoadmasterError, match="the old plan stays in force"):
+        with pytest.raises(LoadmasterError, match="the old plan stays active"):
             group.apply(target)
         assert group.status()["epoch"] == 1
     assert len(flips) == times

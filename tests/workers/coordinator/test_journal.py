@@ -20,8 +20,8 @@ def some_plans(seed: int) -> PhasePlans:
 
 
 def test_a_new_journal_says_nothing(tmp_path: Path) -> None:
-    standing = Journal(tmp_path / "new").read()
-    assert (standing.plans, standing.epoch, standing.unfinished) == (None, 1, None)
+    state = Journal(tmp_path / "new").read()
+    assert (state.plans, state.epoch, state.unfinished) == (None, 1, None)
 
 
 def test_what_was_done_is_in_force(tmp_path: Path) -> None:
@@ -29,10 +29,10 @@ def test_what_was_done_is_in_force(tmp_path: Path) -> None:
     journal.write("stage", 2, some_plans(2))
     journal.write("commit", 2)
     journal.write("done", 2)
-    standing = Journal(tmp_path).read()
-    assert standing.plans is not None
-    assert standing.plans.prefill.same_slots(some_plans(2).prefill)
-    assert (standing.epoch, standing.unfinished) == (2, None)
+    state = Journal(tmp_path).read()
+    assert state.plans is not None
+    assert state.plans.prefill.same_slots(some_plans(2).prefill)
+    assert (state.epoch, state.unfinished) == (2, None)
 
 
 @pytest.mark.parametrize("committing", [False, True])
@@ -45,11 +45,11 @@ def test_a_switch_without_an_end_is_undone_before_the_commit_and_finished_after(
     journal.write("stage", 3, some_plans(3))
     if committing:
         journal.write("commit", 3)
-    standing = Journal(tmp_path).read()
-    assert standing.epoch == 2
-    assert standing.unfinished is not None
-    assert standing.unfinished.prefill.same_slots(some_plans(3).prefill)
-    assert (standing.unfinished_epoch, standing.committing) == (3, committing)
+    state = Journal(tmp_path).read()
+    assert state.epoch == 2
+    assert state.unfinished is not None
+    assert state.unfinished.prefill.same_slots(some_plans(3).prefill)
+    assert (state.unfinished_epoch, state.committing) == (3, committing)
 
 
 def test_an_aborted_switch_leaves_no_trace(tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_a_line_cut_off_by_a_crash_is_no_line(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        standing = journal.read()
-        assert not standing.committing
-        assert (standing.unfinished is not None) == (b"\n" in whole[:size])
+        state = journal.read()
+        assert not state.committing
+        assert (state.unfinished is not None) == (b"\n" in whole[:size])
 
 
 def test_writing_goes_on_after_a_torn_line(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_rank_killed_in_the_committing_step_rolls_forward(
     start_threads: Start, checkpoint: Get, shuffled_plan: Make, wanted: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The commit had begun and every expert had arrived: the new plan is in force afterwards."""
+    """The commit had begun and every expert had arrived: the new plan is active afterwards."""
     prompts, want = wanted
     directory = checkpoint("qwen3_moe")
     fleet = ThreadFleet()
@@ -332,7 +332,7 @@ def test_a_plan_made_under_another_epoch_is_refused(
     spec = served_spec(directory, "bfloat16")
     group = start_threads(directory)
     group.apply(shuffled_plan(spec, 1), epoch=1)
-    with pytest.raises(LoadmasterError, match="made under epoch 1, in force is 2"):
+    with pytest.raises(LoadmasterError, match="made under epoch 1, active is 2"):
         group.apply(shuffled_plan(spec, 2), epoch=1)
 
 

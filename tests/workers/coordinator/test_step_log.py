@@ -19,7 +19,7 @@ def result(rank: int, step: int, **changed: object) -> StepResult:
     figures: dict[str, object] = {
         "rank": rank, "step": step, "epoch": 2, "rows": 7 + rank, "cpu_us": 9.5 + rank,
         "stage_us": 0.25 * rank, "expert_cpu_us_L": count_L + 0.5, "tokens_L": count_L,
-        "remote_copies_L": count_L + 1, "dropped_L": count_L + 2, "peak_L": count_L + 3,
+        "remote_transfers_L": count_L + 1, "dropped_L": count_L + 2, "peak_L": count_L + 3,
     }
     return StepResult(**(figures | changed))  # type: ignore[arg-type]
 
@@ -39,7 +39,7 @@ def test_figures_come_back_as_they_came() -> None:
     assert found.stage_us.tolist() == [[0.0, 0.25]] * 2
     assert found.expert_cpu_us[0].tolist() == [[2.5, 12.5], [3.5, 13.5], [4.5, 14.5]]
     assert found.tokens[1].tolist() == [[3, 13], [4, 14], [5, 15]]
-    assert found.remote_copies[0, 0].tolist() == [3, 13]
+    assert found.remote_transfers[0, 0].tolist() == [3, 13]
     assert found.dropped[0, 0].tolist() == [4, 14]
     assert found.peak.tolist() == [[15, 16, 17], [16, 17, 18]], "the most of any rank"
     assert found.step_wall_us.tolist() == [200.0, 300.0]

@@ -13,7 +13,11 @@ import pytest
 import ray
 
 from loadmaster.errors import InputError, LoadmasterError
-from loadmaster.workers.group.connection import CoordinatorGoneError, CoordinatorLostError, Line
+from loadmaster.workers.group.connection import (
+    Connection,
+    CoordinatorGoneError,
+    CoordinatorLostError,
+)
 from loadmaster.workers.group.prompt_tokens import as_tokens
 
 
@@ -40,7 +44,7 @@ def leader(ray_cluster: None) -> Any:
 
 def test_a_coordinator_dead_for_good_is_known_at_once(leader: Any) -> None:
     actor = leader(0)
-    line = Line("g", actor)
+    line = Connection("g", actor)
     assert line.ask("status") == "well"
     ray.kill(actor, no_restart=True)
     began = time.monotonic()
@@ -52,7 +56,7 @@ def test_a_coordinator_dead_for_good_is_known_at_once(leader: Any) -> None:
 
 
 def test_one_that_comes_back_is_waited_for(leader: Any) -> None:
-    line = Line("g", leader(-1))
+    line = Connection("g", leader(-1))
     line.ask("status")
     with pytest.raises(CoordinatorLostError) as caught:
         line.ask("die")
@@ -62,7 +66,7 @@ def test_one_that_comes_back_is_waited_for(leader: Any) -> None:
 
 def test_an_answer_that_came_too_late_is_said_in_words(leader: Any) -> None:
     with pytest.raises(LoadmasterError, match=r"did not get to 'late' in the time.*may still"):
-        Line("g", leader(0)).ask("late")
+        Connection("g", leader(0)).ask("late")
 
 
 @pytest.mark.parametrize("prompt", ["half a pair: \ud800", "\udfff"])

@@ -1,6 +1,6 @@
 """A device that is not there: tensors on it lie in the host's memory, but say that they do not.
 
-Operations that mix it with the host fail, as on a GPU; so does reading it without a copy. What a
+Operations that mix it with the host fail, as on a GPU; so does reading it without a replica. What a
 test runs on it shows that every tensor is where it must be, not how fast or exact a GPU is.
 """
 

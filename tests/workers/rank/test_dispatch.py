@@ -177,13 +177,13 @@ def test_recorded_transfers_are_those_predicted_for_the_same_steps(
     trace, measured, cluster = group.trace(), group.measurements(), group.status()["cluster"]
     recorded = StepSampler(order="recorded")
     loads = step_loads(trace, recorded.sample(trace), plan, cluster)
-    assert measured.remote_copies.sum() > 0 and measured.tokens.sum() > 0
+    assert measured.remote_transfers.sum() > 0 and measured.tokens.sum() > 0
     assert np.array_equal(loads.tokens_WLG, measured.tokens)
-    assert np.array_equal(loads.nvlink_out_WLG, measured.remote_copies)
+    assert np.array_equal(loads.nvlink_out_WLG, measured.remote_transfers)
     judged = evaluate(plan, trace, cluster, steps=recorded)
     tokens = measured.rows.sum() * plan.num_layers
     assert judged.remote_device_copies_per_token == pytest.approx(
-        measured.remote_copies.sum() / tokens, rel=1e-12
+        measured.remote_transfers.sum() / tokens, rel=1e-12
     )
 
 
