@@ -5,11 +5,11 @@ tokens each rank sends to each expert: same numbers as `placement.cost.step_load
 compares), counted rank by rank and dealt node by node, so a step of 16,384 tokens on 256 devices
 and 58 layers takes milliseconds. Knows counting. Knows nothing of time.
 
-What it is worth (26 layers of 64 experts, top-6; CPU per step, here and by `step_loads`): 4,096
-tokens take 0.8 and 9.3 ms on 8 devices, 0.9 and 10.7 on 64, 3.6 and 24 on 288. `loadmaster
-simulate` of 300 recorded requests under an `even` plan takes 1.0 s of CPU instead of 5.0 on 8
-devices, 3.1 instead of 7.3 on 64. Few tokens on many devices are cheaper one by one (32 tokens on
-288 devices: 2.5 and 1.1 ms), and are left to `step_loads`.
+What it is worth: `loadmaster simulate` of a recorded trace (26 layers of 64 experts, top-6; 300
+requests) under an `even` plan takes 1.0 s of CPU instead of 5.0 on 8 devices, 3.1 instead of 7.3 on
+64. On 288 devices it would take 17.9 instead of 10.5: a step holds some 1,000 tokens there, and
+every rank's share of every slot is dealt whatever the tokens (6 ms a step against 2.5). Such steps
+are left to `step_loads`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from .even_bulk_kernels import FAR_IN, NEAR_IN, deal_node
 from .step_composition import Composition
 
 CACHE_LINE_BYTES, FEW_LAYERS = 64, 4
-# Bulk deals every slot of every rank, whatever the tokens: it pays from so many slots dealt for
-# each assignment on (measured on 64 and 288 devices; on 8 it always does).
-SLOTS_PER_ASSIGNMENT = 64
+# Most slots dealt (of every rank) for each assignment of a step, for bulk to be the sooner one.
+SLOTS_PER_ASSIGNMENT = 8
 
 
 def counts_in_bulk(
