@@ -19,6 +19,7 @@ test-fast: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/vulture
 
 # mypy needs to see the checkout under the package's own name.
 FLOORS := foundation traces kernels placement simulator workers app cli
