@@ -5,6 +5,7 @@ Runs in a process of its own: it starts Ray nodes, and ends them by their handle
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def lose_and_gain(nodes: Any, model: Path) -> None:
     nodes.wait_for_nodes()
     prompts = [[n, n + 1, n + 2, 7] for n in range(6)]
     with Group.start(
-        model, ranks=3, name="nodes", address=nodes.address, cpus_per_rank=1.0,
+        model, ranks=3, name=f"nodes-{os.getpid()}", address=nodes.address, cpus_per_rank=1.0,
         replace_timeout_s=20.0,
     ) as group:
         want = group.generate(prompts, 80)

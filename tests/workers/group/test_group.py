@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from loadmaster.workers.fleet.ray_fleet import NAMESPACE, connect
 from loadmaster.workers.group.group import Group
 
 Make = Callable[..., Any]
+# Of this process alone: a machine has one group of a name.
+PAIR, BROKEN = (f"{name}-{os.getpid()}" for name in ("pair", "broken"))
 
 
 def actors(name: str) -> set[str]:
@@ -29,7 +32,7 @@ def actors(name: str) -> set[str]:
 @pytest.fixture(scope="module")
 def group(ray_cluster: None, checkpoint: Make) -> Iterator[Group]:
     """Two ranks serving a tiny random model."""
-    started = Group.start(checkpoint("qwen3_moe"), ranks=2, name="pair", cpus_per_rank=0.1)
+    started = Group.start(checkpoint("qwen3_moe"), ranks=2, name=PAIR, cpus_per_rank=0.1)
     yield started
     started.stop()
 
@@ -60,15 +63,15 @@ def test_tokens_stream_as_they_come(group: Group) -> None:
 
 
 def test_a_group_is_found_by_its_name(group: Group) -> None:
-    again = Group.find("pair")
+    again = Group.find(PAIR)
     assert again.epoch == group.epoch
     with pytest.raises(UsageError, match="no group named 'nobody' is running"):
         Group.find("nobody")
 
 
 def test_a_name_in_use_is_refused(group: Group, checkpoint: Make) -> None:
-    with pytest.raises(UsageError, match="'pair' is running"):
-        Group.start(checkpoint("qwen3_moe"), ranks=2, name="pair")
+    with pytest.raises(UsageError, match=f"'{PAIR}' is running"):
+        Group.start(checkpoint("qwen3_moe"), ranks=2, name=PAIR)
 
 
 @pytest.mark.parametrize(("gpus", "reason"), [(1.0, "the Ray cluster has"), (2.0, r"\[0, 1\]")])
@@ -104,8 +107,8 @@ def test_a_group_that_cannot_start_leaves_nothing_behind(
     source = checkpoint("qwen3_moe")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     with pytest.raises(InputError, match="safetensors only"):
-        Group.start(tmp_path, ranks=2, name="broken", cpus_per_rank=0.1)
-    assert actors("broken") == set()
+        Group.start(tmp_path, ranks=2, name=BROKEN, cpus_per_rank=0.1)
+    assert actors(BROKEN) == set()
 
 
 def test_another_machines_cluster_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

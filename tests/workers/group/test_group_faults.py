@@ -19,7 +19,8 @@ Make = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def group(ray_cluster: None, checkpoint: Make) -> Iterator[Group]:
-    started = Group.start(checkpoint("qwen3_moe"), ranks=3, name="faults", cpus_per_rank=0.1)
+    name = f"faults-{os.getpid()}"
+    started = Group.start(checkpoint("qwen3_moe"), ranks=3, name=name, cpus_per_rank=0.1)
     yield started
     started.stop()
 

@@ -243,7 +243,7 @@ def test_a_verb_runs_as_a_job_and_its_plan_comes_back(head: str, tmp_path: Path)
 def test_a_group_in_a_job_runs_on_its_cluster_and_ends_with_it(
     head: str, checkpoint: Callable[[str], Path]
 ) -> None:
-    model = checkpoint("qwen3_moe")
+    model, name = checkpoint("qwen3_moe"), f"in-a-job-{os.getpid()}"
     lines: list[str] = []
 
     def until_it_serves(line: str) -> None:
@@ -252,11 +252,11 @@ def test_a_group_in_a_job_runs_on_its_cluster_and_ends_with_it(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        submit(head, ["run", "--model", str(model), "--ranks", "1", "--name", "in-a-job"],
+        submit(head, ["run", "--model", str(model), "--ranks", "1", "--name", name],
                inputs=[model], on_line=until_it_serves)
     said = "\n".join(lines)
     assert "Connecting to existing Ray cluster" in said or "Started a local" not in said
-    assert "stopping job" in said and "ending group 'in-a-job'" in said, said
+    assert "stopping job" in said and f"ending group {name!r}" in said, said
 
 
 # ---- where groups leave their address ------------------------------------------------------
