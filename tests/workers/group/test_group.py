@@ -101,6 +101,7 @@ def test_errors_cross_the_process_border_as_they_are(group: Group) -> None:
         group.generate([[]], 4)
 
 
+@pytest.mark.slow
 def test_a_group_that_cannot_start_leaves_nothing_behind(
     ray_cluster: None, checkpoint: Make, tmp_path: Path
 ) -> None:
