@@ -13,6 +13,7 @@ faster, rounded once less, and so other bits than `compiled` gives.
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -21,6 +22,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
+from numba.core import caching
 from numba.core import cgutils as numba_cgutils
 from numba.extending import intrinsic
 
@@ -29,6 +31,21 @@ RandomState = npt.NDArray[np.uint64]
 
 
 # numba declares no types.
+_index: Any = caching.IndexDataCacheFile
+_load_index = _index._load_index
+
+
+def _load_index_or_none(index: Any) -> Any:
+    """numba reads an index before it looks whether the source has changed since. After an upgrade
+    an index may name what is gone: then nothing is cached, and the loop is compiled again."""
+    try:
+        return _load_index(index)
+    except (AttributeError, ImportError, EOFError, pickle.UnpicklingError):
+        return {}
+
+
+_index._load_index = _load_index_or_none
+
 cgutils: Any = numba_cgutils
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -35,3 +39,22 @@ def test_splitmix_gives_the_published_numbers() -> None:
     assert [hex(x) for x in outputs(3).tolist()] == [
         "0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f",
     ]
+
+
+def test_compiled_code_of_before_that_names_what_is_gone_is_compiled_again(tmp_path: Path) -> None:
+    """An upgrade renames a class in one file; cached loops of another still name the old one."""
+    (tmp_path / "loops.py").write_text(
+        "from loadmaster.foundation.compiled import compiled\n"
+        "@compiled\n"
+        "def doubled(pair):\n"
+        "    return 2 * pair.first\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": ""}
+    for name in ("Before", "After"):
+        (tmp_path / "shapes.py").write_text(
+            f"from typing import NamedTuple\nclass {name}(NamedTuple):\n    first: int\n"
+        )
+        code = f"import loops, shapes; print(loops.doubled(shapes.{name}(21)))"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path,
+                              capture_output=True, text=True, check=False)
+        assert done.stdout == "42\n", done.stderr[-2000:]
