@@ -2,9 +2,9 @@
 
 Placement changes which rows meet in a batch, so a product whose rows depend on their number or
 place would change outputs. No reading of a library's code can rule that out on every processor;
-a trial with the very widths can. Rows run alone, in pairs, in small batches, and in a batch that
-fills every block its backend uses, so that a row stands at every place of each. Knows rows and
-what computes them. Knows nothing of plans, ranks or models.
+a trial with the very widths can. Rows run alone, in pairs, in small batches, in batches that fill
+each block their backend uses, so that a row stands at every place of it, and in a large one. Knows
+rows and what computes them. Knows nothing of plans, ranks or models.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Rows = Callable[[Tensor], Tensor]        # [rows, H] -> [rows, N]
 
 DISTINCT_ROWS = 3
 SMALL_BATCHES = (2, 3, 5, 7)
-# A batch is at least so large, however small its backend's blocks are.
-LARGE_BATCH = 41
+# The large batch: the largest block and so many more.
+MORE_ROWS = 41
 # Numbers that stand for weights, over and over: a prime, so that no row repeats another.
 _NUMBERS = 65_537
 
@@ -39,7 +39,7 @@ def rows_fault(compute: Rows, width: int, dtype: torch.dtype, sizes: BlockSizes)
     """
     distinct = drawn((DISTINCT_ROWS, width), dtype, seed=1)
     alone = torch.cat([compute(distinct[i : i + 1].clone()) for i in range(DISTINCT_ROWS)])
-    for rows in (*SMALL_BATCHES, max(sum(sizes) + 1, LARGE_BATCH)):
+    for rows in (*SMALL_BATCHES, *sizes, max(sizes) + MORE_ROWS):
         place = torch.arange(rows) % DISTINCT_ROWS
         y, want = compute(distinct[place]), alone[place]
         if not _same_bits(y, want):

@@ -16,11 +16,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .scratch import SCRATCH
+from .tiles import HAS_MATRIX_UNITS
 
 BlockSizes = tuple[int, ...]
-# What a library backend is tried with, the fastest first: 16 rows for decode, 256 to read the
-# weights rarely. With one size alone there is nothing left that a row count could decide.
-SIZES_TO_TRY: tuple[BlockSizes, ...] = ((16, 64, 256), (64, 256), (64,))
+# What a library backend is tried with, the fastest first: few rows for decode, 256 to read the
+# weights rarely. With one size alone there is nothing left that a row count could decide. A tile
+# of matrix units has 16 rows and takes as long for one, so smaller blocks gain nothing there.
+_IN_TILES: tuple[BlockSizes, ...] = ((16, 64, 256), (64, 256), (64,))
+SIZES_TO_TRY = _IN_TILES if HAS_MATRIX_UNITS else ((4, 8, 16, 64, 256), *_IN_TILES)
 # Reading the weights once more costs about as much as this many rows.
 _READ_ROWS = 32
 _LINE_BYTES = 64

@@ -18,7 +18,7 @@ from loadmaster.kernels.activation import ExpertActivation
 from loadmaster.kernels.backend import SlotShape
 from loadmaster.kernels.cpu import packed
 from loadmaster.kernels.cpu.packed import PackedSlots
-from loadmaster.kernels.cpu.row_blocks import BlockSizes
+from loadmaster.kernels.cpu.row_blocks import SIZES_TO_TRY, BlockSizes, compute_in_blocks
 from loadmaster.kernels.grouped import ExpertWeights
 from loadmaster.kernels.self_check import backend_fault, rows_fault
 from loadmaster.kernels.torch_backend import TorchSlots
@@ -79,6 +79,23 @@ def test_one_bit_of_one_row_is_seen(cheat: Change) -> None:
     assert "has other bits than alone" in fault
 
 
+@pytest.mark.parametrize("sizes", SIZES_TO_TRY)
+def test_every_size_that_may_be_used_is_tried_whole(sizes: BlockSizes) -> None:
+    """Each as a block of its own, not merely as what another size leaves over."""
+    seen = []
+
+    def compute(slot: int, block: torch.Tensor) -> torch.Tensor:
+        seen.append(int((block != 0).any(dim=1).sum()))
+        return block
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        compute_in_blocks(x, [len(x)], sizes, compute, out := torch.empty_like(x))
+        return out
+
+    assert rows_fault(rows, 16, torch.float32, sizes) == ""
+    assert set(sizes) <= set(seen)
+
+
 @pytest.mark.parametrize("place", range(80))
 def test_a_row_is_tried_at_every_place_of_every_block(place: int) -> None:
     def compute(x: torch.Tensor) -> torch.Tensor:
@@ -118,7 +135,7 @@ def test_a_library_that_takes_other_code_for_single_rows_is_refused() -> None:
 
 
 class CheatingSlots(PackedSlots):
-    """Bits depend on the block's size, as where a library blocks few rows its own way."""
+    """Bits depend on the block's size, as where a library multiplies few rows its own way."""
 
     def _block(self, slot: int, x: torch.Tensor) -> torch.Tensor:
         y = super()._block(slot, x)
@@ -150,8 +167,8 @@ def test_sizes_that_disagree_are_given_up_and_the_backend_kept(
     without_panels(monkeypatch, CheatingSlots)
     held: ExpertWeights = layer_of(2, 32, 16).weights()
     assert held.backend == "packed" and held._backend.block_sizes == (64, 256)
-    (refused,) = held.refused
-    assert refused.startswith("experts, packed in blocks of 16, 64, 256 rows: row ")
+    assert held.refused[-1].startswith("experts, packed in blocks of 16, 64, 256 rows: row ")
+    assert len(held.refused) == SIZES_TO_TRY.index((64, 256))
 
 
 @needs_packing
@@ -162,7 +179,8 @@ def test_a_backend_that_cheats_is_refused_and_the_next_one_taken(
     layer = layer_of(2, 32, 16)
     held: ExpertWeights = layer.weights()
     assert held.backend == "torch"
-    assert len(held.refused) == 3 and all("other bits than alone" in r for r in held.refused)
+    assert len(held.refused) == len(SIZES_TO_TRY)
+    assert all("other bits than alone" in fault for fault in held.refused)
     with pytest.raises(LoadmasterError, match="no backend gives a row the same bits"):
         layer.weights("packed")
 
@@ -179,7 +197,7 @@ def test_panels_follow_a_library_that_was_refused(
     assert layer.weights().backend == "packed"
     monkeypatch.setattr(weights, "PackedSlots", HopelessSlots)
     held = layer.weights()
-    assert held.backend == "panels" and len(held.refused) == 3
+    assert held.backend == "panels" and len(held.refused) == len(SIZES_TO_TRY)
 
 
 def test_where_nothing_keeps_the_bits_the_error_says_so(
