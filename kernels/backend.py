@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .activation import ExpertActivation
 
+BlockSizes = tuple[int, ...]
+"""Rows that a backend computes together: no call of it has another number. () = no promise."""
+
 SlotTensors = dict[str, Tensor]
 """One expert: `gate_up` [2I, H] and `down` [H, I]; with biases, `gate_up_bias` and `down_bias`."""
 
@@ -47,7 +50,7 @@ class SlotBackend(Protocol):
 
     name: str
     shape: SlotShape
-    block_sizes: tuple[int, ...]      # rows that it computes together; () = no promise of bits
+    block_sizes: BlockSizes
 
     def set_slot(self, slot: int, tensors: SlotTensors) -> None:
         """Take over one expert; touches no other slot."""

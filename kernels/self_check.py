@@ -16,8 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .backend import SlotBackend, SlotShape, SlotTensors
-from .cpu.row_blocks import BlockSizes
+from .backend import BlockSizes, SlotBackend, SlotShape, SlotTensors
 
 Rows = Callable[[Tensor], Tensor]        # [rows, H] -> [rows, N]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .activation import gate_rows_first, stored_rows
-from .backend import SlotShape, SlotTensors
+from .backend import BlockSizes, SlotShape, SlotTensors
 from .cpu.gates import gated_rows
-from .cpu.row_blocks import BlockSizes, compute_in_blocks
+from .cpu.row_blocks import compute_in_blocks
 
 
 class TorchSlots:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..errors import InputError, LoadmasterError
 from .activation import ExpertActivation
-from .backend import SlotBackend, SlotShape
+from .backend import BlockSizes, SlotBackend, SlotShape
 from .cpu.packed import PackedSlots, packed_available
 from .cpu.panel_matrix import panels_available
 from .cpu.panels import PanelSlots, panels_preferred
-from .cpu.row_blocks import SIZES_TO_TRY, BlockSizes
+from .cpu.row_blocks import SIZES_TO_TRY
 from .cpu.tiles import TILE_ROWS
 from .self_check import backend_fault
 from .torch_backend import TorchSlots

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import LoadmasterError
+from ..backend import BlockSizes
 from ..self_check import rows_fault
 from .packed import pack, packed_available, packed_linear
 from .panel_loops import CHUNK_ROWS, dense_rows
 from .panel_matrix import Panels, factor_dtype, panels_available
 from .panels import panels_preferred
-from .row_blocks import SIZES_TO_TRY, BlockSizes, compute_in_blocks
+from .row_blocks import SIZES_TO_TRY, compute_in_blocks
 from .scalars import as_array
 from .scratch import SCRATCH
 from .tiles import PANEL, TILE_ROWS

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..activation import gate_rows_first, stored_rows
-from ..backend import SlotShape, SlotTensors
+from ..backend import BlockSizes, SlotShape, SlotTensors
 from .gates import gated_rows
 from .huge_pages import use_huge_pages
-from .row_blocks import BlockSizes, compute_in_blocks
+from .row_blocks import compute_in_blocks
 from .scratch import SCRATCH
 
 # The packed layout serves any row count; the hint only has to be far from a single row.

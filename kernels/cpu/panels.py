@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..activation import gate_rows_first, stored_rows
-from ..backend import SlotShape, SlotTensors
+from ..backend import BlockSizes, SlotShape, SlotTensors
 from .gates import compiled_activation
 from .panel_loops import CHUNK_ROWS, expert_rows
 from .panel_matrix import Panels, factor_dtype, narrowed, panels_available
-from .row_blocks import BlockSizes
 from .scalars import as_array
 from .scratch import SCRATCH
 from .tiles import HAS_MATRIX_UNITS, PANEL, TILE_ROWS, padded_columns

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..backend import BlockSizes
 from .scratch import SCRATCH
 from .tiles import HAS_MATRIX_UNITS
 
-BlockSizes = tuple[int, ...]
 # What a library backend is tried with, the fastest first: few rows for decode, 256 to read the
 # weights rarely. With one size alone there is nothing left that a row count could decide. A tile
 # of matrix units has 16 rows and takes as long for one, so smaller blocks gain nothing there.

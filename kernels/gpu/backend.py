@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..activation import gate_rows_first, stored_rows
-from ..backend import SlotShape, SlotTensors
+from ..backend import BlockSizes, SlotShape, SlotTensors
 from . import product_kernels as kernels
 from .tile_map import map_tiles
 from .tile_sizes import (
@@ -44,7 +44,7 @@ class TritonSlots:
     """Stacked weights, gate rows first."""
 
     name = "triton"
-    block_sizes: tuple[int, ...] = ()
+    block_sizes: BlockSizes = ()
 
     def __init__(self, shape: SlotShape) -> None:
         self.shape = shape

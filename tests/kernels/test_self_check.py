@@ -15,10 +15,10 @@ import torch
 from loadmaster.errors import InputError, LoadmasterError
 from loadmaster.kernels import self_check, weights
 from loadmaster.kernels.activation import ExpertActivation
-from loadmaster.kernels.backend import SlotShape
+from loadmaster.kernels.backend import BlockSizes, SlotShape
 from loadmaster.kernels.cpu import packed
 from loadmaster.kernels.cpu.packed import PackedSlots
-from loadmaster.kernels.cpu.row_blocks import SIZES_TO_TRY, BlockSizes, compute_in_blocks
+from loadmaster.kernels.cpu.row_blocks import SIZES_TO_TRY, compute_in_blocks
 from loadmaster.kernels.grouped import ExpertWeights
 from loadmaster.kernels.self_check import backend_fault, rows_fault
 from loadmaster.kernels.torch_backend import TorchSlots

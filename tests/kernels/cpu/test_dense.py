@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.oracles.expert_layer import relative_error
 from loadmaster.errors import LoadmasterError
+from loadmaster.kernels.backend import BlockSizes
 from loadmaster.kernels.cpu import dense
 from loadmaster.kernels.cpu.dense import (
     Matrix,
@@ -22,7 +23,6 @@ from loadmaster.kernels.cpu.dense import (
 )
 from loadmaster.kernels.cpu.packed import packed_available
 from loadmaster.kernels.cpu.panel_matrix import panels_available
-from loadmaster.kernels.cpu.row_blocks import BlockSizes
 
 DTYPES = [torch.bfloat16, torch.float32]
 KINDS: list[Any] = [PanelMatrix, PackedMatrix, PlainMatrix]

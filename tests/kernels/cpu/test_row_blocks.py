@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadmaster.kernels.backend import BlockSizes
 from loadmaster.kernels.cpu.row_blocks import (
     SIZES_TO_TRY,
-    BlockSizes,
     compute_in_blocks,
     row_blocks,
 )
