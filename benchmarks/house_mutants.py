@@ -397,11 +397,12 @@ class Tests:
                 found = self.run([path], ONE_FILE_S * 2, stop=False)
             self.clean[path] = found
             name = str(path.relative_to(self.copy))
-            with self.kept.open("a") as file:
-                file.write(json.dumps({
-                    "state": self.state, "path": name, "kind": found.kind, "cpu_s": found.cpu_s,
-                    "failed": found.failed,
-                }) + "\n")
+            if found.kind in ("passed", "failed"):
+                with self.kept.open("a") as file:
+                    file.write(json.dumps({
+                        "state": self.state, "path": name, "kind": found.kind,
+                        "cpu_s": found.cpu_s, "failed": found.failed,
+                    }) + "\n")
             _say(f"  {name}: {found.kind} in {found.cpu_s:.1f} s {' '.join(found.failed)}")
         return self.clean[path]
 
