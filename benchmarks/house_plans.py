@@ -161,13 +161,14 @@ def plans_unchanged(names: Iterable[str] = ()) -> Section:
     words: set[str] = set()
     for name, document in was.items():
         seen = compare(document["result"], now[name]["result"])
+        if _raised(now[name]) and not _raised(document):
+            seen = Difference([f"raises {_raised(now[name])}"])
         fields |= seen.fields
         words |= set(seen.words)
         if seen.figures:
             more = len(seen.figures) - MOST_SHOWN
             differing[name] = seen.figures[:MOST_SHOWN] + [f"... {more} more"] * (more > 0)
-    raised = {n: d["result"]["raised"] for n, d in was.items()
-              if isinstance(d["result"], dict) and "raised" in d["result"]}
+    raised = {n: _raised(d) for n, d in was.items() if _raised(d)}
     explained = {n: reason for n, reason in MAY_DIFFER.items() if n in differing}
     identical = sum(digest(was[n]["result"]) == digest(now[n]["result"]) for n in was)
     return {
@@ -179,6 +180,12 @@ def plans_unchanged(names: Iterable[str] = ()) -> Section:
         "cpu_s": {side: round(sum(d["seconds"] for d in run.values()), 1)
                   for side, run in (("before", was), ("after", now))},
     }
+
+
+def _raised(document: dict[str, Any]) -> str:
+    """The error an input ended with, if it did."""
+    result = document["result"]
+    return str(result.get("raised", "")) if isinstance(result, dict) else ""
 
 
 def main() -> None:
