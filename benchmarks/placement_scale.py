@@ -23,7 +23,7 @@ from loadmaster.placement.cost.evaluate import evaluate
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.planning.planner import PlanResult, plan
 from loadmaster.placement.rebalancing.rebalance import rebalance
-from loadmaster.placement.search.annealing.even_average import even_device_load
+from loadmaster.placement.search.balance_score import even_device_load
 from loadmaster.traces.profile import Profile
 from loadmaster.traces.steps import StepSampler
 from loadmaster.traces.synth.generate import FAMILIES, instance, synth_trace, zipf_shares

@@ -7,7 +7,8 @@ the order they are written in, so a result does not depend on the machine's vect
 Which door: `compiled` is IEEE arithmetic as written, for all that decides plans and traces.
 `compiled_finite` for maxima over long rows, `compiled_inline` for small steps of a loop.
 `compiled_fused`, for the experts' products alone, lets a product fuse into the sum that takes it:
-faster, rounded once less, and so other bits than `compiled` gives.
+faster, rounded once less, and so other bits than `compiled` gives. `compiled_part` and
+`compiled_generic` are for the parts of one large loop (`placement/search/annealing`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import llvmlite.binding as llvm
 import numba
@@ -24,13 +25,14 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba.core import caching
 from numba.core import cgutils as numba_cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 RandomState = npt.NDArray[np.uint64]
 
 
-# numba declares no types.
+# numba declares no types for these, or not all of their options.
+njit: Any = numba.njit
 _index: Any = caching.IndexDataCacheFile
 _load_index = _index._load_index
 
@@ -51,7 +53,8 @@ cgutils: Any = numba_cgutils
 
 def compiled(function: Function) -> Function:
     """Compile with IEEE arithmetic; infinities allowed."""
-    return cast(Function, numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    jit = njit(cache=True, nogil=True, error_model="numpy", _nrt=True)
+    return cast(Function, jit(function))
 
 
 def compiled_finite(function: Function) -> Function:
@@ -88,6 +91,63 @@ def compiles_for(feature: str) -> bool:
     if told is None:
         return bool(llvm.get_host_cpu_features().get(feature, False))
     return f"+{feature}" in told.split(",")
+
+
+# Parts of a hot loop have no door from Python, which takes longer to compile than they do where
+# tuples of many arrays are passed; and they count no references to arrays, which takes longer than
+# their work. So they can't make arrays.
+_PART = {
+    "cache": True, "nogil": True, "error_model": "numpy", "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True, "_nrt": False,
+}
+
+
+def compiled_part(function: Function) -> Function:
+    """As `compiled`, for compiled callers only, and without making arrays."""
+    return cast(Function, njit(**_PART)(function))
+
+
+def compiled_part_inline(function: Function) -> Function:
+    """As `compiled_part`, inlined into its callers: for the small steps of a loop."""
+    return cast(Function, njit(forceinline=True, **_PART)(function))
+
+
+class Generic(Protocol):
+    """A function with one body for every type of its first argument."""
+
+    def __call__(self, first: Any, *rest: Any) -> Any: ...
+
+    def of(self, kind: type) -> Callable[[Function], Function]:
+        """The body for this type."""
+
+
+def compiled_generic(stub: Callable[..., Any]) -> Generic:
+    """A function of compiled code with one body for every type of its first argument.
+
+    `@stub.of(Kind)` gives the body for the NamedTuple `Kind`, a part as above. A compiled function
+    that takes any kind and calls the stub is compiled, and cached on disk, once for each kind, with
+    that kind's bodies inside: as fast as if it had been written for it.
+    """
+    bodies: dict[Any, Callable[..., Any]] = {}
+
+    @functools.wraps(stub)
+    def generic(first: Any, *rest: Any) -> Any:
+        return bodies[type(first)](first, *rest)
+
+    def of(kind: type) -> Callable[[Function], Function]:
+        def add(body: Function) -> Function:
+            bodies[kind] = body
+            return body
+
+        return add
+
+    def choose(first: Any, *_rest: Any) -> Callable[..., Any] | None:
+        return bodies.get(getattr(first, "instance_class", None))
+
+    options: Any = {"nogil": True, "error_model": "numpy", "forceinline": True, "_nrt": False}
+    overload(generic, jit_options=options, strict=False)(choose)
+    generic.of = of  # type: ignore[attr-defined]
+    return cast(Generic, generic)
 
 
 @intrinsic

@@ -65,6 +65,8 @@ POLICIES: dict[str, Policy] = {
     )
 }
 
+NEAREST_RULES = ("nearest", "sglang_static")    # who shares an expert's tokens depends on nearness
+
 
 def policy_of(spec: DispatchSpec) -> Policy:
     """The policy a spec names. UsageError on an unknown policy or parameter, or on its value."""

@@ -14,11 +14,11 @@ import numpy as np
 
 from ...errors import InfeasibleError
 from ...foundation.arrays import FloatArray, IntArray, SlotArray
-from ..search.annealing.even_average import swap_with_hottest
 from .cover_milp import cover_by_program
 from .eplb import eplb
 from .pack import EMPTY, pack_heaviest_first
 from .replicate import replicas_by_load
+from .swap import swap_with_hottest
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
 from ..cost.lower_bounds import checked_gap
 from ..cost.token_transfers import transfers_cost_bytes
+from ..dispatch.policies import NEAREST_RULES
 from ..dispatch.quotas import needs_all_counts
 from ..plan import DispatchSpec, Evidence, LayerEvidence
 from ..planning_traffic import PlanningSteps
-from ..search.annealing.fixed_shares import NEAREST_RULES
 from ..search.layer_task import LayerAnswer
 
 

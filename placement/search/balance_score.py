@@ -1,12 +1,10 @@
-"""How a layer's slots fare on given steps under the dispatch that will run.
+"""How a layer's slots balance average loads, where no steps of tokens were recorded.
 
-The bridge from counts to balance for search, evidence and re-planning. Knows counts, slots and
-the dispatch rules. Knows nothing of time (`cost.py`), of traces, or of how slots were found.
+Steps of tokens are counted by `step_loads`. Knows loads, slots and the dispatch rules. Knows
+nothing of time, of traces, or of how slots were found.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,28 +13,12 @@ from ...foundation.arrays import FloatArray, SlotArray
 from ..cluster import Cluster
 from ..dispatch.quotas import device_tokens
 from ..plan import DispatchSpec
-from .annealing.even_average import even_device_load
-
-HOME_BLIND = ("even", "balanced", "fewest_active")   # tokens per device do not depend on homes
-
-
-def tokens_WG(
-    counts_WGE: npt.NDArray[np.integer[Any]],
-    slots_GC: SlotArray,
-    cluster: Cluster,
-    dispatch: DispatchSpec,
-) -> FloatArray:
-    """[W, G] whole tokens of every device.
-
-    counts_WGE: [W, G, E], or [W, 1, E] where the policy does not ask for homes.
-    """
-    return device_tokens(counts_WGE, slots_GC, cluster, dispatch)[0].astype(np.float64)
 
 
 def fluid_tokens_WG(
     load_WE: FloatArray, slots_GC: SlotArray, cluster: Cluster, dispatch: DispatchSpec
 ) -> FloatArray:
-    """[W] the same for average loads, which are not whole tokens.
+    """[W, G] tokens of every device under average loads, which are not whole tokens.
 
     `even` is exact; other policies are judged on the loads scaled to about a million tokens.
     """
@@ -45,9 +27,16 @@ def fluid_tokens_WG(
     total = float(load_WE.sum(axis=1).max(initial=0.0))
     scale = 1.0 if total <= 0 else max(1.0, 2.0**20 / total)
     counts = np.rint(load_WE * scale).astype(np.int32)
-    if dispatch.policy in HOME_BLIND:
-        return tokens_WG(counts[:, None], slots_GC, cluster, dispatch)
-    return tokens_WG(spread_over_homes(counts, cluster.num_devices), slots_GC, cluster, dispatch)
+    by_home = spread_over_homes(counts, cluster.num_devices)
+    return device_tokens(by_home, slots_GC, cluster, dispatch)[0].astype(np.float64)
+
+
+def even_device_load(load_E: FloatArray, slots_GC: SlotArray) -> FloatArray:
+    """[G] tokens per device when each expert's replicas share its tokens evenly (fluid)."""
+    held = slots_GC >= 0
+    copies_E = np.bincount(slots_GC[held].astype(np.int64), minlength=len(load_E))
+    share_E = load_E / np.maximum(copies_E, 1)
+    return np.asarray(np.where(held, share_E[np.maximum(slots_GC, 0)], 0.0).sum(axis=1))
 
 
 def spread_over_homes(

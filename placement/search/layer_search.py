@@ -1,7 +1,18 @@
-"""One layer's search: starts, improvement on sampled and imagined steps, and the choice.
+"""One layer's search, from a packing to the slots that are kept.
 
-`search_layer` is pure: the same task gives the same answer on any machine, unless its guard on
-time fires. Knows the searches and when each applies. Knows nothing of other layers or executors.
+  1. Start from a packing of average loads: heaviest first, then exchanges (`_starts`).
+  2. Anneal on scenarios: in rounds, each on the recorded steps, moved away from their mean, and on
+     freshly drawn traffic of other kinds (`scenarios.py`), under the objective that models how the
+     dispatch shares tokens (`annealing/`), cooling from round to round (`_by_rows`). Where token
+     transfers cost, again at some prices of a transfer; where time is the objective, again on time
+     (`time_search.py`); where replicas share by a rule that is blind to load, with fewer slots.
+  3. Score each candidate on steps that were held back (`layer_task.judged`).
+  4. Keep the best: the fastest; or the flattest; or, where transfers cost, the one with fewest
+     among those nearly as flat (`choose`).
+
+What each step is worth is measured in `benchmarks/placement_ablation.py`. `search_layer` is pure:
+the same task gives the same answer on any machine, unless its deadline expires. Knows the searches
+and when each applies. Knows nothing of other layers or executors.
 """
 
 from __future__ import annotations
@@ -17,12 +28,13 @@ from ...errors import InfeasibleError, InputError
 from ...foundation.arrays import SlotArray
 from ...foundation.compiled import random_state
 from ..cost.token_transfers import TransferModel, no_transfers, transfer_model
+from ..dispatch.policies import NEAREST_RULES
 from ..methods.baselines import LayerLoads, contiguous, greedy, lpt_swap
-from .annealing.annealer import Annealing, Found, SearchSpace, search_space
+from .annealing.annealer import Found, Overload, Schedule, SearchSpace, search_space
 from .annealing.even_average import improve_average
-from .annealing.exact_balance import MOST_DEVICES, improve_few_devices
-from .annealing.fixed_shares import NEAREST_RULES, improve_fixed_shares
-from .annealing.water_filled import improve_many_devices
+from .annealing.exact_balance import MOST_DEVICES, improve_exact_balance
+from .annealing.fixed_shares import improve_fixed_shares
+from .annealing.water_filled import improve_water_filled
 from .layer_task import Candidate, LayerAnswer, LayerTask, answer_with, judged
 from .scenarios import home_rows, request_kinds, search_rows
 from .time_search import time_candidates
@@ -38,8 +50,8 @@ ROUNDS, ROUNDS_BALANCE = 6, 24
 # it, and cost nothing.
 PER_SLOT_FEW, FEWEST_FEW, FEWEST_BALANCE = 200, 6_000, 16_000
 PER_SLOT_BUDGETED, FEWEST_BUDGETED = 1_000, 30_000
-PER_SLOT_MANY, FEWEST_MANY = 10, 2_500
-SCENARIOS_FEW, SCENARIOS_MANY = 192, 8    # fresh rows of each kind, each round: few are overfitted
+PER_SLOT_MANY, FEWEST_MANY = 15, 5_000
+SCENARIOS_FEW, SCENARIOS_MANY = 192, 48   # fresh rows of each kind, each round: few are overfitted
 SCENARIOS_COPIES = 48        # the same where transfers cost: rows ask for room that saves none
 HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
 BEND = 1.0                   # weight of squared overload: the tail counts more
@@ -156,7 +168,7 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
     if task.objective == "time":
         yield from time_candidates(task, loads, _space(task, loads), found, EFFORTS[task.effort])
     if task.dispatch.policy in NEAREST_RULES:
-        yield from _with_fewer_transfers(task, loads)
+        yield from _with_fewer_replicas(task, loads)
 
 
 def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
@@ -174,7 +186,7 @@ def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
     return starts
 
 
-def _with_fewer_transfers(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
+def _with_fewer_replicas(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
     """The same with slots left empty: a replica costs weight reads, and under some engines' rules
     it takes few tokens but disturbs the rest."""
     experts, slots = loads.experts, int(loads.usable_slots_G().sum())
@@ -241,10 +253,13 @@ def _by_rows(
         rows = search_rows(
             home, kinds, scenarios * (3 if last else 1), float(loads.speed_G.sum()), rng
         )
-        annealing = Annealing(
-            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1]), BEND, free
+        schedule = Schedule(
+            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1])
         )
-        found = improve(space, rows.load_WE, rows.weight_W, found_GC, annealing, transfers, state)
+        found = improve(
+            space, rows.load_WE, rows.weight_W, found_GC, schedule, Overload(BEND, free),
+            transfers, state,
+        )
         found_GC = found.best_GC if last else found.last_GC
         if task.expired():
             return found.best_GC
@@ -270,15 +285,15 @@ def _space(task: LayerTask, loads: LayerLoads) -> SearchSpace:
     budget = task.move_budget
     return search_space(
         loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.room_G,
-        standing_GC=None if budget is None else task.start_GC,
+        current_GC=None if budget is None else task.start_GC,
         move_price_E=task.move_price_E, move_budget=0.0 if budget is None else budget,
     )
 
 
 def _improver(task: LayerTask, few: bool) -> Improve:
-    """The search that models how the dispatch shares tokens among transfers."""
+    """The search that models how the dispatch shares tokens among replicas."""
     if task.dispatch.policy in ("balanced", "fewest_active"):
-        return improve_few_devices if few else improve_many_devices
+        return improve_exact_balance if few else improve_water_filled
     if task.dispatch.policy in NEAREST_RULES:
         first = task.dispatch.policy == "sglang_static"
         return partial(improve_fixed_shares, node_G=task.cluster.node_G, first_near=first)

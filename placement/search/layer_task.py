@@ -26,7 +26,7 @@ from ..dispatch.quotas import count_tokens
 from ..methods.baselines import LayerLoads
 from ..plan import DispatchSpec, Plan
 from ..planning_traffic import LayerTraffic
-from .balance_score import HOME_BLIND, fluid_tokens_WG, mean_over_steps, tokens_WG
+from .balance_score import fluid_tokens_WG, mean_over_steps
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,6 @@ def _measured(
     if traffic.load_WE is not None:
         return fluid_tokens_WG(traffic.load_WE, slots_GC, cluster, task.dispatch), 0.0, None
     assert traffic.trace is not None and steps is not None
-    plain = task.objective == "balance" and not task.counts_transfers
-    if plain and task.dispatch.policy in HOME_BLIND:
-        counts = traffic.counts(steps)[:, None]
-        return tokens_WG(counts, slots_GC, cluster, task.dispatch), 0.0, None
     plan = Plan(slots=slots_GC[None], num_experts=traffic.num_experts, dispatch=task.dispatch)
     sizes = None if task.model is None else task.model.listed_bytes_E()
     timed = task.objective == "time"

@@ -2,7 +2,7 @@
 
 Balance of tokens is not balance of time: every active replica reads its weights, on a slow device
 more slowly, and each device pays its start. So a device's level is its time, and replicas may be
-dropped as well as added. `anneal_time.py` and `step_times.py` hold the loops.
+dropped as well as added. `annealing/step_time.py` holds the objective.
 
 Exchanges enter by the device that gets most tokens, at their price in bytes; what else they depend
 on, and the counts, `step_cost` says when candidates are judged. Knows one layer's task. Knows
@@ -27,12 +27,12 @@ from ..methods.pack import pack_heaviest_first
 from ..methods.replicate import replicas_by_load
 from ..plan import DispatchSpec
 from ..planning_traffic import MOST_STEPS
-from .annealing.anneal_time import anneal
-from .annealing.annealer import Annealing, SearchSpace, moves_price
-from .annealing.step_time import ALIKE, FLAT, ONE, DeviceTimes, Layout
+from .annealing.annealer import Schedule, SearchSpace
+from .annealing.step_time import DeviceTimes, improve_step_time
+from .annealing.token_split import ALIKE, LEVEL, ONE
 from .layer_task import LayerTask, score
 
-RULES = {"balanced": FLAT, "fewest_active": ONE}    # all others: replicas share alike, or nearly so
+RULES = {"balanced": LEVEL, "fewest_active": ONE}   # all others: replicas share alike, or nearly so
 SPARE_SHARES = (0.0, 0.25, 0.5, 1.0)                # of spare slots that starts fill
 MOVES_PER_SLOT, FEWEST_MOVES = 40, 8_000
 HOT, COLD = 1e-3, 3e-5      # temperatures, in units of the mean step's time
@@ -76,22 +76,12 @@ def search_time(
 ) -> SlotArray:
     """Anneal from these slots on the mean time of the steps to search on."""
     load_WE = _steps(task)
-    times = device_times(task, load_WE)
-    slots_G = np.asarray(space.slots_G)
-    held = np.arange(start_GC.shape[1]) < slots_G[:, None]
-    tried = round(moves * max(FEWEST_MOVES, MOVES_PER_SLOT * int(slots_G.sum())))
-    layout = Layout(
-        np.repeat(np.arange(len(slots_G)), slots_G), np.concatenate(([0], np.cumsum(slots_G))),
-        np.asarray(space.speed_G),
-    )
-    _cost, best_S = anneal(
-        space, times, layout, load_WE, np.full(len(load_WE), 1.0 / len(load_WE)),
-        start_GC[held].astype(np.int64), moves_price(space, start_GC),
-        Annealing(tried, HOT, COLD, 0.0, 0.0), random_state(task.seed, task.layer, 4),
-    )
-    found_GC = np.full(start_GC.shape, -1, np.int16)
-    found_GC[held] = best_S
-    return found_GC
+    slots = int(np.asarray(space.slots_G).sum())
+    tried = round(moves * max(FEWEST_MOVES, MOVES_PER_SLOT * slots))
+    return improve_step_time(
+        space, device_times(task, load_WE), load_WE, start_GC, Schedule(tried, HOT, COLD),
+        random_state(task.seed, task.layer, 4),
+    ).best_GC
 
 
 def packed_by_load(loads: LayerLoads, keep: int) -> SlotArray | None:

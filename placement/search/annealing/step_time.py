@@ -1,8 +1,8 @@
-"""A step as the times of its devices, kept up to date while replicas move: for `anneal_time.py`.
+"""Time of a step: the device that is done last, and the exchanges around it.
 
-Every step keeps its split: tokens and microseconds of each slot, sums of both for each device. A
-move takes the touched experts' tokens off and puts them back by the dispatch's own rule; weights
-are read by every replica that gets a token. Knows numbers only, one layer and one step at a time.
+Weights are read by every replica that gets a token, so a replica may cost more than it saves; moves
+drop replicas as well as add them. Knows loads per sample and expert, devices and their times;
+`token_split.py` keeps the splits. Knows nothing of how samples were made.
 """
 
 from __future__ import annotations
@@ -11,12 +11,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ....foundation.compiled import compiled
+from ....foundation.arrays import FloatArray, SlotArray
+from ....foundation.compiled import RandomState, compiled_part_inline
+from ...cost.token_transfers import no_transfers
+from .annealer import (
+    Change,
+    Found,
+    Held,
+    Moves,
+    Schedule,
+    SearchSpace,
+    anneal,
+    begin,
+    commit,
+    copy_rows,
+    copy_values,
+    most_loaded,
+    prepare,
+    try_sample,
+)
+from .token_split import split_again, split_anew
 
-FLAT, ALIKE, ONE = 0, 1, 2      # replicas level their devices; share alike; one takes all tokens,
-                                # where the fewest experts are active
-HAND_ON_ROUNDS = 4              # of the fullest device refilling its replicated experts, per trial
-FLAT_ENOUGH = 1e-3              # above perfect balance: no rounds below this
+ANY = 1 << 30               # every sample may be the one to aim at: the mean counts, not the tail
+MOVES = Moves(
+    aimed=0.7, dearest=ANY, grown=0.25, exchanged=0.6, dropped=0.4, probe=24, margin=3e-3
+)
+ROUNDS = 4                  # of the fullest device pouring again, per try
+FLAT = 1e-3                 # above perfect balance: no rounds below this
 
 
 class DeviceTimes(NamedTuple):
@@ -38,11 +59,150 @@ class DeviceTimes(NamedTuple):
     reference_us: float
 
 
-@compiled
+class StepTime(NamedTuple):
+    """Splits and times of every sample, as they are and as the change would have them."""
+
+    times: DeviceTimes
+    load_WE: Any        # [W, E] tokens
+    speed_G: Any
+    load_WG: Any
+    flow_WS: Any        # [W, S] tokens of every slot
+    us_WG: Any          # microseconds of every device's replicas
+    last_W: Any         # int64 device that is done last
+    cost_W: Any         # without gathering
+    tried_WG: Any
+    tried_WS: Any
+    tried_us_WG: Any
+    tried_last_W: Any
+    tried_cost_W: Any
+    spare_X: Any        # [2] replicas beyond one of each expert, now and after the change
+
+
+def improve_step_time(
+    space: SearchSpace,
+    times: DeviceTimes,
+    load_WE: FloatArray,
+    slots_GC: SlotArray,
+    schedule: Schedule,
+    state: RandomState,
+) -> Found:
+    """Anneal one layer's slots on the mean time of samples, load_WE [W, E] in tokens."""
+    samples, devices = len(load_WE), len(slots_GC)
+    by_device, by_slot = (samples, devices), (samples, int(np.asarray(space.slots_G).sum()))
+    objective = StepTime(
+        times, np.ascontiguousarray(load_WE, np.float64), space.speed_G,
+        np.zeros(by_device), np.zeros(by_slot), np.zeros(by_device),
+        np.zeros(samples, np.int64), np.zeros(samples),
+        np.zeros(by_device), np.zeros(by_slot), np.zeros(by_device),
+        np.zeros(samples, np.int64), np.zeros(samples), np.zeros(2, np.int64),
+    )
+    weight_W = np.full(samples, 1.0 / samples)
+    return anneal(
+        space, objective, weight_W, slots_GC, MOVES, schedule, no_transfers(devices), state
+    )
+
+
+@begin.of(StepTime)
+def _begin(objective: StepTime, held: Held, cost_W: Any) -> None:
+    for e in range(len(held.replicas_E)):
+        objective.spare_X[1] += max(held.replicas_E[e] - 1, 0)
+    for w in range(len(cost_W)):
+        split_anew(
+            objective.times.rule, held, objective.speed_G, objective.load_WE[w],
+            objective.tried_WG[w], objective.tried_WS[w], FLAT, 8 * ROUNDS,
+        )
+        for g in range(len(objective.speed_G)):
+            objective.tried_us_WG[w, g] = _device_us(objective, held, w, g)
+        cost_W[w] = _cost(objective, w) + _gather(objective)
+    _keep(objective)
+
+
+@prepare.of(StepTime)
+def _prepare(objective: StepTime, held: Held, change: Change) -> None:
+    objective.spare_X[1] = objective.spare_X[0]
+    if change.s2 < 0:
+        objective.spare_X[1] += (change.e2 >= 0) - (change.e1 >= 0)
+
+
+@try_sample.of(StepTime)
+def _try_sample(objective: StepTime, held: Held, change: Change, w: int) -> float:
+    load_E, load_G, tried_G = objective.load_WE[w], objective.load_WG[w], objective.tried_WG[w]
+    copy_values(load_G, tried_G)
+    copy_values(objective.flow_WS[w], objective.tried_WS[w])
+    copy_values(objective.us_WG[w], objective.tried_us_WG[w])
+    used = (change.e1 >= 0 and load_E[change.e1] > 0.0) or (
+        change.e2 >= 0 and load_E[change.e2] > 0.0)
+    if not used:
+        objective.tried_last_W[w] = objective.last_W[w]
+        objective.tried_cost_W[w] = objective.cost_W[w]
+        return float(objective.cost_W[w] + _gather(objective))
+    split_again(
+        objective.times.rule, held, change, objective.speed_G, load_E, tried_G,
+        objective.tried_WS[w], FLAT, ROUNDS if objective.spare_X[1] > 0 else 0,
+    )
+    for g in range(len(tried_G)):
+        if tried_G[g] != load_G[g] or g == change.g1 or g == change.g2:
+            objective.tried_us_WG[w, g] = _device_us(objective, held, w, g)
+    return _cost(objective, w) + _gather(objective)
+
+
+@commit.of(StepTime)
+def _commit(objective: StepTime, held: Held, change: Change) -> None:
+    _keep(objective)
+
+
+@most_loaded.of(StepTime)
+def _most_loaded(objective: StepTime, held: Held, w: int) -> int:
+    return int(objective.last_W[w])
+
+
+@compiled_part_inline
+def _keep(objective: StepTime) -> None:
+    """What was tried becomes what is."""
+    copy_rows(objective.tried_WG, objective.load_WG)
+    copy_rows(objective.tried_WS, objective.flow_WS)
+    copy_rows(objective.tried_us_WG, objective.us_WG)
+    copy_values(objective.tried_last_W, objective.last_W)
+    copy_values(objective.tried_cost_W, objective.cost_W)
+    objective.spare_X[0] = objective.spare_X[1]
+
+
+@compiled_part_inline
+def _gather(objective: StepTime) -> float:
+    times = objective.times
+    return times.gather_us / times.reference_us if objective.spare_X[1] > 0 else 0.0
+
+
+@compiled_part_inline
+def _cost(objective: StepTime, w: int) -> float:
+    """Cost of the sample as tried; notes the device that is done last."""
+    times, load_G, us_G = objective.times, objective.tried_WG[w], objective.tried_us_WG[w]
+    last, longest, most = 0, 0.0, 0.0
+    for g in range(len(load_G)):
+        if load_G[g] < 1e-9:
+            continue
+        us = (us_G[g] + times.start_us * min(load_G[g], 1.0)) / objective.speed_G[g]
+        most = max(most, load_G[g])
+        if us > longest:
+            last, longest = g, us
+    objective.tried_last_W[w] = last
+    objective.tried_cost_W[w] = (longest + times.link_us * most) / times.reference_us
+    return float(objective.tried_cost_W[w])
+
+
+@compiled_part_inline
+def _device_us(objective: StepTime, held: Held, w: int, g: int) -> float:
+    """What the replicas of one device take together."""
+    us = 0.0
+    for s in range(held.start_G[g], held.start_G[g + 1]):
+        if objective.tried_WS[w, s] > 0.0:
+            us += _slot_us(objective.times, held.expert_S[s], objective.tried_WS[w, s])
+    return us
+
+
+@compiled_part_inline
 def _slot_us(times: DeviceTimes, e: int, tokens: float) -> float:
-    """One replica's time. Below one token, that share of what one token takes: tokens are whole."""
-    if tokens <= 0.0:
-        return 0.0
+    """One replica's time. Below one token, that share of what one takes: tokens are whole."""
     whole = max(tokens, 1.0)
     if len(times.table_us) > 0:
         low = min(int(whole), len(times.table_us) - 2)
@@ -50,162 +210,3 @@ def _slot_us(times: DeviceTimes, e: int, tokens: float) -> float:
     else:
         us = times.read_us_E[e] + whole * times.token_us
     return float(us * min(tokens, 1.0))
-
-
-class Layout(NamedTuple):
-    """Devices and slots, and where a step's row keeps what. Axes: G devices, S slots.
-
-    A row is [3·G + 2·S]: tokens, microseconds and active replicas of each device, then tokens and
-    microseconds of each slot.
-    """
-
-    device_S: Any
-    start_G: Any      # [G + 1] first slot of each device
-    speed_G: Any
-
-
-class Holders(NamedTuple):
-    """Who holds what: the expert of each slot (-1 = none), and the slots of each expert."""
-
-    expert_S: Any
-    slot_ER: Any
-    replicas_E: Any
-
-
-@compiled
-def _put(times: DeviceTimes, layout: Layout, e: int, s: int, tokens: float, row: Any) -> None:
-    """Let a slot compute so many tokens of its expert."""
-    us = _slot_us(times, e, tokens)
-    devices, slots = len(layout.speed_G), len(layout.device_S)
-    g = layout.device_S[s]
-    row[3 * devices + s] = tokens
-    row[3 * devices + slots + s] = us
-    row[g] += tokens
-    row[devices + g] += us
-    row[2 * devices + g] += min(tokens, 1.0)
-
-
-@compiled
-def _lift(layout: Layout, s: int, row: Any) -> None:
-    """Take what a slot computes off its device."""
-    devices, slots = len(layout.speed_G), len(layout.device_S)
-    g = layout.device_S[s]
-    row[g] -= row[3 * devices + s]
-    row[devices + g] -= row[3 * devices + slots + s]
-    row[2 * devices + g] -= min(row[3 * devices + s], 1.0)
-    row[3 * devices + s] = 0.0
-    row[3 * devices + slots + s] = 0.0
-
-
-@compiled
-def _fill(
-    times: DeviceTimes, layout: Layout, held: Holders, e: int, tokens: float, row: Any
-) -> None:
-    """Put one expert's tokens on its replicas, as the dispatch would."""
-    replicas, slot_R = held.replicas_E[e], held.slot_ER[e]
-    if tokens <= 0.0:
-        return
-    if replicas == 1 or times.rule == ALIKE:
-        for r in range(replicas):
-            _put(times, layout, e, slot_R[r], tokens / replicas, row)
-        return
-    if times.rule == ONE:
-        best, least, fewest = slot_R[0], np.inf, np.inf
-        for r in range(replicas):
-            g = layout.device_S[slot_R[r]]
-            level = np.rint(row[2 * len(layout.speed_G) + g] + 1.0) / layout.speed_G[g]
-            if level < least or (level == least and row[g] / layout.speed_G[g] < fewest):
-                best, least, fewest = slot_R[r], level, row[g] / layout.speed_G[g]
-        _put(times, layout, e, best, tokens, row)
-        return
-    # FLAT: the level of all replicas' devices; those above it drop out, which lowers it.
-    level = np.inf
-    for _ in range(replicas):
-        below, speed = tokens, 0.0
-        for r in range(replicas):
-            g = layout.device_S[slot_R[r]]
-            if row[g] <= level * layout.speed_G[g]:
-                below += row[g]
-                speed += layout.speed_G[g]
-        if speed == 0.0 or below >= level * speed:
-            break
-        level = below / speed
-    for r in range(replicas):
-        g = layout.device_S[slot_R[r]]
-        _put(times, layout, e, slot_R[r], max(0.0, level * layout.speed_G[g] - row[g]), row)
-
-
-@compiled
-def _hand_on(
-    times: DeviceTimes, layout: Layout, held: Holders, load_E: Any, row: Any, rounds: int
-) -> None:
-    """Let the fullest device refill its replicated experts, several times.
-
-    The fullest has most tokens over speed; where one replica takes all, most active replicas.
-    """
-    devices = len(layout.speed_G)
-    first = 2 * devices if times.rule == ONE else 0
-    ideal, before = row[first : first + devices].sum() / layout.speed_G.sum(), np.inf
-    for _ in range(rounds):
-        fullest, level = 0, 0.0
-        for g in range(devices):
-            if row[first + g] > level * layout.speed_G[g]:
-                fullest, level = g, row[first + g] / layout.speed_G[g]
-        if level <= ideal * (1.0 + FLAT_ENOUGH) or level > before * (1.0 - 1e-5):
-            return
-        before = level
-        for s in range(layout.start_G[fullest], layout.start_G[fullest + 1]):
-            e = held.expert_S[s]
-            if e >= 0 and held.replicas_E[e] > 1 and row[3 * devices + s] > 0.0:
-                for r in range(held.replicas_E[e]):
-                    _lift(layout, held.slot_ER[e, r], row)
-                _fill(times, layout, held, e, load_E[e], row)
-
-
-@compiled
-def step_cost(times: DeviceTimes, layout: Layout, row: Any) -> Any:
-    """(cost of the step, its slowest device)."""
-    devices, slowest, longest, most = len(layout.speed_G), 0, 0.0, 0.0
-    for g in range(devices):
-        if row[g] < 1e-9:
-            continue
-        us = (row[devices + g] + times.start_us * min(row[g], 1.0)) / layout.speed_G[g]
-        most = max(most, row[g])
-        if us > longest:
-            slowest, longest = g, us
-    return (longest + times.link_us * most) / times.reference_us, slowest
-
-
-@compiled
-def split_afresh(
-    times: DeviceTimes, layout: Layout, held: Holders, load_E: Any, row: Any
-) -> None:
-    """Split one step from nothing: single replicas first, then replicated ones, heaviest first."""
-    order = np.argsort(-load_E)
-    for turn in range(2):
-        for e in order:
-            if (held.replicas_E[e] > 1) == (turn == 1):
-                _fill(times, layout, held, e, load_E[e], row)
-    if times.rule != ALIKE:
-        _hand_on(times, layout, held, load_E, row, 8 * HAND_ON_ROUNDS)
-
-
-@compiled
-def try_step(
-    times: DeviceTimes, layout: Layout, held: Holders, load_E: Any, row: Any, s1: int, e1: int,
-    e2: int, handing: bool,
-) -> Any:
-    """As `step_cost`, after a move: what it touched is taken off and put back."""
-    _lift(layout, s1, row)
-    for i in range(2):
-        e = e1 if i == 0 else e2
-        if e >= 0:
-            for r in range(held.replicas_E[e]):
-                _lift(layout, held.slot_ER[e, r], row)
-    for i in range(2):
-        e = e1 if i == 0 else e2
-        if e >= 0:
-            _fill(times, layout, held, e, load_E[e], row)
-    if handing:
-        _hand_on(times, layout, held, load_E, row, HAND_ON_ROUNDS)
-    return step_cost(times, layout, row)

@@ -17,16 +17,21 @@ from loadmaster.placement.cost.token_transfers import no_transfers
 from loadmaster.placement.plan import DispatchSpec
 from loadmaster.placement.planning_traffic import LayerTraffic
 from loadmaster.placement.search import layer_search
-from loadmaster.placement.search.annealing.annealer import Annealing, SearchSpace, search_space
+from loadmaster.placement.search.annealing.annealer import (
+    Overload,
+    Schedule,
+    SearchSpace,
+    search_space,
+)
 from loadmaster.placement.search.annealing.even_average import improve_average
-from loadmaster.placement.search.annealing.exact_balance import improve_few_devices
+from loadmaster.placement.search.annealing.exact_balance import improve_exact_balance
 from loadmaster.placement.search.annealing.fixed_shares import improve_fixed_shares
-from loadmaster.placement.search.annealing.water_filled import improve_many_devices
+from loadmaster.placement.search.annealing.water_filled import improve_water_filled
 from loadmaster.placement.search.layer_search import search_layer, within_slots
 from loadmaster.placement.search.layer_task import LayerTask
 
 EXPERTS = 6
-COOLING = Annealing(3_000, 1e-2, 1e-5, 1.0, 1.0)
+COOLING, BALANCE = Schedule(3_000, 1e-2, 1e-5), Overload(bend=1.0, free=1.0)
 
 
 def by_rows(improve: Callable[..., Any], space: SearchSpace, start_GC: SlotArray) -> SlotArray:
@@ -34,7 +39,7 @@ def by_rows(improve: Callable[..., Any], space: SearchSpace, start_GC: SlotArray
     load_WE = np.random.default_rng(1).random((4, EXPERTS)) ** 3 + 0.01
     load_WE *= len(start_GC) / load_WE.sum(axis=1, keepdims=True)
     found: SlotArray = improve(
-        space, load_WE, np.full(4, 0.25), start_GC, COOLING, no_transfers(len(start_GC)),
+        space, load_WE, np.full(4, 0.25), start_GC, COOLING, BALANCE, no_transfers(len(start_GC)),
         random_state(0, 0),
     ).best_GC
     return found
@@ -47,12 +52,12 @@ def on_average(space: SearchSpace, start_GC: SlotArray) -> SlotArray:
 
 
 SEARCHES = [
-    partial(by_rows, improve_few_devices), partial(by_rows, improve_many_devices),
+    partial(by_rows, improve_exact_balance), partial(by_rows, improve_water_filled),
     partial(by_rows, improve_fixed_shares),
     partial(by_rows, partial(improve_fixed_shares, node_G=np.array([0, 0, 1, 1]))),
     on_average,
 ]
-NAMES = ["few", "many", "alike", "nearest", "average"]
+NAMES = ["exact", "water_filled", "alike", "nearest", "average"]
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=NAMES)

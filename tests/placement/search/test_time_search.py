@@ -114,7 +114,7 @@ def test_a_budget_of_moves_and_memory_are_kept_to() -> None:
     start[:, :4] = np.arange(EXPERTS).reshape(DEVICES, 4)
     space = search_space(
         loads.usable_slots_G(), loads.speed_G, EXPERTS, loads.size_E, loads.room_G,
-        standing_GC=start, move_price_E=np.ones(EXPERTS), move_budget=3.0,
+        current_GC=start, move_price_E=np.ones(EXPERTS), move_budget=3.0,
     )
     found = search_time(one, space, start)
     assert (found >= 0).sum(axis=1).max() <= 5
