@@ -83,16 +83,6 @@ def transfer_model(
 
 
 @compiled
-def places_of(holders: Any, place_G: Any) -> int:
-    """Bit set of the places of these devices; negative entries are skipped."""
-    places = 0
-    for g in holders:
-        if g >= 0:
-            places |= 1 << place_G[g]
-    return places
-
-
-@compiled
 def token_price(model: TransferModel, t: int, places_E: Any) -> float:
     """What one token's transfers cost."""
     home = model.home_T[t]
