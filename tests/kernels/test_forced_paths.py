@@ -26,7 +26,6 @@ def test_rows_keep_their_bits_on_every_backend_of_a_forced_path(path: ForcedPath
         path, widths=[(128, 48), (200, 72)], backends=["auto", "packed", "torch", "panels"],
         dense=[(128, 256), (200, 1)],
     )
-    assert found["refused"] == []
     # Our own loops are forced as well, or the paths would all be one.
     fused = path.name != "sse4.1"
     assert ("panels" in found["chosen"]["auto"]) == fused == ("panels" in found["chosen"])

@@ -138,7 +138,7 @@ class CheatingSlots(PackedSlots):
     """Bits depend on the block's size, as where a library multiplies few rows its own way."""
 
     def _block(self, slot: int, x: torch.Tensor) -> torch.Tensor:
-        y = super()._block(slot, x)
+        y = x * 2
         return one_bit_more(y) if len(x) == 16 else y
 
 
@@ -146,8 +146,8 @@ class HopelessSlots(PackedSlots):
     """Bits depend on the place in a block, whatever its size."""
 
     def _block(self, slot: int, x: torch.Tensor) -> torch.Tensor:
-        y = super()._block(slot, x)
-        return torch.cat((y[:9], one_bit_more(y[9:])))
+        y = x * 2
+        return torch.cat((y[:1], one_bit_more(y[1:])))
 
 
 needs_packing = pytest.mark.skipif(
@@ -179,8 +179,9 @@ def test_a_backend_that_cheats_is_refused_and_the_next_one_taken(
     layer = layer_of(2, 32, 16)
     held: ExpertWeights = layer.weights()
     assert held.backend == "torch"
-    assert len(held.refused) == len(SIZES_TO_TRY)
-    assert all("other bits than alone" in fault for fault in held.refused)
+    refused = [fault for fault in held.refused if fault.startswith("experts, packed")]
+    assert len(refused) == len(SIZES_TO_TRY)
+    assert all("other bits than alone" in fault for fault in refused)
     with pytest.raises(LoadmasterError, match="no backend gives a row the same bits"):
         layer.weights("packed")
 
