@@ -123,7 +123,7 @@ def advise(
     reference = CURRENT if current is not None else _reference(plans)
     table = compare(plans, judging, cluster, current=reference, **asked)
     moving = {} if current is None else _moving(table, plans, cluster, model)
-    chosen, verdict = _choice(table, moving, horizon_steps, in_force=current is not None)
+    chosen, verdict = _choice(table, moving, horizon_steps, has_current=current is not None)
     return Advice(verdict, chosen, table, tried.results, plans, judged_on, tried.cannot, moving,
                   horizon_steps)
 
@@ -149,16 +149,16 @@ def _moving(
 
 
 def _choice(
-    table: Comparison, moving: dict[str, Moving], horizon_steps: float, *, in_force: bool
+    table: Comparison, moving: dict[str, Moving], horizon_steps: float, *, has_current: bool
 ) -> tuple[str, str]:
     """(the plan to use, the verdict)."""
     best = table.rows[0]
-    if not table.sure and not in_force:
+    if not table.sure and not has_current:
         return best.name, (
             f"{best.name} came out best ({metric_text(best.metric, table.metric_name)}); how sure "
             "that is is not known: so few requests cannot tell, record more"
         )
-    if not in_force:
+    if not has_current:
         return (best.name if best.better else table.reference), table.verdict
     refused = ""
     for row in table.rows:

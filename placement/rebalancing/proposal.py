@@ -157,7 +157,7 @@ def settle(
     return Settlement(
         False,
         f"measured worse than promised: {realised_us:.0f} us a step where {promise.gain_us:.0f} "
-        "were promised; the plan before is back active",
+        "were promised; the plan before is active again",
         numbers,
     )
 

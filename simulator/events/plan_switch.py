@@ -27,7 +27,7 @@ Refused = Callable[[InfeasibleError], None]
 
 @dataclass(frozen=True)
 class PlanSwitch:
-    """Put `plan` active at `at_us`, in one of the three ways.
+    """Make `plan` active at `at_us`, in one of the three ways.
 
     link_share: hidden only, the part of an idle link window that transfers really use.
     """

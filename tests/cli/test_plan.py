@@ -122,7 +122,7 @@ def test_moves_are_priced_and_told_in_order(run: Run, trace: Path, tmp_path: Pat
     assert json.loads(out)["metric"] == "imbalance_mean"      # the objective that was planned for
 
 
-def test_the_plan_in_force_lends_its_slots_and_dispatch(run: Run, trace: Path, tmp_path: Path
+def test_the_active_plan_lends_its_slots_and_dispatch(run: Run, trace: Path, tmp_path: Path
                                                         ) -> None:
     standing, after = tmp_path / "standing.json", tmp_path / "after.json"
     wide = [*SMALL[:4], "--slots-per-device", 7, *SMALL[6:]]

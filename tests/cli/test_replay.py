@@ -45,7 +45,7 @@ def test_the_table_tells_times_and_what_costs_them(replay) -> None:
         assert said in out, said
 
 
-def test_the_verdict_is_about_the_plan_in_force(replay, place: Path) -> None:
+def test_the_verdict_is_about_the_active_plan(replay, place: Path) -> None:
     code, out, _ = replay("rows", options=("--current", place / "columns.json", "--json"))
     assert code == 0 and json.loads(out)["comparison"]["reference"] == "columns"
     code, out, _ = replay("rows", options=("--current", place / "rows.json", "--json"))

@@ -150,7 +150,7 @@ def test_advice_refuses_what_apply_would_refuse() -> None:
         advise(status_of(plan_of([0, 1, 2, 3])), PhasePlans.both(three), None)
 
 
-def test_a_decode_plan_in_force_is_kept_unless_another_is_named() -> None:
+def test_an_active_decode_plan_is_kept_unless_another_is_named() -> None:
     first, second, third = plan_of([0, 1, 2, 3]), plan_of([0, 2, 1, 3]), plan_of([3, 1, 2, 0])
     apart = PhasePlans(first, second)
     assert asked_for(apart, third, None) == PhasePlans(third, second)

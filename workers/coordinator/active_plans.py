@@ -65,7 +65,7 @@ class ActivePlans:
         check_plans(plans, self.plans, self._model)
         if epoch is not None and epoch != self.epoch:
             raise LoadmasterError(
-                f"the plan was made under epoch {epoch}, active is {self.epoch}: plan again"
+                f"the plan was made under epoch {epoch}, and {self.epoch} is active: plan again"
             )
         size_bytes = int(self._model.bytes_per_expert_E()[0])
         switch = PlanSwitch(plans, self.epoch + 1, size_bytes, self._budget_bytes, future)

@@ -1,6 +1,6 @@
 """The one process that leads a group: takes requests, runs lock-step steps, switches plans.
 
-Knows the scheduler, what is active (`in_force`), and ranks through a fleet. Knows nothing of
+Knows the scheduler, what is active (`active_plans`), and ranks through a fleet. Knows nothing of
 tensors or Ray. All state changes happen in one thread, at step boundaries; callers from other
 threads hand in work and wait. What happens when ranks die is in `recovery`.
 """

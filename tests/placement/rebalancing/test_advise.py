@@ -148,7 +148,7 @@ def test_few_requests_choose_what_is_plainly_better(routing: RoutingTrace) -> No
     assert "greedy is better than contiguous" in advice.verdict
 
 
-def test_too_few_requests_take_the_best_only_where_none_is_in_force(routing: RoutingTrace) -> None:
+def test_too_few_requests_take_the_best_only_where_no_plan_is_active(routing: RoutingTrace) -> None:
     three, steps = requests(3, 60, routing), StepSampler(tokens=24)
     free = advise(three, EVEN, methods=("greedy", "contiguous"), steps=steps)
     assert free.chosen == free.comparison.rows[0].name == "greedy"

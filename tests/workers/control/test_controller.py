@@ -120,7 +120,7 @@ class ScriptedGroup:
         self, plan: Plan, decode: Plan | None = None, *, epoch: int | None = None
     ) -> ApplyReport:
         if epoch is not None and epoch != self.epoch:
-            raise LoadmasterError(f"made under epoch {epoch}, active is {self.epoch}")
+            raise LoadmasterError(f"made under epoch {epoch}, and {self.epoch} is active")
         moves = self.plan.moves_to(plan)
         self.applied.append(plan)
         self.plan, self.decode, self.epoch = plan, decode or plan, self.epoch + 1

@@ -24,7 +24,7 @@ def test_a_new_journal_says_nothing(tmp_path: Path) -> None:
     assert (state.plans, state.epoch, state.unfinished) == (None, 1, None)
 
 
-def test_what_was_done_is_in_force(tmp_path: Path) -> None:
+def test_what_was_done_is_active(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.write("stage", 2, some_plans(2))
     journal.write("commit", 2)

@@ -332,7 +332,7 @@ def test_a_plan_made_under_another_epoch_is_refused(
     spec = served_spec(directory, "bfloat16")
     group = start_threads(directory)
     group.apply(shuffled_plan(spec, 1), epoch=1)
-    with pytest.raises(LoadmasterError, match="made under epoch 1, active is 2"):
+    with pytest.raises(LoadmasterError, match="made under epoch 1, and 2 is active"):
         group.apply(shuffled_plan(spec, 2), epoch=1)
 
 
