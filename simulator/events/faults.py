@@ -1,7 +1,7 @@
 """What goes wrong during a run: slow devices, jitter, bad links, lost devices and nodes.
 
 Each fault is an `Intervention`: it starts a process that changes what is active at its times. A
-device ends the running step, sends its requests back to the queue, and the group pauses until
+lost device ends the running step, sends its requests back to the queue, and the group pauses until
 an emergency plan covers every expert on the survivors and their weights are loaded. Knows nothing
 of live workers. Fault times and draws do not depend on the plan.
 """
