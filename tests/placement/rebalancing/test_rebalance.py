@@ -199,16 +199,16 @@ def test_experts_beyond_a_devices_own_slots_move_into_them() -> None:
     """Device 3 has 3 slots, the standing plan is 5 wide and uses the last."""
     short = CLUSTER.devices[3].model_copy(update={"slots": 3})
     uneven = Cluster(devices=(*CLUSTER.devices[:3], short), hardware=CLUSTER.hardware)
-    current_GC = np.array(
+    standing_GC = np.array(
         [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 0], [-1, 14, -1, -1, 15]]
     )
-    standing = Plan(np.stack([current_GC, current_GC]), num_experts=EXPERTS)
+    standing = Plan(np.stack([standing_GC, standing_GC]), num_experts=EXPERTS)
     for budget in (0, 6):
         made = rebalance(
             standing, NEW, uneven, steps=STEPS, effort="fast", max_moves=budget
         ).plan
         assert (made.slots[:, 3, 3:] == -1).all()
-    held = current_GC.copy()
+    held = standing_GC.copy()
     held[3] = [1, 14, -1, 2, 15]
     with pytest.raises(InputError, match="fills 4 slots of device 3 in layer 0, the cluster has 3"):
         rebalance(
