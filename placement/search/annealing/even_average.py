@@ -28,8 +28,8 @@ from .annealer import (
     try_sample,
 )
 
-# Content at 2e-4 above perfect balance.
-MOVES = Moves(aimed=0.5, dearest=1, grown=0.2, exchanged=0.7, enough=4e-8)
+MOVES = Moves(aimed=0.5, dearest=1, grown=0.2, exchanged=0.7)
+ENOUGH = 1e-8               # squared overload of a device on average: nothing left to win
 HOT, COLD = 4e-3, 1e-7      # of squared overload; a lower start leaves replica counts as they are
 BUDGET_HOT = 3e-5           # within a budget of moves: most hot moves would break it
 
@@ -56,7 +56,7 @@ def improve_average(
     )
     budgeted = len(space.current_EG) > 0
     return anneal(
-        space, objective, np.ones(1), slots_GC, MOVES,
+        space, objective, np.ones(1), slots_GC, MOVES._replace(enough=ENOUGH * devices),
         Schedule(moves, BUDGET_HOT if budgeted else HOT, COLD), no_transfers(devices), state,
         descend=budgeted,
     ).best_GC
