@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..traces.steps import StepSampler
     from ..traces.trace import RoutingTrace
 
+
 def build_cluster(
     file: Path | None,
     preset: str,
@@ -152,6 +153,17 @@ def read_plans(paths: Sequence[Path]) -> dict[str, Plan]:
     if len(named) != len(paths):
         raise UsageError("two plan files share a name: rename one, names label the rows")
     return named
+
+
+def with_current(
+    plans: dict[str, Plan], current: Path | None
+) -> tuple[dict[str, Plan], str | None]:
+    """The plans, the active one among them; the name of that one."""
+    plan = load_plan(current)
+    if plan is None or current is None:
+        return plans, None
+    name = "current" if current.stem in plans else current.stem
+    return plans | {name: plan}, name
 
 
 def plans_cluster(

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..app.inputs import build_cluster, build_sampler, read_model, read_trace
+from . import options as opt
 from . import output as show
-from .options import Concurrency, Json, NumExperts, Order, Preset, Seed, TraceArgument
 from .serving_options import whole, within
 
 if TYPE_CHECKING:
     from ..simulator.cache.compare import CacheTable
 
 
-def register(app: typer.Typer) -> None:
-    """Put the verb on the root command."""
-    app.command()(cache)
-
-
 def cache(
-    trace: TraceArgument,
+    trace: opt.TraceArgument,
     slots: Annotated[
         int, typer.Option(help="Experts that fit: in each layer, or in all with --shared.",
                           callback=whole("--slots", 1))
     ],
-    model: Annotated[
-        Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: sizes make times.")
-    ],
+    model: opt.SizedModel,
     shared: Annotated[bool, typer.Option("--shared", help="All layers share the slots.")] = False,
     tier: Annotated[str, typer.Option(help="Where the others lie: host or disk.")] = "host",
     policy: Annotated[
@@ -42,18 +34,18 @@ def cache(
     accuracy: Annotated[
         float, typer.Option(help="Of look_ahead.", callback=within("--accuracy", 0, 1))
     ] = 0.9,
-    preset: Preset = "h100",
+    preset: opt.Preset = "h100",
     step_tokens: Annotated[
         int, typer.Option(help="Tokens in a step.", callback=whole("--step-tokens", 1))
     ] = 1,
-    concurrency: Concurrency = 1,
-    order: Order = "interleaved",
+    concurrency: opt.Concurrency = 1,
+    order: opt.Order = "interleaved",
     max_steps: Annotated[
         int, typer.Option(help="Steps to play, at most.", callback=whole("--max-steps", 1))
     ] = 200,
-    num_experts: NumExperts = None,
-    seed: Seed = 0,
-    json: Json = False,
+    num_experts: opt.NumExperts = None,
+    seed: opt.Seed = 0,
+    json: opt.Json = False,
 ) -> None:
     """Keep some experts on one device, load the others when needed: hits and stalls by policy."""
     from ..errors import UsageError

@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from ..placement.hardware import HardwareProfile
 
 
-def register(app: typer.Typer) -> None:
-    """Put the verb on the root command."""
-    app.command()(calibrate)
-
-
 def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Hardware profile to write (YAML).")],
     model: Annotated[

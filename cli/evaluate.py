@@ -7,35 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..app.inputs import build_cluster, build_sampler, read_model, read_trace
-from . import output as show
-from .options import (
-    ClusterFile,
-    Concurrency,
-    Json,
-    ModelSource,
-    Nodes,
-    NumExperts,
-    Order,
-    Oversubscription,
-    Preset,
-    Seed,
-    StepTokens,
-    TraceArgument,
-    TrafficMode,
+from ..app.inputs import (
+    build_sampler,
+    plans_cluster,
+    read_model,
+    read_plans,
+    read_trace,
+    with_current,
 )
+from . import options as opt
+from . import output as show
 
 if TYPE_CHECKING:
     from ..placement.comparison.compare import Comparison
 
 
-def register(app: typer.Typer) -> None:
-    """Put the verb on the root command."""
-    app.command()(evaluate)
-
-
 def evaluate(
-    trace: TraceArgument,
+    trace: opt.TraceArgument,
     plans: Annotated[list[Path], typer.Argument(help="Plan files.")],
     current: Annotated[
         Path | None, typer.Option(help="Compare with this plan; exit 4 if the first is worse.")
@@ -43,43 +31,28 @@ def evaluate(
     dispatch: Annotated[
         str | None, typer.Option(help="Judge all under this dispatch [default: each its own].")
     ] = None,
-    cluster: ClusterFile = None,
-    preset: Preset = "h100",
-    nodes: Nodes = 1,
-    devices_per_node: Annotated[
-        int | None, typer.Option(help="Devices in each node [default: the first plan's].")
-    ] = None,
-    traffic: TrafficMode = "return_home/per_expert",
-    oversubscription: Oversubscription = None,
-    model: ModelSource = None,
-    step_tokens: StepTokens = 512,
-    concurrency: Concurrency = 64,
-    order: Order = "interleaved",
-    num_experts: NumExperts = None,
-    seed: Seed = 0,
-    json: Json = False,
+    cluster: opt.ClusterFile = None,
+    preset: opt.Preset = "h100",
+    nodes: opt.Nodes = 1,
+    devices_per_node: opt.PlansDevicesPerNode = None,
+    traffic: opt.TrafficMode = "return_home/per_expert",
+    oversubscription: opt.Oversubscription = None,
+    model: opt.ModelSource = None,
+    step_tokens: opt.StepTokens = 512,
+    concurrency: opt.Concurrency = 64,
+    order: opt.Order = "interleaved",
+    num_experts: opt.NumExperts = None,
+    seed: opt.Seed = 0,
+    json: opt.Json = False,
 ) -> None:
     """Judge plans on a trace, side by side on the same steps, with confidence bands."""
-    from ..errors import UsageError
     from ..placement.comparison.compare import compare
-    from ..placement.plan import Plan
 
-    named = {path.stem: Plan.load(path) for path in plans}
-    if len(named) != len(plans):
-        raise UsageError("two plan files share a name: rename one, names label the rows")
+    named, reference = with_current(read_plans(plans), current)
     first = next(iter(named))
-    reference = None
-    if current is not None:
-        reference = "current" if current.stem in named else current.stem
-        named[reference] = Plan.load(current)
     routing, notes = read_trace(trace, num_experts)
-    if devices_per_node is None:
-        devices_per_node = -(-named[first].num_devices // max(nodes, 1))
-    place = build_cluster(
-        cluster, preset, nodes, devices_per_node,
-        max(plan.slots_per_device for plan in named.values()), traffic, routing.num_experts,
-        oversubscription,
-    )
+    place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
+                          oversubscription)
     table = compare(
         named, routing, place,
         steps=build_sampler(step_tokens, concurrency, order, 0),

@@ -1,4 +1,4 @@
-"""`demo`, `run`, `apply`, `submit`: live workers."""
+"""`demo` and `submit`: the loop on this machine, and other verbs on a cluster."""
 
 from __future__ import annotations
 
@@ -8,17 +8,7 @@ from typing import Annotated
 import typer
 
 from . import output as show
-from .apply import apply
 from .options import Json, Seed
-from .run import run
-
-
-def register(app: typer.Typer) -> None:
-    """Put the verbs of this file on the root command."""
-    app.command()(demo)
-    app.command()(run)
-    app.command()(apply)
-    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
 
 
 def demo(

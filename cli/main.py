@@ -16,7 +16,20 @@ from typer.core import TyperGroup
 
 from ..errors import LoadmasterError
 from ..foundation.version import VERSION
-from . import live, plan, simulate, trace
+from . import (
+    apply,
+    cache,
+    calibrate,
+    evaluate,
+    live,
+    plan,
+    plan_files,
+    replay,
+    run,
+    simulate,
+    trace,
+    whatif,
+)
 from .output import ReaderGoneError
 
 
@@ -46,8 +59,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(trace.app, name="trace")
-for verbs in (plan, simulate, live):
-    verbs.register(app)
+for verb in (
+    plan.plan, evaluate.evaluate, plan_files.plan_show, plan_files.plan_diff,
+    plan_files.plan_export, plan_files.plan_import, plan_files.schema,
+    simulate.simulate, replay.replay, whatif.whatif, cache.cache, calibrate.calibrate,
+    live.demo, run.run, apply.apply,
+):
+    app.command()(verb)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    live.submit
+)
 
 
 def _version(wanted: bool) -> None:

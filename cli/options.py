@@ -22,6 +22,9 @@ def _whole(seed: int) -> int:
 
 
 TraceArgument = Annotated[Path, typer.Argument(help="Trace folder, array file or engine dump.")]
+RoutingArgument = Annotated[
+    Path, typer.Argument(help="Trace folder or array file: how tokens route.")
+]
 NumExperts = Annotated[
     int | None, typer.Option(help="Experts per layer, where the file does not say.")
 ]
@@ -35,6 +38,9 @@ Preset = Annotated[
 ]
 Nodes = Annotated[int, typer.Option(help="Nodes of the cluster.")]
 DevicesPerNode = Annotated[int, typer.Option(help="Devices in each node.")]
+PlansDevicesPerNode = Annotated[
+    int | None, typer.Option(help="Devices in each node [default: the first plan's].")
+]
 SlotsPerDevice = Annotated[
     int | None,
     typer.Option(help="Expert slots per device and layer [default: an even share + 25 %]."),
@@ -56,11 +62,12 @@ ModelSource = Annotated[
     Path | None,
     typer.Option("--model", help="Checkpoint folder, or a ModelSpec as JSON: gives times."),
 ]
+SizedModel = Annotated[
+    Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: sizes make times.")
+]
 StepTokens = Annotated[int, typer.Option(help="Tokens in a step.")]
 Concurrency = Annotated[int, typer.Option(help="Requests in flight.")]
 Order = Annotated[str, typer.Option(help="interleaved, recorded, shuffled or stored.")]
 Address = Annotated[
     str | None, typer.Option(help="A Ray cluster to run on; 'auto' finds the local one.")
 ]
-
-

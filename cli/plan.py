@@ -1,4 +1,4 @@
-"""`plan`: options in, advice out. Other verbs on plans: `evaluate`, `plan_files`."""
+"""`plan`: options in, advice out."""
 
 from __future__ import annotations
 
@@ -16,25 +16,7 @@ from ..app.inputs import (
     read_routing,
     require_target,
 )
-from . import evaluate, plan_files
-from .options import (
-    Address,
-    ClusterFile,
-    Concurrency,
-    DevicesPerNode,
-    Json,
-    ModelSource,
-    Nodes,
-    NumExperts,
-    Order,
-    Oversubscription,
-    Preset,
-    Seed,
-    SlotsPerDevice,
-    StepTokens,
-    TraceArgument,
-    TrafficMode,
-)
+from . import options as opt
 
 if TYPE_CHECKING:
     from ..placement.plan import Plan
@@ -42,15 +24,8 @@ if TYPE_CHECKING:
 PHASES = ("all", "prefill", "decode", "apart")
 
 
-def register(app: typer.Typer) -> None:
-    """Put the verbs about plans on the root command."""
-    app.command()(plan)
-    evaluate.register(app)
-    plan_files.register(app)
-
-
 def plan(
-    trace: TraceArgument,
+    trace: opt.TraceArgument,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Plan file to write.")] = None,
     current: Annotated[
         Path | None,
@@ -93,21 +68,21 @@ def plan(
         float | None,
         typer.Option(help="Seconds of planning, all methods together; then the best plans so far."),
     ] = None,
-    cluster: ClusterFile = None,
-    preset: Preset = "h100",
-    nodes: Nodes = 1,
-    devices_per_node: DevicesPerNode = 8,
-    slots_per_device: SlotsPerDevice = None,
-    traffic: TrafficMode = "return_home/per_expert",
-    oversubscription: Oversubscription = None,
-    model: ModelSource = None,
-    step_tokens: StepTokens = 512,
-    concurrency: Concurrency = 64,
-    order: Order = "interleaved",
-    num_experts: NumExperts = None,
-    address: Address = None,
-    seed: Seed = 0,
-    json: Json = False,
+    cluster: opt.ClusterFile = None,
+    preset: opt.Preset = "h100",
+    nodes: opt.Nodes = 1,
+    devices_per_node: opt.DevicesPerNode = 8,
+    slots_per_device: opt.SlotsPerDevice = None,
+    traffic: opt.TrafficMode = "return_home/per_expert",
+    oversubscription: opt.Oversubscription = None,
+    model: opt.ModelSource = None,
+    step_tokens: opt.StepTokens = 512,
+    concurrency: opt.Concurrency = 64,
+    order: opt.Order = "interleaved",
+    num_experts: opt.NumExperts = None,
+    address: opt.Address = None,
+    seed: opt.Seed = 0,
+    json: opt.Json = False,
 ) -> None:
     """Plan placement, replicas and dispatch; say what the plan is worth before anyone moves."""
     from .advise import answer

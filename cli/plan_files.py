@@ -11,18 +11,14 @@ from ..app.inputs import read_model, require_target
 from . import output as show
 from .options import Json, ModelSource, NumExperts
 
-
-def register(app: typer.Typer) -> None:
-    """Put the verbs on the root command."""
-    app.command("plan-show")(plan_show)
-    app.command("plan-diff")(plan_diff)
-    app.command("plan-export")(plan_export)
-    app.command("plan-import")(plan_import)
-    app.command()(schema)
+PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file.")]
+EngineFormat = Annotated[
+    str, typer.Option("--format", help="sglang, trtllm, vllm_ascend, eplb or omni.")
+]
 
 
 def plan_show(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file.")],
+    plan_file: PlanArgument,
     json: Json = False,
 ) -> None:
     """What a plan says: slots, replicas, dispatch, where it came from and how good it is."""
@@ -63,10 +59,8 @@ def plan_diff(
 
 
 def plan_export(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file.")],
-    format: Annotated[
-        str, typer.Option("--format", help="sglang, trtllm, vllm_ascend, eplb or omni.")
-    ],
+    plan_file: PlanArgument,
+    format: EngineFormat,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
     nearest: Annotated[
         bool, typer.Option("--nearest", help="Write the nearest plan the engine can hold.")
@@ -91,9 +85,7 @@ def plan_export(
 
 def plan_import(
     source: Annotated[Path, typer.Argument(help="An engine's plan file.")],
-    format: Annotated[
-        str, typer.Option("--format", help="sglang, trtllm, vllm_ascend, eplb or omni.")
-    ],
+    format: EngineFormat,
     out: Annotated[Path, typer.Option("--out", "-o", help="Plan file to write.")],
     devices: Annotated[
         int | None, typer.Option(help="Devices, where the file does not say.")

@@ -7,41 +7,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..app.inputs import build_sampler, load_plan, plans_cluster, read_model, read_plans, read_trace
-from ..app.serving import build_overlap
-from . import output as show
-from .options import (
-    ClusterFile,
-    Concurrency,
-    Json,
-    Nodes,
-    NumExperts,
-    Oversubscription,
-    Preset,
-    Seed,
-    StepTokens,
-    TraceArgument,
-    TrafficMode,
+from ..app.inputs import (
+    build_sampler,
+    plans_cluster,
+    read_model,
+    read_plans,
+    read_trace,
+    with_current,
 )
+from ..app.serving import build_overlap
+from . import options as opt
+from . import output as show
 from .serving_options import Dispatch, OverlapName, whole
 from .simulate_print import print_blame
 
 if TYPE_CHECKING:
-    from ..placement.plan import Plan
     from ..simulator.serving.replay import Replay
 
 
-def register(app: typer.Typer) -> None:
-    """Put the verb on the root command."""
-    app.command()(replay)
-
-
 def replay(
-    trace: TraceArgument,
+    trace: opt.TraceArgument,
     plans: Annotated[list[Path], typer.Argument(help="Plan files; all play the same steps.")],
-    model: Annotated[
-        Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: sizes make times.")
-    ],
+    model: opt.SizedModel,
     current: Annotated[
         Path | None, typer.Option(help="The active plan: the verdict compares the others with it.")
     ] = None,
@@ -52,16 +39,14 @@ def replay(
                      "request [default: nothing waits]."),
     ] = None,
     overlap: OverlapName = "none",
-    cluster: ClusterFile = None,
-    preset: Preset = "h100",
-    nodes: Nodes = 1,
-    devices_per_node: Annotated[
-        int | None, typer.Option(help="Devices in each node [default: the first plan's].")
-    ] = None,
-    traffic: TrafficMode = "return_home/per_expert",
-    oversubscription: Oversubscription = None,
-    step_tokens: StepTokens = 512,
-    concurrency: Concurrency = 64,
+    cluster: opt.ClusterFile = None,
+    preset: opt.Preset = "h100",
+    nodes: opt.Nodes = 1,
+    devices_per_node: opt.PlansDevicesPerNode = None,
+    traffic: opt.TrafficMode = "return_home/per_expert",
+    oversubscription: opt.Oversubscription = None,
+    step_tokens: opt.StepTokens = 512,
+    concurrency: opt.Concurrency = 64,
     order: Annotated[
         str | None,
         typer.Option(help="recorded, interleaved, shuffled or stored [default: recorded where the "
@@ -71,16 +56,16 @@ def replay(
         int | None, typer.Option(help="Steps to play, at most.",
                                  callback=whole("--max-steps", 1))
     ] = None,
-    num_experts: NumExperts = None,
-    seed: Seed = 0,
-    json: Json = False,
+    num_experts: opt.NumExperts = None,
+    seed: opt.Seed = 0,
+    json: opt.Json = False,
 ) -> None:
     """Play a recorded run's own steps under each plan: the same steps, so paired, with a clock."""
     from ..simulator.serving.replay import arrivals_of
     from ..simulator.serving.replay import replay as play
     from ..traces.arrivals import load_arrivals
 
-    named, reference = _with_current(read_plans(plans), current)
+    named, reference = with_current(read_plans(plans), current)
     routing, notes = read_trace(trace, num_experts)
     spec = read_model(model)
     assert spec is not None
@@ -100,17 +85,6 @@ def replay(
         show.print_json(document | {"notes": [*notes, *_notes(played)]})
     else:
         _print(played, notes)
-
-
-def _with_current(
-    named: dict[str, Plan], current: Path | None
-) -> tuple[dict[str, Plan], str | None]:
-    """The plans, the active one among them; the name of that one."""
-    plan = load_plan(current)
-    if plan is None or current is None:
-        return named, None
-    name = "current" if current.stem in named else current.stem
-    return named | {name: plan}, name
 
 
 def _print(played: Replay, notes: tuple[str, ...]) -> None:

@@ -49,34 +49,25 @@ def whole(option: str, low: int, high: int | None = None) -> Callable[[int], int
 ArrivalsFile = Annotated[
     Path | None, typer.Option("--arrivals", help="Azure .csv or Mooncake .jsonl [default: Poisson]")
 ]
-
-
 Requests = Annotated[
     int,
     typer.Option(help="Requests, at most.", callback=whole("--requests", 1, MOST_REQUESTS)),
 ]
-
-
 Rate = Annotated[
     float, typer.Option(help="Poisson arrivals per second.", callback=above_zero("--rate"))
 ]
-
-
 PromptTokens = Annotated[
     float,
     typer.Option(
         help="Mean prompt length (Poisson).", callback=within("--prompt-tokens", 1, MOST_TOKENS)
     ),
 ]
-
-
 OutputTokens = Annotated[
     float,
     typer.Option(
         help="Mean output length (Poisson).", callback=within("--output-tokens", 1, MOST_TOKENS)
     ),
 ]
-
 Dispatch = Annotated[
     str | None, typer.Option(help="Serve all plans under this dispatch [default: each its own].")
 ]

@@ -9,30 +9,9 @@ import typer
 
 from ..app.inputs import plans_cluster, read_model, read_plans, read_trace, require_targets, writing
 from ..app.serving import build_interventions, build_serving, build_slo, build_workload
-from . import cache, calibrate, replay, whatif
+from . import options as opt
 from . import output as show
-from .options import ClusterFile, Json, Nodes, Oversubscription, Preset, Seed, TrafficMode
-from .serving_options import (
-    ArrivalsFile,
-    Dispatch,
-    EverySteps,
-    FaultsPath,
-    Groups,
-    KvBytesPerToken,
-    MaxRequests,
-    OtherBytes,
-    OtherUsPerToken,
-    OutputTokens,
-    OverlapName,
-    PolicyName,
-    Prefill,
-    PromptTokens,
-    Rate,
-    Requests,
-    SloTpotMs,
-    SloTtftMs,
-    TokenBudget,
-)
+from . import serving_options as serve
 from .simulate_print import print_served
 
 if TYPE_CHECKING:
@@ -42,52 +21,41 @@ if TYPE_CHECKING:
     from ..simulator.serving.compare_served import Served
 
 
-def register(app: typer.Typer) -> None:
-    """Put the simulator's verbs on the root command."""
-    app.command()(simulate)
-    for verbs in (replay, whatif, cache, calibrate):
-        verbs.register(app)
-
-
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="Trace folder or array file: how tokens route.")],
+    trace: opt.RoutingArgument,
     plans: Annotated[list[Path], typer.Argument(help="Plan files; all serve the same requests.")],
-    model: Annotated[
-        Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: sizes make times.")
-    ],
-    dispatch: Dispatch = None,
-    arrivals: ArrivalsFile = None,
-    requests: Requests = 1000,
-    rate: Rate = 5.0,
-    prompt_tokens: PromptTokens = 1024,
-    output_tokens: OutputTokens = 128,
-    slo_ttft_ms: SloTtftMs = None,
-    slo_tpot_ms: SloTpotMs = None,
-    step_tokens: TokenBudget = 8192,
-    max_requests: MaxRequests = None,
-    prefill: Prefill = "chunked",
-    kv_bytes_per_token: KvBytesPerToken = None,
-    other_bytes: OtherBytes = None,
-    groups: Groups = 1,
-    overlap: OverlapName = "none",
-    other_us_per_token: OtherUsPerToken = 0.0,
-    faults: FaultsPath = None,
-    policy: PolicyName = None,
-    every_steps: EverySteps = 1000,
-    cluster: ClusterFile = None,
-    preset: Preset = "h100",
-    nodes: Nodes = 1,
-    devices_per_node: Annotated[
-        int | None, typer.Option(help="Devices in each node [default: the first plan's].")
-    ] = None,
-    traffic: TrafficMode = "return_home/per_expert",
-    oversubscription: Oversubscription = None,
+    model: opt.SizedModel,
+    dispatch: serve.Dispatch = None,
+    arrivals: serve.ArrivalsFile = None,
+    requests: serve.Requests = 1000,
+    rate: serve.Rate = 5.0,
+    prompt_tokens: serve.PromptTokens = 1024,
+    output_tokens: serve.OutputTokens = 128,
+    slo_ttft_ms: serve.SloTtftMs = None,
+    slo_tpot_ms: serve.SloTpotMs = None,
+    step_tokens: serve.TokenBudget = 8192,
+    max_requests: serve.MaxRequests = None,
+    prefill: serve.Prefill = "chunked",
+    kv_bytes_per_token: serve.KvBytesPerToken = None,
+    other_bytes: serve.OtherBytes = None,
+    groups: serve.Groups = 1,
+    overlap: serve.OverlapName = "none",
+    other_us_per_token: serve.OtherUsPerToken = 0.0,
+    faults: serve.FaultsPath = None,
+    policy: serve.PolicyName = None,
+    every_steps: serve.EverySteps = 1000,
+    cluster: opt.ClusterFile = None,
+    preset: opt.Preset = "h100",
+    nodes: opt.Nodes = 1,
+    devices_per_node: opt.PlansDevicesPerNode = None,
+    traffic: opt.TrafficMode = "return_home/per_expert",
+    oversubscription: opt.Oversubscription = None,
     report: Annotated[Path | None, typer.Option(help="HTML report to write.")] = None,
     trace_out: Annotated[
         Path | None, typer.Option(help="Chrome trace of the first plan (opens in Perfetto).")
     ] = None,
-    seed: Seed = 0,
-    json: Json = False,
+    seed: opt.Seed = 0,
+    json: opt.Json = False,
 ) -> None:
     """Serve a workload under each plan, in simulation: who is faster beyond the noise, and why."""
     from ..placement.cost.evaluate import resolve_dispatch

@@ -8,15 +8,12 @@ from typing import Annotated
 import typer
 
 from . import output as show
-from .options import Json, Seed
+from .options import Json, NumExperts, Seed, TraceArgument
 
 app = typer.Typer(help="Get a trace, and see whether it is long enough.", no_args_is_help=True,
                   rich_markup_mode=None)
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create for the trace.")]
-NumExperts = Annotated[
-    int | None, typer.Option(help="Experts per layer, where the file does not say.")
-]
 
 
 @app.command()
@@ -110,7 +107,7 @@ def import_(
 
 @app.command()
 def info(
-    trace: Annotated[Path, typer.Argument(help="Trace folder, array file or engine dump.")],
+    trace: TraceArgument,
     devices: Annotated[int, typer.Option(help="Devices the learning curve packs for.")] = 8,
     num_experts: NumExperts = None,
     json: Json = False,

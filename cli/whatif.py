@@ -10,26 +10,19 @@ import typer
 from ..app.inputs import build_executor, read_model, read_trace, require_targets, writing
 from ..app.serving import build_workload
 from . import output as show
-from .options import Address, Json, Seed
+from .options import Address, Json, RoutingArgument, Seed, SizedModel
 from .serving_options import ArrivalsFile, OutputTokens, PromptTokens, Rate, Requests
 
 if TYPE_CHECKING:
     from ..simulator.whatif.run import WhatIf
 
 
-def register(app: typer.Typer) -> None:
-    """Put the verb on the root command."""
-    app.command()(whatif)
-
-
 def whatif(
-    trace: Annotated[Path, typer.Argument(help="Trace folder or array file: how tokens route.")],
+    trace: RoutingArgument,
     grid: Annotated[
         Path, typer.Argument(help="Grid of scenarios (YAML, see `schema grid`): `base`, `axes`.")
     ],
-    model: Annotated[
-        Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: sizes make times.")
-    ],
+    model: SizedModel,
     arrivals: ArrivalsFile = None,
     requests: Requests = 300,
     rate: Rate = 5.0,

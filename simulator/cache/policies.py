@@ -6,6 +6,7 @@ Experts are numbered over all layers, layer x E + expert; ties go to the lower n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
@@ -25,8 +26,8 @@ class Eviction(Protocol):
     def victim(self, resident: Collection[int], active: Collection[int]) -> int: ...
 
 
-class LeastRecent:
-    """LRU: the one unused for longest."""
+class _LastUse:
+    """Remembers when each expert was used last; one that is loaded counts as used."""
 
     def __init__(self) -> None:
         self.last: dict[int, int] = {}
@@ -36,25 +37,25 @@ class LeastRecent:
 
     def used(self, expert: int, turn: int) -> None:
         self.last[expert] = turn
+
+
+class LeastRecent(_LastUse):
+    """LRU: the one unused for longest."""
 
     def victim(self, resident: Collection[int], active: Collection[int]) -> int:
         return min(resident, key=lambda e: (self.last[e], e))
 
 
-class LeastFrequent:
+class LeastFrequent(_LastUse):
     """LFU: the one with fewest uses in the whole run; among equals the one unused for longest."""
 
     def __init__(self) -> None:
-        self.uses: dict[int, int] = {}
-        self.last: dict[int, int] = {}
-
-    def loaded(self, expert: int, turn: int) -> None:
-        self.last[expert] = turn
-        self.uses.setdefault(expert, 0)
+        super().__init__()
+        self.uses: Counter[int] = Counter()
 
     def used(self, expert: int, turn: int) -> None:
-        self.last[expert] = turn
-        self.uses[expert] = self.uses.get(expert, 0) + 1
+        super().used(expert, turn)
+        self.uses[expert] += 1
 
     def victim(self, resident: Collection[int], active: Collection[int]) -> int:
         return min(resident, key=lambda e: (self.uses[e], self.last[e], e))
@@ -76,20 +77,11 @@ class FirstIn:
         return min(resident, key=lambda e: (self.came[e], e))
 
 
-class InactiveThenLastIn:
+class InactiveThenLastIn(_LastUse):
     """Expert buffering (arXiv 2303.06182): first an expert without tokens in this step, the one
     unused for longest; else the one used last. Experts run in rising order in every step, so that
     one is needed again latest.
     """
-
-    def __init__(self) -> None:
-        self.last: dict[int, int] = {}
-
-    def loaded(self, expert: int, turn: int) -> None:
-        self.last[expert] = turn
-
-    def used(self, expert: int, turn: int) -> None:
-        self.last[expert] = turn
 
     def victim(self, resident: Collection[int], active: Collection[int]) -> int:
         inactive = [e for e in resident if e not in active]
@@ -98,21 +90,15 @@ class InactiveThenLastIn:
         return max(resident, key=lambda e: (self.last[e], -e))
 
 
-class CrossLayer:
+class CrossLayer(_LastUse):
     """ExpertFlow's slots: a layer's are free when it has run, the one that ran last first.
 
     It is the one whose turn comes last in the next step. Experts loaded ahead and not used yet
     stay; among equals the lower number goes.
     """
 
-    def __init__(self) -> None:
-        self.last: dict[int, int] = {}
-
     def loaded(self, expert: int, turn: int) -> None:
         self.last[expert] = -1
-
-    def used(self, expert: int, turn: int) -> None:
-        self.last[expert] = turn
 
     def victim(self, resident: Collection[int], active: Collection[int]) -> int:
         free = [e for e in resident if e not in active]

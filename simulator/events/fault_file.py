@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -32,6 +32,11 @@ DEVICE = Field(ge=0, description="device of the cluster, from 0")
 
 class _Fields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    makes: ClassVar[type[Fault]]
+
+    def fault(self) -> Fault:
+        """What happens in a run."""
+        return self.makes(**{name: value for name, value in self if name != "kind"})
 
 
 def _require_order(at_us: float, until_us: float | None) -> None:
@@ -42,6 +47,7 @@ def _require_order(at_us: float, until_us: float | None) -> None:
 class SlowDeviceFields(_Fields):
     """A device computes `factor` times as long; several on one device multiply."""
 
+    makes = SlowDevice
     kind: Literal["slow_device"]
     device: int = DEVICE
     factor: float = Field(ge=1, le=1e6, description="how many times as long it computes")
@@ -54,26 +60,20 @@ class SlowDeviceFields(_Fields):
         _require_order(self.at_us, self.until_us)
         return self
 
-    def fault(self) -> SlowDevice:
-        """What happens in a run."""
-        return SlowDevice(self.device, self.factor, self.at_us, self.until_us, self.group)
-
 
 class JitterFields(_Fields):
     """Devices' step times vary: exp(sigma x |normal|), drawn anew each step; several multiply."""
 
+    makes = Jitter
     kind: Literal["jitter"]
     sigma: float = Field(ge=0, le=4, description="spread of the logarithm of a device's time")
     devices: tuple[int, ...] | None = Field(default=None, description="none = all")
-
-    def fault(self) -> Jitter:
-        """What happens in a run."""
-        return Jitter(self.sigma, self.devices)
 
 
 class FlappingNicFields(_Fields):
     """A device's network port falls to a share of its rate, again and again."""
 
+    makes = FlappingNic
     kind: Literal["flapping_nic"]
     device: int = DEVICE
     share: float = Field(ge=1e-6, le=1, description="what is left of the port's rate while down")
@@ -90,17 +90,11 @@ class FlappingNicFields(_Fields):
             raise ValueError(f"down_us {self.down_us} must be less than period_us {self.period_us}")
         return self
 
-    def fault(self) -> FlappingNic:
-        """What happens in a run."""
-        return FlappingNic(
-            self.device, self.share, self.period_us, self.down_us, self.at_us, self.until_us,
-            self.group,
-        )
-
 
 class LostDevicesFields(_Fields):
     """Devices, or a whole node, are gone; survivors take over, and they may come back."""
 
+    makes = LostDevices
     kind: Literal["lost_devices"]
     at_us: float = Field(ge=0, le=LATEST_US, description="when they are gone, microseconds")
     devices: tuple[int, ...] = Field(default=(), description="devices of the cluster, from 0")
@@ -121,13 +115,6 @@ class LostDevicesFields(_Fields):
         if not self.devices and self.node is None:
             raise ValueError("name devices or a node")
         return self
-
-    def fault(self) -> LostDevices:
-        """What happens in a run."""
-        return LostDevices(
-            self.at_us, self.devices, self.node, self.detect_us, self.replan_us,
-            self.back_after_us, self.group,
-        )
 
 
 AnyFields = SlowDeviceFields | JitterFields | FlappingNicFields | LostDevicesFields

@@ -1,19 +1,25 @@
 """Prompts for demonstrations, from text that every Python installation has.
 
 Knows where text is found: the standard library's sources ("code"), the interactive help's topics
-("english"), and sentences of this package ("italian", "german", ...). Knows nothing of models.
+("english"), and `sentences.json`, written for this package: everyday work with computers and a
+town, told by each language in its own words ("italian", "german", ...). Knows nothing of models.
 Nothing is downloaded. Code and help come from the running Python, so prompts repeat exactly for the
 same Python version; those of the other domains repeat on every machine.
 """
 
+import json
 import random
 import sysconfig
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 from ...errors import InputError, UsageError
-from .paragraphs import SENTENCES, WRITTEN_WITHOUT_SPACES
 
+SENTENCES: dict[str, list[str]] = json.loads(
+    resources.files(__package__).joinpath("sentences.json").read_text("utf-8")
+)
+WRITTEN_WITHOUT_SPACES = frozenset({"japanese", "chinese"})
 DOMAINS: tuple[str, ...] = ("code", "english", *SENTENCES)
 
 

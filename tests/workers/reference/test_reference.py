@@ -31,8 +31,7 @@ from loadmaster.errors import InputError, UsageError
 from loadmaster.traces.analysis.drift import jsd_bits
 from loadmaster.workers.reference import reference_model_dir
 from loadmaster.workers.reference.bytes_tokenizer import decode, encode
-from loadmaster.workers.reference.paragraphs import SENTENCES
-from loadmaster.workers.reference.prompts import DOMAINS, demo_prompts
+from loadmaster.workers.reference.prompts import DOMAINS, SENTENCES, demo_prompts
 
 TEXT = Path(__file__).resolve().parents[4] / "shared" / "data" / "text"
 needs_text = pytest.mark.skipif(not TEXT.is_dir(), reason=f"real text not present: {TEXT}")
@@ -204,7 +203,7 @@ def test_prompts_do_not_depend_on_the_hash_seed() -> None:
 
 
 @pytest.mark.parametrize("sentences", SENTENCES.values(), ids=SENTENCES)
-def test_each_language_has_enough_prose(sentences: tuple[str, ...]) -> None:
+def test_each_language_has_enough_prose(sentences: list[str]) -> None:
     """At least 1,500 bytes a language, no sentence twice."""
     assert len("".join(sentences).encode()) >= 1_500
     assert len(set(sentences)) == len(sentences)
