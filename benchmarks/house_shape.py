@@ -27,7 +27,14 @@ MOST_FILES = 16
 ANY_NUMBER = ("cli",)          # one file a verb
 
 # What a user could name and no longer can, each with the reason. Empty: nothing may go.
-MAY_GO: dict[str, str] = {}
+MAY_GO: dict[str, str] = {
+    "Comparison(copies_name)": "now transfers_name: copies meant replicas and transfers",
+    "Comparison.copies_name": "now transfers_name",
+    "Plan.copies_LGE": "now replicas_LGE",
+    "Plan.copies_LGE(self)": "now replicas_LGE",
+    "Profile.loads_only": "`sample is None` says the same",
+    "simulate(happenings)": "now interventions",
+}
 
 
 def circles_section() -> Section:
