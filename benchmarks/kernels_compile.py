@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from loadmaster.kernels.activation import ActivationKind
 from loadmaster.kernels.gpu import product_kernels
 from loadmaster.kernels.gpu.tile_sizes import (
     GROUP_TILES,
@@ -200,7 +201,7 @@ def all_launches() -> Iterator[Launch]:
         yield from product_launches(tiles, float_type="fp32")
     smallest = fit_tiles(usual[0], 2, aligned=False)
     yield from product_launches(smallest, even=False, aligned=False, hidden=1, intermediate=1)
-    for kind in product_kernels.ACTIVATIONS[1:]:
+    for kind in get_args(ActivationKind)[1:]:
         yield from product_launches(default_tiles(64), kind, bias=kind == "gptoss_clamped")
     yield Launch("reduce", {"K": 8, "BLOCK_H": 1024}, 4, 3)
 

@@ -15,7 +15,7 @@ from loadmaster.kernels.routing import combine_rows, sort_by_slot
 
 def rank_layer(x_TH: Tensor, slot_TK: Tensor, gate_TK: Tensor, weights: ExpertWeights) -> Tensor:
     """The layer's output [T, H]. slot_TK: the slot of every assignment, negative = left out."""
-    order_A, count_S, row_TK = sort_by_slot(slot_TK, weights.slots)
+    order_A, count_S, row_TK = sort_by_slot(slot_TK, weights.shape.slots)
     token_A = order_A.div(max(slot_TK.shape[1], 1), rounding_mode="floor")
     x_AH = x_TH.index_select(0, token_A.to(x_TH.device))
     y_AH = grouped_experts(x_AH, count_S, weights)

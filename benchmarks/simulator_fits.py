@@ -40,7 +40,7 @@ def deepep() -> dict[str, Any]:
         fit, near = fit_exchange(table), fit_exchange(near_table)
         fits[direction] = {
             "alpha_us": fit.alpha_us, "alpha_per_log2_node_us": fit.alpha_per_log2_node_us,
-            "gigabytes_per_s": fit.bytes_per_s / 1e9, "fit_error": fit.error.to_dict(),
+            "gigabytes_per_s": fit.bytes_per_s / 1e9, "fit_error": vars(fit.error),
         }
         for row in published:
             if row["phase"] != direction:
@@ -80,13 +80,13 @@ def moe_gemm_h100() -> dict[str, Any]:
     rows = expert_rows_from(read_csv(DATA / "hardware" / "h100_fused_moe.csv"))
     kept, held = hold_back_half(rows.group, seed=0)
     error = _error(rows, kept, held)
-    others = [_error(rows, *hold_back_half(rows.group, seed=s)).to_dict() for s in range(1, 6)]
+    others = [vars(_error(rows, *hold_back_half(rows.group, seed=s))) for s in range(1, 6)]
     return {
         "holds": error.median <= 0.05 and error.p90 <= 0.15,
-        **error.to_dict(),
+        **vars(error),
         "fitted_rows": len(kept),
         "other_seeds": others,
-        "whole_groups_held_back": _whole_groups(rows).to_dict(),
+        "whole_groups_held_back": vars(_whole_groups(rows)),
     }
 
 

@@ -83,7 +83,7 @@ def _judged(
         **found.to_dict(),
         "fit": {"start_us": fit.start_us, "active_us": fit.active_us, "token_us": fit.token_us,
                 "residual_spread": float(np.log(fit.residual_MG).std()),
-                "error": fit.error.to_dict()},
+                "error": vars(fit.error)},
         "steps_per_plan": {name: len(us) for name, us in measured.items()},
         "measured_ms": {name: float(us.mean() / 1e3) for name, us in measured.items()},
         "predicted_ms": {name: float(us.mean() / 1e3) for name, us in predicted.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +17,6 @@ from ..app.inputs import (
     require_target,
 )
 from . import options as opt
-
-if TYPE_CHECKING:
-    from ..placement.plan import Plan
 
 PHASES = ("all", "prefill", "decode", "apart")
 
@@ -91,13 +88,14 @@ def plan(
     targets = _targets(out, phase)
     standing = load_plan(current)
     source, notes = read_routing(trace, num_experts)
+    own_dispatch: Any = "balanced" if standing is None else standing.dispatch
     if slots_per_device is None and standing is not None:
         slots_per_device = standing.slots_per_device
     options: dict[str, Any] = {
         "cluster": build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device,
                                  traffic, source.num_experts, oversubscription),
         "current": standing, "max_moves": max_moves, "max_bytes": max_bytes,
-        "model": read_model(model), "dispatch": dispatch or _own_dispatch(standing),
+        "model": read_model(model), "dispatch": dispatch or own_dispatch,
         "objective": objective, "effort": effort, "seed": seed,
         "steps": build_sampler(step_tokens, concurrency, order, 0), "horizon_steps": horizon,
         "executor": build_executor(address),
@@ -137,7 +135,3 @@ def _targets(out: Path | None, phase: str) -> dict[str, Path | None]:
         require_target(target)
         targets[part] = target
     return targets
-
-
-def _own_dispatch(standing: Plan | None) -> Any:
-    return "balanced" if standing is None else standing.dispatch

@@ -15,8 +15,6 @@ from . import serving_options as serve
 from .simulate_print import print_served
 
 if TYPE_CHECKING:
-    from ..placement.plan import Plan
-    from ..simulator.pricing.step_router import StepRouter
     from ..simulator.report.views import PlanView
     from ..simulator.serving.compare_served import Served
 
@@ -60,6 +58,7 @@ def simulate(
     """Serve a workload under each plan, in simulation: who is faster beyond the noise, and why."""
     from ..placement.cost.evaluate import resolve_dispatch
     from ..simulator.pricing.step_router import StepRouter
+    from ..simulator.report.chrome_trace import write_chrome_trace
     from ..simulator.report.views import views_of
     from ..simulator.serving.compare_served import serve_each
 
@@ -88,7 +87,8 @@ def simulate(
     if report is not None:
         write_page(report, served, views)
     if trace_out is not None:
-        write_timeline(trace_out, served, name, first, router)
+        with writing(trace_out):
+            write_chrome_trace(trace_out, served.results[name], first, router)
     if json:
         show.print_json(served.to_dict() | {"notes": [*notes, *served.notes]})
     else:
@@ -108,11 +108,3 @@ def write_page(path: Path, served: Served, views: list[PlanView]) -> None:
     )
     with writing(path):
         write_report(path, page)
-
-
-def write_timeline(path: Path, served: Served, name: str, plan: Plan, router: StepRouter) -> None:
-    """The Chrome trace of one plan's run."""
-    from ..simulator.report.chrome_trace import write_chrome_trace
-
-    with writing(path):
-        write_chrome_trace(path, served.results[name], plan, router)

@@ -60,3 +60,9 @@ def stored_rows(gate_first: Tensor, activation: ExpertActivation) -> Tensor:
     return torch.stack((gate_first[:intermediate], gate_first[intermediate:]), dim=1).flatten(0, 1)
 
 
+def stored_tensors(tensors: dict[str, Tensor], activation: ExpertActivation) -> dict[str, Tensor]:
+    """One expert's tensors with gate rows first, in the order the model stores."""
+    return {
+        name: stored_rows(tensor, activation) if "gate_up" in name else tensor
+        for name, tensor in tensors.items()
+    }

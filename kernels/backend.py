@@ -35,14 +35,26 @@ class SlotShape:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of the tensors of one expert, in a fixed order."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "gate_up": (2 * self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
+        return expert_shapes(self.hidden, self.intermediate, self.bias)
+
+    def zero_expert(self) -> SlotTensors:
+        """One expert, all zero."""
+        return {
+            name: torch.zeros(size, dtype=self.dtype, device=self.device)
+            for name, size in self.tensor_shapes().items()
         }
-        if self.bias:
-            shapes["gate_up_bias"] = (2 * self.intermediate,)
-            shapes["down_bias"] = (self.hidden,)
-        return shapes
+
+
+def expert_shapes(hidden: int, intermediate: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the tensors of one expert, in a fixed order."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
+    if bias:
+        shapes["gate_up_bias"] = (2 * intermediate,)
+        shapes["down_bias"] = (hidden,)
+    return shapes
 
 
 class SlotBackend(Protocol):

@@ -33,10 +33,10 @@ def grouped_experts(
     """
     _check_rows(x_AH, weights)
     whole = count_S.dtype in (torch.int32, torch.int64)
-    if tuple(count_S.shape) != (weights.slots,) or not whole or count_S.device.type != "cpu":
+    if tuple(count_S.shape) != (weights.shape.slots,) or not whole or count_S.device.type != "cpu":
         raise InputError(
             f"count_S is {tuple(count_S.shape)} {count_S.dtype} on {count_S.device}; "
-            f"it must be [{weights.slots}] int32 or int64 on cpu"
+            f"it must be [{weights.shape.slots}] int32 or int64 on cpu"
         )
     counts = count_S.tolist()
     if min(counts) < 0 or sum(counts) != len(x_AH):
@@ -66,10 +66,10 @@ def _output_like(x: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _check_rows(x: Tensor, weights: ExpertWeights) -> None:
-    if x.dim() != 2 or x.shape[1] != weights.hidden:
-        raise InputError(f"rows are {tuple(x.shape)}; they must be [rows, {weights.hidden}]")
-    if x.dtype != weights.dtype or x.device != weights.device:
+    if x.dim() != 2 or x.shape[1] != weights.shape.hidden:
+        raise InputError(f"rows are {tuple(x.shape)}; they must be [rows, {weights.shape.hidden}]")
+    if x.dtype != weights.shape.dtype or x.device != weights.shape.device:
         raise InputError(
-            f"rows are {x.dtype} on {x.device} but the weights {weights.dtype} on "
-            f"{weights.device}; convert one of them"
+            f"rows are {x.dtype} on {x.device} but the weights {weights.shape.dtype} on "
+            f"{weights.shape.device}; convert one of them"
         )

@@ -131,7 +131,7 @@ def expert_runs(
     )
     most = max(tokens_per_expert) * slots
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(most, hidden, generator=generator).to(dtype).to(layers[0].device)
+    x = torch.randn(most, hidden, generator=generator).to(dtype).to(layers[0].shape.device)
     order = itertools.cycle(itertools.product(range(0, slots, min(active_experts)), layers))
 
     def once_us(tokens: int, active: int) -> float:
@@ -219,9 +219,9 @@ def microseconds(device: torch.device, run: Callable[[], object]) -> float:
 
 
 def _time_once(x_AH: Tensor, tokens: int, slots: Sequence[int], weights: ExpertWeights) -> float:
-    count_S = torch.zeros(weights.slots, dtype=torch.int64)
+    count_S = torch.zeros(weights.shape.slots, dtype=torch.int64)
     count_S[list(slots)] = tokens
     out = torch.empty_like(x_AH)
     return microseconds(
-        weights.device, lambda: grouped_experts(x_AH, count_S, weights, out=out)
+        weights.shape.device, lambda: grouped_experts(x_AH, count_S, weights, out=out)
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activation import gate_rows_first, stored_rows
+from .activation import gate_rows_first, stored_tensors
 from .backend import BlockSizes, SlotShape, SlotTensors
 from .cpu.gates import gated_rows
 from .cpu.row_blocks import compute_in_blocks
@@ -24,11 +24,7 @@ class TorchSlots:
     def __init__(self, shape: SlotShape, block_sizes: BlockSizes) -> None:
         self.shape, self.block_sizes = shape, block_sizes
         # Tensors of their own, not parts of a large one: all begin at a cache line.
-        empty = {
-            name: torch.zeros(size, dtype=shape.dtype, device=shape.device)
-            for name, size in shape.tensor_shapes().items()
-        }
-        self._experts: list[SlotTensors] = [empty] * shape.slots
+        self._experts: list[SlotTensors] = [shape.zero_expert()] * shape.slots
 
     def set_slot(self, slot: int, tensors: SlotTensors) -> None:
         activation = self.shape.activation
@@ -40,12 +36,8 @@ class TorchSlots:
         }
 
     def get_slot(self, slot: int) -> SlotTensors:
-        activation = self.shape.activation
         tensors = {name: tensor.clone() for name, tensor in self._experts[slot].items()}
-        return {
-            name: stored_rows(tensor, activation) if "gate_up" in name else tensor
-            for name, tensor in tensors.items()
-        }
+        return stored_tensors(tensors, self.shape.activation)
 
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         if self.shape.device.type == "cpu":

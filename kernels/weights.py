@@ -76,32 +76,9 @@ class ExpertWeights:
         return cls(*_choose_backend(shape, backend))
 
     @property
-    def slots(self) -> int:
-        return self._backend.shape.slots
-
-    @property
-    def hidden(self) -> int:
-        return self._backend.shape.hidden
-
-    @property
-    def intermediate(self) -> int:
-        return self._backend.shape.intermediate
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._backend.shape.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._backend.shape.device
-
-    @property
-    def activation(self) -> ExpertActivation:
-        return self._backend.shape.activation
-
-    @property
-    def bias(self) -> bool:
-        return self._backend.shape.bias
+    def shape(self) -> SlotShape:
+        """Sizes and kinds of the slots."""
+        return self._backend.shape
 
     @property
     def backend(self) -> str:
@@ -111,10 +88,8 @@ class ExpertWeights:
     @property
     def bytes_per_slot(self) -> int:
         """Bytes of one expert's logical tensors: what a move between ranks sends."""
-        numbers = sum(
-            torch.Size(size).numel() for size in self._backend.shape.tensor_shapes().values()
-        )
-        return numbers * self.dtype.itemsize
+        numbers = sum(torch.Size(size).numel() for size in self.shape.tensor_shapes().values())
+        return numbers * self.shape.dtype.itemsize
 
     def set_slot(
         self,
@@ -140,19 +115,19 @@ class ExpertWeights:
     def load_slot(self, slot: int, tensors: Mapping[str, Tensor]) -> None:
         """`set_slot` from what `get_slot` returned, here or on another rank."""
         self._check_slot(slot)
-        shapes = self._backend.shape.tensor_shapes()
+        shapes = self.shape.tensor_shapes()
         if set(tensors) != set(shapes):
             raise InputError(
                 f"slot {slot} needs exactly {', '.join(shapes)}; got {', '.join(sorted(tensors))}"
             )
         for name, size in shapes.items():
             tensor = tensors[name]
-            if tuple(tensor.shape) != size or tensor.dtype != self.dtype:
+            if tuple(tensor.shape) != size or tensor.dtype != self.shape.dtype:
                 raise InputError(
                     f"{name} for slot {slot} is {tuple(tensor.shape)} {tensor.dtype}; "
-                    f"it must be {size} {self.dtype}"
+                    f"it must be {size} {self.shape.dtype}"
                 )
-        own = {name: tensors[name].detach().to(self.device) for name in shapes}
+        own = {name: tensors[name].detach().to(self.shape.device) for name in shapes}
         self._backend.set_slot(slot, own)
 
     def get_slot(self, slot: int) -> dict[str, Tensor]:
@@ -165,8 +140,8 @@ class ExpertWeights:
         self._backend.run(x_AH, count_S, out_AH)
 
     def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self.slots:
-            raise InputError(f"slot {slot} is past the table of {self.slots} slots")
+        if not 0 <= slot < self.shape.slots:
+            raise InputError(f"slot {slot} is past the table of {self.shape.slots} slots")
 
 
 def with_index(device: torch.device) -> torch.device:

@@ -76,11 +76,7 @@ class PackedSlots:
 
     def __init__(self, shape: SlotShape, block_sizes: BlockSizes) -> None:
         self.shape, self.block_sizes = shape, block_sizes
-        empty = {
-            name: torch.zeros(size, dtype=shape.dtype)
-            for name, size in shape.tensor_shapes().items()
-        }
-        self._experts: list[PackedExpert] = [self._packed(empty)] * shape.slots
+        self._experts: list[PackedExpert] = [self._packed(shape.zero_expert())] * shape.slots
 
     def set_slot(self, slot: int, tensors: SlotTensors) -> None:
         self._experts[slot] = self._packed(tensors)

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..activation import gate_rows_first, stored_rows
+from ..activation import gate_rows_first, stored_tensors
 from ..backend import BlockSizes, SlotShape, SlotTensors
 from . import product_kernels as kernels
 from .tile_map import map_tiles
@@ -61,10 +61,7 @@ class TritonSlots:
 
     def get_slot(self, slot: int) -> SlotTensors:
         tensors = {name: stacked[slot].clone() for name, stacked in self._stacked.items()}
-        return {
-            name: stored_rows(tensor, self.shape.activation) if "gate_up" in name else tensor
-            for name, tensor in tensors.items()
-        }
+        return stored_tensors(tensors, self.shape.activation)
 
     def run(self, x_AH: Tensor, count_S: Tensor, out_AH: Tensor) -> None:
         x_AH, counts = self._aligned_rows(x_AH), count_S.tolist()

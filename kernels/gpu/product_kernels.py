@@ -19,8 +19,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "gptoss_clamped")
-
 
 @triton.jit
 def _sigmoid(x: tl.tensor) -> tl.tensor:

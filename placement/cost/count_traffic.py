@@ -62,7 +62,8 @@ def count_layer(
     profile = cluster.hardware.compute
     extrapolated = _count_work(
         slot_AK, offset_W, width, slot_bytes_S, _table_by_tokens(profile, offset_W, slot_AK),
-        tokens_WG, active_WG, bytes_WG, table_us_WG, _table_end(profile),
+        tokens_WG, active_WG, bytes_WG, table_us_WG,
+        max(profile.expert_table_tokens, default=np.inf),
     )
     if not (timed and deals_fairly(cluster)):
         none_WGG = np.zeros((0, devices, devices))
@@ -114,10 +115,6 @@ def _table_by_tokens(
         return np.zeros(0)
     most = int(np.diff(offset_W).max(initial=0)) * slot_AK.shape[1]
     return interpolate(np.arange(most + 1), profile.expert_table_tokens, profile.expert_table_us)[0]
-
-
-def _table_end(profile: ComputeProfile) -> float:
-    return profile.expert_table_tokens[-1] if profile.expert_table_tokens else np.inf
 
 
 @compiled

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -36,10 +35,6 @@ class FitError:
 
     def __str__(self) -> str:
         return f"median {self.median:.1%}, p90 {self.p90:.1%}, worst {self.worst:.1%}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The four figures by name."""
-        return {"rows": self.rows, "median": self.median, "p90": self.p90, "worst": self.worst}
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ def begin_switch(
     ends; None = raise it.
     """
     serving = run.loop.groups[group]
-    finish = done or _nothing
+    finish = done or (lambda: None)     # no one waits for the switch
     if mode == "stop":
         serving.at_boundary(_heeding(refused, lambda _now: _stop(run, plan, group, finish)))
     elif mode == "layers":
@@ -183,7 +183,3 @@ def _widened(plan: Plan, other: Plan) -> Plan:
         return plan
     slots = np.pad(plan.slots, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
     return dataclasses.replace(plan, slots=slots)
-
-
-def _nothing() -> None:
-    """No one waits for the switch."""

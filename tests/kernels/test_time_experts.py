@@ -36,8 +36,8 @@ def test_weights_do_not_fit_a_cache() -> None:
     layers = cold_layers(
         512, 1024, torch.float32, torch.device("cpu"), "torch", SILU, slots=4, seed=0
     )
-    assert {weights.slots for weights in layers} == {4}
-    assert sum(weights.slots * weights.bytes_per_slot for weights in layers) >= COLD_BYTES
+    assert {weights.shape.slots for weights in layers} == {4}
+    assert sum(weights.shape.slots * weights.bytes_per_slot for weights in layers) >= COLD_BYTES
 
 
 def test_a_machine_that_changes_its_speed_biases_no_run() -> None:

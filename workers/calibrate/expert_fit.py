@@ -7,6 +7,7 @@ Knows the model's shape, measured steps and their trace. Turns them into a hardw
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from ...placement.cost.step_cost import step_cost
 from ...placement.cost.step_loads import step_loads
 from ...placement.hardware import ComputeProfile, HardwareProfile
 from ...placement.plan import Plan
+from ...simulator.calibrate.fits import FitError
 from ...simulator.calibrate.machine_profile import fit_expert_table
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import RECORDED
@@ -44,28 +46,36 @@ class ExpertFit:
 def fit_kernel(model: ModelSpec) -> ExpertFit:
     """Time the grouped kernel on this machine at a served model's shape and type (2, 4 or 8 bytes
     per parameter); takes seconds."""
+    dtype = {2.0: "bfloat16", 4.0: "float32", 8.0: "float64"}[model.bytes_per_parameter]
+    compute, error = time_model_experts(
+        model, dtype, tokens_per_expert=TIMED_TOKENS, active_experts=TIMED_ACTIVE, repeats=5
+    )
+    return ExpertFit(compute, error.median)
+
+
+def time_model_experts(
+    model: ModelSpec, dtype: str, **wanted: Any
+) -> tuple[ComputeProfile, FitError]:
+    """Experts of the model's shape, timed on one thread and fitted. wanted: see `time_experts`."""
     import torch
 
     from ...kernels.time_experts import time_experts
 
     assert model.hidden and model.intermediate
-    dtypes = {2.0: torch.bfloat16, 4.0: torch.float32, 8.0: torch.float64}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         rows = time_experts(
-            model.hidden, model.intermediate, dtype=dtypes[model.bytes_per_parameter],
-            tokens_per_expert=TIMED_TOKENS, active_experts=TIMED_ACTIVE, repeats=5,
+            model.hidden, model.intermediate, dtype=getattr(torch, dtype), **wanted
         )
     finally:
         torch.set_num_threads(threads)
-    compute, error = fit_expert_table(
+    return fit_expert_table(
         [r.tokens_per_expert for r in rows], [r.active_experts for r in rows],
         [r.cpu_us for r in rows],
         flops_per_assignment=model.flops_per_assignment,
         expert_bytes=float(model.bytes_per_expert_E()[0]),
     )
-    return ExpertFit(compute, error.median)
 
 
 def scale_to_live(

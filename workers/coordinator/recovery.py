@@ -73,7 +73,8 @@ class WorkerSet:
 
     def all(self, method: str, *args: Any, **options: Any) -> list[Any]:
         """Call a method of every rank and wait."""
-        return self._answers(self._fleet.call_all(method, *args, **options))
+        ranks = range(self._fleet.ranks)
+        return self._answers([self._fleet.call(g, method, *args, **options) for g in ranks])
 
     def _answers(self, calls: list[Any]) -> list[Any]:
         """What these calls came to; a rank that hangs meanwhile is lost."""
@@ -109,7 +110,6 @@ class WorkerSet:
         """Start all ranks; each reads its experts; the group forms under the tables."""
         self._fleet.start(self._ranks, self._settings.start_timeout_s)
         self.loaded = self._load(range(self._fleet.ranks))
-        self._rehydrate(range(self._fleet.ranks), tables)
         self._form(tables)
 
     def take_over(self, plans: PhasePlans) -> tuple[list[int], int]:
@@ -153,10 +153,11 @@ class WorkerSet:
                         "rank's copy: stop the group and start it from the checkpoint"
                     )
 
-    def _rehydrate(self, ranks: Sequence[int] | range, tables: Tables) -> None:
-        """These ranks read what the tables give them and they lack; nothing wrong is admitted."""
+    def _rehydrate(self, tables: Tables) -> None:
+        """The ranks read what the tables give them and they lack; nothing wrong is admitted."""
+        ranks = range(self._fleet.ranks)
         calls = [self._fleet.call(g, "hold", tables.experts_of(g)) for g in ranks]
-        for rank, read in zip(ranks, self._answers(calls), strict=True):
+        for rank, read in enumerate(self._answers(calls)):
             for (layer, expert), digest in read.items():
                 known = self.fingerprints.setdefault((layer, expert), digest)
                 if known != digest:
@@ -166,7 +167,9 @@ class WorkerSet:
                     )
 
     def _form(self, tables: Tables) -> None:
-        """All ranks meet at a fresh port under the next generation, and adopt the tables."""
+        """All ranks read what they lack, meet at a fresh port under the next generation, and adopt
+        the tables."""
+        self._rehydrate(tables)
         self._generation += 1
         generation = f"{self._generation}-{time.monotonic_ns()}"
         hosts = self._fleet.hosts()
@@ -203,9 +206,7 @@ class WorkerSet:
         if gone:
             return self._go_on_without(gone, reason, plans, epoch + 1)
         # What was staged serves only if it is part of the tables; the rest is thrown away.
-        tables = Tables.of(plans, epoch)
-        self._rehydrate(range(self._fleet.ranks), tables)
-        self._form(tables)
+        self._form(Tables.of(plans, epoch))
         return Recovered(reason, tuple(lost), (), plans, epoch)
 
     def _go_on_without(
@@ -215,9 +216,7 @@ class WorkerSet:
         self._announce(epoch, smaller)
         self._resized = smaller, epoch
         self._keep([g for g in range(self._fleet.ranks) if g not in gone])
-        tables = Tables.of(smaller, epoch)
-        self._rehydrate(range(self._fleet.ranks), tables)
-        self._form(tables)
+        self._form(Tables.of(smaller, epoch))
         return Recovered(reason, (), tuple(gone), smaller, epoch)
 
     def plans_for(
@@ -248,9 +247,7 @@ class WorkerSet:
         ranks, now = plans.prefill.num_devices, self._fleet.ranks
         self._fit(ranks)
         self._resized = plans, epoch
-        tables = Tables.of(plans, epoch)
-        self._rehydrate(range(ranks), tables)
-        self._form(tables)
+        self._form(Tables.of(plans, epoch))
         return Recovered("resized", (), tuple(range(ranks, now)), plans, epoch)
 
     def _fit(self, ranks: int) -> None:
@@ -309,18 +306,15 @@ class WorkerSet:
         self._answers([self._fleet.call(g, "renumber", one) for g, one in enumerate(self._ranks)])
 
     def _try_replace(self, rank: int) -> bool:
-        try:
-            self._replace(rank)
-        except RankLostError:
-            return False
-        return True
-
-    def _replace(self, rank: int) -> None:
         self._ranks[rank] = dataclasses.replace(
             self._ranks[rank], resume_recording=self._ranks[rank].record_to is not None
         )
-        self._fleet.replace(self._ranks[rank], self._settings.replace_timeout_s)
-        self._load([rank])
+        try:
+            self._fleet.replace(self._ranks[rank], self._settings.replace_timeout_s)
+            self._load([rank])
+        except RankLostError:
+            return False
+        return True
 
 
 def without_ranks(plans: PhasePlans, lost: Sequence[int], most_slots: int | None) -> PhasePlans:

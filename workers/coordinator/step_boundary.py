@@ -34,11 +34,6 @@ class Boundary:
         """Whether anything was handed in."""
         return bool(self._next or self._changes)
 
-    @property
-    def changes(self) -> int:
-        """How many changes of plan or size wait for their turn."""
-        return len(self._changes)
-
     def hand_in(self, work: Callable[[], Answer]) -> Future[Answer]:
         """Have it done at the next boundary; what it returns comes in the future."""
         future: Future[Answer] = Future()

@@ -6,7 +6,6 @@ Knows measured steps, recorded traces and plans. Serves nothing itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -31,9 +30,6 @@ class Figures:
     critical_path_us: float              # sum over layers of the slowest rank's expert CPU time
     step_wall_us: float | None
     steps: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 def measured(steps: Measurements) -> Figures:

@@ -73,10 +73,10 @@ class DemoResult:
         moved = self.applied
         return {
             "verdict": self.verdict,
-            "prefill": {n: getattr(self, n).to_dict() for n in ("before", "predicted", "measured")},
+            "prefill": {n: vars(getattr(self, n)) for n in ("before", "predicted", "measured")},
             "decode": {
                 "verdict": self.decode_verdict,
-                **{n: getattr(self, f"decode_{n}").to_dict()
+                **{n: vars(getattr(self, f"decode_{n}"))
                    for n in ("before", "predicted", "measured")},
             },
             "measured_gain": vars(self.gain),

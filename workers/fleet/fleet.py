@@ -49,9 +49,6 @@ class Fleet(Protocol):
     def call(self, rank: int, method: str, *args: Any, **options: Any) -> Any:
         """Start a method of one rank."""
 
-    def call_all(self, method: str, *args: Any, **options: Any) -> list[Any]:
-        """Start a method of every rank."""
-
     def gather(self, answers: list[Any], timeout_s: float) -> list[Any]:
         """All answers; the first failure is raised at once.
 

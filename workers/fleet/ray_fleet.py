@@ -314,9 +314,6 @@ class RayFleet:
     def call(self, rank: int, method: str, *args: Any, **options: Any) -> Any:
         return self._actors[rank].handle.run.remote(method, args, options)
 
-    def call_all(self, method: str, *args: Any, **options: Any) -> list[Any]:
-        return [self.call(g, method, *args, **options) for g in range(self.ranks)]
-
     def gather(self, answers: list[Any], timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         waiting = list(answers)

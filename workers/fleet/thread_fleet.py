@@ -53,16 +53,11 @@ class ThreadFleet:
     def pids(self) -> list[int]:
         return [os.getpid()] * self.ranks
 
-    @property
-    def rank_objects(self) -> list[Rank]:
-        """The ranks themselves."""
-        return [t.rank for t in self._threads]
-
     def start(self, settings: Sequence[RankSettings], timeout_s: float) -> None:
         self._threads = [_RankThread(one) for one in settings]
 
     def attach(self, timeout_s: float) -> list[Any]:
-        return self.gather(self.call_all("state"), timeout_s)
+        return self.gather([self.call(g, "state") for g in range(self.ranks)], timeout_s)
 
     def hosts(self) -> list[str]:
         return ["127.0.0.1"] * self.ranks
@@ -74,9 +69,6 @@ class ThreadFleet:
             lost.set_exception(RankLostError((rank,), f"rank {rank} was killed"))
             return lost
         return thread.call(method, *args, **options)
-
-    def call_all(self, method: str, *args: Any, **options: Any) -> list[Future[Any]]:
-        return [self.call(g, method, *args, **options) for g in range(self.ranks)]
 
     def gather(self, answers: list[Any], timeout_s: float) -> list[Any]:
         deadline = monotonic() + timeout_s

@@ -37,7 +37,7 @@ class ExpertStore:
     @property
     def capacity(self) -> int:
         """Physical slots, used or free."""
-        return sum(block.slots for block in self._blocks)
+        return sum(block.shape.slots for block in self._blocks)
 
     def reserve(self, experts: int) -> None:
         """Have room for this many more experts."""
@@ -92,7 +92,7 @@ class ExpertStore:
             block.load_slot(index, self.get(expert))
         self._blocks = [block]
         self._slot_of = {expert: index for index, expert in enumerate(held)}
-        self._free = list(range(len(held), block.slots))
+        self._free = list(range(len(held), block.shape.slots))
 
     def physical(self, experts: IntArray) -> IntArray:
         """The physical slot of each of these experts; 0 for an empty slot, which gets no rows."""
@@ -105,16 +105,16 @@ class ExpertStore:
         out = torch.empty_like(x_AH)
         row = slot = 0
         for block in self._blocks:
-            counts = count_P[slot : slot + block.slots]
+            counts = count_P[slot : slot + block.shape.slots]
             rows = slice(row, row + int(counts.sum()))
             if rows.stop > rows.start:
                 grouped_experts(x_AH[rows], torch.from_numpy(counts), block, out=out[rows])
-            row, slot = rows.stop, slot + block.slots
+            row, slot = rows.stop, slot + block.shape.slots
         return out
 
     def _locate(self, slot: int) -> tuple[ExpertWeights, int]:
         for block in self._blocks:
-            if slot < block.slots:
+            if slot < block.shape.slots:
                 return block, slot
-            slot -= block.slots
+            slot -= block.shape.slots
         raise LoadmasterError(f"physical slot {slot} is past the last block")

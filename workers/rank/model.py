@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ...foundation.quiet import quiet_transformers
 from ...kernels.activation import ExpertActivation
+from ...kernels.backend import expert_shapes
 from ...kernels.grouped import ExpertWeights
 from ...traces.model_spec import ModelSpec
 from ..protocol.settings import DTYPE_BYTES
@@ -66,13 +67,7 @@ class ExpertShape:
 
     def empty_expert(self, dtype: torch.dtype) -> ExpertTensors:
         """One expert's tensors by name, with any values: what an arriving expert looks like."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "gate_up": (2 * self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-        }
-        if self.bias:
-            shapes["gate_up_bias"] = (2 * self.intermediate,)
-            shapes["down_bias"] = (self.hidden,)
+        shapes = expert_shapes(self.hidden, self.intermediate, self.bias)
         return {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
 
 

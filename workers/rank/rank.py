@@ -25,7 +25,6 @@ from ...traces.trace import RoutingTrace
 from ..protocol.phase_plans import Tables
 from ..protocol.settings import RankSettings, served_spec
 from ..protocol.step_messages import Chunk, EpochMismatchError, StepResult, StepWork
-from ..protocol.transfers import Round
 from . import attention, expert_layer
 from .attention import PackedStep, RequestCache
 from .company_check import company_fault
@@ -45,7 +44,6 @@ GATHER_BYTES = 16 << 20
 _BUILDING = threading.Lock()
 
 Fingerprints = dict[tuple[int, int], str]     # (layer, expert) -> sha256
-Arrivals = tuple[list[tuple[int, int]], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -153,21 +151,17 @@ class Rank:
     def meet(
         self, hosts: tuple[str, str], port: int, generation: str, timeout_s: float
     ) -> None:
-        """Form a group with the other ranks. hosts: (where the store is, own address)."""
+        """Form a group with the other ranks; the one before is left for good.
+
+        hosts: (where the store is, own address).
+        """
         self.leave()
         if self._meeting is None or self._meeting.port != port:
             self._meeting = Rendezvous.find(hosts[0], port)
-        self.join(
-            Exchange.meet(
-                self._meeting, generation, self.settings.rank, self.settings.ranks,
-                timeout_s=timeout_s, host=hosts[1],
-            )
+        self._exchange = Exchange.meet(
+            self._meeting, generation, self.settings.rank, self.settings.ranks,
+            timeout_s=timeout_s, host=hosts[1],
         )
-
-    def join(self, exchange: Exchange) -> None:
-        """Enter a group. The one before is left for good."""
-        self.leave()
-        self._exchange = exchange
 
     def renumber(self, settings: RankSettings) -> None:
         """Become another rank of a group of another size; what is held stays."""
@@ -219,16 +213,6 @@ class Rank:
         self._context = None
 
     # ---- plan switches ---------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def stage(self, rounds: tuple[Round, ...], expected: Fingerprints) -> Arrivals:
-        """Carry these rounds together with all other ranks; serving tables stay as they are.
-
-        Returns what arrived whole and right, and what arrived corrupted and was thrown away.
-        """
-        if self._exchange is None:
-            raise LoadmasterError(f"rank {self.settings.rank} is in no group: join first")
-        return self._staging.run(rounds, self._exchange, expected)
 
     def verify(self, expected: Fingerprints) -> list[tuple[int, int]]:
         """Staged experts whose bytes went wrong since they arrived; they are thrown away."""

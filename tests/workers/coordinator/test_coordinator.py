@@ -115,7 +115,7 @@ def test_a_rank_that_has_switched_can_read_more_experts_from_the_checkpoint(
         group.apply(plan)
         serve(group, random_prompts(1, 2))            # retires and gathers what the switch left
     everything = [list(range(spec.num_experts))] * spec.num_layers
-    first, second = fleet.rank_objects[:2]
+    first, second = (thread.rank for thread in fleet._threads[:2])
     for rank in (first, second):
         rank.hold(everything)
         assert rank.held() == everything
@@ -310,7 +310,7 @@ def test_applies_that_wait_when_the_group_stops_are_told(
     spec = served_spec(directory, "bfloat16")
     with ThreadPoolExecutor(2) as pool:
         calls = [pool.submit(group.apply, shuffled_plan(spec, seed)) for seed in (1, 2)]
-        while not (group.status()["switching"] and group._boundary.changes):
+        while not (group.status()["switching"] and group._boundary._changes):
             time.sleep(0.01)
         group.stop()
         for call in calls:
