@@ -151,11 +151,11 @@ def test_a_file_that_cannot_be_written_or_read_is_said(tmp_path: Path) -> None:
 
 
 def test_copies_are_evidence_and_older_files_lack_them(tmp_path: Path) -> None:
-    assert PLAN.evidence is not None and PLAN.evidence.replicas is None
+    assert PLAN.evidence is not None and PLAN.evidence.copies is None
     document = json.loads(PLAN.to_json())
     assert document["evidence"].pop("copies") is None
     older = Plan.from_json(json.dumps(document))
     assert older.evidence == PLAN.evidence
     evidence = PLAN.evidence.model_copy(update={"copies": 0.5})
     again = Plan.from_json(dataclasses.replace(PLAN, evidence=evidence).to_json())
-    assert again.evidence is not None and again.evidence.replicas == 0.5
+    assert again.evidence is not None and again.evidence.copies == 0.5

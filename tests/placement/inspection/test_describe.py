@@ -22,7 +22,7 @@ def test_a_plan_says_its_shape_and_replicas() -> None:
     facts = dict(told.facts)
     assert facts["filled slots per device and layer"] == "2 to 3"
     assert facts["dispatch"] == "balanced" and facts["most replicas of an expert"] == 2
-    assert told.layer_columns == ("layer", "filled slots", "spare replicas", "most copies")
+    assert told.layer_columns == ("layer", "filled slots", "spare replicas", "most replicas")
     assert told.layer_rows == [("0", 6, 2, "0 x2, 2 x2"), ("1", 4, 0, None)]
 
 

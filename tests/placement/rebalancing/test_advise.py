@@ -119,7 +119,7 @@ def test_a_current_plan_that_does_not_fit_is_refused_before_planning(routing: Ro
         advise(routing, EVEN, current=full, steps=STEPS)
 
 
-def test_fewer_copies_win_within_slack_at_the_deciding_step() -> None:
+def test_fewer_transfers_win_within_slack_at_the_deciding_step() -> None:
     """Both are flat; one has experts in the node that their requests come from."""
     rng = np.random.default_rng(0)
     request = np.repeat(np.arange(240), 40)
@@ -136,7 +136,7 @@ def test_fewer_copies_win_within_slack_at_the_deciding_step() -> None:
     assert advice.chosen == "auto"
     assert "node transfers per token" in advice.verdict
     row, standing = advice.comparison.row("auto"), advice.comparison.row(CURRENT)
-    assert row.replicas is not None and row.replicas < 0.8 * (standing.replicas or 0)
+    assert row.transfers is not None and row.transfers < 0.8 * (standing.transfers or 0)
     assert row.metric <= standing.metric + advice.comparison.balance_slack
 
 
