@@ -48,6 +48,6 @@ def test_copies_are_kept_where_they_cost_bytes() -> None:
     two = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=3)
     evidence = plan(trace(), two, steps=STEPS, method="greedy").evidence
     assert evidence.copies is not None and 0 < evidence.copies < 2
-    assert evidence.copies == pytest.approx(np.mean([x.replicas for x in evidence.layers]))
+    assert evidence.copies == pytest.approx(np.mean([x.copies for x in evidence.layers]))
     one = Cluster.preset("h100", devices_per_node=4, slots_per_device=3)
     assert plan(trace(), one, steps=STEPS, method="greedy").evidence.copies is None
