@@ -50,7 +50,7 @@ ROUNDS, ROUNDS_BALANCE = 6, 24
 # it, and cost nothing.
 PER_SLOT_FEW, FEWEST_FEW, FEWEST_BALANCE = 200, 6_000, 16_000
 PER_SLOT_BUDGETED, FEWEST_BUDGETED = 1_000, 30_000
-PER_SLOT_MANY, FEWEST_MANY = 15, 5_000
+PER_SLOT_MANY, FEWEST_MANY = 9, 3_000
 SCENARIOS_FEW, SCENARIOS_MANY = 192, 48   # fresh rows of each kind, each round: few are overfitted
 SCENARIOS_COPIES = 48        # the same where transfers cost: rows ask for room that saves none
 HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
