@@ -31,7 +31,7 @@ MAY_DIFFER: dict[str, str] = {
     "time_on_uneven_devices": _ONE_LOOP + "734.22 -> 734.07 us planned, 739.39 -> 739.53 held "
     "back (0.02 %)",
     "balance_on_many_devices": _ONE_LOOP + "1.0298 -> 1.0196 planned, 1.0538 -> 1.0451 held back; "
-    "more transfers, since only plans within balance_slack compete by them",
+    "transfers per token 2.25 -> 2.16",
     "dispatch_even": "plans are scored by the dispatch itself: a shortcut for policies blind to "
     "the home rank was off by up to 0.012 a step",
     "scenarios_swept": _ONE_LOOP + "the cells that plan with auto",
