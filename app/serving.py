@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..simulator.serving.simulate import Intervention, Serving
     from ..simulator.serving.workload import Workload
 
-MOST_IN_FLIGHT = 1024        # requests, where a step has room for so many
+MOST_IN_FLIGHT = 1024        # requests, where a step can hold so many
 
 
 def build_slo(ttft_ms: float | None, tpot_ms: float | None) -> Slo | None:

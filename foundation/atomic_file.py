@@ -19,8 +19,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes its place at `path` when the block ends without an error.
 
     Temporary name, fsync, rename, fsync of the folder: a reader sees the old file or the new one,
-    never a part. After an error the old file stands and no temporary file is left. Raises OSError
-    as the system does.
+    never a part. After an error the old file is unchanged and no temporary file is left. Raises
+    OSError as the system does.
     """
     temporary = path.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}"
     try:

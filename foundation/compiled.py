@@ -171,7 +171,7 @@ def _prefetch(typing_context: Any, array: Any, first: Any, second: Any) -> Any:
     return numba.types.void(array, numba.types.intp, numba.types.intp), generate
 
 
-# In compiled code `prefetch(array, i, j)` asks for the cache line of array[i, j] and does not wait:
+# In compiled code `prefetch(array, i, j)` requests the cache line of array[i, j] and does not wait:
 # for rows read in an order the processor cannot guess.
 prefetch = cast(Callable[[Any, Any, Any], None], _prefetch)
 

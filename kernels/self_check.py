@@ -3,7 +3,7 @@
 Placement changes which rows meet in a batch, so a product whose rows depend on their number or
 place would change outputs. No reading of a library's code can rule that out on every processor;
 a trial with the very widths can. Rows run alone, in pairs, in small batches, in batches that fill
-each block their backend uses, so that a row stands at every place of it, and in a large one. Knows
+each block their backend uses, so that a row is at every place of it, and in a large one. Knows
 rows and what computes them. Knows nothing of plans, ranks or models.
 """
 

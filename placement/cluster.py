@@ -1,6 +1,6 @@
 """Cluster: nodes, devices, links and the traffic mode that a plan is made for.
 
-Knows sizes and speeds. Knows nothing of experts, plans or traces. Presets are YAML files beside
+Knows sizes and speeds. Knows nothing of experts, plans or traces. Presets are YAML files next to
 this module; a user's own cluster is the same YAML.
 """
 

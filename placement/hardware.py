@@ -50,9 +50,9 @@ class ExchangeProfile(BaseModel):
     """Time of one all-to-all (dispatch or combine) of one layer.
 
     alpha_us + alpha_per_log2_node_us · log2(N) + the most loaded port's bytes over its rate, and
-    between nodes no less than under fair sharing where rates are dealt (`fair_sharing.py`).
-    `table` (bytes on the most loaded port -> us, linear) replaces the line where it fits badly, as
-    NCCL's plateau does inside a node.
+    between nodes no less than under fair sharing where rates are max-min fair
+    (`cost/max_min_rates.py`). `table` (bytes on the most loaded port -> us, linear) replaces the
+    line where it fits badly, as NCCL's plateau does inside a node.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

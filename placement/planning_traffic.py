@@ -187,7 +187,7 @@ def _steps_of_trace(
 
 
 def _steps_of_loads(profile: Profile) -> PlanningSteps:
-    """Average loads as steps, one per window; windows of any scale weigh alike."""
+    """Average loads as steps, one per window; windows of any scale have equal weight."""
     loads = np.asarray(profile.load_WLE, np.float64)
     return PlanningSteps(
         None, None, (), None, loads, profile.num_experts, profile.num_layers,

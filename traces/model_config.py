@@ -264,7 +264,7 @@ def _dtype_bytes(whole: Config, config: Config) -> float:
 def _weight_bytes(
     path: Path, whole: Config, config: Config, shape: tuple[int | None, int | None, int]
 ) -> tuple[float, int]:
-    """Bytes per weight of an expert, and bytes of scales per expert beside them."""
+    """Bytes per weight of an expert, and bytes of scales per expert in addition."""
     quantised = config.get("quantization_config") or whole.get("quantization_config")
     if not isinstance(quantised, dict):
         return _dtype_bytes(whole, config), 0

@@ -129,7 +129,7 @@ class ModelSpec(BaseModel):
         )
 
     def listed_bytes_E(self) -> npt.NDArray[np.int64] | None:
-        """[E] weight bytes of each expert where they are listed; None where all are alike."""
+        """[E] weight bytes of each expert where they are listed; None where all have one size."""
         return None if self.expert_bytes is None else self.bytes_per_expert_E()
 
     @property

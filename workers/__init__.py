@@ -2,7 +2,7 @@
 
 `group/` is the face; `coordinator/` leads, `rank/` computes, `fleet/` says where ranks live and
 `protocol/` what they say to each other; `control/` looks for better plans while they serve;
-`calibrate/`, `jobs/`, `demo/` and `reference/` (the shipped model) stand beside. Knows nothing of
+`calibrate/`, `jobs/`, `demo/` and `reference/` (the shipped model) complete it. Knows nothing of
 who asks: no command line, no HTTP.
 """
 

@@ -29,7 +29,7 @@ def _madvise() -> Any:
 def use_huge_pages(address: int, size_bytes: int) -> bool:
     """Move the pages that hold a stretch of memory into huge pages; contents stay.
 
-    The stretch is widened to whole huge pages, so what lies beside it moves too. Returns whether
+    The stretch is widened to whole huge pages, so what is next to it moves too. Returns whether
     the kernel did it all; short stretches, older kernels, other systems and full memory give False.
     """
     madvise = _madvise()

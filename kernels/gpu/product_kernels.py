@@ -179,7 +179,7 @@ def down(
     """y = down(act), unweighted.
 
     weights [S, H, I]. Every row of y is written by one tile, once per column block. Gates
-    are left to `reduce`, so that rows computed here and on another rank round alike.
+    are left to `reduce`, so that rows computed here and on another rank round equally.
     """
     FRESH: tl.constexpr = weights.dtype.element_ty == tl.float32
     tiles = tl.load(tile_count)

@@ -127,7 +127,7 @@ def fit_tiles(tiles: Tiles, element_bytes: int, *, aligned: bool = True) -> Tile
     float32 is multiplied from registers, so its blocks are smaller. aligned: both sizes are
     multiples of ALIGNED; elsewhere single elements are loaded through registers, and half the
     depth keeps them there. Depth depends on element size and alignment alone, so a row is summed
-    alike in every batch.
+    equal in every batch.
     """
     wide = element_bytes == 4
     fitted = []

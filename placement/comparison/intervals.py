@@ -1,4 +1,4 @@
-"""Which interval stands where, and why; and what the kinds have in common.
+"""Which interval is used where, and why; and what the kinds have in common.
 
 All are of CONFIDENCE, on both sides unless they say otherwise. They differ in what is independent
 of what:

@@ -10,7 +10,7 @@ effects, so even a trace in which requests turn over only a few times tells A.
 
 A parametric bootstrap over requests. The likelihood of (A, N) is read on a grid of
 h = A's part of a step's variance, uniform beforehand; every resample draws h, then N from its
-scaled inverse chi-square, then new requests and noise, and thereby a new mean. Differences between
+scaled inverse chi-square, then new requests and noise, and so a new mean. Differences between
 plans are fitted as differences, step by step: the comparison is paired.
 """
 

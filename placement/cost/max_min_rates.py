@@ -2,7 +2,7 @@
 
 The most loaded port says how long an exchange takes as long as it works without a pause. A busy
 device behind an oversubscribed spine does not: at first all flows of its node get equal shares, and
-its own bytes are left over at the end, alone on the NIC. So here the rates are dealt, max-min fair,
+its own bytes are left over at the end, alone on the NIC. So here the rates are max-min fair,
 again whenever flows end: exactly behind a shared spine. Without one, ends within MERGED of the port
 bound are dealt as one, at the first of them: with the port bound as floor the price is then up to 3
 % low on random traffic, 2 % on traces. Knows transfers from device to device and rates of links.

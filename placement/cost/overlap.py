@@ -68,7 +68,7 @@ class LayerTimes:
     exchange where nothing tells them apart); *_intra: the part inside a node; exchange_fixed: the
     start of one exchange, paid again for each chunk. other: attention, norms and shared experts of
     the layer, counted by the caller's step time already. background: other traffic between nodes
-    that wants the links meanwhile (weights on the move).
+    that needs the links meanwhile (weights on the move).
     """
 
     compute: FloatArray
@@ -95,7 +95,7 @@ def schedule_layer(
     other_us: FloatArray | float = 0.0,
     background_us: FloatArray | float = 0.0,
 ) -> FloatArray:
-    """[W, L] microseconds that the expert layer adds to the step, beside `other_us`.
+    """[W, L] microseconds that the expert layer adds to the step, in addition to `other_us`.
 
     None is the plain sum of dispatch, compute and combine. Never below the compute alone, except
     that two_batch may hide compute behind an exchange that is longer, and the reverse.

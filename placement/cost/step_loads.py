@@ -79,7 +79,7 @@ def step_loads(
     dispatch None: the plan's own. layers: which of the plan's layers, all by default (`coherent`
     needs them all). expert_bytes_E: weight bytes of each expert, for weight_bytes_WLG. home_A: rank
     that each token of `steps` comes from; None = the trace's. timed False: the loads will not be
-    priced, and no rates need be dealt.
+    priced, and no fair rates are needed.
     Raises InputError when plan, trace and cluster do not belong together.
     """
     check_fit(trace, plan, cluster)

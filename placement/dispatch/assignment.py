@@ -12,7 +12,7 @@ all-gather after the first; whoever replays a trace makes them for all ranks at 
     ByExpert      assignments by expert; for most policies
     ByClass       by expert and the destinations its token visits anyway: `balanced` where a token
                   travels once per rank or node (deduplicated.py)
-    ByPosition    by slot: the engines' rules that see where a token stands in its batch choose at
+    ByPosition    by slot: the engines' rules that see where a token is in its batch choose at
                   once, and the counts only announce what is sent
 
 Knows one layer at a time; every step is dispatched by itself. Knows nothing of tensors, of the

@@ -45,7 +45,7 @@ class Policy:
     name: str
     code: int
     needs_all_counts: bool       # one all-gather of counts before each dispatch
-    by_position: bool            # looks at where a token stands, not only at counts
+    by_position: bool            # depends on a token's position, not only on counts
     parameters: tuple[tuple[str, int, float], ...] = ()   # (name, place, default)
 
 

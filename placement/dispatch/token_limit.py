@@ -4,16 +4,15 @@ Runs before dispatch, on one step of one layer: ids in, ids out, a dropped choic
 and which rank holds which expert. Knows nothing of traffic or time. A rule changes the model's
 output, so it acts only where it is asked for, and what it dropped or moved is always reported.
 
-Rules (after Capacity-Aware Inference, arXiv 2503.05066):
-drop      every expert keeps its C assignments of highest gate, C = max(1, ceil(gamma·A / E)) but
-          at most the step's tokens; the rest are dropped, and nothing refills them (the paper's
-          public patch refills from the ordinary top-k, which brings the dropped ones back).
-reroute   drop; then a token's lost choices go to experts on its own rank that have room and that
-          it does not use yet, best score first over all tokens. The paper's expanded drop with k
-          enforced, save that a local candidate never displaces a chosen one. Own rank means what
-          `holds_GE` says, never all experts (the public code reads it so unless told otherwise).
-Scope device: the limit is one per rank, n·C for the n experts on it, in place of one per expert.
-Gates are not rescaled. Ties go to the lower token, then to the lower choice or expert.
+Rules (after Capacity-Aware Inference, arXiv 2503.05066): drop      every expert keeps its C
+assignments of highest gate, C = max(1, ceil(gamma·A / E)) but at most the step's tokens; the rest
+are dropped, and nothing refills them (the paper's public patch refills from the ordinary top-k,
+which brings the dropped ones back). reroute   drop; then a token's lost choices go to experts on
+its own rank that have capacity and that it does not use yet, best score first over all tokens. The
+paper's expanded drop with k enforced, save that a local candidate never displaces a chosen one. Own
+rank means what `holds_GE` says, never all experts (the public code reads it so unless told
+otherwise). Scope device: the limit is one per rank, n·C for the n experts on it, in place of one
+per expert. Gates are not rescaled. Ties go to the lower token, then to the lower choice or expert.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An engine's file holds less than a plan: neither evidence nor provenance. What an engine cannot
 hold (uneven slots, an expert twice on a device) is refused, naming the nearest plan that it can.
-Keep the plan file beside an exported one.
+Keep the plan file with an exported one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A plan as rows of equal slots, or a refusal that names the nearest plan that is.
 
 What SGLang, TensorRT-LLM, vllm-ascend and EPLB share: S slots per layer, slot s on device
-s // (S / G), every slot filled, every layer alike. Knows nothing of their files.
+s // (S / G), every slot filled, every layer with as many. Knows nothing of their files.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class ImportedPlan:
 
 @dataclass(frozen=True)
 class Known:
-    """The file, and what the caller knows beside it."""
+    """The file, and what the caller knows in addition."""
 
     path: Path
     num_devices: int | None = None

@@ -1,7 +1,7 @@
 """Whether a layer's experts of different sizes fit into its devices' bytes at all, by a program.
 
 Rules of thumb such as largest-first miss packings that exist; this finds one or proves that there
-is none. Experts of one size are alike to memory, so the program counts them by size. Knows sizes,
+is none. Experts of one size need equal memory, so the program counts them by size. Knows sizes,
 slots and bytes; loads only order what the counts leave open. Knows nothing of steps or search.
 """
 

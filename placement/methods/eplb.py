@@ -1,4 +1,4 @@
-"""DeepSeek's expert placement load balancer (EPLB), as a baseline to be judged beside.
+"""DeepSeek's expert placement load balancer (EPLB), as a baseline.
 
 Reproduces the published algorithm: replicas by largest load per replica, packing of equal counts by
 longest processing time, and the hierarchical variant that first packs expert groups onto nodes.

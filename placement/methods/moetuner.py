@@ -85,7 +85,7 @@ def cluster_layer(
     seconds: float | None = None,
     on_gap: OnGap | None = None,
 ) -> Clusters:
-    """ILP 1, repaired: cluster one layer's experts so that clusters carry alike.
+    """ILP 1, repaired: cluster one layer's experts so that clusters carry equal loads.
 
     x[e][c] = 1 if expert e is in cluster c.   E experts, C clusters, T_c = sum_e load[e] x[e][c].
     minimise  z
@@ -141,7 +141,7 @@ def _heaviest(load_E: FloatArray, cluster_E: IntArray, clusters: int) -> float:
 def _heaviest_bound(load_E: FloatArray, sizes: Sequence[tuple[int, int]]) -> float:
     """No clusters are lighter: the heaviest holds the mean and the heaviest expert with company.
 
-    A cluster of at least `least` experts holds the lightest ones beside the heaviest, at best.
+    A cluster of at least `least` experts holds the lightest ones with the heaviest, at best.
     """
     company = max(0, min(least for least, _ in sizes) - 1)
     heaviest = float(load_E.max() + np.sort(load_E)[:company].sum())
@@ -158,7 +158,7 @@ def _valid(cluster_E: IntArray, sizes: Sequence[tuple[int, int]]) -> IntArray:
 
 
 def _lpt_with_swaps(load_E: FloatArray, sizes: Sequence[tuple[int, int]]) -> IntArray:
-    """Heaviest first onto the lightest cluster with room, then swaps that lower the heaviest."""
+    """Heaviest first onto the lightest cluster with capacity, then swaps that lower the heaviest."""
     clusters = len(sizes)
     sums, count = np.zeros(clusters), np.zeros(clusters, np.int64)
     least = np.array([a for a, _ in sizes])

@@ -28,10 +28,10 @@ def pack_heaviest_first(
     load_E [E] tokens, split evenly over replicas_E [E]; slots_G [G] slots per device; speed_G [G]
     relative speeds (1 where None); size_E [E] bytes and room_G [G] bytes where memory limits too.
     Returns slots_GC [G, max slots] int16, EMPTY where a slot holds nothing. The heaviest replica
-    goes to the device that would finish first, among devices with a free slot, enough room and no
-    replica of that expert; ties go to the lower expert id, then the lower device. Where no device
-    qualifies, another expert is moved out of the way; if that fails too the replica is left out.
-    Where that leaves an expert without any, memory is short: then every expert is placed once,
+    goes to the device that would finish first, among devices with a free slot, enough capacity and
+    no replica of that expert; ties go to the lower expert id, then the lower device. Where no
+    device qualifies, another expert is moved out of the way; if that fails too the replica is left
+    out. Where that leaves an expert without any, memory is short: then every expert is placed once,
     largest first, before any second replica. An expert missing even so fits nowhere by this rule,
     and the caller must refuse. Cost O(S·G). Source: Graham (1969) with a count limit per device.
     """
@@ -114,7 +114,7 @@ def _evict(
 ) -> int:
     """Move the lightest possible expert from a full device to one with a free slot.
 
-    Returns the device that now has room for e, or -1.
+    Returns the device that can now hold e, or -1.
     """
     best_to, best_from, best_slot, best_weight = -1, -1, -1, np.inf
     for to in range(len(slots_G)):

@@ -28,7 +28,7 @@ class WholeModel:
 
     load_LE: FloatArray              # [L, E] mean tokens per planning step
     transition_LEE: IntArray         # [L-1, E, E] pairs (expert, expert of the next layer)
-    slots_G: IntArray                # [G] slots of each device, alike in all layers
+    slots_G: IntArray                # [G] slots of each device, the same in all layers
     speed_G: FloatArray              # [G]
     hop_GG: FloatArray               # [G, G] price of a token's way: 0 on a device, 1 in its node
     seed: int

@@ -1,4 +1,4 @@
-"""A plan's evidence: objective, bound and gap from its layers' answers, and what to know beside.
+"""A plan's evidence: objective, bound and gap from its layers' answers, and its notes.
 
 Knows answers, planning steps and what was asked. Knows nothing of how slots were found or of files.
 """
@@ -81,7 +81,7 @@ BOUND_KINDS = {
 def notes_on(
     answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
 ) -> tuple[str, ...]:
-    """What a reader of the plan should know beside the numbers."""
+    """What a reader of the plan should know besides the numbers."""
     said = []
     filled = sum(int((a.slots_GC >= 0).sum()) for a in answers)
     closed = closed_by_memory(answers, settings)

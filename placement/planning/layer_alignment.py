@@ -45,7 +45,7 @@ def linked(
 
 
 def can_align(cluster: Cluster) -> bool:
-    """Whether devices may change names: tokens stay where they are, and devices are alike."""
+    """Whether devices may change names: tokens stay where they are, and devices are equal."""
     kinds = {(d.slots, d.speed, d.expert_memory_bytes) for d in cluster.devices}
     alike = len(kinds) == 1 and cluster.devices[0].expert_memory_bytes is None
     return cluster.traffic.mode == "coherent" and alike and cluster.num_devices > 1

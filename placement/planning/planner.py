@@ -296,7 +296,7 @@ def resolve_settings(
 
 
 def most_steps(settings: Settings) -> int:
-    """Steps to plan on at most, of the planning part and of what is held back alike."""
+    """Steps to plan on at most, of the planning part, and of what is held back."""
     return MOST_TIMED_STEPS if settings.objective == "time" else MOST_STEPS
 
 

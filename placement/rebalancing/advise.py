@@ -54,7 +54,7 @@ class Advice:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know beside the table."""
+        """What to know besides the table."""
         fired = [name for name, result in self.results.items() if result.truncated]
         told = {self.chosen, REBALANCE}
         return (

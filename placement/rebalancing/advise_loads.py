@@ -40,7 +40,7 @@ class LoadAdvice:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know beside the table."""
+        """What to know besides the table."""
         fired = [n for n, result in self.results.items() if result.truncated and n != CURRENT]
         return (
             *(f"{name}: cannot ({why})" for name, why in self.cannot.items()),

@@ -1,4 +1,4 @@
-"""How far each layer should go from where it stands: budgets tried, judged, shared, and made sure.
+"""How many moves each layer should make: budgets are tried, judged, shared out and confirmed.
 
 A ladder is one layer at rising budgets of moves, searched on each half of the traffic and judged on
 the other. Which layer gets how much is decided on one judging half, and what that is worth is read
@@ -28,7 +28,7 @@ ROUNDING = 1e-9                  # of the budget: prices are added up in differe
 
 @dataclass(frozen=True)
 class BudgetSweep:
-    """One layer at rising budgets; index 0 is the layer as it stands.
+    """One layer at rising budgets; index 0 is the layer as it is.
 
     slots_FK[f][k]: searched on half f. price_FK: what its moves cost, in shares of the budget.
     cost_FKW[f]: [K, W] its objective on the other half's steps. wide_FK: its mean objective on

@@ -1,6 +1,6 @@
 """rebalance(): from a standing plan to the best one within a budget of moves.
 
-Every layer is searched from where it stands, at several budgets, on each half of the requests and
+Every layer is searched from its current slots, at several budgets, on each half of the requests and
 judged on the other; the budget is then shared between layers by gain per move (`ladders.py`).
 Nothing moves unless the gain shows on requests that were not searched on, beyond what other draws
 of them would make of it. Survivors of lost devices are `survivors.py`.

@@ -64,7 +64,7 @@ def plan_without(plan: Plan, lost: Sequence[int], most_slots: int | None = None)
     """The same for a group that goes on smaller: only the survivors' rows, in their old order.
 
     most_slots: that a device may use in a layer; None = as many as there are experts. Raises
-    InfeasibleError where the survivors have no room.
+    InfeasibleError where the survivors cannot hold it.
     """
     alive = _alive(plan, frozenset(lost))
     limit = plan.num_experts if most_slots is None else most_slots

@@ -132,7 +132,7 @@ def judged(task: LayerTask, name: str, slots_GC: SlotArray) -> Candidate:
 
 
 def answer_with(task: LayerTask, candidate: Candidate) -> LayerAnswer:
-    """The layer's answer: the candidate, its planning score and the bound beside it."""
+    """The layer's answer: the candidate, its planning score and its bound."""
     bound = layer_bound(task)
     if task.traffic.validation is None:
         return LayerAnswer(

@@ -2,7 +2,7 @@
 
 Three kinds of rows, each an [E] load scaled so that perfect balance is 1:
   home      sampled steps of the trace, moved away from their mean, so that once all are perfect the
-            search still walks towards plans with room to spare;
+            search still moves towards plans with spare capacity;
   requests  one kind of request makes up the whole step: requests are clustered by what they use,
             a cluster is drawn, then a few of its members (weights uniform on the simplex), moved
             away from the mean, times lognormal noise. Rare kinds count as much as common ones:

@@ -32,7 +32,7 @@ from .annealing.step_time import DeviceTimes, improve_step_time
 from .annealing.token_split import ALIKE, LEVEL, ONE
 from .layer_task import LayerTask, score
 
-RULES = {"balanced": LEVEL, "fewest_active": ONE}   # all others: replicas share alike, or nearly so
+RULES = {"balanced": LEVEL, "fewest_active": ONE}   # all others: equal shares, or nearly so
 SPARE_SHARES = (0.0, 0.25, 0.5, 1.0)                # of spare slots that starts fill
 MOVES_PER_SLOT, FEWEST_MOVES = 40, 8_000
 HOT, COLD = 1e-3, 3e-5      # temperatures, in units of the mean step's time

@@ -26,7 +26,7 @@ def deal_node(
     """One layer of a node's ranks, the first of which is device `first`; its counts go out zero.
 
     A layer's tables stay in the processor's nearest cache while all ranks of the node use them.
-    node_S, work_XP and before_G are room to work in. Products of a count and its replicas must fit
+    node_S, work_XP and before_G are work space. Products of a count and its replicas must fit
     the counter. far_DG: transfers to each device outside the node; no rows = not wanted.
     """
     before_G[:] = 0    # what the node has sent to each device

@@ -30,7 +30,7 @@ def chrome_events(
 ) -> list[dict[str, Any]]:
     """Trace events; `plan` is the one the run started with. Times in microseconds.
 
-    Layers of a step are scaled to the time it took in the run (a step of the bank stands for it).
+    Layers of a step are scaled to the time it took in the run (a step of the bank represents it).
     """
     events = [_name("process_name", STEPS, 0, "serving groups")]
     steps = result.steps

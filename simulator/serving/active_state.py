@@ -57,7 +57,7 @@ class ActiveState:
             )
 
     def switch_plan(self, group: int, plan: Plan) -> None:
-        """Put active what of a plan stands on the devices that are there.
+        """Activate the part of a plan that is on the devices that are there.
 
         Raises InputError if it is for another model or cluster, InfeasibleError if it leaves an
         expert without a replica on the devices that are there, or leaves too little for the KV

@@ -50,7 +50,7 @@ class EveryStep:
         return float(routed.step_us[0]) + self._outside_us(batch)
 
     def _outside_us(self, batch: Batch) -> float:
-        """Attention and dense layers, beside what the router prices."""
+        """Attention and dense layers, in addition to what the router prices."""
         return self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
 
     def compose(self, batch: Batch, group: ServingGroup) -> Composition:

@@ -119,7 +119,7 @@ class StepBank:
         )
 
     def _outside_us(self, batch: Batch) -> float:
-        """Attention and dense layers, beside what the router prices."""
+        """Attention and dense layers, in addition to what the router prices."""
         return self.other_us_per_token * batch.tokens / self.router.cluster.num_devices
 
     def _corners(

@@ -1,7 +1,7 @@
 """How far routing moved between two traces or profiles, and how far chance alone moves it.
 
 Jensen-Shannon divergence of expert loads per layer, in bits (0: the same, 1: disjoint). Loads of
-finite samples always differ, and the tokens of a request are alike, so the noise floor is printed
+finite samples always differ, and the tokens of a request are similar, so the noise floor is printed
 with it: the divergence between random halves of one side, split by requests. Knows loads and
 requests. Knows nothing of plans: whether a drift costs anything is for `placement` to say.
 """
@@ -25,7 +25,7 @@ SHUFFLES = 200
 
 @dataclass(frozen=True)
 class Drift:
-    """Divergence per layer and on average, in bits, with the noise floor beside it."""
+    """Divergence per layer and on average, in bits, with the noise floor."""
 
     bits_L: FloatArray
     floor_bits_L: FloatArray | None   # None: too few requests or windows to split
@@ -68,9 +68,9 @@ def drift(
 
     Floor: each side's requests are split in two at random (a load-only profile's windows instead),
     mean over both sides and `shuffles` splits. The halves are half as long as the sides, so the
-    floor errs upwards. `chance`: requests of both sides, in up to 64 blocks a side, are dealt anew
-    to two sides; the share of deals whose mean divergence is at least the real one.
-    Raises InputError where the two are not of one model.
+    floor errs upwards. `chance`: requests of both sides, in up to 64 blocks a side, are dealt out
+    anew to two sides; the share of deals whose mean divergence is at least the real one. Raises
+    InputError where the two are not of one model.
     """
     blocks_a, blocks_b = _block_loads(before, seed), _block_loads(after, seed + 1)
     if blocks_a.shape[1:] != blocks_b.shape[1:]:

@@ -48,7 +48,7 @@ _MEANING = {
 def import_arrays(
     path: Path, *, num_experts: int | None = None, keys: Mapping[str, str] | None = None
 ) -> ImportResult:
-    """Read ids [T, L, K] and the columns that lie beside them.
+    """Read ids [T, L, K] and the columns stored with them.
 
     keys: the file's own name for a column of KEYS, where it is not one of the usual ones.
     num_experts: E; needed unless the file says it. An .npy holds ids alone.

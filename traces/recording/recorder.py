@@ -74,7 +74,7 @@ class Recorder:
         """directory: a new folder, or the one another rank of this recording began; None: memory.
         ranks: how many recorders share it. gates: keep gate weights. requests: keep which request
         a token belongs to. home_ranks: keep which rank a token came from; not where one process
-        stands for a cluster. resume: go on after this rank's last shard (a restarted worker).
+        acts as a cluster. resume: go on after this rank's last shard (a restarted worker).
 
         `domain_names` may be set again later, to a longer list with the same beginning.
         Raises UsageError where the folder holds something else or on bad numbers.

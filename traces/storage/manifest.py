@@ -58,7 +58,7 @@ class Manifest(BaseModel):
     top_k: int = Field(gt=0, description="K, experts chosen per token")
     layer_indices: tuple[int, ...] = Field(description="[L] the model's own layer numbers")
     model: ModelSpec | None = Field(default=None, description="sizes, where known")
-    columns: tuple[str, ...] = Field(description="per-token columns stored beside the ids")
+    columns: tuple[str, ...] = Field(description="per-token columns stored with the ids")
     domain_names: tuple[str, ...] = ()
     ranks: int = Field(default=1, gt=0, description="how many writers may add shards")
     plan_at_capture: str | None = Field(
@@ -175,7 +175,7 @@ def require_unused(folder: Path) -> None:
 def commit_shard(folder: Path, shard: Shard, domain_names: tuple[str, ...] = ()) -> Manifest:
     """Name a shard that is already whole on disk; from now on it is part of the trace.
 
-    Safe beside other ranks that write to the same folder. Raises OSError as the system does.
+    Safe while other ranks write to the same folder. Raises OSError as the system does.
     """
     with folder_lock(folder):
         manifest = read_manifest(folder)

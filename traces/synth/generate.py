@@ -2,8 +2,8 @@
 
 Two things: the load matrices of the benchmark families a288, a320, b320 and c512, and traces of
 tokens. A token of a trace follows a block of experts through the layers (affinity), tokens of one
-request follow alike (persistence), domains favour different experts and may take turns in time.
-Knows loads and tokens. Knows nothing of devices beyond the numbers a family names.
+request have similar ones (persistence), domains favour different experts and may take turns in
+time. Knows loads and tokens. Knows nothing of devices beyond the numbers a family names.
 """
 
 from __future__ import annotations

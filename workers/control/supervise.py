@@ -42,7 +42,7 @@ def watch(group: Watched, controller: Controller | None = None, *, poll_s: float
 
 
 def roomy_cluster(status: dict[str, Any], slots: int | None) -> Cluster:
-    """The devices that a controller plans for: the group's own where they are known, with room
+    """The devices that a controller plans for: the group's own where they are known, with slots
     for its plan, for an even share and a quarter of the experts, or for `slots`."""
     plan: Plan = status["plan"]
     share = -(-plan.num_experts // plan.num_devices)

@@ -120,7 +120,7 @@ def asked_for(standing: PhasePlans, plan: Plan, decode: Plan | None) -> PhasePla
 
 
 def resized(cluster: Cluster, devices: int, slots: int) -> Cluster:
-    """The cluster with this many devices, and room for at least these slots on each.
+    """The cluster with this many devices, and at least these slots on each.
 
     The first devices stay; further ones are taken to be like the last, on its node.
     """
@@ -164,7 +164,7 @@ def _judged(
 
 
 def _pays_back(tables: dict[str, Comparison], move_us: float) -> float | None:
-    """After how many steps the time saved equals that of moving; phases count alike."""
+    """After how many steps the time saved equals that of moving; phases have equal weight."""
     gains = [
         t.row("now").metric - t.row("new").metric for t in tables.values()
         if t.metric_name == "step_time_us"

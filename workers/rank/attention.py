@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...errors import InputError
 
-# Under this name transformers knows our attention, and our experts beside it.
+# Under this name transformers knows our attention, and our experts too.
 ATTENTION_IMPLEMENTATION = EXPERTS_IMPLEMENTATION = "loadmaster"
 _FIRST_CAPACITY_TOKENS = 64
 # A step's rows come in whole steps of so many: torch sends what is left of a tensor after whole
@@ -36,7 +36,7 @@ def padding_of(rows: int, step: int) -> int:
 
 
 class RequestCache:
-    """Keys and values of one request, all layers; room doubles as the request grows."""
+    """Keys and values of one request, all layers; memory doubles as the request grows."""
 
     def __init__(self) -> None:
         self.length = 0                       # tokens held after the last whole step

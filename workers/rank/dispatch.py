@@ -41,7 +41,7 @@ class LiveDispatch:
     def assign(self, layer: int, phase: int, step: int, ids_TK: Tensor) -> Dispatched:
         """Slots for this rank's choices; every rank must call this at once.
 
-        ids_TK: on the host; negative = left out. Raises EpochMismatchError on every rank alike
+        ids_TK: on the host; negative = left out. Raises EpochMismatchError on every rank
         when they are not in the same epoch and step.
         """
         rank, rule = self._exchange.rank, self._rule(layer, phase)

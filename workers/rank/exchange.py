@@ -160,7 +160,7 @@ def agree(
     first: how many counts travel with epoch and step; where there are more, the rest follows in a
     second gather. How many there are depends on the plan, so they are not gathered before all
     ranks are known to be under the same one.
-    Raises EpochMismatchError on every rank alike, before any token is sent.
+    Raises EpochMismatchError on every rank, before any token is sent.
     """
     row = np.zeros(_HEADER + first, np.int32)
     row[:_HEADER] = np.array([epoch, step], np.int64).view(np.int32)
@@ -191,7 +191,7 @@ def send_tokens(
 
     assignment_A: this rank's assignments (flat t * K + k) sorted by global slot. choices: K.
     quota_GS: every rank's quotas, as all ranks computed them. physical_C: where each of this
-    rank's slots stands in its own memory. payload: `per_expert` sends a token once per choice,
+    rank's slots is in its own memory. payload: `per_expert` sends a token once per choice,
     `per_rank` once per destination rank, where it is copied for its experts.
     Returns the rows to compute, in physical order; the receipt; rows sent to other ranks.
     """

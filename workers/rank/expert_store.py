@@ -1,7 +1,7 @@
 """The experts of one layer that one rank holds, by number, in as many blocks of memory as needed.
 
 Knows expert tensors and the kernels' slots. Knows nothing of plans, epochs or other ranks. Blocks
-let new experts arrive beside the old ones: a plan switch then only changes which are asked for.
+let new experts arrive next to the old ones: a plan switch then only changes which are asked for.
 Every block is a call of the kernels, so that afterwards they are gathered into one.
 """
 
@@ -23,7 +23,7 @@ class ExpertStore:
     """expert id -> its weights, ready to compute. A physical slot is numbered block after block."""
 
     def __init__(self, allocate: Callable[[int], ExpertWeights]) -> None:
-        """allocate: room for a number of experts of this layer."""
+        """allocate: memory for a number of experts of this layer."""
         self._allocate = allocate
         self._blocks: list[ExpertWeights] = []
         self._slot_of: dict[int, int] = {}
@@ -40,7 +40,7 @@ class ExpertStore:
         return sum(block.shape.slots for block in self._blocks)
 
     def reserve(self, experts: int) -> None:
-        """Have room for this many more experts."""
+        """Have memory for this many more experts."""
         missing = experts - len(self._free)
         if missing > 0:
             first = self.capacity

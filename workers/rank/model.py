@@ -54,7 +54,7 @@ class ExpertShape:
     def allocate(
         self, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> ExpertWeights:
-        """Empty room for `slots` expert_layer."""
+        """Memory for `slots` experts, not filled yet."""
         return ExpertWeights.allocate(
             slots,
             self.hidden,

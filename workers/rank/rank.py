@@ -228,7 +228,7 @@ class Rank:
         self._staging.abort()
 
     def evict(self) -> int:
-        """Drop experts that neither the tables nor a switch under way asks for; how many."""
+        """Drop experts that neither the active plans nor a switch under way need; how many."""
         if self._tables is None:
             return 0
         dropped = 0

@@ -28,7 +28,7 @@ def last_rows(chunks: tuple[Chunk, ...]) -> Tensor:
 
 
 def greedy(logits_TV: Tensor, chunks: tuple[Chunk, ...]) -> dict[int, int]:
-    """The likeliest next token of each chunk that wants one; the lower id among equals."""
+    """The likeliest next token of each chunk that needs one; the lower id among equals."""
     wanting = [c.request for c in chunks if c.wants_token]
     best = logits_TV[: len(wanting)].argmax(dim=-1).tolist()
     return dict(zip(wanting, best, strict=True))

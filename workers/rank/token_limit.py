@@ -36,7 +36,7 @@ class RouterScores:
     """What the router in front of an experts module thought of every expert, step by step."""
 
     def __init__(self, model: Any, expert_module: str, where: str) -> None:
-        """Listens to the module beside the experts whose first output is [tokens, experts]."""
+        """Listens to the module next to the experts whose first output is [tokens, experts]."""
         self._logits_TE = torch.empty(0)
         self._sigmoid = hasattr(model.config.get_text_config(), "routed_scaling_factor")
         parent = model.get_submodule(expert_module.rpartition(".")[0])

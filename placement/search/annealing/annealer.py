@@ -78,7 +78,7 @@ class Moves(NamedTuple):
     dropped: float = 0.0    # of replicas' slots: become empty; the rest turn to another expert
     grown: float = 0.0      # before all that: the expert gets a replica in another slot
     probe: int = 0          # samples after which a move that lost more than it may is given up
-    margin: float = 0.0     # what it may have lost by then, beside
+    margin: float = 0.0     # what it may have lost by then, in addition
     enough: float = 0.0     # cost with which the search is content
 
 

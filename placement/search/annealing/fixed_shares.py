@@ -1,7 +1,7 @@
 """Balance where replicas share an expert's tokens by a rule that is blind to load.
 
-`even` and most engines' rules split an expert's tokens over all its replicas alike, or nearly so
-over many tokens; `nearest` sends each home rank's tokens to the replicas nearest to it, alike;
+`even` and most engines' rules split an expert's tokens over all its replicas equally, or nearly so
+over many tokens; `nearest` sends each home rank's tokens to the replicas nearest to it, equally;
 SGLang's static table to the first replica in the node, so that further ones there serve their own
 rank alone. Either way a device gets a share of the expert that depends on who holds it, a sample's
 load is a sum of shares, and a move changes the shares of the touched experts.
@@ -70,7 +70,7 @@ def improve_fixed_shares(
     node_G: npt.NDArray[np.int64] | None = None,
     first_near: bool = False,
 ) -> Found:
-    """Anneal one layer's slots where replicas share alike (node_G None) or nearest first.
+    """Anneal one layer's slots where replicas share equally (node_G None) or nearest first.
 
     load_WE [W, E]: every sample scaled so that perfect balance is 1 (its sum is the speeds' sum).
     first_near: of several replicas in a node that the home rank does not hold, the first serves.
