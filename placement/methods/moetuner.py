@@ -158,7 +158,7 @@ def _valid(cluster_E: IntArray, sizes: Sequence[tuple[int, int]]) -> IntArray:
 
 
 def _lpt_with_swaps(load_E: FloatArray, sizes: Sequence[tuple[int, int]]) -> IntArray:
-    """Heaviest first onto the lightest cluster with capacity, then swaps that lower the heaviest."""
+    """Heaviest first onto the lightest cluster with capacity, then swaps that lower the most."""
     clusters = len(sizes)
     sums, count = np.zeros(clusters), np.zeros(clusters, np.int64)
     least = np.array([a for a, _ in sizes])
