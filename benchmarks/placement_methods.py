@@ -173,7 +173,7 @@ def moetuner() -> Section:
     seconds: one plan() call, judging included; stage 1 and stage 2 are timed apart beside it.
     """
     cluster = Cluster.preset("h100", devices_per_node=DEVICES, slots_per_device=2)
-    hop_GG = 1.0 - np.eye(DEVICES)
+    transition_GG = 1.0 - np.eye(DEVICES)
     rows = []
     for seed in SEEDS:
         trace = affine_trace(seed)
@@ -186,13 +186,13 @@ def moetuner() -> Section:
         cluster_LE = np.stack([found.cluster_E for found in stage1])
         traffic = cluster_traffic(count_transitions(trace), cluster_LE, DEVICES)
         (device_LC, exact), wall2, _ = _timed(
-            lambda traffic=traffic: place_clusters(traffic, hop_GG, "sum")
+            lambda traffic=traffic: place_clusters(traffic, transition_GG, "sum")
         )
         identity = np.tile(np.arange(DEVICES), (LAYERS, 1))
         rows.append((
             all(found.solved.proved for found in stage1), exact, wall, cpu, wall1, wall2,
-            chain_cost(traffic, device_LC, hop_GG, "sum") / chain_cost(
-                traffic, identity, hop_GG, "sum"),
+            chain_cost(traffic, device_LC, transition_GG, "sum") / chain_cost(
+                traffic, identity, transition_GG, "sum"),
             made.evidence.objective,
         ))
     names = ("stage1_proved", "stage2_exact", "seconds", "cpu_s", "stage1_s", "stage2_s",
@@ -238,16 +238,16 @@ def _equals_brute_force(seed: int) -> bool:
         if np.bincount(way, minlength=3).tolist() == [2, 2, 2]
     ]
     traffic = rng.integers(0, 50, (2, 3, 3)).astype(np.float64)
-    hop_GG = rng.integers(1, 5, (3, 3)) * (1.0 - np.eye(3))
-    device_LC, _ = place_clusters(traffic, hop_GG, "max")
+    transition_GG = rng.integers(1, 5, (3, 3)) * (1.0 - np.eye(3))
+    device_LC, _ = place_clusters(traffic, transition_GG, "max")
     ways = list(itertools.permutations(range(3)))
     dearest = min(
-        chain_cost(traffic, np.array(chain), hop_GG, "max")
+        chain_cost(traffic, np.array(chain), transition_GG, "max")
         for chain in itertools.product(ways, repeat=3)
     )
     return bool(
         abs(np.bincount(found.cluster_E, load_E, 3).max() - min(heaviest)) < 1e-6
-        and abs(chain_cost(traffic, device_LC, hop_GG, "max") - dearest) < 1e-6
+        and abs(chain_cost(traffic, device_LC, transition_GG, "max") - dearest) < 1e-6
     )
 
 

@@ -83,14 +83,14 @@ def apply_capacity(
     before_E = np.bincount(ids[ids >= 0], minlength=num_experts)
     tokens, arrived = len(ids), int(before_E.sum())
     limit = min(max(1, math.ceil(rule.factor * arrived / num_experts)), max(1, tokens))
-    pool_E, room_P = _pools(num_experts, limit, rule, holds_GE)
+    pool_E, capacity_P = _pools(num_experts, limit, rule, holds_GE)
     rerouted = 0
     if tokens > 1:
-        lost_TK = _drop_inplace(ids, gates, pool_E, room_P)
+        lost_TK = _drop_inplace(ids, gates, pool_E, capacity_P)
         if rule.rule == "reroute":
             assert score_TE is not None and home_T is not None and holds_GE is not None
             rerouted = _reroute_inplace(
-                ids, gates, lost_TK, pool_E, room_P, np.asarray(score_TE, np.float64), home_T,
+                ids, gates, lost_TK, pool_E, capacity_P, np.asarray(score_TE, np.float64), home_T,
                 holds_GE,
             )
     after_E = np.bincount(ids[ids >= 0], minlength=num_experts)
@@ -142,9 +142,9 @@ def _pools(
 
 
 def _drop_inplace(
-    ids: IntArray, gates: FloatArray, pool_E: IntArray, room_P: IntArray
+    ids: IntArray, gates: FloatArray, pool_E: IntArray, capacity_P: IntArray
 ) -> BoolArray:
-    """Keep each pool's best gates, up to its room; room_P is left with what is unused."""
+    """Keep each pool's best gates, up to its room; capacity_P is left with what is unused."""
     token, choice = np.nonzero(ids >= 0)
     pool_A = pool_E[ids[token, choice]]
     order = np.lexsort((choice, token, -gates[token, choice], pool_A))
@@ -153,8 +153,8 @@ def _drop_inplace(
     place[order] = np.arange(len(order)) - np.repeat(
         starts, np.diff(np.append(starts, len(order)))
     )
-    over = place >= room_P[pool_A]
-    room_P -= np.bincount(pool_A[~over], minlength=len(room_P))
+    over = place >= capacity_P[pool_A]
+    capacity_P -= np.bincount(pool_A[~over], minlength=len(capacity_P))
     lost_TK = np.zeros(ids.shape, bool)
     lost_TK[token[over], choice[over]] = True
     ids[lost_TK] = -1
@@ -167,7 +167,7 @@ def _reroute_inplace(
     gates: FloatArray,
     lost_TK: BoolArray,
     pool_E: IntArray,
-    room_P: IntArray,
+    capacity_P: IntArray,
     score_TE: FloatArray,
     home_T: npt.NDArray[np.integer[Any]],
     holds_GE: BoolArray,
@@ -183,9 +183,9 @@ def _reroute_inplace(
     for i in np.lexsort((expert, token, -score_TE[token, expert])):
         t, e = int(token[i]), int(expert[i])
         free = np.flatnonzero(lost_TK[t])
-        if len(free) and room_P[pool_E[e]] > 0:
+        if len(free) and capacity_P[pool_E[e]] > 0:
             ids[t, free[0]], gates[t, free[0]] = e, score_TE[t, e]
             lost_TK[t, free[0]] = False
-            room_P[pool_E[e]] -= 1
+            capacity_P[pool_E[e]] -= 1
             filled += 1
     return filled

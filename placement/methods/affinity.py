@@ -28,21 +28,21 @@ def affinity(model: WholeModel, done: LayersDone) -> PlacedModel:
     layer is an assignment problem, solved exactly; layers are swept forth and back until a sweep
     gains little, from several starts. The best start wins, ties to the earlier one.
     """
-    seat_G = -(-model.experts * model.slots_G // int(model.slots_G.sum()))
-    seat_device = np.repeat(np.arange(len(seat_G)), seat_G)
+    assigned_G = -(-model.experts * model.slots_G // int(model.slots_G.sum()))
+    assigned_device = np.repeat(np.arange(len(assigned_G)), assigned_G)
     rng = np.random.default_rng([model.seed, 5])
     best_LE, best_price, truncated = None, np.inf, False
     for start in range(STARTS[model.effort]):
         if best_LE is not None and model.expired():
             truncated = True
             break
-        first_E = np.sort(seat_device[: model.experts])
+        first_E = np.sort(assigned_device[: model.experts])
         if start > 0:
-            first_E = rng.permutation(seat_device)[: model.experts]
-        device_LE = _forward(model, first_E, seat_device, done)
+            first_E = rng.permutation(assigned_device)[: model.experts]
+        device_LE = _forward(model, first_E, assigned_device, done)
         price, sweeps = _price(model, device_LE), 0
         while sweeps < MOST_SWEEPS[model.effort] and not model.expired():
-            _sweep(model, device_LE, seat_device)
+            _sweep(model, device_LE, assigned_device)
             before, price = price, _price(model, device_LE)
             sweeps += 1
             if before - price <= LEAST_GAIN * before:
@@ -58,54 +58,55 @@ def affinity(model: WholeModel, done: LayersDone) -> PlacedModel:
 
 
 def _forward(
-    model: WholeModel, first_E: IntArray, seat_device: IntArray, done: LayersDone
+    model: WholeModel, first_E: IntArray, assigned_device: IntArray, done: LayersDone
 ) -> IntArray:
     """Layer after layer, each placed for the one before it."""
     layers = len(model.load_LE)
     device_LE = np.tile(first_E, (layers, 1))
     done(1, 0.0)
     for layer in range(1, layers):
-        toll_EG = _toll_in(model, device_LE, layer)
-        device_LE[layer] = _seated(toll_EG, seat_device)
+        transition_cost_EG = _transition_cost_in(model, device_LE, layer)
+        device_LE[layer] = _seated(transition_cost_EG, assigned_device)
         done(layer + 1, 0.0)
     return device_LE
 
 
-def _sweep(model: WholeModel, device_LE: IntArray, seat_device: IntArray) -> None:
+def _sweep(model: WholeModel, device_LE: IntArray, assigned_device: IntArray) -> None:
     """Re-seat every layer between its neighbours, back and then forth. Changes device_LE."""
     layers = len(device_LE)
     for layer in (*range(layers - 2, -1, -1), *range(1, layers)):
         if model.expired():
             return
-        toll_EG = np.zeros((model.experts, len(model.slots_G)))
+        transition_cost_EG = np.zeros((model.experts, len(model.slots_G)))
         if layer > 0:
-            toll_EG += _toll_in(model, device_LE, layer)
+            transition_cost_EG += _transition_cost_in(model, device_LE, layer)
         if layer < layers - 1:
             next_EG = _one_hot(device_LE[layer + 1], len(model.slots_G))
-            toll_EG += model.transition_LEE[layer] @ next_EG @ model.hop_GG.T
-        device_LE[layer] = _seated(toll_EG, seat_device)
+            transition_cost_EG += model.transition_LEE[layer] @ next_EG @ model.transition_GG.T
+        device_LE[layer] = _seated(transition_cost_EG, assigned_device)
 
 
-def _toll_in(model: WholeModel, device_LE: IntArray, layer: int) -> FloatArray:
+def _transition_cost_in(model: WholeModel, device_LE: IntArray, layer: int) -> FloatArray:
     """[E, G] price of the hops into each expert of a layer, were it on device g."""
     before_EG = _one_hot(device_LE[layer - 1], len(model.slots_G))
-    toll: FloatArray = model.transition_LEE[layer - 1].T @ before_EG @ model.hop_GG
-    return toll
+    sent_EG = model.transition_LEE[layer - 1].T @ before_EG
+    transition_cost: FloatArray = sent_EG @ model.transition_GG
+    return transition_cost
 
 
 def _one_hot(device_E: IntArray, devices: int) -> FloatArray:
     return np.eye(devices)[device_E]
 
 
-def _seated(toll_EG: FloatArray, seat_device: IntArray) -> IntArray:
+def _seated(transition_cost_EG: FloatArray, assigned_device: IntArray) -> IntArray:
     """[E] device of each expert at the least toll."""
-    _, seat_E = linear_sum_assignment(toll_EG[:, seat_device])
-    return np.asarray(seat_device[seat_E], np.int64)
+    _, assigned_E = linear_sum_assignment(transition_cost_EG[:, assigned_device])
+    return np.asarray(assigned_device[assigned_E], np.int64)
 
 
 def _price(model: WholeModel, device_LE: IntArray) -> float:
     hops = zip(model.transition_LEE, device_LE[:-1], device_LE[1:], strict=True)
-    return float(sum((pairs * model.hop_GG[np.ix_(a, b)]).sum() for pairs, a, b in hops))
+    return float(sum((pairs * model.transition_GG[np.ix_(a, b)]).sum() for pairs, a, b in hops))
 
 
 def _moved(model: WholeModel, device_LE: IntArray) -> float:

@@ -31,7 +31,7 @@ class LayerLoads:
     nodes: int = 1
     expert_groups: int = 1
     size_E: FloatArray | None = None   # [E] bytes, with
-    room_G: FloatArray | None = None   # [G] bytes each device has for this layer
+    capacity_G: FloatArray | None = None   # [G] bytes each device has for this layer
 
     @property
     def load_E(self) -> FloatArray:
@@ -106,20 +106,20 @@ def greedy(layer: LayerLoads) -> SlotArray:
     """
     slots_GC = pack_heaviest_first(
         layer.load_E, greedy_replicas(layer), layer.slots_G, layer.speed_G,
-        size_E=layer.size_E, room_G=layer.room_G,
+        size_E=layer.size_E, capacity_G=layer.capacity_G,
     )
     if len(np.setdiff1d(np.arange(layer.experts), slots_GC)) == 0:
         return slots_GC
     require_capacity(layer.experts, layer.usable_slots_G())
-    size_E, room_G = layer.size_E, layer.room_G
-    if size_E is None or room_G is None:
-        size_E, room_G = np.zeros(layer.experts), np.zeros(layer.devices)
-    slots_GC = cover_by_program(layer.load_E, size_E, layer.slots_G, room_G, layer.speed_G)
-    return _filled(layer, slots_GC, size_E, room_G)
+    size_E, capacity_G = layer.size_E, layer.capacity_G
+    if size_E is None or capacity_G is None:
+        size_E, capacity_G = np.zeros(layer.experts), np.zeros(layer.devices)
+    slots_GC = cover_by_program(layer.load_E, size_E, layer.slots_G, capacity_G, layer.speed_G)
+    return _filled(layer, slots_GC, size_E, capacity_G)
 
 
 def _filled(
-    layer: LayerLoads, slots_GC: SlotArray, size_E: FloatArray, room_G: FloatArray
+    layer: LayerLoads, slots_GC: SlotArray, size_E: FloatArray, capacity_G: FloatArray
 ) -> SlotArray:
     """The rest of slots and bytes filled with replicas: always of the expert with most load per
     replica among those that fit somewhere, onto the device that holds fewest."""
@@ -128,7 +128,7 @@ def _filled(
     for g, row in enumerate(slots_GC):
         held_GE[g, row[row >= 0]] = True
     while True:
-        used_G, left_G = held_GE.sum(axis=1), room_G - held_GE @ size_E
+        used_G, left_G = held_GE.sum(axis=1), capacity_G - held_GE @ size_E
         fits_GE = ~held_GE & (size_E <= left_G[:, None]) & (used_G < layer.slots_G)[:, None]
         if not fits_GE.any():
             return slots_GC
@@ -142,7 +142,7 @@ def _filled(
 def lpt_swap(layer: LayerLoads) -> SlotArray:
     """`greedy`, then the best exchange with the hottest device until none helps."""
     return swap_with_hottest(
-        greedy(layer), layer.load_E, layer.speed_G, size_E=layer.size_E, room_G=layer.room_G
+        greedy(layer), layer.load_E, layer.speed_G, size_E=layer.size_E, capacity_G=layer.capacity_G
     )
 
 

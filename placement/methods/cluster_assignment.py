@@ -179,14 +179,15 @@ def _pair_swaps(traffic_LCC: Any, weight_GG: Any, device_LC: Any, maximum: bool)
 def _around(
     traffic_LCC: Any, weight_GG: Any, device_LC: Any, layer: int, maximum: bool
 ) -> float:
-    """Cost of the hops into and out of a layer."""
+    """Cost of the transitions into and out of a layer."""
     clusters, total = device_LC.shape[1], 0.0
-    for hop in range(max(layer - 1, 0), min(layer + 1, len(traffic_LCC))):
+    for transition in range(max(layer - 1, 0), min(layer + 1, len(traffic_LCC))):
         worst, added = 0.0, 0.0
         for i in range(clusters):
             for j in range(clusters):
                 cost = (
-                    weight_GG[device_LC[hop, i], device_LC[hop + 1, j]] * traffic_LCC[hop, i, j]
+                    weight_GG[device_LC[transition, i], device_LC[transition + 1, j]]
+                    * traffic_LCC[transition, i, j]
                 )
                 added += cost
                 worst = max(worst, cost)

@@ -19,7 +19,7 @@ NODES = 10_000      # of the search tree
 
 
 def cover_by_program(
-    load_E: FloatArray, size_E: FloatArray, slots_G: IntArray, room_G: FloatArray,
+    load_E: FloatArray, size_E: FloatArray, slots_G: IntArray, capacity_G: FloatArray,
     speed_G: FloatArray,
 ) -> SlotArray:
     """One replica of every expert [G, C], every device within its slots and bytes.
@@ -33,7 +33,7 @@ def cover_by_program(
     size_S, class_E, count_S = np.unique(
         size_E.astype(np.int64), return_inverse=True, return_counts=True
     )
-    room = np.floor(np.minimum(room_G, float(size_E.sum()))).astype(np.int64)
+    room = np.floor(np.minimum(capacity_G, float(size_E.sum()))).astype(np.int64)
     unit = max(1, int(np.gcd.reduce(size_S)))          # small whole numbers keep HiGHS exact
     size, room = size_S // unit, room // unit
     n = whole_grid("n", np.minimum(count_S[:, None], slots_G))

@@ -55,7 +55,7 @@ def moetuner(model: WholeModel, done: LayersDone) -> PlacedModel:
         done(layer + 1, float(max(gaps)))
     traffic_LCC = cluster_traffic(model.transition_LEE, cluster_LE, devices)
     device_LC, proved = place_clusters(
-        traffic_LCC, model.hop_GG, seed=model.seed, deadline=model.deadline
+        traffic_LCC, model.transition_GG, seed=model.seed, deadline=model.deadline
     )
     closed = sum(reached <= gap for reached in gaps)
     notes = (

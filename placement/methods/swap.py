@@ -17,19 +17,19 @@ def swap_with_hottest(
     speed_G: FloatArray,
     *,
     size_E: FloatArray | None = None,
-    room_G: FloatArray | None = None,
+    capacity_G: FloatArray | None = None,
     most_swaps: int = 10_000,
 ) -> SlotArray:
     """Exchange slots between the hottest device and another while the worse of the two cools most.
 
-    size_E, room_G: bytes, where memory limits too. Replica counts stay. Returns new slots. Ties:
-    lower device, then lower slots. Deterministic.
+    size_E, capacity_G: bytes, where memory limits too. Replica counts stay. Returns new slots.
+    Ties: lower device, then lower slots. Deterministic.
     """
     slots_GC = slots_GC.copy()
     copies_E = np.bincount(slots_GC[slots_GC >= 0].astype(np.int64), minlength=len(load_E))
     share_E = np.asarray(load_E, np.float64) / np.maximum(copies_E, 1)
     size = np.zeros(len(load_E)) if size_E is None else np.asarray(size_E, np.float64)
-    left_G = np.full(len(slots_GC), np.inf) if room_G is None else room_G - np.where(
+    left_G = np.full(len(slots_GC), np.inf) if capacity_G is None else capacity_G - np.where(
         slots_GC >= 0, size[np.maximum(slots_GC, 0)], 0.0).sum(axis=1)
     _swap_with_hottest(
         slots_GC, share_E, np.asarray(speed_G, np.float64), size, left_G, most_swaps

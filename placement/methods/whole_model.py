@@ -30,7 +30,7 @@ class WholeModel:
     transition_LEE: IntArray         # [L-1, E, E] pairs (expert, expert of the next layer)
     slots_G: IntArray                # [G] slots of each device, the same in all layers
     speed_G: FloatArray              # [G]
-    hop_GG: FloatArray               # [G, G] price of a token's way: 0 on a device, 1 in its node
+    transition_GG: FloatArray               # [G, G] price of a way: 0 on a device, 1 in its node
     seed: int
     effort: str
     deadline: float | None = None    # time.time() after which only what must be is done
@@ -85,7 +85,8 @@ def whole_model(
     return WholeModel(
         load_LE=np.stack([load_WE.mean(axis=0) for load_WE in load_WLE]),
         transition_LEE=count_transitions(data.trace.select(tokens)),
-        slots_G=cluster.slots_G, speed_G=cluster.speed_G, hop_GG=hop_prices(cluster), seed=seed,
+        slots_G=cluster.slots_G, speed_G=cluster.speed_G,
+        transition_GG=transition_prices(cluster), seed=seed,
         effort=effort, deadline=deadline,
     )
 
@@ -95,7 +96,7 @@ def pairs_fit(data: PlanningSteps) -> bool:
     return 8 * max(0, data.num_layers - 1) * data.num_experts**2 <= MOST_PAIR_BYTES
 
 
-def hop_prices(cluster: Cluster) -> FloatArray:
+def transition_prices(cluster: Cluster) -> FloatArray:
     """[G, G] what a token's way costs: 0 to stay, 1 in a node, bandwidths' ratio between nodes."""
     leg = cluster.hardware.dispatch
     across = leg.nvlink_bytes_per_s / leg.nic_bytes_per_s

@@ -64,13 +64,13 @@ def aligned(slots_LGC: SlotArray, model: WholeModel) -> tuple[SlotArray, str]:
     traffic = np.stack([
         first_GE @ pairs_EE @ next_GE.T for first_GE, pairs_EE, next_GE in
         zip(share_LGE[:-1], model.transition_LEE, share_LGE[1:], strict=True)
-    ]) if len(slots_LGC) > 1 else np.zeros((0, len(model.hop_GG), len(model.hop_GG)))
+    ]) if len(slots_LGC) > 1 else np.zeros((0, len(model.transition_GG), len(model.transition_GG)))
     device_LG, _ = place_clusters(
-        traffic, model.hop_GG, "sum", model.seed, deadline=model.deadline
+        traffic, model.transition_GG, "sum", model.seed, deadline=model.deadline
     )
-    as_found = np.tile(np.arange(len(model.hop_GG)), (len(slots_LGC), 1))
-    before = chain_cost(traffic, as_found, model.hop_GG, "sum")
-    after = chain_cost(traffic, device_LG, model.hop_GG, "sum")
+    as_found = np.tile(np.arange(len(model.transition_GG)), (len(slots_LGC), 1))
+    before = chain_cost(traffic, as_found, model.transition_GG, "sum")
+    after = chain_cost(traffic, device_LG, model.transition_GG, "sum")
     if after >= before:
         return slots_LGC, "devices keep their names: no others bring tokens nearer"
     renamed = np.empty_like(slots_LGC)

@@ -26,10 +26,10 @@ from ..plan import Plan
 
 @dataclass(frozen=True)
 class LayerCapacity:
-    """slots_LG [L, G]; room_LG [L, G] bytes, None where slots are the only limit."""
+    """slots_LG [L, G]; capacity_LG [L, G] bytes, None where slots are the only limit."""
 
     slots_LG: IntArray
-    room_LG: FloatArray | None = None
+    capacity_LG: FloatArray | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -62,8 +62,9 @@ def capacity_per_layer(
             "devices or memory"
         )
     if size_E.min() < size_E.max():
-        room_LG = _bytes_of_layers(memory_G, size_E, layers, current)
-        return LayerCapacity(slots_LG, room_LG, ("memory limits the experts' bytes on devices",))
+        capacity_LG = _bytes_of_layers(memory_G, size_E, layers, current)
+        notes = ("memory limits the experts' bytes on devices",)
+        return LayerCapacity(slots_LG, capacity_LG, notes)
     copies_G = np.minimum(np.floor(memory_G / size_E[0]), layers * cluster.slots_G)
     if current is not None:
         return LayerCapacity(_kept(current, copies_G.astype(np.int64), cluster.slots_G))

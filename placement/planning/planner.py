@@ -100,27 +100,27 @@ def plan(
     _check_model(settings, data)
     if current is not None:
         check_current(current, data, cluster)
-    rooms = capacity_of_layers(data, settings)
-    tasks = layer_tasks(data, settings, rooms, current)
+    capacities = capacity_of_layers(data, settings)
+    tasks = layer_tasks(data, settings, capacities, current)
     work: Callable[[LayerTask], LayerAnswer]
-    laid: PlacedModel | None = None
+    placed: PlacedModel | None = None
     if method in WHOLE_MODEL_METHODS:
-        laid = lay(method, data, settings, progress)
-        work, progress = Judge(method, laid.slots_LGC), None
+        placed = place_model(method, data, settings, progress)
+        work, progress = Judge(method, placed.slots_LGC), None
     else:
         work = search_and_polish if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
-    notes = rooms.notes if laid is None else (*rooms.notes, *laid.notes)
+    notes = capacities.notes if placed is None else (*capacities.notes, *placed.notes)
     if cluster.traffic.mode == "coherent":
         answers, said = linked(answers, data, settings, align=method == "auto" and not current)
         notes = (*notes, *said)
     evidence = evidence_of(answers, data, settings, notes)
     made = assemble(answers, data, settings, method, trace_digest(trace), evidence)
-    truncated = any(a.truncated for a in answers) or (laid is not None and laid.truncated)
+    truncated = any(a.truncated for a in answers) or (placed is not None and placed.truncated)
     return PlanResult(made, evidence, time.perf_counter() - started, truncated)
 
 
-def lay(
+def place_model(
     method: str, data: PlanningSteps, settings: Settings, progress: Progress | None
 ) -> PlacedModel:
     """All layers by a method that places them together."""
@@ -170,14 +170,14 @@ def capacity_of_layers(
 
 
 def layer_tasks(
-    data: PlanningSteps, settings: Settings, rooms: LayerCapacity, current: Plan | None = None
+    data: PlanningSteps, settings: Settings, capacities: LayerCapacity, current: Plan | None = None
 ) -> Iterator[LayerTask]:
     """One job per layer, made as they are asked for."""
     for layer in range(data.num_layers):
         yield LayerTask(
             layer=layer, layers=data.num_layers, traffic=data.layer(layer),
-            slots_G=rooms.slots_LG[layer],
-            room_G=None if rooms.room_LG is None else rooms.room_LG[layer],
+            slots_G=capacities.slots_LG[layer],
+            capacity_G=None if capacities.capacity_LG is None else capacities.capacity_LG[layer],
             cluster=settings.cluster, dispatch=settings.dispatch, objective=settings.objective,
             model=settings.model, slack=settings.slack, seed=settings.seed,
             effort=settings.effort, deadline=settings.deadline,

@@ -158,24 +158,24 @@ def share_budget(gain_LK: list[FloatArray], price_LK: list[FloatArray]) -> list[
         left -= price
 
 
-def chosen_levels(ladders: list[BudgetSweep]) -> list[int]:
+def chosen_levels(sweeps: list[BudgetSweep]) -> list[int]:
     """By what both halves say; a level costs what the dearer of its two searches took."""
     return share_budget(
-        [x.gain_FK.mean(axis=0) for x in ladders], [x.price_FK.max(axis=0) for x in ladders]
+        [x.gain_FK.mean(axis=0) for x in sweeps], [x.price_FK.max(axis=0) for x in sweeps]
     )
 
 
-def allowances(ladders: list[BudgetSweep], levels: list[int]) -> list[float | None]:
+def allowances(sweeps: list[BudgetSweep], levels: list[int]) -> list[float | None]:
     """Budget of each layer's last search, together at most the whole; None = stay.
 
     What its searches took; then, in order of gain, up to the level's own budget.
     """
-    price_L = [float(x.price_FK[:, k].max()) for x, k in zip(ladders, levels, strict=True)]
+    price_L = [float(x.price_FK[:, k].max()) for x, k in zip(sweeps, levels, strict=True)]
     left = 1.0 - sum(price_L)
-    gain_L = [float(x.gain_FK[:, k].mean()) for x, k in zip(ladders, levels, strict=True)]
-    for layer in sorted(range(len(ladders)), key=lambda i: (-gain_L[i], i)):
+    gain_L = [float(x.gain_FK[:, k].mean()) for x, k in zip(sweeps, levels, strict=True)]
+    for layer in sorted(range(len(sweeps)), key=lambda i: (-gain_L[i], i)):
         if levels[layer]:
-            more = min(ladders[layer].budgets[levels[layer]] - price_L[layer], left)
+            more = min(sweeps[layer].budgets[levels[layer]] - price_L[layer], left)
             price_L[layer] += max(0.0, more)
             left -= max(0.0, more)
     return [
@@ -186,21 +186,21 @@ def allowances(ladders: list[BudgetSweep], levels: list[int]) -> list[float | No
 # ---- is it sure ---------------------------------------------------------------------------------
 
 
-def crossed_levels(ladders: list[BudgetSweep]) -> tuple[list[int], list[int]]:
+def crossed_levels(sweeps: list[BudgetSweep]) -> tuple[list[int], list[int]]:
     """[F][L] levels by which half f's searches are judged: chosen by the other half's figures."""
     chosen = [
-        share_budget([x.gain_FK[f] for x in ladders], [x.price_FK[f] for x in ladders])
+        share_budget([x.gain_FK[f] for x in sweeps], [x.price_FK[f] for x in sweeps])
         for f in range(2)
     ]
     return chosen[1], chosen[0]
 
 
 def crossed_gains(
-    ladders: list[BudgetSweep], levels_FL: tuple[list[int], list[int]]
+    sweeps: list[BudgetSweep], levels_FL: tuple[list[int], list[int]]
 ) -> list[float]:
     """[F] gain over all layers at these levels."""
     return [
-        sum(float(x.gain_W(f, k).mean()) for x, k in zip(ladders, levels_FL[f], strict=True))
+        sum(float(x.gain_W(f, k).mean()) for x, k in zip(sweeps, levels_FL[f], strict=True))
         for f in range(2)
     ]
 
@@ -224,9 +224,9 @@ def redrawn_gain(work: Redraw) -> FloatArray:
     return work.redrawn.means(np.nan_to_num(gain_W))
 
 
-def counting_error(ladders: list[BudgetSweep], half: int, level_L: list[int]) -> float:
+def counting_error(sweeps: list[BudgetSweep], half: int, level_L: list[int]) -> float:
     """Standard error of the gain of average loads: of counting, and of windows that differ."""
-    changed = [(x, k) for x, k in zip(ladders, level_L, strict=True) if k]
+    changed = [(x, k) for x, k in zip(sweeps, level_L, strict=True) if k]
     if not changed:
         return 0.0
     gain_W = np.sum([x.gain_W(half, k) for x, k in changed], axis=0)

@@ -95,17 +95,17 @@ def rebalance(
     standing = _fitted(current, cluster)
     budget = Budget.of(current, model, max_moves, max_bytes)
     run: Executor = LayerThreads() if executor is None else executor
-    rooms = capacity_of_layers(data, settings, standing)
+    capacities = capacity_of_layers(data, settings, standing)
     tasks = [
         replace(t, move_price_E=budget.price_E(current.num_experts))
-        for t in layer_tasks(data, settings, rooms, standing)
+        for t in layer_tasks(data, settings, capacities, standing)
     ]
     allowed, gain_L, notes = _allowances(tasks, data, steps, run)
     last = [_LastSearch(task, most) for task, most in zip(tasks, allowed, strict=True)]
     answers = _within(list(run.map(_finish, last)), tasks, budget, gain_L)
     return _result(
         current, answers, gain_L, data, settings, trace_digest(new_trace), started,
-        (*rooms.notes, *notes),
+        (*capacities.notes, *notes),
     )
 
 
@@ -129,32 +129,32 @@ def _allowances(
         Climb(t, halves and (halves[0].data.layer(t.layer), halves[1].data.layer(t.layer)))
         for t in tasks
     )
-    ladders = list(run.map(climb, works))
-    level_FL = crossed_levels(ladders)
-    gain_F = crossed_gains(ladders, level_FL)
+    sweeps = list(run.map(climb, works))
+    level_FL = crossed_levels(sweeps)
+    gain_F = crossed_gains(sweeps, level_FL)
     error_F = [0.0, 0.0]
     if sum(gain_F) > 0:
         error_F = [
-            counting_error(ladders, f, level_FL[f]) if halves is None
-            else _request_error(tasks, ladders, f, level_FL[f], halves[1 - f], run)
+            counting_error(sweeps, f, level_FL[f]) if halves is None
+            else _request_error(tasks, sweeps, f, level_FL[f], halves[1 - f], run)
             for f in range(2)
         ]
     if not is_significant(gain_F, error_F):
         return stay, [0.0] * len(tasks), ()
-    levels = chosen_levels(ladders)
-    gain_L = [float(x.gain_FK[:, k].mean()) for x, k in zip(ladders, levels, strict=True)]
-    return allowances(ladders, levels), gain_L, ()
+    levels = chosen_levels(sweeps)
+    gain_L = [float(x.gain_FK[:, k].mean()) for x, k in zip(sweeps, levels, strict=True)]
+    return allowances(sweeps, levels), gain_L, ()
 
 
 def _request_error(
-    tasks: list[LayerTask], ladders: list[BudgetSweep], half: int, level_L: list[int],
+    tasks: list[LayerTask], sweeps: list[BudgetSweep], half: int, level_L: list[int],
     judging: Half,
     run: Executor,
 ) -> float:
     """Standard error, over requests, of what half `half`'s searches gain on the other half."""
     works = (
         Redraw(t, judging.data.layer(t.layer), judging.redrawn, x.slots_FK[half][k])
-        for t, x, k in zip(tasks, ladders, level_L, strict=True) if k
+        for t, x, k in zip(tasks, sweeps, level_L, strict=True) if k
     )
     gain_B = sum(run.map(redrawn_gain, works), np.zeros(1))
     if len(gain_B) < 2:

@@ -107,20 +107,20 @@ def cover_layer(
     held_S = slots_GC[slots_GC >= 0]
     replicas_E = np.bincount(held_S, minlength=experts)
     # Slots in use stay usable even where a limit is below them.
-    room_G = np.maximum(most_slots_G, (slots_GC >= 0).sum(axis=1))
-    width = max(slots_GC.shape[1], int(room_G.max()))
+    capacity_G = np.maximum(most_slots_G, (slots_GC >= 0).sum(axis=1))
+    width = max(slots_GC.shape[1], int(capacity_G.max()))
     wide_GC = np.full((len(slots_GC), width), EMPTY, np.int16)
     wide_GC[:, : slots_GC.shape[1]] = slots_GC
     taken_G = np.zeros(len(slots_GC), np.int64)
     orphans = np.flatnonzero(replicas_E == 0).tolist()
-    if int(room_G.sum()) < experts:
+    if int(capacity_G.sum()) < experts:
         raise InfeasibleError(
-            f"layer {layer}: {len(slots_GC)} surviving devices have {int(room_G.sum())} slots for "
-            f"{experts} experts: {experts - int(room_G.sum())} short; bring devices back, or allow "
-            "more slots on each"
+            f"layer {layer}: {len(slots_GC)} surviving devices have {int(capacity_G.sum())} slots "
+            f"for {experts} experts: {experts - int(capacity_G.sum())} short; bring devices back, "
+            "or allow more slots on each"
         )
     for orphan in orphans:
-        device, slot = _place_for(wide_GC, slots_GC.shape[1], room_G, replicas_E, taken_G)
+        device, slot = _place_for(wide_GC, slots_GC.shape[1], capacity_G, replicas_E, taken_G)
         if wide_GC[device, slot] >= 0:
             replicas_E[wide_GC[device, slot]] -= 1
         wide_GC[device, slot] = orphan
@@ -131,14 +131,14 @@ def cover_layer(
 
 
 def _place_for(
-    wide_GC: SlotArray, planned: int, room_G: IntArray, replicas_E: IntArray, taken_G: IntArray
+    wide_GC: SlotArray, planned: int, capacity_G: IntArray, replicas_E: IntArray, taken_G: IntArray
 ) -> tuple[int, int]:
     """(device, slot) that takes one more expert. There is one: more slots than experts."""
     held_G = (wide_GC >= 0).sum(axis=1)
     order = np.lexsort((np.arange(len(wide_GC)), held_G, taken_G)).tolist()
     for width in (planned, wide_GC.shape[1]):
         for device in order:
-            if held_G[device] < room_G[device]:
+            if held_G[device] < capacity_G[device]:
                 empty = np.flatnonzero(wide_GC[device, :width] == EMPTY)
                 if len(empty):
                     return device, int(empty[0])

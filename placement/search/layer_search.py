@@ -284,7 +284,7 @@ def _space(task: LayerTask, loads: LayerLoads) -> SearchSpace:
     """Devices as the searches see them; a budget of moves counts from the standing plan."""
     budget = task.move_budget
     return search_space(
-        loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.room_G,
+        loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.capacity_G,
         current_GC=None if budget is None else task.start_GC,
         move_price_E=task.move_price_E, move_budget=0.0 if budget is None else budget,
     )

@@ -37,7 +37,7 @@ class LayerTask:
     layers: int                          # of the whole plan
     traffic: LayerTraffic
     slots_G: npt.NDArray[np.int64]       # slots in this layer, at most the cluster's
-    room_G: FloatArray | None            # bytes for this layer; None = slots are the limit
+    capacity_G: FloatArray | None            # bytes for this layer; None = slots are the limit
     cluster: Cluster
     dispatch: DispatchSpec
     objective: str                       # "balance" or "time"
@@ -57,7 +57,7 @@ class LayerTask:
             load_WE=self.traffic.planning_WE(), slots_G=self.slots_G,
             speed_G=self.cluster.speed_G, nodes=self.cluster.num_nodes,
             expert_groups=1 if self.model is None else self.model.num_expert_groups,
-            size_E=sizes, room_G=self.room_G,
+            size_E=sizes, capacity_G=self.capacity_G,
         )
 
     def expired(self) -> bool:
@@ -69,11 +69,11 @@ class LayerTask:
         held = slots_GC >= 0
         if (held.sum(axis=1) > self.slots_G).any():
             return False
-        sizes_E = self.loads().size_E if self.room_G is not None else None
-        if sizes_E is None or self.room_G is None:
+        sizes_E = self.loads().size_E if self.capacity_G is not None else None
+        if sizes_E is None or self.capacity_G is None:
             return True
         held_G = np.where(held, sizes_E[np.maximum(slots_GC, 0)], 0.0).sum(axis=1)
-        return bool((held_G <= self.room_G).all())
+        return bool((held_G <= self.capacity_G).all())
 
     @property
     def counts_transfers(self) -> bool:

@@ -78,7 +78,7 @@ def _steps_to_polish(task: LayerTask, answer: LayerAnswer) -> tuple[FloatArray, 
         return load_WE[:0], False
     chosen = np.unique(np.linspace(0, len(load_WE) - 1, steps).astype(np.int64))
     # Where memory is shared between layers, another share-out may give this one more slots.
-    own_limits = task.room_G is None and np.array_equal(task.slots_G, task.cluster.slots_G)
+    own_limits = task.capacity_G is None and np.array_equal(task.slots_G, task.cluster.slots_G)
     return load_WE[chosen], steps == len(load_WE) and own_limits
 
 
@@ -144,9 +144,9 @@ def polish(
         problem += pulp.lpSum(x[e]) >= 1                                                  # (4)
     for g in range(devices):
         problem += pulp.lpSum(x[e][g] for e in range(experts)) <= int(loads.slots_G[g])
-        if loads.size_E is not None and loads.room_G is not None:
+        if loads.size_E is not None and loads.capacity_G is not None:
             held = pulp.lpSum(float(loads.size_E[e]) * x[e][g] for e in range(experts))
-            problem += held <= float(loads.room_G[g])
+            problem += held <= float(loads.capacity_G[g])
     _set_start(problem, x, start_GC)
     solved = solve(problem, nodes=nodes, seconds=seconds, on_gap=on_gap)
     held_EG = np.array([[(v.varValue or 0.0) > 0.5 for v in row] for row in x])

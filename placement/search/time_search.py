@@ -46,7 +46,7 @@ def time_candidates(
     balanced_GC: what a search for balance found, the other place to start from. moves: 1 = normal
     effort.
     """
-    if len(set(loads.slots_G.tolist())) == 1 and loads.room_G is None:
+    if len(set(loads.slots_G.tolist())) == 1 and loads.capacity_G is None:
         yield "eplb", eplb_global(loads)
     slots = int(loads.usable_slots_G().sum())
     packed: list[tuple[float, str, SlotArray]] = []
@@ -92,7 +92,8 @@ def packed_by_load(loads: LayerLoads, keep: int) -> SlotArray | None:
     slots_G = slots_by_speed(loads, keep)
     replicas_E = replicas_by_load(loads.load_E, keep, int((slots_G > 0).sum()))
     slots_GC = _widened(pack_heaviest_first(
-        loads.load_E, replicas_E, slots_G, loads.speed_G, size_E=loads.size_E, room_G=loads.room_G
+        loads.load_E, replicas_E, slots_G, loads.speed_G, size_E=loads.size_E,
+        capacity_G=loads.capacity_G
     ), loads.most_slots)
     return slots_GC if _complete(slots_GC, loads.experts) else None
 
@@ -113,7 +114,7 @@ def packed_by_time(task: LayerTask, loads: LayerLoads) -> SlotArray | None:
     replicas_E = np.ones(loads.experts, np.int64)
     slots_GC = pack_heaviest_first(
         mean_us_E(device_times(task, load_WE), load_WE), replicas_E, loads.slots_G, loads.speed_G,
-        size_E=loads.size_E, room_G=loads.room_G,
+        size_E=loads.size_E, capacity_G=loads.capacity_G,
     )
     return slots_GC if _complete(slots_GC, loads.experts) else None
 

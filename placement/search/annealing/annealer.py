@@ -55,7 +55,7 @@ class SearchSpace(NamedTuple):
     slots_G: Any      # [G] int64
     speed_G: Any      # [G] float64
     size_E: Any       # [E] float64 bytes of an expert; 0 where memory does not limit
-    room_G: Any       # [G] float64 bytes for this layer; a huge number where it does not limit
+    capacity_G: Any       # [G] float64 bytes for this layer; a huge number where it does not limit
     current_EG: Any
     move_price_E: Any
     move_budget: float
@@ -184,7 +184,7 @@ def search_space(
     speed_G: FloatArray,
     experts: int,
     size_E: FloatArray | None = None,
-    room_G: FloatArray | None = None,
+    capacity_G: FloatArray | None = None,
     *,
     current_GC: SlotArray | None = None,
     move_price_E: FloatArray | None = None,
@@ -196,12 +196,12 @@ def search_space(
         current_EG = np.zeros((experts, len(slots_G)), np.bool_)
         device, slot = np.nonzero(current_GC >= 0)
         current_EG[current_GC[device, slot], device] = True
-    limited = size_E is not None and room_G is not None
+    limited = size_E is not None and capacity_G is not None
     return SearchSpace(
         np.asarray(slots_G, np.int64),
         np.asarray(speed_G, np.float64),
         np.asarray(size_E, np.float64) if limited else np.zeros(experts),
-        np.asarray(room_G, np.float64) if limited else np.full(len(slots_G), 1e300),
+        np.asarray(capacity_G, np.float64) if limited else np.full(len(slots_G), 1e300),
         current_EG,
         np.ones(experts) if move_price_E is None else np.asarray(move_price_E, np.float64),
         float(move_budget),
@@ -266,7 +266,7 @@ def _hold(space: SearchSpace, expert_S: npt.NDArray[np.int64]) -> Held:
     most = max(min(len(slots_G), len(expert_S) - experts + 1), int(replicas_E.max(initial=1)))
     slot_ER = np.full((experts, most), -1, np.int64)
     slot_ER[np.arange(most) < replicas_E[:, None]] = order_R
-    free_G = space.room_G - np.bincount(
+    free_G = space.capacity_G - np.bincount(
         device_S[used_S], space.size_E[expert_S[used_S]], len(slots_G)
     )
     start_G = np.concatenate(([0], np.cumsum(slots_G)))

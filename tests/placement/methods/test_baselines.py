@@ -148,7 +148,7 @@ def test_greedy_gives_a_fast_device_more_work() -> None:
 
 def test_greedy_keeps_within_the_bytes_a_device_has() -> None:
     found = greedy(layer(
-        [9, 8, 1, 1], [2, 2], size_E=np.array([10.0, 10, 1, 1]), room_G=np.array([11.0, 11])
+        [9, 8, 1, 1], [2, 2], size_E=np.array([10.0, 10, 1, 1]), capacity_G=np.array([11.0, 11])
     ))
     assert_valid(found, 4, [2, 2])
     for row in found:
@@ -158,7 +158,7 @@ def test_greedy_keeps_within_the_bytes_a_device_has() -> None:
 def test_greedy_finds_the_only_packing_of_unequal_sizes() -> None:
     """Largest first puts a 300 on each side, and then the third 200 nowhere."""
     sizes = np.array([300.0, 300, 200, 200, 200])
-    found = greedy(layer([1, 9, 2, 2, 5], [4, 4], size_E=sizes, room_G=np.array([600.0, 600])))
+    found = greedy(layer([1, 9, 2, 2, 5], [4, 4], size_E=sizes, capacity_G=np.array([600.0, 600])))
     assert sorted(sorted(e for e in row.tolist() if e >= 0) for row in found) == [
         [0, 1], [2, 3, 4]
     ]
@@ -167,30 +167,30 @@ def test_greedy_finds_the_only_packing_of_unequal_sizes() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 5), min_size=4, max_size=6),
-    rooms=st.lists(st.integers(1, 9), min_size=2, max_size=3), slots=st.integers(2, 4),
+    capacities=st.lists(st.integers(1, 9), min_size=2, max_size=3), slots=st.integers(2, 4),
 )
 def test_greedy_refuses_only_what_no_packing_holds(
-    sizes: list[int], rooms: list[int], slots: int
+    sizes: list[int], capacities: list[int], slots: int
 ) -> None:
     """Against every way to give each expert one device."""
     size_E = np.array(sizes, np.float64)
-    assume(slots * len(rooms) >= len(sizes))
-    homes_WE = np.array(list(itertools.product(range(len(rooms)), repeat=len(sizes))))
-    on_WEG = homes_WE[:, :, None] == np.arange(len(rooms))
+    assume(slots * len(capacities) >= len(sizes))
+    homes_WE = np.array(list(itertools.product(range(len(capacities)), repeat=len(sizes))))
+    on_WEG = homes_WE[:, :, None] == np.arange(len(capacities))
     possible = (
-        ((on_WEG * size_E[:, None]).sum(axis=1) <= rooms) & (on_WEG.sum(axis=1) <= slots)
+        ((on_WEG * size_E[:, None]).sum(axis=1) <= capacities) & (on_WEG.sum(axis=1) <= slots)
     ).all(axis=1).any()
     one = layer(
-        np.arange(len(sizes)), [slots] * len(rooms), size_E=size_E,
-        room_G=np.array(rooms, np.float64),
+        np.arange(len(sizes)), [slots] * len(capacities), size_E=size_E,
+        capacity_G=np.array(capacities, np.float64),
     )
     if not possible:
         with pytest.raises(InfeasibleError, match="proved"):
             greedy(one)
         return
     found = greedy(one)
-    assert_valid(found, len(sizes), [slots] * len(rooms))
-    for row, room in zip(found, rooms, strict=True):
+    assert_valid(found, len(sizes), [slots] * len(capacities))
+    for row, room in zip(found, capacities, strict=True):
         assert sum(sizes[e] for e in row if e >= 0) <= room
 
 

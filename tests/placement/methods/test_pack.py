@@ -18,7 +18,7 @@ def test_replicas_never_take_the_memory_that_first_copies_need() -> None:
     """The hot expert's second replica would fill device 1, and the large cold one fit nowhere."""
     packed = pack_heaviest_first(
         np.array([100.0, 1.0]), np.array([2, 1]), np.array([2, 2]),
-        size_E=np.array([6.0, 10.0]), room_G=np.array([10.0, 10.0]),
+        size_E=np.array([6.0, 10.0]), capacity_G=np.array([10.0, 10.0]),
     )
     assert sorted(packed[packed >= 0].tolist()) == [0, 1]
 
@@ -26,7 +26,7 @@ def test_replicas_never_take_the_memory_that_first_copies_need() -> None:
 def test_with_room_left_replicas_come_after_all_first_copies() -> None:
     packed = pack_heaviest_first(
         np.array([90.0, 2.0, 1.0]), np.array([3, 1, 1]), np.array([2, 2, 2]),
-        size_E=np.array([4.0, 4.0, 8.0]), room_G=np.array([8.0, 8.0, 8.0]),
+        size_E=np.array([4.0, 4.0, 8.0]), capacity_G=np.array([8.0, 8.0, 8.0]),
     )
     assert set(packed[packed >= 0].tolist()) == {0, 1, 2}
     assert (packed == 0).sum() == 2            # the third replica would need device 2's memory
@@ -43,7 +43,7 @@ def test_where_every_expert_fits_alone_every_expert_is_placed(data: st.DataObjec
     room = np.full(devices, float(width))
     packed = pack_heaviest_first(
         np.array(load, float), np.array(replicas), np.full(devices, 5), size_E=np.ones(experts),
-        room_G=room,
+        capacity_G=room,
     )
     assert set(packed[packed >= 0].tolist()) == set(range(experts))
     assert ((packed >= 0).sum(axis=1) <= width).all()

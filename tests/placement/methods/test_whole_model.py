@@ -16,7 +16,7 @@ from loadmaster.placement.methods import whole_model
 from loadmaster.placement.methods.affinity import affinity
 from loadmaster.placement.methods.cluster_assignment import chain_cost, cluster_traffic
 from loadmaster.placement.methods.moetuner import moetuner
-from loadmaster.placement.methods.whole_model import WholeModel, hop_prices, slots_of
+from loadmaster.placement.methods.whole_model import WholeModel, slots_of, transition_prices
 from loadmaster.placement.plan import Plan
 from loadmaster.placement.planning.planner import PlanResult, plan
 from loadmaster.traces.profile import Profile
@@ -50,7 +50,7 @@ def whole(made_on: RoutingTrace, cluster: Cluster, **asked: Any) -> WholeModel:
     return WholeModel(
         load_LE=made_on.load_LE().astype(float),
         transition_LEE=Profile.from_trace(made_on).transition_LEE(),
-        slots_G=cluster.slots_G, speed_G=cluster.speed_G, hop_GG=hop_prices(cluster),
+        slots_G=cluster.slots_G, speed_G=cluster.speed_G, transition_GG=transition_prices(cluster),
         **({"seed": 0, "effort": "normal"} | asked),
     )
 
@@ -72,7 +72,7 @@ def equal_halves(experts: int) -> list[npt.NDArray[np.int64]]:
 def price_of(model: WholeModel, device_LE: npt.NDArray[np.int64]) -> float:
     """Hops, one transition at a time."""
     return float(sum(
-        model.transition_LEE[layer][e, f] * model.hop_GG[device_LE[layer][e],
+        model.transition_LEE[layer][e, f] * model.transition_GG[device_LE[layer][e],
                                                          device_LE[layer + 1][f]]
         for layer in range(len(device_LE) - 1)
         for e, f in np.ndindex(model.transition_LEE[layer].shape)
@@ -86,10 +86,10 @@ def price_of(model: WholeModel, device_LE: npt.NDArray[np.int64]) -> float:
 def test_moetuner_balances_each_layer_as_well_as_any_equal_halves(seed: int) -> None:
     """On its planning steps' loads: four experts, two devices of two slots, all ways tried."""
     trace = small_trace(2, 4, seed)
-    laid = moetuner(whole(trace, PAIR), ignore)
+    placed = moetuner(whole(trace, PAIR), ignore)
     for layer, load_E in enumerate(trace.load_LE().astype(float)):
         heaviest = [np.bincount(way, load_E, 2).max() for way in equal_halves(4)]
-        held = [load_E[row].sum() for row in laid.slots_LGC[layer]]
+        held = [load_E[row].sum() for row in placed.slots_LGC[layer]]
         assert max(held) == min(heaviest)
 
 
@@ -97,17 +97,17 @@ def test_moetuner_balances_each_layer_as_well_as_any_equal_halves(seed: int) -> 
 def test_moetuner_chains_its_clusters_as_cheaply_as_any_order_of_devices(seed: int) -> None:
     trace = small_trace(3, 4, seed)
     model = whole(trace, PAIR)
-    laid = moetuner(model, ignore)
+    placed = moetuner(model, ignore)
     device_LE = np.stack([
         np.array([int(np.flatnonzero((slots == e).any(axis=1))[0]) for e in range(4)])
-        for slots in laid.slots_LGC
+        for slots in placed.slots_LGC
     ])
     traffic = cluster_traffic(model.transition_LEE, device_LE, 2)
     cheapest = min(
-        chain_cost(traffic, np.array(order), model.hop_GG, "max")
+        chain_cost(traffic, np.array(order), model.transition_GG, "max")
         for order in itertools.product([(0, 1), (1, 0)], repeat=3)
     )
-    assert chain_cost(traffic, np.tile([0, 1], (3, 1)), model.hop_GG, "max") == cheapest
+    assert chain_cost(traffic, np.tile([0, 1], (3, 1)), model.transition_GG, "max") == cheapest
 
 
 def test_moetuner_through_plan_says_what_is_proved() -> None:
@@ -160,10 +160,10 @@ def test_devices_that_differ_are_refused_with_another_way(cluster: Cluster, said
 def test_affinity_finds_the_cheapest_hops_of_all_equal_halves(seed: int) -> None:
     trace = small_trace(3, 4, seed)
     model = whole(trace, PAIR, effort="thorough")
-    laid = affinity(model, ignore)
+    placed = affinity(model, ignore)
     found = np.stack([
         np.array([int(np.flatnonzero((slots == e).any(axis=1))[0]) for e in range(4)])
-        for slots in laid.slots_LGC
+        for slots in placed.slots_LGC
     ])
     cheapest = min(
         price_of(model, np.stack(ways))
@@ -194,11 +194,12 @@ def test_affinity_prefers_a_hop_inside_the_node() -> None:
     transition[0, [0, 0, 1, 1, 2, 2, 3, 3], [2, 3, 2, 3, 0, 1, 0, 1]] = 10
     model = WholeModel(
         load_LE=np.ones((2, 4)), transition_LEE=transition, slots_G=two_nodes.slots_G,
-        speed_G=two_nodes.speed_G, hop_GG=hop_prices(two_nodes), seed=0, effort="normal",
+        speed_G=two_nodes.speed_G, transition_GG=transition_prices(two_nodes), seed=0,
+        effort="normal",
     )
-    laid = affinity(model, ignore)
+    placed = affinity(model, ignore)
     node = [{int(e): g // 2 for g, row in enumerate(slots) for e in row}
-            for slots in laid.slots_LGC]
+            for slots in placed.slots_LGC]
     assert all(node[0][e] == node[1][f] for e, f in np.argwhere(transition[0]))
 
 
@@ -239,7 +240,8 @@ def test_the_same_question_gets_the_same_bytes(method: str) -> None:
 
 
 def test_hops_cost_nothing_on_a_device_one_in_a_node_and_more_between_nodes() -> None:
-    price = hop_prices(Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=1))
+    cluster = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=1)
+    price = transition_prices(cluster)
     assert (np.diag(price) == 0).all() and price[0, 1] == 1.0
     assert price[0, 2] > 1.0 and (price == price.T).all()
 

@@ -9,7 +9,7 @@ import pytest
 
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.cost.evaluate import evaluate
-from loadmaster.placement.methods.whole_model import WholeModel, hop_prices
+from loadmaster.placement.methods.whole_model import WholeModel, transition_prices
 from loadmaster.placement.planning.layer_alignment import aligned, can_align
 from loadmaster.placement.planning.planner import plan
 from loadmaster.placement.planning_traffic import MOST_TIMED_STEPS, planning_steps
@@ -30,7 +30,8 @@ def model_of(transition: np.ndarray, devices: int) -> WholeModel:
     cluster = Cluster.preset("h100", devices_per_node=devices, slots_per_device=2)
     return WholeModel(
         load_LE=np.ones((len(transition) + 1, transition.shape[1])), transition_LEE=transition,
-        slots_G=cluster.slots_G, speed_G=cluster.speed_G, hop_GG=hop_prices(cluster), seed=0,
+        slots_G=cluster.slots_G, speed_G=cluster.speed_G,
+        transition_GG=transition_prices(cluster), seed=0,
         effort="normal",
     )
 

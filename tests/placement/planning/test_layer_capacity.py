@@ -41,24 +41,24 @@ def held_bytes(made: Plan, model: ModelSpec = MODEL) -> list[int]:
 
 
 def test_without_memory_limits_slots_are_all_there_is() -> None:
-    rooms = capacity_per_layer(np.ones((3, 8)), cluster_of([None] * 4), MODEL)
-    assert rooms.slots_LG.tolist() == [[4] * 4] * 3 and rooms.room_LG is None
+    capacities = capacity_per_layer(np.ones((3, 8)), cluster_of([None] * 4), MODEL)
+    assert capacities.slots_LG.tolist() == [[4] * 4] * 3 and capacities.capacity_LG is None
 
 
 def test_a_limit_that_does_not_bind_changes_nothing() -> None:
-    rooms = capacity_per_layer(np.ones((3, 8)), cluster_of([12] * 4), MODEL)
-    assert rooms.slots_LG.tolist() == [[4] * 4] * 3 and not rooms.notes
+    capacities = capacity_per_layer(np.ones((3, 8)), cluster_of([12] * 4), MODEL)
+    assert capacities.slots_LG.tolist() == [[4] * 4] * 3 and not capacities.notes
 
 
 def test_layers_get_slots_by_what_another_copy_is_worth_there() -> None:
     """Layer 1 is skewed, the others are flat: all spare memory goes to it."""
     load = np.ones((3, 8)) * 10
     load[1] = [70, 2, 2, 2, 1, 1, 1, 1]
-    rooms = capacity_per_layer(load, cluster_of([7] * 4), MODEL)
-    slots_L = rooms.slots_LG.sum(axis=1)
+    capacities = capacity_per_layer(load, cluster_of([7] * 4), MODEL)
+    slots_L = capacities.slots_LG.sum(axis=1)
     assert slots_L[1] > 8 and slots_L[1] > slots_L[0] and slots_L.sum() <= 28
-    assert (rooms.slots_LG.sum(axis=0) <= 7).all()
-    assert "memory holds 4 replicas beyond one" in rooms.notes[0]
+    assert (capacities.slots_LG.sum(axis=0) <= 7).all()
+    assert "memory holds 4 replicas beyond one" in capacities.notes[0]
 
 
 @settings(max_examples=50, deadline=None)
@@ -71,13 +71,13 @@ def test_every_layer_holds_every_expert_and_every_device_its_memory(
 ) -> None:
     cluster = cluster_of([max(1, n) for n in replicas], slots=5)
     try:
-        rooms = capacity_per_layer(np.array(load, float).reshape(3, 8), cluster, MODEL)
+        capacities = capacity_per_layer(np.array(load, float).reshape(3, 8), cluster, MODEL)
     except InfeasibleError:
         assert sum(max(1, n) for n in replicas) < 24      # 12 replicas fit into 3 layers of 5 slots
         return
-    assert (rooms.slots_LG.sum(axis=1) >= 8).all()
-    assert (rooms.slots_LG.sum(axis=0) <= [max(1, n) for n in replicas]).all()
-    assert (rooms.slots_LG <= 5).all()
+    assert (capacities.slots_LG.sum(axis=1) >= 8).all()
+    assert (capacities.slots_LG.sum(axis=0) <= [max(1, n) for n in replicas]).all()
+    assert (capacities.slots_LG <= 5).all()
 
 
 def test_layers_ask_for_no_more_than_can_be_dealt_to_them_together() -> None:
@@ -122,11 +122,11 @@ def test_a_standing_plan_keeps_its_bytes_and_what_is_left_is_shared() -> None:
     plain = Cluster.preset("h100", devices_per_node=2, slots_per_device=3)
     devices = tuple(d.model_copy(update={"expert_memory_bytes": 600}) for d in plain.devices)
     current = Plan(np.array([[[0, -1], [1, 2]], [[1, -1], [0, 2]]]), num_experts=3)
-    rooms = capacity_per_layer(
+    capacities = capacity_per_layer(
         np.ones((2, 3)), plain.model_copy(update={"devices": devices}), model, current
     )
-    assert rooms.room_LG is not None
-    assert rooms.room_LG.tolist() == [[400, 200], [200, 400]]
+    assert capacities.capacity_LG is not None
+    assert capacities.capacity_LG.tolist() == [[400, 200], [200, 400]]
 
 
 @settings(max_examples=50, deadline=None)

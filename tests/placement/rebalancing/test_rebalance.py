@@ -144,16 +144,16 @@ def ladder_of(gains: list[float], prices: list[float], budgets: tuple[float, ...
 @given(data=st.data())
 def test_last_searches_get_together_no_more_than_the_whole(data: st.DataObject) -> None:
     fraction = st.floats(0, 1)
-    ladders = []
+    sweeps = []
     for _ in range(data.draw(st.integers(1, 5))):
         budgets = (0.0, *sorted(data.draw(st.lists(fraction, min_size=2, max_size=2))))
         prices = [budget * data.draw(fraction) for budget in budgets]
         gains = [0.0, *data.draw(st.lists(st.floats(-1, 1), min_size=2, max_size=2))]
-        ladders.append(ladder_of(gains, prices, budgets))
-    levels = chosen_levels(ladders)
-    allowed = allowances(ladders, levels)
+        sweeps.append(ladder_of(gains, prices, budgets))
+    levels = chosen_levels(sweeps)
+    allowed = allowances(sweeps, levels)
     assert sum(most for most in allowed if most is not None) <= 1 + 1e-8
-    for ladder, level, most in zip(ladders, levels, allowed, strict=True):
+    for ladder, level, most in zip(sweeps, levels, allowed, strict=True):
         assert (most is None) == (level == 0)
         assert most is None or ladder.price_FK[0, level] <= most * (1 + 1e-9)
 
@@ -199,16 +199,16 @@ def test_experts_beyond_a_devices_own_slots_move_into_them() -> None:
     """Device 3 has 3 slots, the standing plan is 5 wide and uses the last."""
     short = CLUSTER.devices[3].model_copy(update={"slots": 3})
     uneven = Cluster(devices=(*CLUSTER.devices[:3], short), hardware=CLUSTER.hardware)
-    standing_GC = np.array(
+    current_GC = np.array(
         [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 0], [-1, 14, -1, -1, 15]]
     )
-    standing = Plan(np.stack([standing_GC, standing_GC]), num_experts=EXPERTS)
+    standing = Plan(np.stack([current_GC, current_GC]), num_experts=EXPERTS)
     for budget in (0, 6):
         made = rebalance(
             standing, NEW, uneven, steps=STEPS, effort="fast", max_moves=budget
         ).plan
         assert (made.slots[:, 3, 3:] == -1).all()
-    held = standing_GC.copy()
+    held = current_GC.copy()
     held[3] = [1, 14, -1, 2, 15]
     with pytest.raises(InputError, match="fills 4 slots of device 3 in layer 0, the cluster has 3"):
         rebalance(

@@ -113,7 +113,7 @@ def test_where_nothing_packs_the_experts_the_standing_plan_is_searched_from(
     load_WE = np.array([[9.0, 9, 1, 1]])
     task = LayerTask(
         layer=0, layers=1, traffic=LayerTraffic(None, None, (), None, load_WE, 4),
-        slots_G=np.array([2, 2]), room_G=None,
+        slots_G=np.array([2, 2]), capacity_G=None,
         cluster=Cluster.preset("h100", devices_per_node=2, slots_per_device=2),
         dispatch=DispatchSpec(), objective="balance", model=None, slack=0.0, seed=0, effort="fast",
         start_GC=np.array([[0, 1], [2, 3]], np.int16),

@@ -26,7 +26,7 @@ def task(load_E: list[float], cluster: Cluster, slots_G: list[int]) -> LayerTask
     """The first of two layers with these average loads."""
     data = planning_steps(Profile.from_loads(np.array([load_E, load_E])), StepSampler())
     return LayerTask(
-        layer=0, layers=2, traffic=data.layer(0), slots_G=np.array(slots_G), room_G=None,
+        layer=0, layers=2, traffic=data.layer(0), slots_G=np.array(slots_G), capacity_G=None,
         cluster=cluster, dispatch=DispatchSpec(), objective="balance", model=MODEL, slack=0.0,
         seed=0, effort="fast",
     )

@@ -35,7 +35,7 @@ def task_of(load_WE: FloatArray, slots: list[int], speeds: list[float]) -> Layer
     )
     traffic = LayerTraffic(None, None, (), None, load_WE, load_WE.shape[1])
     return LayerTask(
-        layer=0, layers=1, traffic=traffic, slots_G=np.array(slots), room_G=None,
+        layer=0, layers=1, traffic=traffic, slots_G=np.array(slots), capacity_G=None,
         cluster=Cluster(devices=devices, hardware=HARDWARE), dispatch=DispatchSpec(),
         objective="balance", model=None, slack=0.0, seed=0, effort="thorough",
     )

@@ -109,11 +109,11 @@ def test_a_budget_of_moves_and_memory_are_kept_to() -> None:
     )
     place = cluster(1.0, 1.0, 1.0, 1.0).model_copy(update={"devices": devices})
     one = task(place)
-    loads = replace(one.loads(), size_E=np.ones(EXPERTS), room_G=np.full(DEVICES, 5.0))
+    loads = replace(one.loads(), size_E=np.ones(EXPERTS), capacity_G=np.full(DEVICES, 5.0))
     start = np.full((DEVICES, SLOTS), -1, np.int16)
     start[:, :4] = np.arange(EXPERTS).reshape(DEVICES, 4)
     space = search_space(
-        loads.usable_slots_G(), loads.speed_G, EXPERTS, loads.size_E, loads.room_G,
+        loads.usable_slots_G(), loads.speed_G, EXPERTS, loads.size_E, loads.capacity_G,
         current_GC=start, move_price_E=np.ones(EXPERTS), move_budget=3.0,
     )
     found = search_time(one, space, start)
