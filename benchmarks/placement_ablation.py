@@ -497,10 +497,10 @@ def transfers() -> Section:
         cases,
         {
             "no search": without_search(),
-            "no search for transfers": Variant({(layer_search, "COPY_WEIGHTS_FEW"): ()}),
-            "one weight": Variant({(layer_search, "COPY_WEIGHTS_FEW"): (1.0,)}),
-            "other weight": Variant({(layer_search, "COPY_WEIGHTS_FEW"): (2.0,)}),
-            "two weights": Variant({(layer_search, "COPY_WEIGHTS_FEW"): (1.0, 4.0)}),
+            "no search for transfers": Variant({(layer_search, "TRANSFER_WEIGHTS_FEW"): ()}),
+            "one weight": Variant({(layer_search, "TRANSFER_WEIGHTS_FEW"): (1.0,)}),
+            "other weight": Variant({(layer_search, "TRANSFER_WEIGHTS_FEW"): (2.0,)}),
+            "two weights": Variant({(layer_search, "TRANSFER_WEIGHTS_FEW"): (1.0, 4.0)}),
         },
         ["no search", "no search for transfers"],
     )

@@ -52,13 +52,13 @@ PER_SLOT_FEW, FEWEST_FEW, FEWEST_BALANCE = 200, 6_000, 16_000
 PER_SLOT_BUDGETED, FEWEST_BUDGETED = 1_000, 30_000
 PER_SLOT_MANY, FEWEST_MANY = 9, 3_000
 SCENARIOS_FEW, SCENARIOS_MANY = 192, 48   # fresh rows of each kind, each round: few are overfitted
-SCENARIOS_COPIES = 48        # the same where transfers cost: rows ask for capacity that saves none
+SCENARIOS_TRANSFERS = 48     # the same where transfers cost: more would ask for useless capacity
 HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
 BEND = 1.0                   # weight of squared overload: the tail counts more
 ROBUSTNESS_PRICE = 0.005     # imbalance at home that robustness may cost
-COPY_TOKENS = 4_096          # tokens whose transfers are counted while searching
-# Price of one copy per token against overload: a search each on few devices, one on many.
-COPY_WEIGHTS_FEW, COPY_WEIGHT = (1.0, 2.0, 4.0), 0.3
+TRANSFER_TOKENS = 4_096          # tokens whose transfers are counted while searching
+# Price of one transfer per token against overload: a search each on few devices, one on many.
+TRANSFER_WEIGHTS_FEW, TRANSFER_WEIGHT = (1.0, 2.0, 4.0), 0.3
 
 
 def search_layer(task: LayerTask) -> LayerAnswer:
@@ -86,7 +86,7 @@ def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
         return start_GC
     if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
         return _average(task, loads, start_GC)
-    return _by_rows(task, loads, start_GC, COPY_WEIGHT if task.counts_transfers else 0.0)
+    return _by_rows(task, loads, start_GC, TRANSFER_WEIGHT if task.counts_transfers else 0.0)
 
 
 def without_duplicates(slots_GC: SlotArray) -> SlotArray:
@@ -163,7 +163,7 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
     yield SEARCHED, found
     if task.counts_transfers:
         few = loads.devices <= MOST_DEVICES
-        for weight in COPY_WEIGHTS_FEW if few else (COPY_WEIGHT,):
+        for weight in TRANSFER_WEIGHTS_FEW if few else (TRANSFER_WEIGHT,):
             yield f"search, transfers {weight}", _by_rows(task, loads, found, weight)
     if task.objective == "time":
         yield from time_candidates(task, loads, _space(task, loads), found, EFFORTS[task.effort])
@@ -236,14 +236,14 @@ def _by_rows(
     few = loads.devices <= MOST_DEVICES
     improve = _improver(task, few)
     space = _space(task, loads)
-    transfers = _copies(task, transfer_weight)
+    transfers = _transfers(task, transfer_weight)
     rng = np.random.default_rng([task.seed, task.layer])
     state = random_state(task.seed, task.layer)
     home = home_rows(task.traffic.search_WE(), float(loads.speed_G.sum()))
     kinds = request_kinds(task.traffic.request_RE())
     scenarios = SCENARIOS_FEW if few else SCENARIOS_MANY
     if transfer_weight > 0.0:
-        scenarios = min(scenarios, SCENARIOS_COPIES)
+        scenarios = min(scenarios, SCENARIOS_TRANSFERS)
     rounds, moves = _rounds(task, few, int(np.asarray(space.slots_G).sum()))
     heat = HOT * (COLD / HOT) ** (np.arange(rounds) / (rounds - 1))
     free = 1.0 if transfer_weight == 0.0 else 1.0 + task.slack / 2
@@ -300,7 +300,7 @@ def _improver(task: LayerTask, few: bool) -> Improve:
     return improve_fixed_shares
 
 
-def _copies(task: LayerTask, weight: float) -> TransferModel:
+def _transfers(task: LayerTask, weight: float) -> TransferModel:
     """Transfers of a sample of the tokens; none where they cost nothing."""
     trace = task.traffic.trace
     if weight == 0.0 or trace is None:
@@ -308,7 +308,7 @@ def _copies(task: LayerTask, weight: float) -> TransferModel:
     # Drawn at random from all requests, those held back too: which experts go together differs more
     # from request to request than loads do, and the steps held back still decide on balance.
     rng = np.random.default_rng([task.seed, task.layer, 3])
-    token = rng.permutation(trace.num_tokens)[:COPY_TOKENS]
+    token = rng.permutation(trace.num_tokens)[:TRANSFER_TOKENS]
     ids_TK = trace.ids[token, 0].astype(np.int32)
     valid = trace.valid_TLK(token)
     if valid is not None:

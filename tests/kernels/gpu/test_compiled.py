@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 
 from benchmarks.kernels_compile import MOST_REGISTERS, Build, faults
 
+ROOT = Path(__file__).resolve().parents[3]
+
 GOOD = Build(
     kernel="down", float_type="bf16", aligned=True, constants={"BLOCK_ROWS": 64},
     warps=4, stages=3, registers=120, shared_bytes=100_000, warp_group_products=8,
@@ -28,6 +30,7 @@ def _builds(tmp_path: Path, command: str) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, *command.split(" ", 1)],
         env=environment,
+        cwd=ROOT,                     # whence `benchmarks` is found
         capture_output=True,
         text=True,
         check=False,
