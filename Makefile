@@ -49,4 +49,4 @@ QUIET = >> $(LOG) 2>&1 || { tail -n 40 $(LOG); echo "installing failed; all of i
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
