@@ -91,8 +91,8 @@ def read_routing(path: Path, num_experts: int | None = None) -> tuple[
     found = import_any(path, num_experts=num_experts)
     source = found.trace if found.trace is not None else found.profile
     assert source is not None
-    said = tuple(f"{found.format} does not tell {what}" for what in found.cannot_tell)
-    return source, said + found.notes
+    missing = tuple(f"{found.format} does not tell {what}" for what in found.cannot_tell)
+    return source, missing + found.notes
 
 
 def read_trace(path: Path, num_experts: int | None = None) -> tuple[RoutingTrace, tuple[str, ...]]:

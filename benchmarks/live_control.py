@@ -57,12 +57,12 @@ def cluster_of(ranks: int) -> Cluster:
     return Cluster.preset("cpu", devices_per_node=ranks, slots_per_device=SLOTS)
 
 
-def widened(standing: Plan, slots_each: int = SLOTS) -> Plan:
+def widened(current_plan: Plan, slots_each: int = SLOTS) -> Plan:
     """The plan with empty slots, so many on each rank in all."""
-    layers, ranks, width = standing.slots.shape
+    layers, ranks, width = current_plan.slots.shape
     slots = np.full((layers, ranks, slots_each), -1, np.int16)
-    slots[:, :, :width] = standing.slots
-    return Plan(slots=slots, num_experts=standing.num_experts, dispatch=standing.dispatch)
+    slots[:, :, :width] = current_plan.slots
+    return Plan(slots=slots, num_experts=current_plan.num_experts, dispatch=current_plan.dispatch)
 
 
 def recorded(
@@ -228,9 +228,9 @@ def _plan_for_mixed(kernel: ExpertFit) -> Plan:
 
 def _group(name: str, start: Plan | None) -> Group:
     spec = served_spec(reference_model_dir(), "bfloat16")
-    standing = widened(contiguous(spec, RANKS)) if start is None else start
+    current_plan = widened(contiguous(spec, RANKS)) if start is None else start
     group = Group.start(
-        reference_model_dir(), standing, ranks=RANKS, name=name.replace("_", "-"),
+        reference_model_dir(), current_plan, ranks=RANKS, name=name.replace("_", "-"),
         cpus_per_rank=0.1,      # three groups share the cores
     )
     pin_in_turn(group.status()["pids"])     # or which ranks meet on a core would differ by group
@@ -279,8 +279,8 @@ def two_ranks_wall(*, rounds: int = 16) -> dict[str, Any]:
     kernel = fit_kernel(spec)
     domains = ("code",)
     slots = spec.num_experts // 2 + 2
-    standing = widened(contiguous(spec, 2), slots)
-    with Group.start(reference_model_dir(), standing, ranks=2, name="two-ranks") as group:
+    current_plan = widened(contiguous(spec, 2), slots)
+    with Group.start(reference_model_dir(), current_plan, ranks=2, name="two-ranks") as group:
         pin_in_turn(group.status()["pids"])
         cluster = Cluster.preset("cpu", devices_per_node=2, slots_per_device=slots)
         trace, fitted = recorded(group, domains, kernel, cluster)
@@ -289,9 +289,9 @@ def two_ranks_wall(*, rounds: int = 16) -> dict[str, Any]:
             effort="normal",
         ).plan
         judged, _ = recorded(group, domains, kernel, cluster, seed=5)
-        walls, paths = _in_turns(group, {"contiguous": standing, "auto": better}, rounds)
+        walls, paths = _in_turns(group, {"contiguous": current_plan, "auto": better}, rounds)
         gain_us = (
-            predicted(standing, judged, fitted, spec, None).critical_path_us
+            predicted(current_plan, judged, fitted, spec, None).critical_path_us
             - predicted(better, judged, fitted, spec, None).critical_path_us
         )
     return _wall_verdict(walls, paths, gain_us)

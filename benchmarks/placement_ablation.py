@@ -317,12 +317,12 @@ def budget_average() -> Section:
             for seed in SEEDS:
                 cluster = devices(trace, 16)
                 before, after = _halves(trace, seed)
-                standing = plan(
+                current_plan = plan(
                     Profile.from_loads(before.load_LE()), cluster, dispatch="even",
                     executor=ONE_CORE,
                 ).plan
                 found.append(Case(
-                    partial(_rebalanced, standing, after.load_LE(), cluster),
+                    partial(_rebalanced, current_plan, after.load_LE(), cluster),
                     partial(_even_peak, load_LE=after.load_LE().astype(np.float64)),
                 ))
         return found
@@ -344,10 +344,10 @@ def _halves(trace: RoutingTrace, seed: int) -> tuple[RoutingTrace, RoutingTrace]
     return trace.split(0.5, seed=seed)
 
 
-def _rebalanced(standing: Plan, load_LE: Any, cluster: Cluster, _warm_up: bool) -> Plan:
+def _rebalanced(current_plan: Plan, load_LE: Any, cluster: Cluster, _warm_up: bool) -> Plan:
     return rebalance(
-        standing, Profile.from_loads(load_LE), cluster, dispatch="even", executor=ONE_CORE,
-        max_moves=standing.num_layers * cluster.total_slots // 10,
+        current_plan, Profile.from_loads(load_LE), cluster, dispatch="even", executor=ONE_CORE,
+        max_moves=current_plan.num_layers * cluster.total_slots // 10,
     ).plan
 
 

@@ -175,14 +175,14 @@ def online(trace: RoutingTrace) -> Section:
         slots = trace.num_layers * cluster.total_slots
         for known, other in ((law, translation), (translation, law)):
             for seed in SEEDS:
-                standing = plan(known, cluster, seed=seed).plan
+                current_plan = plan(known, cluster, seed=seed).plan
                 first = StepSampler(seed=seed).sample(other, ONLINE_STEPS).token
                 seen = other.select(np.sort(first))
                 rest = other.select(np.setdiff1d(np.arange(other.num_tokens), first))
-                moved = rebalance(standing, seen, cluster, max_moves=slots // 10, seed=seed)
+                moved = rebalance(current_plan, seen, cluster, max_moves=slots // 10, seed=seed)
                 rows.append({
                     "unseen": unseen(moved.plan, rest, cluster, concurrency=8).imbalance_mean,
-                    "before": unseen(standing, rest, cluster, concurrency=8).imbalance_mean,
+                    "before": unseen(current_plan, rest, cluster, concurrency=8).imbalance_mean,
                     "slots_moved": len(moved.moves) / slots,
                 })
         found[f"spare_{spare}"] = row = averaged(rows) | {"wanted": 1.01}

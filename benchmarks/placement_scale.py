@@ -90,17 +90,17 @@ def churn() -> Section:
     slots = FAMILIES["a288"].slots * FAMILIES["a288"].layers
     for seed in SEEDS:
         drawn = instance("a288", 1.0, seed)
-        standing = _plan_loads("a288", seed, cluster).plan
+        current_plan = _plan_loads("a288", seed, cluster).plan
 
-        def again(load_LE: Array, standing: Plan = standing) -> PlanResult:
+        def again(load_LE: Array, current_plan: Plan = current_plan) -> PlanResult:
             return rebalance(
-                standing, Profile.from_loads(load_LE), cluster, max_moves=slots // 10,
+                current_plan, Profile.from_loads(load_LE), cluster, max_moves=slots // 10,
                 dispatch="even",
             )
 
         drifted, wall, cpu = timed(partial(again, drawn.drifted_LE))
         rows.append((
-            even_imbalance(standing, drawn.drifted_LE), even_imbalance(drifted.plan,
+            even_imbalance(current_plan, drawn.drifted_LE), even_imbalance(drifted.plan,
             drawn.drifted_LE), len(drifted.moves) / slots, len(again(drawn.next_LE).moves), wall,
             cpu,
         ))

@@ -88,8 +88,8 @@ def _progress() -> Iterator[Any]:
         def progress(method: str, done: int, total: int, gap: float | None) -> None:
             if method not in tasks:
                 tasks[method] = bar.add_task(method, total=total)
-            said = "searching layers" if gap is None else f"layers planned, gap {gap:.1%}"
-            bar.update(tasks[method], completed=done, description=f"{method}: {said}")
+            text = "searching layers" if gap is None else f"layers planned, gap {gap:.1%}"
+            bar.update(tasks[method], completed=done, description=f"{method}: {text}")
 
         yield progress
 

@@ -46,8 +46,8 @@ def apply(
     target, decode = Plan.load(plan), load_plan(decode_plan)
     group = Group.find(name, address)
     status = group.status()
-    standing = PhasePlans.both(status["plan"], status["decode_plan"])
-    wanted = asked_for(standing, target, decode)
+    current_plan = PhasePlans.both(status["plan"], status["decode_plan"])
+    wanted = asked_for(current_plan, target, decode)
     if dry_run:
         advice = advise(status, wanted, _traffic(group, trace))
         show.print_json(advice.to_dict()) if json else _print(advice)

@@ -42,7 +42,7 @@ def calibrate(
         task = bar.add_task("measuring", total=None)
         profile = calibrate_machine(
             spec, ranks=ranks, dtype=dtype,
-            progress=lambda said: bar.update(task, description=said),
+            progress=lambda text: bar.update(task, description=text),
         )
     with writing(out), replacing(out) as file:
         file.write(yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False).encode())

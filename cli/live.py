@@ -27,8 +27,8 @@ def demo(
         task = bar.add_task("starting", total=None)
         result = run_demo(
             ranks=ranks, out=out, seed=seed,
-            progress=lambda said, done, total: bar.update(
-                task, description=said, completed=done, total=total
+            progress=lambda text, done, total: bar.update(
+                task, description=text, completed=done, total=total
             ),
         )
     if json:

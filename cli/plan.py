@@ -86,15 +86,15 @@ def plan(
 
     _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
     targets = _targets(out, phase)
-    standing = load_plan(current)
+    current_plan = load_plan(current)
     source, notes = read_routing(trace, num_experts)
-    own_dispatch: Any = "balanced" if standing is None else standing.dispatch
-    if slots_per_device is None and standing is not None:
-        slots_per_device = standing.slots_per_device
+    own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
+    if slots_per_device is None and current_plan is not None:
+        slots_per_device = current_plan.slots_per_device
     options: dict[str, Any] = {
         "cluster": build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device,
                                  traffic, source.num_experts, oversubscription),
-        "current": standing, "max_moves": max_moves, "max_bytes": max_bytes,
+        "current": current_plan, "max_moves": max_moves, "max_bytes": max_bytes,
         "model": read_model(model), "dispatch": dispatch or own_dispatch,
         "objective": objective, "effort": effort, "seed": seed,
         "steps": build_sampler(step_tokens, concurrency, order, 0), "horizon_steps": horizon,

@@ -87,10 +87,10 @@ def compiles_for(feature: str) -> bool:
     What NUMBA_CPU_FEATURES allows where it is set; otherwise what the processor has.
     """
     config: Any = numba.config
-    told: str | None = config.CPU_FEATURES
-    if told is None:
+    chosen: str | None = config.CPU_FEATURES
+    if chosen is None:
         return bool(llvm.get_host_cpu_features().get(feature, False))
-    return f"+{feature}" in told.split(",")
+    return f"+{feature}" in chosen.split(",")
 
 
 # Parts of a hot loop have no door from Python, which takes longer to compile than they do where

@@ -109,15 +109,15 @@ def parse_yaml(text: str, where: str) -> Any:
 def first_fault(error: ValidationError, known: str = "") -> str:
     """The first thing pydantic found, in one line: field and reason.
 
-    known: the fields there are, said where one at the top was not known.
+    known: the fields there are, named where one at the top is unknown.
     """
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(_cut(str(part), _LONGEST_FIELD) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         there = f"; there are: {known}" if known and len(first["loc"]) == 1 else ""
         return _one_line(f"{where}: no such field") + there
-    said = str(first["msg"]).removeprefix("Value error, ")
-    return _one_line(f"{where}: {said}" if where else said)
+    fault = str(first["msg"]).removeprefix("Value error, ")
+    return _one_line(f"{where}: {fault}" if where else fault)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -145,8 +145,8 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
             if not isinstance(key, Hashable):
                 continue        # refused by whoever builds the mapping
             if key in seen:
-                said = f"the key {_cut(str(key_node.value), _LONGEST_FIELD)!r} stands twice"
-                raise yaml.constructor.ConstructorError(None, None, said, key_node.start_mark)
+                fault = f"the key {_cut(str(key_node.value), _LONGEST_FIELD)!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, fault, key_node.start_mark)
             seen.add(key)
 
 
@@ -154,7 +154,7 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out:
-            raise ValueError(f"the key {_cut(key, _LONGEST_FIELD)!r} stands twice")
+            raise ValueError(f"the key {_cut(key, _LONGEST_FIELD)!r} is given twice")
         out[key] = value
     return out
 
@@ -188,10 +188,10 @@ def _require_bounded(value: Any) -> None:
 
 
 def _marked(error: yaml.MarkedYAMLError) -> str:
-    said = ", ".join(part for part in (error.context, error.problem) if part)
+    fault = ", ".join(part for part in (error.context, error.problem) if part)
     mark = error.problem_mark or error.context_mark
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return _one_line(place + said)
+    return _one_line(place + fault)
 
 
 def _said(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Other libraries' talk, silenced while we use them: what is going on is said once, by us.
+"""Other libraries' talk, silenced while we use them: what happens is reported once, by us.
 
 Errors still come through. Knows transformers' and Ray's switches; imports neither by itself.
 """

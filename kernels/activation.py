@@ -26,7 +26,7 @@ class ExpertActivation:
         `(up + 1) * gate * sigmoid(alpha * gate)`.
     limit, alpha: gpt-oss's two numbers; both needed there, refused elsewhere.
     interleaved: gate and up rows of the stored matrix alternate (gpt-oss) instead of all gate
-        rows standing first.
+        rows first.
     """
 
     kind: ActivationKind

@@ -5,6 +5,6 @@ The nouns stand here: `plan`, `cluster`, `hardware`, `planning_traffic`. What is
 the order of their floors: `dispatch/` splits a step's tokens over replicas, `cost/` prices a step
 and judges a plan, `comparison/` says whether a difference is real, `methods/` holds the named
 placements, `search/` our own, `planning/` a whole planning run, `rebalancing/` the next plan after
-a standing one, `inspection/` describes plans, `formats/` are the engines' own files. Knows nothing
+the current one, `inspection/` describes plans, `formats/` are the engines' own files. Knows nothing
 of queues, clocks, live workers or tensors.
 """

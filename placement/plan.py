@@ -267,8 +267,8 @@ class Plan:
             with replacing(Path(path)) as file:
                 file.write(self.to_json().encode())
         except OSError as error:
-            said = error.strerror or error
-            raise LoadmasterError(f"{path}: cannot be written: {said}") from error
+            reason = error.strerror or error
+            raise LoadmasterError(f"{path}: cannot be written: {reason}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -109,7 +109,7 @@ class PlanningSteps:
     num_layers: int
     layer_indices: tuple[int, ...]
     notes: tuple[str, ...] = ()
-    said: str = ""
+    summary: str = ""
 
     def layer(self, layer: int) -> LayerTraffic:
         """One layer's share."""
@@ -176,13 +176,13 @@ def _steps_of_trace(
             extra = _other_steps(trace, planning_tokens, sampler, min(most, MOST_STEPS) // 2)
     if validation is None:
         notes.append("too short a trace to hold back a validation part")
-    said = (
+    summary = (
         f"{len(planning)} planning and {0 if validation is None else len(validation)} validation "
         f"steps of {sampler.tokens} tokens, {sampler.order}, {sampler.concurrency} in flight"
     )
     return PlanningSteps(
         trace, planning, extra, validation, None, trace.num_experts, trace.num_layers,
-        trace.layer_indices, tuple(dict.fromkeys((*planning.notes, *notes))), said,
+        trace.layer_indices, tuple(dict.fromkeys((*planning.notes, *notes))), summary,
     )
 
 

@@ -1,4 +1,4 @@
-"""Whether one plan is better than another, and how sure that is.
+"""Whether one plan is better than another, and how significant that is.
 
 `compare` is the entry, `per_step` its figures, `verdict` its sentence. `intervals` says which
 interval is used where, here and above, and why; `noise_band`, `bootstrap` and `cross_validation`

@@ -84,7 +84,7 @@ class Comparison:
         return next(row for row in self.rows if row.name == name)
 
     @property
-    def sure(self) -> bool:
+    def significant(self) -> bool:
         """Whether the bands have ends."""
         return all(math.isfinite(row.metric_high) for row in self.rows)
 
@@ -168,13 +168,13 @@ def _ranked(contest: Contest, reference: str) -> Comparison:
 
 def _row(contest: Contest, p: int, best: int, against: int) -> ComparisonRow:
     metric, transfers = contest.metric, contest.transfers
-    standing = contest.difference(p, against)
+    current_plan = contest.difference(p, against)
     change = metric.change_percent(p, against)
     fewer = (None, None, None) if transfers is None else transfers.change_percent(p, against)
     return ComparisonRow(
         contest.names[p], float(metric.mean_P[p]), *metric.band(p), *change,
         best=p == best, indistinguishable=contest.difference(p, best) == 0,
-        better=standing < 0, worse=standing > 0,
+        better=current_plan < 0, worse=current_plan > 0,
         transfers=None if transfers is None else float(transfers.mean_P[p]),
         transfers_change_percent=fewer[0], transfers_change_low_percent=fewer[1],
         transfers_change_high_percent=fewer[2],

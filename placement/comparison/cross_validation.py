@@ -1,7 +1,7 @@
 """Two halves of the requests: what is searched on one half is judged on the other, both ways.
 
 Steps share requests, so a few requests can make many steps that agree with each other and with
-nothing else; how sure a gain is, other draws of the requests tell. Knows requests and steps. Knows
+nothing else; confidence in a gain comes from resampling requests. Knows requests and steps. Knows
 nothing of plans.
 """
 

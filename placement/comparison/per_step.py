@@ -1,6 +1,6 @@
 """Several plans judged on the same steps: each one's figures per step, and how they differ.
 
-Knows evaluations, steps and noise. Knows nothing of how plans were found or what is said of them.
+Knows evaluations, steps and noise. Knows nothing of how plans were found or what is concluded.
 """
 
 from __future__ import annotations

@@ -80,13 +80,13 @@ def _reference_is_best(
     own, second = rows[0], rows[1]
     if second.indistinguishable:
         return f"{own.name} is fine here: {second.name} cannot be told apart from it"
-    said = f"{own.name} is best: {WORDS[metric]} {metric_text(own.metric, metric)}"
+    text = f"{own.name} is best: {WORDS[metric]} {metric_text(own.metric, metric)}"
     if _transfers_decide(own, second, slack):
         return (
-            f"{said}, {transfers_name} per token {own.transfers:.3f}; {second.name} makes "
+            f"{text}, {transfers_name} per token {own.transfers:.3f}; {second.name} makes "
             f"{second.transfers_change_percent:.1f} % more of them"
         )
-    return f"{said}; {second.name} is {second.change_percent:.1f} % worse"
+    return f"{text}; {second.name} is {second.change_percent:.1f} % worse"
 
 
 def _transfers_decide(one: Row, other: Row, slack: float) -> bool:

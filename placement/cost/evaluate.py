@@ -182,14 +182,14 @@ def judge(
     used = imbalance_WL[~np.isnan(imbalance_WL)]
     if not used.size:
         raise InputError("no step holds a token: nothing to judge the plan on")
-    said = list(notes)
+    lines = list(notes)
     if used.size < imbalance_WL.size:
         empty = imbalance_WL.size - used.size
-        said.append(f"{empty} of {imbalance_WL.size} (step, layer) cells had no tokens: left out")
+        lines.append(f"{empty} of {imbalance_WL.size} (step, layer) cells had no tokens: left out")
     cost = None
     if model is not None and model.knows_sizes:
         cost = step_cost(loads, model, cluster, dispatch=spec, overlap=overlap)
-        said.extend(cost.notes)
+        lines.extend(cost.notes)
     token_layers = float(loads.tokens_W.sum()) * imbalance_WL.shape[1]
     node_copies = float(loads.nic_out_WLG.sum())
     layers_used = ~np.isnan(imbalance_WL).all(axis=0)
@@ -211,7 +211,7 @@ def judge(
         imbalance_L=imbalance_L,
         steps=len(loads.tokens_W),
         dispatch=spec.policy,
-        notes=tuple(said),
+        notes=tuple(lines),
         imbalance_WL=imbalance_WL,
         peak_WL=peak_WL,
         step_time_us_W=None if cost is None else cost.step_us_W,

@@ -1,4 +1,4 @@
-"""Lower bounds: how good any plan could be on given steps, whatever it places where.
+"""Lower bounds: how good any plan could be on given steps, however it places experts.
 
 Knows loads, homes, slots, speeds and prices; never looks at a plan, so a bound holds for all.
 Every bound here is proved in its docstring; `checked_gap` refuses a bound above the objective,
@@ -159,23 +159,23 @@ def least_sent_W(
     counts_WGE [W, G, E] assignments by home rank. Proof: a device (a node) holds at most as many
     experts as it has slots, so of its own tokens' assignments all but those to so many most used
     experts leave it, whatever the plan. One replica serves one assignment (`per_expert`), or up to
-    top_k of one token where replicas to a place are merged. A node's NICs share what leaves it.
-    Traffic modes in which routing decides nothing, or not alone, are bounded by 0.
+    top_k of one token where replicas at a destination are merged. A node's NICs share what leaves
+    it. Traffic modes in which routing decides nothing, or not alone, are bounded by 0.
     """
     steps, devices, experts = counts_WGE.shape
     if cluster.traffic.mode != "return_home" or devices == 1:
         return np.zeros(steps)
     nodes = cluster.num_nodes
-    place_G = np.arange(devices) if nodes == 1 else cluster.node_G
-    slots_P = np.bincount(place_G, cluster.slots_G).astype(np.int64)
-    ports_P = np.bincount(place_G)
+    destination_G = np.arange(devices) if nodes == 1 else cluster.node_G
+    slots_P = np.bincount(destination_G, cluster.slots_G).astype(np.int64)
+    ports_P = np.bincount(destination_G)
     sent_W = np.zeros(steps)
-    for place in range(len(slots_P)):
-        own_WE = np.asarray(counts_WGE[:, place_G == place].sum(axis=1), np.float64)
-        kept = min(int(slots_P[place]), experts)
+    for p in range(len(slots_P)):
+        own_WE = np.asarray(counts_WGE[:, destination_G == p].sum(axis=1), np.float64)
+        kept = min(int(slots_P[p]), experts)
         most_WC = np.partition(own_WE, experts - kept, axis=1)[:, experts - kept :]
         leaves_W = own_WE.sum(axis=1) - most_WC.sum(axis=1)
-        sent_W = np.maximum(sent_W, leaves_W / ports_P[place])
+        sent_W = np.maximum(sent_W, leaves_W / ports_P[p])
     merged = cluster.traffic.payload != "per_expert"
     return np.asarray(sent_W / (top_k if merged else 1))
 

@@ -20,7 +20,7 @@ The rule.
    caps as few assignments as possible leave their free destinations (`min_max_flow.py`), one to
    another node counting as three inside. So a token travels further only where balance needs it,
    and what balances is first of all the choice among free destinations. For that, classes of
-   homes in different nodes are told apart (home groups).
+   homes in different nodes are distinguished (home groups).
 4. The flow of every class is divided among home ranks, own slots first, then in turn.
 5. `place_classes`. A rank's tokens of a class take, in order, a slot on a rank they visit already,
    else the lowest with quota left.
@@ -59,7 +59,7 @@ class ClassTable(NamedTuple):
     """
 
     slots_per_device: int
-    home_groups: int                               # home nodes told apart
+    home_groups: int                               # home nodes distinguished
     start_E: Int32Array                            # replicas of e: start_E[e]:start_E[e + 1]
     slot_R: Int32Array
     destination_R: Int32Array
@@ -299,7 +299,7 @@ def split_classes(counts_GX: Any, table: Any, speed_G: Any, slack: float) -> Any
 
 @compiled
 def _home_groups(table: Any) -> Any:
-    """[G] the home group of each rank: its node, or 0 where nodes are not told apart."""
+    """[G] the home group of each rank: its node, or 0 where nodes are not distinguished."""
     if table.home_groups > 1:
         return table.node_G
     return np.zeros(len(table.node_G), np.int64)

@@ -46,7 +46,7 @@ class Policy:
     code: int
     needs_all_counts: bool       # one all-gather of counts before each dispatch
     by_position: bool            # depends on a token's position, not only on counts
-    parameters: tuple[tuple[str, int, float], ...] = ()   # (name, place, default)
+    parameters: tuple[tuple[str, int, float], ...] = ()   # (name, index, default)
 
 
 POLICIES: dict[str, Policy] = {
@@ -111,10 +111,10 @@ def parameter_vector(spec: DispatchSpec, cluster: Cluster) -> npt.NDArray[np.flo
     """The numbers compiled code reads. UsageError as `policy_of`."""
     policy = policy_of(spec)
     vector = np.array([default_slack(cluster), 0.0, 0.0, 1.0])
-    for name, place, default in policy.parameters:
+    for name, index, default in policy.parameters:
         given = float(spec.parameters.get(name, default))
-        if place != SLACK or given >= 0:
-            vector[place] = given
+        if index != SLACK or given >= 0:
+            vector[index] = given
     return vector
 
 

@@ -3,7 +3,7 @@
 The face of the policies (`POLICIES`) for whoever has counts and no tokens. Knows one layer's slots
 and the cluster's nodes and speeds. Knows nothing of traces, time or payloads: where tokens are at
 hand, `assignment.py` sends each to its slot, under the payload's rule too. Deterministic; every
-policy places every token.
+policy assigns every token.
 """
 
 from __future__ import annotations

@@ -149,11 +149,11 @@ def _drop_inplace(
     pool_A = pool_E[ids[token, choice]]
     order = np.lexsort((choice, token, -gates[token, choice], pool_A))
     starts = np.flatnonzero(np.diff(pool_A[order], prepend=-1))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order)) - np.repeat(
+    turn_A = np.empty(len(order), np.int64)
+    turn_A[order] = np.arange(len(order)) - np.repeat(
         starts, np.diff(np.append(starts, len(order)))
     )
-    over = place >= capacity_P[pool_A]
+    over = turn_A >= capacity_P[pool_A]
     capacity_P -= np.bincount(pool_A[~over], minlength=len(capacity_P))
     lost_TK = np.zeros(ids.shape, bool)
     lost_TK[token[over], choice[over]] = True

@@ -41,12 +41,12 @@ def read(known: Known) -> ImportedPlan:
         raise InputError(
             f"{known.path}: MoE layer {layer}, slot {slot}: {phy2log[layer, slot]} is no expert id"
         )
-    said = None
+    stated = None
     if "logcnt" in tensors:
-        said = whole_array(tensors["logcnt"], "layer, expert", f"{known.path}: logcnt").shape[1]
+        stated = whole_array(tensors["logcnt"], "layer, expert", f"{known.path}: logcnt").shape[1]
     names = moe_layer_names(len(phy2log))
     slots = split_rows(phy2log.tolist(), names, known.devices(), known.path)
-    num_experts, inferred = known.experts(int(phy2log.max()), said)
+    num_experts, inferred = known.experts(int(phy2log.max()), stated)
     plan = build_plan(
         known, slots, num_experts, names, known.layers(len(names)), engine="eplb", dispatch="even"
     )

@@ -1,4 +1,4 @@
-"""What an importer is told, what it hands back, and the checks that all importers share.
+"""What an importer is given, what it returns, and the checks that all importers share.
 
 Knows slots, experts and layer numbers. Knows nothing of any engine's file.
 """
@@ -47,9 +47,9 @@ class Known:
                 f"{self.model.num_experts}: leave --num-experts out"
             )
 
-    def devices(self, said: int | None = None) -> int:
+    def devices(self, stated: int | None = None) -> int:
         """G: what the file says, which the caller must not contradict, else what they know."""
-        found = self.num_devices if said is None else said
+        found = self.num_devices if stated is None else stated
         if found is None:
             raise UsageError(
                 f"{self.path}: this format does not say on how many devices its slots lie: give "
@@ -62,15 +62,15 @@ class Known:
             )
         return found
 
-    def experts(self, largest: int, said: int | None = None) -> tuple[int, tuple[str, ...]]:
+    def experts(self, largest: int, stated: int | None = None) -> tuple[int, tuple[str, ...]]:
         """(E, notes): from the file, the model or the caller, else from the largest id named."""
         wanted = self.model.num_experts if self.model is not None else self.num_experts
-        if said is not None and wanted not in (None, said):
+        if stated is not None and wanted not in (None, stated):
             raise InputError(
-                f"{self.path}: is for {said} experts per layer, not {wanted}: it belongs to "
+                f"{self.path}: is for {stated} experts per layer, not {wanted}: it belongs to "
                 "another model"
             )
-        found = said if said is not None else wanted
+        found = stated if stated is not None else wanted
         if found is not None:
             return found, ()
         return largest + 1, (
@@ -190,7 +190,7 @@ def moe_layer_names(count: int) -> list[str]:
     return [f"MoE layer {layer}" for layer in range(count)]
 
 
-def told_layers(plan: Plan) -> tuple[int, ...]:
+def named_layers(plan: Plan) -> tuple[int, ...]:
     """The plan's layer numbers; () where they merely count up from 0."""
     return () if plan.layer_indices == tuple(range(plan.num_layers)) else plan.layer_indices
 
@@ -200,19 +200,19 @@ def model_layers(plan: Plan, model: ModelSpec | None) -> tuple[tuple[int, ...] |
 
     Raises InputError where both tell and differ.
     """
-    told = told_layers(plan)
+    named = named_layers(plan)
     if model is None:
-        return told or None, []
-    if not told or model.layer_indices is None:
-        layers = told or model.own_layer_indices()
-        moved = not told and layers != tuple(range(plan.num_layers))
+        return named or None, []
+    if not named or model.layer_indices is None:
+        layers = named or model.own_layer_indices()
+        moved = not named and layers != tuple(range(plan.num_layers))
         return layers, (
             [f"layers are taken to be the model's MoE layers, {layers[0]} to {layers[-1]}"]
             if moved else []
         )
-    if told != model.layer_indices:
+    if named != model.layer_indices:
         raise InputError(
-            f"the plan is for layers {told[0]}..{told[-1]}, the model's MoE layers are "
+            f"the plan is for layers {named[0]}..{named[-1]}, the model's MoE layers are "
             f"{model.layer_indices[0]}..{model.layer_indices[-1]}: it belongs to another model"
         )
-    return told, []
+    return named, []

@@ -116,5 +116,5 @@ def _dense_notes(
         str(layer) for layer, row in enumerate(rows)
         if row == [slot % num_experts for slot in range(len(row))]
     ]
-    said = f"; SGLang's default fills layer {', '.join(default)}, perhaps dense" if default else ""
-    return (f"every row is taken for a MoE layer{said}: --model tells which are",)
+    hint = f"; SGLang's default fills layer {', '.join(default)}, perhaps dense" if default else ""
+    return (f"every row is taken for a MoE layer{hint}: --model tells which are",)

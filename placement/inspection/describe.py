@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...foundation.arrays import IntArray
-from ..formats.imported import told_layers
+from ..formats.imported import named_layers
 from ..plan import DispatchSpec, Evidence, Plan, Provenance
 
 Row = tuple[Any, ...]
@@ -168,9 +168,9 @@ def _replicas_text(most: list[dict[str, int]]) -> str | None:
 def merged_rows(rows: list[Row]) -> list[Row]:
     """Neighbours that say the same in one row, "3 - 60"."""
     merged = []
-    for said, group in groupby(rows, key=lambda row: row[1:]):
+    for cells, group in groupby(rows, key=lambda row: row[1:]):
         names = [row[0] for row in group]
-        merged.append((str(names[0]) if len(names) == 1 else f"{names[0]} - {names[-1]}", *said))
+        merged.append((str(names[0]) if len(names) == 1 else f"{names[0]} - {names[-1]}", *cells))
     return merged
 
 
@@ -192,8 +192,8 @@ def layer_names(plan: Plan) -> tuple[int, ...]:
 
 def layer_range(plan: Plan) -> str:
     """The model's first and last MoE layer, or that the plan does not know."""
-    told = told_layers(plan)
-    return f"the model's {_range(np.array(told))}" if told else "counted from 0"
+    named = named_layers(plan)
+    return f"the model's {_range(np.array(named))}" if named else "counted from 0"
 
 
 def _range(values: IntArray) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ...errors import InputError
 from ...foundation.arrays import IntArray
 from ...traces.model_spec import ModelSpec
-from ..formats.imported import told_layers
+from ..formats.imported import named_layers
 from ..plan import Plan
 from .describe import Row, dispatch_text, layer_names, layer_range, merged_rows
 
@@ -43,7 +43,7 @@ def diff_plans(old: Plan, new: Plan, model: ModelSpec | None = None) -> PlanDiff
     model that gives them. Raises InputError on plans or a model of different shapes.
     """
     moves = old.moves_to(new)
-    if _differ(told_layers(old), told_layers(new)):
+    if _differ(named_layers(old), named_layers(new)):
         raise InputError(
             f"the plans are for different layers of their model: {layer_range(old)} and "
             f"{layer_range(new)}"
@@ -155,5 +155,5 @@ def _expert_bytes(plan: Plan, model: ModelSpec | None) -> IntArray | None:
 
 
 def _differ(before: object, after: object) -> bool:
-    """Both are told and not the same."""
+    """Both are given and differ."""
     return bool(before and after) and before != after

@@ -64,7 +64,7 @@ def evidence_of(
         validation = float(np.sum(checks)) + other_us if name == "time" else float(np.mean(checks))
     return Evidence(
         objective_name=name, objective=float(objective), bound=bound, gap=gap,
-        validation=validation, layers=tuple(layers), steps=data.said,
+        validation=validation, layers=tuple(layers), steps=data.summary,
         bound_kind=BOUND_KINDS[name],
         notes=(*data.notes, *notes, *notes_on(answers, data, settings)),
         copies=float(np.mean([a.planning.transfers for a in answers])) if counted else None,
@@ -82,37 +82,37 @@ def notes_on(
     answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
 ) -> tuple[str, ...]:
     """What a reader of the plan should know besides the numbers."""
-    said = []
+    notes = []
     filled = sum(int((a.slots_GC >= 0).sum()) for a in answers)
     closed = closed_by_memory(answers, settings)
     slots = data.num_layers * settings.cluster.total_slots - closed
     empty = slots - filled
     if closed:
-        said.append(
+        notes.append(
             f"{closed} of {slots + closed} slots are closed: the devices' expert_memory_bytes hold "
             "no more experts"
         )
     searched = any(a.name.startswith("search") or a.name.endswith(" slots") for a in answers)
     if empty and searched and settings.objective == "time":
-        said.append(
+        notes.append(
             f"{empty} of {slots} slots are left empty: another replica there would cost more in "
             "weight reads than it saves in balance"
         )
     elif empty and searched and settings.dispatch.policy in NEAREST_RULES:
-        said.append(
+        notes.append(
             f"{empty} of {slots} slots are left empty: under {settings.dispatch.policy} another "
             "replica there would take few tokens and not balance better"
         )
     single = filled == data.num_layers * data.num_experts
     if single and settings.objective == "time" and needs_all_counts(settings.dispatch):
-        said.append(
+        notes.append(
             f"no expert has a replica: dispatch even makes the same choices as "
             f"{settings.dispatch.policy} and need not gather counts in every layer"
         )
     unused = [a.layer for a in answers if not data.layer(a.layer).planning_WE().any()]
     if unused:
-        said.append(f"no token used layer {unused[0]} ({len(unused)} such layers)")
-    return tuple(said)
+        notes.append(f"no token used layer {unused[0]} ({len(unused)} such layers)")
+    return tuple(notes)
 
 
 def closed_by_memory(answers: list[LayerAnswer], settings: Settings) -> int:

@@ -36,7 +36,7 @@ class LayerCapacity:
 def capacity_per_layer(
     load_LE: FloatArray, cluster: Cluster, model: ModelSpec | None, current: Plan | None = None
 ) -> LayerCapacity:
-    """Slots and bytes of each layer. current: a standing plan, whose layers keep what they hold.
+    """Slots and bytes of each layer. current: the current plan, whose layers keep what they hold.
 
     Raises InfeasibleError when memory cannot hold one replica of every expert, or not what
     `current` puts on a device.
@@ -75,7 +75,7 @@ def capacity_per_layer(
 def _bytes_of_layers(
     memory_G: FloatArray, size_E: FloatArray, layers: int, current: Plan | None
 ) -> FloatArray:
-    """[L, G] bytes: the same in every layer, beyond what a standing plan holds there.
+    """[L, G] bytes: the same in every layer, beyond what the current plan holds there.
 
     Raises InfeasibleError where it holds more than a device's memory.
     """
@@ -87,7 +87,7 @@ def _bytes_of_layers(
 
 
 def _kept(current: Plan, copies_G: IntArray, slots_G: IntArray) -> IntArray:
-    """[L, G] slots: those a standing plan fills; what its device's memory holds beyond them goes
+    """[L, G] slots: those the current plan fills; what its device's memory holds beyond them goes
     to the layers in which it has fewest, one by one, ties to the lower layer."""
     held_LG = (current.slots >= 0).sum(axis=2)
     left_G = copies_G - np.minimum(held_LG, slots_G).sum(axis=0)
@@ -138,10 +138,10 @@ def _shared(load_LE: FloatArray, copies_G: IntArray, most_G: IntArray) -> LayerC
         lightest_heaviest_replica(load_E, int(spare_K[0]), len(copies_G)) for load_E in load_LE
     ])
     spare_L = _spare_within(cost_LR, spare_K)
-    said = f"memory holds {budget} replicas beyond one of each expert; layers have " + (
+    note = f"memory holds {budget} replicas beyond one of each expert; layers have " + (
         f"{spare_L.min()} to {spare_L.max()} of them, by what they are worth there"
     )
-    return LayerCapacity(_dealt(experts + spare_L, copies_G, most_G), notes=(said,))
+    return LayerCapacity(_dealt(experts + spare_L, copies_G, most_G), notes=(note,))
 
 
 def _spare_within(cost_LR: FloatArray, most_K: IntArray) -> IntArray:

@@ -84,12 +84,12 @@ def plan(
     method: see METHODS. objective: "time" (default with a model of known sizes) or "balance":
     smallest per-step imbalance and, where the traffic mode makes transfers cost bytes, the fewest
     transfers among plans within balance_slack of it (by default what the dispatch may spend on it:
-    0.02 where transfers to one place are sent once, 0.002 where each is sent). current: a standing
-    plan, taken as one more candidate. effort: "fast", "normal" or "thorough", a budget in units of
-    work, so the same input and seed give the same plan byte for byte on any executor. time_limit_s:
-    a time limit; when it fires the best so far is returned, `truncated`. Evidence holds a bound
-    over all plans and the gap. Raises UsageError on an unknown option, InputError on a bad trace,
-    InfeasibleError when the cluster cannot hold every expert.
+    0.02 where transfers to one destination are sent once, 0.002 where each is sent). current:
+    the current plan, one more candidate. effort: "fast", "normal" or "thorough", a budget in
+    units of work, so the same input and seed give the same plan byte for byte on any executor.
+    time_limit_s: a time limit; when it fires the best so far is returned, `truncated`. Evidence
+    holds a bound over all plans and the gap. Raises UsageError on an unknown option, InputError on
+    a bad trace, InfeasibleError when the cluster cannot hold every expert.
     """
     started = time.perf_counter()
     settings = resolve_settings(
@@ -112,8 +112,8 @@ def plan(
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
     notes = capacities.notes if placed is None else (*capacities.notes, *placed.notes)
     if cluster.traffic.mode == "coherent":
-        answers, said = linked(answers, data, settings, align=method == "auto" and not current)
-        notes = (*notes, *said)
+        answers, more = linked(answers, data, settings, align=method == "auto" and not current)
+        notes = (*notes, *more)
     evidence = evidence_of(answers, data, settings, notes)
     made = assemble(answers, data, settings, method, trace_digest(trace), evidence)
     truncated = any(a.truncated for a in answers) or (placed is not None and placed.truncated)
@@ -317,7 +317,7 @@ def _check_model(settings: Settings, data: PlanningSteps) -> None:
 
 
 def check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:
-    """Whether a standing plan fits trace, cluster and its slots. Raises InputError."""
+    """Whether the current plan fits trace, cluster and its slots. Raises InputError."""
     shape = (current.num_layers, current.num_experts, current.num_devices)
     if shape != (data.num_layers, data.num_experts, cluster.num_devices):
         raise InputError(

@@ -56,13 +56,13 @@ class Advice:
     def notes(self) -> tuple[str, ...]:
         """What to know besides the table."""
         fired = [name for name, result in self.results.items() if result.truncated]
-        told = {self.chosen, REBALANCE}
+        shown = {self.chosen, REBALANCE}
         return (
             f"judged on {self.judged_on}",
             *(f"{name}: cannot ({why})" for name, why in self.cannot.items()),
             *([f"time limit fired: {', '.join(fired)} may improve with more time"] if fired
               else []),
-            *(n for name, r in self.results.items() if name in told for n in r.evidence.notes),
+            *(n for name, r in self.results.items() if name in shown for n in r.evidence.notes),
             *self.comparison.notes,
         )
 
@@ -109,7 +109,7 @@ def advise(
     noise and, with sizes known, pays back its moves within `horizon_steps`: a switch must pay back
     its place. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
     `current`. `options` go to `attempt` (effort, executor, progress, time_limit_s). Judged where
-    planned, and said, where the trace is too short to hold requests back. Raises UsageError on a
+    planned, with a note, where the trace is too short to hold requests back. Raises UsageError on a
     budget without `current`, InfeasibleError where no method finds a plan.
     """
     if current is not None:
@@ -140,7 +140,7 @@ def _moving(
         new, gain_us, significant_us = table.evaluations[row.name].step_time_us, None, None
         if now is not None and new is not None:
             gain_us = now - new
-            if table.metric_name == "step_time_us" and table.sure:
+            if table.metric_name == "step_time_us" and table.significant:
                 significant_us = -row.change_high_percent / 100 * table.row(CURRENT).metric
         found[row.name] = price_moves(
             plans[CURRENT], plans[row.name], cluster, model, gain_us, significant_us
@@ -153,7 +153,7 @@ def _choice(
 ) -> tuple[str, str]:
     """(the plan to use, the verdict)."""
     best = table.rows[0]
-    if not table.sure and not has_current:
+    if not table.significant and not has_current:
         return best.name, (
             f"{best.name} came out best ({metric_text(best.metric, table.metric_name)}); how sure "
             "that is is not known: so few requests cannot tell, record more"
@@ -164,11 +164,11 @@ def _choice(
     for row in table.rows:
         if row.name == CURRENT or not row.better:
             continue
-        why, said = moving[row.name].refusal(horizon_steps), _better_text(table, row)
+        why, claim = moving[row.name].refusal(horizon_steps), _better_text(table, row)
         if why is None:
             instead = f"; {refused}" if refused else ""
-            return row.name, f"{said}; {moving[row.name]}{instead}"
-        refused = refused or f"{said}, but {why}"
+            return row.name, f"{claim}; {moving[row.name]}{instead}"
+        refused = refused or f"{claim}, but {why}"
     if refused:
         return CURRENT, f"leave it: {refused}"
     if REBALANCE in moving and not moving[REBALANCE].moves:
@@ -203,9 +203,9 @@ def hold_back(
         except InputError:
             count = 0
         if count >= 2:
-            said = f"{count} steps of {ADVICE_SHARE:.0%} of the requests, held back from planning"
-            return planning, judging, said
-    steps.sample(trace)  # too short for even one step is said now, not after planning
+            claim = f"{count} steps of {ADVICE_SHARE:.0%} of the requests, held back from planning"
+            return planning, judging, claim
+    steps.sample(trace)  # a trace too short for one step fails here, not after planning
     return trace, trace, "the planning steps themselves: too few requests to hold any back"
 
 

@@ -1,4 +1,4 @@
-"""advise_loads: several methods on average loads alone, with what can be said of them.
+"""advise_loads: several methods on average loads alone, with what loads can show of them.
 
 Without steps nothing tells noise, times or replicas: plans are ranked by the imbalance of the loads
 they were made for. Knows loads and plans. Prints nothing.
@@ -87,14 +87,14 @@ def advise_loads(
     objective = objective or "balance"      # average loads have no steps to time
     asked: dict[str, Any] = {"dispatch": dispatch, "model": model, "objective": objective,
                              "seed": seed, **options}
-    standing: dict[str, PlanResult] = {}
+    kept: dict[str, PlanResult] = {}
     if current is not None:
         check_slots(current, cluster, "the current plan")
         unhurried = asked | {"time_limit_s": None}      # no moves, so nothing is searched
-        standing[CURRENT] = rebalance(current, profile, cluster, max_moves=0, **unhurried)
+        kept[CURRENT] = rebalance(current, profile, cluster, max_moves=0, **unhurried)
     tried = attempt(profile, cluster, methods, current, (max_moves, max_bytes),
                     executor=executor, progress=progress, **asked)
-    results = standing | tried.results
+    results = kept | tried.results
     ranked = dict(sorted(results.items(), key=lambda found: found[1].evidence.objective))
     moving = {} if current is None else {
         name: price_moves(current, result.plan, cluster, model)
@@ -106,10 +106,10 @@ def advise_loads(
 
 def _verdict(best: str, ranked: dict[str, PlanResult], moving: dict[str, Moving]) -> str:
     reached = ranked[best].evidence.objective
-    said = f"{best}: imbalance of the average loads {reached:.4f}"
+    claim = f"{best}: imbalance of the average loads {reached:.4f}"
     if best == CURRENT:
-        said = f"leave it: no plan is flatter than the current one, {said[len(best) + 2:]}"
+        claim = f"leave it: no plan is flatter than the current one, {claim[len(best) + 2:]}"
     elif CURRENT in ranked:
-        said += f", {ranked[CURRENT].evidence.objective:.4f} under the current plan"
-        said += f"; {moving[best]}"
-    return f"{said}; how single steps fare cannot be told from average loads"
+        claim += f", {ranked[CURRENT].evidence.objective:.4f} under the current plan"
+        claim += f"; {moving[best]}"
+    return f"{claim}; how single steps fare cannot be told from average loads"

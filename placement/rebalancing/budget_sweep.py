@@ -45,13 +45,13 @@ class BudgetSweep:
     counting: float
 
     def gain_W(self, half: int, level: int) -> FloatArray:
-        """Of a level over standing still, step by step; 0 in steps without tokens."""
+        """Of a budget over no moves, step by step; 0 in steps without tokens."""
         cost_KW = self.cost_FKW[half]
         return np.asarray(np.nan_to_num(cost_KW[0] - cost_KW[level]), np.float64)
 
     @property
     def gain_FK(self) -> FloatArray:
-        """Of every level over standing still, by which levels are chosen."""
+        """Of every budget over no moves, by which levels are chosen."""
         return self.wide_FK[:, :1] - self.wide_FK
 
 
@@ -118,7 +118,7 @@ def _thinned(task: LayerTask) -> tuple[tuple[LayerTraffic, LayerTraffic], float]
 
     Of whole counts every token goes to one half or the other by a fair coin, which makes the
     halves independent samples. Other loads tell nothing of their noise: both halves are all there
-    is, and every gain counts as sure.
+    is, and every gain counts as significant.
     """
     loads = task.traffic.load_WE
     assert loads is not None
@@ -183,7 +183,7 @@ def allowances(sweeps: list[BudgetSweep], levels: list[int]) -> list[float | Non
     ]
 
 
-# ---- is it sure ---------------------------------------------------------------------------------
+# ---- is it significant --------------------------------------------------------------------------
 
 
 def crossed_levels(sweeps: list[BudgetSweep]) -> tuple[list[int], list[int]]:

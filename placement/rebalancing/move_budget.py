@@ -1,4 +1,4 @@
-"""What may be sent when a standing plan changes: moves, bytes, or both, over all layers.
+"""What may be sent when the current plan changes: moves, bytes, or both, over all layers.
 
 Knows counts and sizes of experts. Knows nothing of searches or links.
 """

@@ -108,12 +108,12 @@ class Policy:
             if seen.gain_us <= 0:
                 return Decision("keep", f"no gain: {seen.gain_us:.1f} us a step")
             return Decision("switch", f"gain {seen.gain_us:.1f} us a step")
-        sure = seen.gain_us if seen.gain_low_us is None else seen.gain_low_us
-        if sure <= 0:
+        low_us = seen.gain_us if seen.gain_low_us is None else seen.gain_low_us
+        if low_us <= 0:
             return Decision(
-                "keep", f"gain {seen.gain_us:.1f} us a step is within the noise (low {sure:.1f})"
+                "keep", f"gain {seen.gain_us:.1f} us a step is within the noise (low {low_us:.1f})"
             )
-        pays_after = self.safety * seen.move_us / sure
+        pays_after = self.safety * seen.move_us / low_us
         if pays_after > self.horizon_steps:
             return Decision(
                 "keep",
@@ -121,7 +121,8 @@ class Policy:
                 f"is {self.horizon_steps:.0f}",
             )
         return Decision(
-            "switch", f"gain {sure:.1f} us a step at least; pays back after {pays_after:.0f} steps"
+            "switch",
+            f"gain {low_us:.1f} us a step at least; pays back after {pays_after:.0f} steps",
         )
 
 

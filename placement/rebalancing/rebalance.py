@@ -1,4 +1,4 @@
-"""rebalance(): from a standing plan to the best one within a budget of moves.
+"""rebalance(): from the current plan to the best one within a budget of moves.
 
 Every layer is searched from its current slots, at several budgets, on each half of the requests and
 judged on the other; the budget is then shared between layers by gain per move (`ladders.py`).
@@ -82,7 +82,7 @@ def rebalance(
     max_moves, max_bytes: budgets over all layers, both kept where both are given; DEFAULT_SHARE of
     the filled slots where neither is. `.moves` lists them in order, best gain first;
     `.pays_back_after_steps` (with a model and a trace) is their transfer time over the time they
-    save per step. The standing plan comes back, with no moves, where no gain can be shown.
+    save per step. The current plan comes back, with no moves, where no gain can be shown.
     Raises UsageError on a bad budget, InputError where plan, trace and cluster do not match.
     """
     started = time.perf_counter()
@@ -92,13 +92,13 @@ def rebalance(
     )
     data = planning_steps(new_trace, steps)
     check_current(current, data, cluster)
-    standing = _fitted(current, cluster)
+    fitted = _fitted(current, cluster)
     budget = Budget.of(current, model, max_moves, max_bytes)
     run: Executor = LayerThreads() if executor is None else executor
-    capacities = capacity_of_layers(data, settings, standing)
+    capacities = capacity_of_layers(data, settings, fitted)
     tasks = [
         replace(t, move_price_E=budget.price_E(current.num_experts))
-        for t in layer_tasks(data, settings, capacities, standing)
+        for t in layer_tasks(data, settings, capacities, fitted)
     ]
     allowed, gain_L, notes = _allowances(tasks, data, steps, run)
     last = [_LastSearch(task, most) for task, most in zip(tasks, allowed, strict=True)]
@@ -110,7 +110,7 @@ def rebalance(
 
 
 def _fitted(current: Plan, cluster: Cluster) -> Plan:
-    """The standing plan as wide as the cluster, each device's experts in the slots it has."""
+    """The current plan as wide as the cluster, each device's experts in the slots it has."""
     slots = [within_slots(x, cluster.slots_G, int(cluster.slots_G.max())) for x in current.slots]
     return replace(current, slots=np.stack(slots))
 
@@ -176,7 +176,7 @@ def _finish(last: _LastSearch) -> LayerAnswer:
     if last.most is None:
         return answer_with(task, stands)
     found = search_from(replace(task, move_budget=last.most), task.start_GC)
-    moved = judged(task, "rebalance", keep_places(task.start_GC, found))
+    moved = judged(task, "rebalance", keep_slots(task.start_GC, found))
     name = task.objective
     better = moved.decisive.objective(name) < stands.decisive.objective(name)
     return answer_with(task, moved if better else stands)
@@ -203,7 +203,7 @@ def _within(
     return kept
 
 
-def keep_places(before_GC: SlotArray, after_GC: SlotArray) -> SlotArray:
+def keep_slots(before_GC: SlotArray, after_GC: SlotArray) -> SlotArray:
     """The same placement, experts that stay on their device in the (first) slot they had."""
     placed = np.full_like(after_GC, -1)
     for g, (before, after) in enumerate(zip(before_GC, after_GC, strict=True)):

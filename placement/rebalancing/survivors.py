@@ -49,9 +49,9 @@ def survivors_plan(
         most_G = np.array([np.inf if own is None else own for own in memory])
         size_E = model.bytes_per_expert_E()
         if (device_bytes(slots[:, alive], size_E) > most_G).any():
-            standing = np.full_like(slots[:, alive], EMPTY)
-            standing[:, :, : plan.slots_per_device] = plan.slots[:, alive]
-            slots[:, alive] = cover_within(standing, cluster.slots_G[alive], size_E, most_G, alive)
+            held_LGC = np.full_like(slots[:, alive], EMPTY)
+            held_LGC[:, :, : plan.slots_per_device] = plan.slots[:, alive]
+            slots[:, alive] = cover_within(held_LGC, cluster.slots_G[alive], size_E, most_G, alive)
     elif any(own is not None for own in memory):
         notes.append(NOT_COUNTED)
     return dataclasses.replace(

@@ -34,7 +34,7 @@ class Moving:
 
     @property
     def pays_back_after_steps(self) -> float | None:
-        """Transfer time over the sure gain per step; None where either is unknown, or no gain."""
+        """Transfer time over the significant gain per step; None where unknown, or no gain."""
         if self.us is None or self.significant_gain_us is None or self.significant_gain_us <= 0:
             return None
         return self.us / self.significant_gain_us
@@ -61,14 +61,14 @@ class Moving:
         if not self.moves:
             return "no expert moves"
         size = "" if self.bytes is None else f", {self.bytes / 1e9:,.2f} GB"
-        said = (
+        text = (
             f"{self.moves:,} expert{' moves' if self.moves == 1 else 's move'} "
             f"({self.share:.1%} of slots{size})"
         )
         if self.bytes is None:
-            return f"{said}; what that costs is not known without the experts' sizes (--model)"
+            return f"{text}; what that costs is not known without the experts' sizes (--model)"
         steps = self.pays_back_after_steps
-        return said if steps is None else f"{said}, paid back after {steps:,.0f} steps"
+        return text if steps is None else f"{text}, paid back after {steps:,.0f} steps"
 
 
 def price_moves(
@@ -85,5 +85,5 @@ def price_moves(
     if model is None or not model.knows_bytes:
         return Moving(len(moves), share)
     cost = move_cost(moves, current, model, cluster)
-    sure = gain_us if significant_gain_us is None else significant_gain_us
-    return Moving(len(moves), share, cost.bytes, cost.us, gain_us, sure)
+    low_us = gain_us if significant_gain_us is None else significant_gain_us
+    return Moving(len(moves), share, cost.bytes, cost.us, gain_us, low_us)

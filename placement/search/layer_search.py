@@ -173,7 +173,7 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
 
 def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
     """(name, slots) packed by load, the first to search from; where nothing packs these experts
-    into memory but the standing plan does, that. Raises InfeasibleError where neither does."""
+    into memory but the current plan does, that. Raises InfeasibleError where neither does."""
     try:
         starts = [("lpt_swap", lpt_swap(loads))]
         if task.dispatch.policy in NEAREST_RULES:
@@ -281,7 +281,7 @@ def _rounds(task: LayerTask, few: bool, slots: int) -> tuple[int, int]:
 
 
 def _space(task: LayerTask, loads: LayerLoads) -> SearchSpace:
-    """Devices as the searches see them; a budget of moves counts from the standing plan."""
+    """Devices as the searches see them; a budget of moves counts from the current plan."""
     budget = task.move_budget
     return search_space(
         loads.usable_slots_G(), loads.speed_G, loads.experts, loads.size_E, loads.capacity_G,

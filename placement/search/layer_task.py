@@ -46,7 +46,7 @@ class LayerTask:
     seed: int
     effort: str
     deadline: float | None = None        # time.time() after which only cheap work is begun
-    start_GC: SlotArray | None = None    # a standing plan's slots, also a candidate
+    start_GC: SlotArray | None = None    # the current plan's slots, also a candidate
     move_budget: float | None = None     # most that moves away from it may cost; None = free
     move_price_E: FloatArray | None = None   # cost of sending each expert; None = 1
 
@@ -85,7 +85,7 @@ class LayerTask:
 class Score:
     """What slots are worth on some steps.
 
-    peak: balance, as it decides (`evaluate.peak_of`). imbalance: as it is told; the same where
+    peak: balance, as it decides (`evaluate.peak_of`). imbalance: as it is reported; the same where
     devices are equally fast. transfers: remote, per token; between nodes if any.
     """
 

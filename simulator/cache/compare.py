@@ -54,15 +54,15 @@ class CacheTable:
     def verdict(self) -> str:
         """The best policy that could be had, and how far it is from the bound."""
         best = next((row for row in self.rows if row.policy != BOUND), self.rows[0])
-        said = (
+        text = (
             f"{best.name}: {100 * best.figures.hit_rate:.1f} % hits, stalls "
             f"{best.figures.stall_us / best.figures.steps / 1e3:.3f} ms a step"
         )
         bound = next((row for row in self.rows if row.policy == BOUND), None)
         if bound is None or bound is best:
-            return said
+            return text
         return (
-            f"{said}; without guessing ahead no policy hits more than "
+            f"{text}; without guessing ahead no policy hits more than "
             f"{100 * bound.figures.hit_rate:.1f} %"
         )
 

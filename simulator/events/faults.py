@@ -204,7 +204,7 @@ class LostDevices:
 def _load(run: Run, current: Plan, plan: Plan, group: int) -> tuple[float, str]:
     """Switch to `plan` at once; (microseconds of loading, what was loaded)."""
     lost = run.active.of(group).lost
-    plan = run.active.standing(group, plan)
+    plan = run.active.current_plan(group, plan)
     moves = current.moves_to(plan)
     cost = move_cost(moves, current, run.router.model, run.router.cluster, unavailable=lost)
     run.moved_bytes += cost.bytes

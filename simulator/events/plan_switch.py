@@ -100,7 +100,7 @@ def _heeding(refused: Refused | None, action: BoundaryAction) -> BoundaryAction:
 def switch_cost(run: Run, plan: Plan, group: int) -> MoveCost:
     """What changing from the active plan to `plan` sends."""
     condition = run.active.of(group)
-    moves = condition.plan.moves_to(run.active.standing(group, plan))
+    moves = condition.plan.moves_to(run.active.current_plan(group, plan))
     return move_cost(moves, condition.plan, run.router.model, run.router.cluster,
                      unavailable=condition.lost)
 
@@ -120,7 +120,7 @@ def _next_layer(
 ) -> int:
     """Move one layer's experts, then let a step run; layers that do not change are skipped."""
     current = run.active.of(group).plan
-    target = _widened(run.active.standing(group, plan), current)
+    target = _widened(run.active.current_plan(group, plan), current)
     while layer < plan.num_layers and np.array_equal(
         _widened(current, plan).slots[layer], target.slots[layer]
     ):

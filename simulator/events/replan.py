@@ -133,7 +133,7 @@ class _ControlLoop:
         self.first_request = 0
         self.switching = False
         self.factors: list[float] = []       # of the last windows
-        self.error = 0.0                     # relative, of times told by the last factor
+        self.error = 0.0                     # relative, of times predicted with the last factor
         self._begun: _Step | None = None
         self._measured: list[_Step] = []     # in this window
 
@@ -180,7 +180,7 @@ class _ControlLoop:
                                self.run.loop.workload.prompt_tokens)
 
     def _measure(self, steps: list[_Step], numbers: dict[str, float]) -> None:
-        """How much longer steps take here than without faults, and how sure that is."""
+        """How much longer steps take here than without faults, and how certain that is."""
         ratio_W = np.array([s.took_us / s.faultless_us for s in steps])
         factor = float(np.median(ratio_W))
         self.factors = [*self.factors, factor][-KEPT_FACTORS:]

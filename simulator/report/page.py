@@ -80,8 +80,8 @@ def _served(results: Mapping[str, SimulationResult]) -> str:
         (name, f"{e.at_us / 1e6:.3f}", e.kind, e.detail, _ms(e.pause_us))
         for name, r in results.items() for e in r.events
     ]
-    told = rows_of(("plan", "at, s", "what", "detail", "pause, ms"), events) if events else ""
-    return f"<h2>What users saw</h2>{rows_of(header, rows)}{curves}{told}"
+    switches = rows_of(("plan", "at, s", "what", "detail", "pause, ms"), events) if events else ""
+    return f"<h2>What users saw</h2>{rows_of(header, rows)}{curves}{switches}"
 
 
 def _where_time_goes(results: Mapping[str, SimulationResult]) -> str:

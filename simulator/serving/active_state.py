@@ -64,10 +64,10 @@ class ActiveState:
         cache.
         """
         self.router.check(plan)
-        standing = self.standing(group, plan)
-        self.kv_capacity_G(standing)
-        self._set(group, dataclasses.replace(self.of(group), plan=standing))
-        if standing is not plan or not self.of(group).lost:
+        current_plan = self.current_plan(group, plan)
+        self.kv_capacity_G(current_plan)
+        self._set(group, dataclasses.replace(self.of(group), plan=current_plan))
+        if current_plan is not plan or not self.of(group).lost:
             self.whole_plan[group] = plan
 
     def kv_capacity_G(self, plan: Plan) -> tuple[int, ...] | None:
@@ -79,7 +79,7 @@ class ActiveState:
             return None
         return kv_tokens_per_device(plan, self.router.cluster, self.router.model, self.memory)
 
-    def standing(self, group: int, plan: Plan) -> Plan:
+    def current_plan(self, group: int, plan: Plan) -> Plan:
         """The plan with the slots of lost devices empty; itself where they are.
 
         Raises InfeasibleError if that leaves an expert without a replica.

@@ -1,7 +1,7 @@
 """Continuous batching: which tokens of which requests meet in the next step.
 
 Knows token budgets, prefill chunks, decoding requests and KV memory. Knows nothing of simpy, clocks
-beyond the time it is told, plans, or how long a step takes.
+beyond the time it is given, plans, or how long a step takes.
 
 All decoding requests advance together, one token a step, so none is touched until it ends: a
 request that still owes n tokens ends when the group's decode counter has grown by n.

@@ -42,8 +42,8 @@ class Served:
     @property
     def notes(self) -> tuple[str, ...]:
         """The notes of the results and of the comparison, each once."""
-        said = (*self.paired.notes, *(n for r in self.results.values() for n in r.notes))
-        return tuple(dict.fromkeys(said))
+        lines = (*self.paired.notes, *(n for r in self.results.values() for n in r.notes))
+        return tuple(dict.fromkeys(lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -121,8 +121,8 @@ class ServingGroup:
             loop.steps.append(start_ns, duration_ns, batch, self.index, epoch)
             loop.note_ended(lanes.complete(batch, loop.now_ns))
             self._turn_boundary()
-            for told in self.on_step:
-                told()
+            for callback in self.on_step:
+                callback()
 
     def _turn_boundary(self) -> bool:
         """Bring forward what waited for a step; whether there was any."""

@@ -70,16 +70,16 @@ class Paired:
     def verdict(self) -> str:
         """One sentence: the best plan, which are worse and by how much, which indistinguishable."""
         best, *others = self.rows
-        said = f"{best.name}: mean latency {_time_text(best.mean_us)}"
+        text = f"{best.name}: mean latency {_time_text(best.mean_us)}"
         if not others:
-            return said
+            return text
         if not all(np.isfinite(row.high_us) for row in others):
             return (
                 f"not enough data: {best.name} came out best (mean latency "
                 f"{_time_text(best.mean_us)}), but {self.requests} requests cannot tell how far "
                 "that may be off: serve more requests"
             )
-        parts = [said]
+        parts = [text]
         same = [row.name for row in others if row.indistinguishable]
         if same:
             parts.append(f"indistinguishable from it: {', '.join(same)}")
@@ -138,7 +138,7 @@ def set_side_by_side(
     if len(names) > 1 and in_flight > block and requests >= FEWEST_REQUESTS:
         notes.append(
             f"bands: about {in_flight:.0f} of {requests} requests were in flight at a time, too "
-            "many for sure bands: serve more requests"
+            "many for reliable bands: serve more requests"
         )
     return Paired(tuple(rows), requests, block, tuple(notes))
 

@@ -57,25 +57,25 @@ def test_a_trace_without_phases_is_not_planned_apart(run: Run, tmp_path: Path) -
 
 
 def test_a_budget_of_moves_is_kept(run: Run, trace: Path, tmp_path: Path) -> None:
-    standing, after = tmp_path / "standing.json", tmp_path / "after.json"
-    run("plan", trace, "--method", "round_robin", "-o", standing, *SMALL)
+    old_plan, after = tmp_path / "current.json", tmp_path / "after.json"
+    run("plan", trace, "--method", "round_robin", "-o", old_plan, *SMALL)
     code, out, _ = run(
-        "plan", trace, "--current", standing, "--max-moves", 5, "-o", after, *SMALL
+        "plan", trace, "--current", old_plan, "--max-moves", 5, "-o", after, *SMALL
     )
     assert code == 0 and "rebalance" in out
-    assert 0 < len(Plan.load(standing).moves_to(Plan.load(after))) <= 5
+    assert 0 < len(Plan.load(old_plan).moves_to(Plan.load(after))) <= 5
 
 
 def test_a_budget_of_moves_counts_for_average_loads_too(run: Run, tmp_path: Path) -> None:
-    loads, standing, after = (tmp_path / n for n in ("loads.npz", "standing.json", "after.json"))
+    loads, old_plan, after = (tmp_path / n for n in ("loads.npz", "current.json", "after.json"))
     rng = np.random.default_rng(0)
     np.savez(loads, load=rng.integers(100, 9000, (2, 16)))
-    assert run("plan", loads, "--method", "contiguous", "-o", standing, *SMALL)[0] == 0
+    assert run("plan", loads, "--method", "contiguous", "-o", old_plan, *SMALL)[0] == 0
     code, out, _ = run(
-        "plan", loads, "--current", standing, "--max-moves", 4, "-o", after, *SMALL
+        "plan", loads, "--current", old_plan, "--max-moves", 4, "-o", after, *SMALL
     )
     assert code == 0 and "4 experts move" in out
-    assert len(Plan.load(standing).moves_to(Plan.load(after))) == 4
+    assert len(Plan.load(old_plan).moves_to(Plan.load(after))) == 4
 
 
 @pytest.mark.parametrize(("asked", "said"), [
@@ -106,11 +106,11 @@ def test_a_method_that_cannot_is_a_line_of_the_table(run: Run, trace: Path, tmp_
 
 
 def test_moves_are_priced_and_told_in_order(run: Run, trace: Path, tmp_path: Path) -> None:
-    standing, model = tmp_path / "standing.json", tmp_path / "model.json"
+    old_plan, model = tmp_path / "current.json", tmp_path / "model.json"
     model.write_text(json.dumps({"num_layers": 2, "num_experts": 16, "top_k": 2, "hidden": 64,
                                  "intermediate": 64}))
-    run("plan", trace, "--method", "round_robin", "-o", standing, *SMALL)
-    asked = ("--current", standing, "--model", model, "--objective", "balance", *SMALL)
+    run("plan", trace, "--method", "round_robin", "-o", old_plan, *SMALL)
+    asked = ("--current", old_plan, "--model", model, "--objective", "balance", *SMALL)
     code, out, _ = run("plan", trace, *asked, "--max-bytes", 4 * 24576)
     assert code == 0
     for said in ("moves, best gain first", "to device", "pays back after", "--horizon 10,000"):
@@ -124,10 +124,10 @@ def test_moves_are_priced_and_told_in_order(run: Run, trace: Path, tmp_path: Pat
 
 def test_the_active_plan_lends_its_slots_and_dispatch(run: Run, trace: Path, tmp_path: Path
                                                         ) -> None:
-    standing, after = tmp_path / "standing.json", tmp_path / "after.json"
+    old_plan, after = tmp_path / "current.json", tmp_path / "after.json"
     wide = [*SMALL[:4], "--slots-per-device", 7, *SMALL[6:]]
-    run("plan", trace, "--method", "contiguous", "--dispatch", "vllm_hash", "-o", standing, *wide)
-    code, out, _ = run("plan", trace, "--current", standing, "--method", "greedy", "-o", after,
+    run("plan", trace, "--method", "contiguous", "--dispatch", "vllm_hash", "-o", old_plan, *wide)
+    code, out, _ = run("plan", trace, "--current", old_plan, "--method", "greedy", "-o", after,
                        *SMALL[:4], *SMALL[6:])
     assert code == 0, out
     assert Plan.load(after).dispatch.policy == "vllm_hash"

@@ -1,3 +1,3 @@
-"""Traces from a running model: `recorder` is told each layer's choices, `token_buffer` holds them
+"""Traces from a running model: `recorder` receives each layer's choices, `token_buffer` holds them
 until they are written, `record_model` runs a checkpoint over text. Knows nothing of placement.
 """

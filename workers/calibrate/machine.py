@@ -26,7 +26,7 @@ def calibrate_machine(
     *,
     ranks: int = 4,
     dtype: str = "bfloat16",
-    progress: Callable[[str], None] = lambda said: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> HardwareProfile:
     """Experts of the model's shape on one thread, and the exchange between `ranks` processes.
 

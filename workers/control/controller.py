@@ -81,9 +81,9 @@ class Controller:
         self.entries: list[Entry] = []
         self._spec = group.model_spec
         self._times = LiveTimes(self._spec, cluster, kernel)
-        self._standing = ActiveGroup.of(group)
-        self._taken_step = self._seen_step = self._standing.step
-        self._memory = LoopMemory(last_look_step=self._standing.step)
+        self._active = ActiveGroup.of(group)
+        self._taken_step = self._seen_step = self._active.step
+        self._memory = LoopMemory(last_look_step=self._active.step)
         self._promise: LivePromise | None = None
         self._price = MovePrice()
         self._recording = False
@@ -114,7 +114,7 @@ class Controller:
                 self._recording = True
             step = ActiveGroup.of(self._group).step
         except LoadmasterError as error:
-            if str(error) != self._trouble:     # said once, not at every poll
+            if str(error) != self._trouble:     # reported once, not at every poll
                 self._trouble = str(error)
                 self._note("cannot", self._trouble, {})
             return False
@@ -129,8 +129,8 @@ class Controller:
         """Take the window that has passed since the last tick, and decide."""
         self._began = time.process_time()
         try:
-            self._standing = ActiveGroup.of(self._group)
-            self._seen_step = self._standing.step
+            self._active = ActiveGroup.of(self._group)
+            self._seen_step = self._active.step
         except LoadmasterError as error:
             self._trouble = str(error)
             return self._note("cannot", self._trouble, {})
@@ -148,10 +148,10 @@ class Controller:
     # ---- deciding --------------------------------------------------------------------------
 
     def _decide(self, taken: Taken) -> Entry:
-        standing, control = self._standing, self._control
+        active, control = self._active, self._control
         traffic = self._adapted(taken)
-        under = taken.whole.of_epoch(standing.epoch)
-        phase = under.busier_phase() if standing.plans.apart else None
+        under = taken.whole.of_epoch(active.epoch)
+        phase = under.busier_phase() if active.plans.apart else None
         live = under.of_phase(phase)
         self._memory = self._memory.saw(
             traffic, live.trace.num_tokens, kept=control.windows_kept
@@ -162,7 +162,7 @@ class Controller:
             return undone
         if control.policy.name != "never" and live.steps >= FEWEST_STEPS:
             numbers["fit_error"] = self._times.measure(
-                live, _plan_of(standing.plans, phase), phase
+                live, _plan_of(active.plans, phase), phase
             )
         proposal = propose(
             self._memory, self._situation(live, phase), control.policy, control.search,
@@ -170,7 +170,7 @@ class Controller:
         )
         numbers |= proposal.numbers
         if proposal.looked:
-            self._memory = self._memory.looked(standing.step)
+            self._memory = self._memory.looked(active.step)
         if proposal.answer == "apply" and not control.advise_only:
             self._switch(proposal, phase, numbers)
         return self._note(proposal.answer, proposal.reason, numbers)
@@ -178,12 +178,12 @@ class Controller:
     def _adapted(self, taken: Taken) -> RoutingTrace:
         """The window's traffic. Where the number of ranks changed, only what ran since; all that
         was known of the ranks before is forgotten."""
-        current = self._standing.plans.prefill
+        current = self._active.plans.prefill
         cluster = resized(self._cluster, current.num_devices, current.slots_per_device)
         if not self._times.adapt(cluster):
             return taken.trace
         self._memory, self._promise = self._memory.other_devices(), None
-        return taken.whole.of_epoch(self._standing.epoch).trace
+        return taken.whole.of_epoch(self._active.epoch).trace
 
     def _figures(self, traffic: RoutingTrace, live: Window) -> dict[str, float]:
         numbers = {"tokens": float(traffic.num_tokens), "steps": float(live.steps)}
@@ -200,7 +200,7 @@ class Controller:
             "are needed to know this machine's times"
         )
         return Situation(
-            self._standing.step, _plan_of(self._standing.plans, phase), self._times.cluster,
+            self._active.step, _plan_of(self._active.plans, phase), self._times.cluster,
             self._spec, phase, unknown,
         )
 
@@ -209,8 +209,8 @@ class Controller:
         time since the window ended."""
 
         def switch_to(candidate: Plan) -> SwitchPrice:
-            standing = self._standing.plans
-            moves = len(new_experts(standing, with_phase(standing, candidate, phase)))
+            active = self._active.plans
+            moves = len(new_experts(active, with_phase(active, candidate, phase)))
             move_bytes = moves * float(self._spec.bytes_per_expert_E()[0])
             return SwitchPrice(moves, move_bytes, self._price.us(moves, move_bytes))
 
@@ -225,11 +225,11 @@ class Controller:
         self, proposal: Proposal, phase: int | None, numbers: dict[str, float]
     ) -> None:
         assert proposal.plan is not None and proposal.made_for is not None
-        standing = self._standing
-        target = with_phase(standing.plans, proposal.plan, phase)
-        report = self._group.apply(target.prefill, target.decode, epoch=standing.epoch)
+        active = self._active
+        target = with_phase(active.plans, proposal.plan, phase)
+        report = self._group.apply(target.prefill, target.decode, epoch=active.epoch)
         self._promise = LivePromise(
-            standing.plans, report.epoch, numbers["gain_us"], self._times.error, phase,
+            active.plans, report.epoch, numbers["gain_us"], self._times.error, phase,
             self._times.cluster,
         )
         self._memory = self._memory.switched(proposal.made_for)
@@ -238,7 +238,7 @@ class Controller:
     def _feel(self, report: ApplyReport, numbers: dict[str, float]) -> None:
         """What serving felt of a switch that is done: noted, and the price of the next."""
         with contextlib.suppress(LoadmasterError):      # it is done, measured or not
-            felt = stalls(self._group.measurements(self._standing.step), report)
+            felt = stalls(self._group.measurements(self._active.step), report)
             numbers |= felt
             self._price = self._price.learned(
                 len(report.moved), float(report.moved_bytes),
@@ -250,7 +250,7 @@ class Controller:
         promise = self._promise
         if promise is None:
             return None
-        if promise.epoch != self._standing.epoch:       # someone switched again meanwhile
+        if promise.epoch != self._active.epoch:       # someone switched again meanwhile
             self._promise = None
             return None
         live = under.of_phase(promise.phase)
@@ -268,12 +268,12 @@ class Controller:
         before = promise.before
         try:
             report = self._group.apply(
-                before.prefill, before.decode, epoch=self._standing.epoch
+                before.prefill, before.decode, epoch=self._active.epoch
             )
         except LoadmasterError:
             self._promise = promise                     # still active: judged again
             raise
-        self._memory = self._memory.undone(self._standing.step)
+        self._memory = self._memory.undone(self._active.step)
         self._feel(report, numbers)
         return self._note("leave it", found.reason, numbers, rolled_back=True)
 
@@ -282,7 +282,7 @@ class Controller:
     def _note(
         self, answer: Answer, reason: str, numbers: dict[str, float], *, rolled_back: bool = False
     ) -> Entry:
-        entry = Entry(self._standing.step, answer, reason, dict(numbers), rolled_back)
+        entry = Entry(self._active.step, answer, reason, dict(numbers), rolled_back)
         self.entries.append(entry)
         if self._log is not None:      # a full disk ends the log, not the loop
             with contextlib.suppress(OSError), open(self._log, "a", encoding="utf-8") as out:

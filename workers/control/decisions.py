@@ -49,9 +49,9 @@ class ActiveGroup:
     @classmethod
     def of(cls, group: ControlledGroup) -> ActiveGroup:
         """Ask the group."""
-        told = group.status()
-        plans = PhasePlans.both(told["plan"], told["decode_plan"])
-        return cls(plans, int(told["epoch"]), int(told["step"]))
+        status = group.status()
+        plans = PhasePlans.both(status["plan"], status["decode_plan"])
+        return cls(plans, int(status["epoch"]), int(status["step"]))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a switch would do and what it is worth, without doing it.
 
-Knows plans, a group's standing and recorded traffic. Makes the same checks as the switch itself.
-Changes nothing.
+Knows plans, a group's active plans and recorded traffic. Makes the same checks as the switch
+itself. Changes nothing.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Advice:
         """One sentence."""
         if not self.tables:
             return "no recorded traffic to judge on: record some, or name a trace"
-        said = [f"{name}: {t.verdict}" if len(self.tables) > 1 else t.verdict
+        lines = [f"{name}: {t.verdict}" if len(self.tables) > 1 else t.verdict
                 for name, t in self.tables.items()]
         if self.pays_back_after_steps is not None:
-            said.append(f"moving pays back after {self.pays_back_after_steps:,.0f} steps")
-        return "; ".join(said)
+            lines.append(f"moving pays back after {self.pays_back_after_steps:,.0f} steps")
+        return "; ".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -71,19 +71,19 @@ def advise(status: dict[str, Any], wanted: PhasePlans, trace: RoutingTrace | Non
 
     Raises PlanError for plans that `apply` would refuse, with the same reason.
     """
-    standing = PhasePlans.both(status["plan"], status["decode_plan"])
+    current = PhasePlans.both(status["plan"], status["decode_plan"])
     model: ModelSpec = status["model_spec"]
-    check_plans(wanted, standing, model)
+    check_plans(wanted, current, model)
     known = status.get("cluster")
     given = known if known is not None else Cluster.preset(
-        "cpu", devices_per_node=standing.prefill.num_devices,
-        slots_per_device=standing.prefill.slots_per_device,
+        "cpu", devices_per_node=current.prefill.num_devices,
+        slots_per_device=current.prefill.slots_per_device,
     )
     widest = max(p.slots_per_device for p in (wanted.prefill, wanted.decode))
-    cluster = resized(given, standing.prefill.num_devices, widest)
-    moves = new_experts(standing, wanted)
-    tables = {} if trace is None else _judged(standing, wanted, trace, cluster, model)
-    cost = move_cost(moves, standing.prefill, model, cluster)
+    cluster = resized(given, current.prefill.num_devices, widest)
+    moves = new_experts(current, wanted)
+    tables = {} if trace is None else _judged(current, wanted, trace, cluster, model)
+    cost = move_cost(moves, current.prefill, model, cluster)
     return Advice(
         int(status["epoch"]), tuple(moves), bytes_of(moves, model), cost.us, tables,
         _pays_back(tables, cost.us), known is not None and status.get("device", "cpu") == "cpu",
@@ -114,9 +114,9 @@ def with_phase(plans: PhasePlans, plan: Plan, phase: int | None) -> PhasePlans:
     return PhasePlans(plans.prefill, plan) if phase == DECODE else PhasePlans(plan, plans.decode)
 
 
-def asked_for(standing: PhasePlans, plan: Plan, decode: Plan | None) -> PhasePlans:
+def asked_for(current: PhasePlans, plan: Plan, decode: Plan | None) -> PhasePlans:
     """The plans that someone means who names one: phases under plans of their own stay apart."""
-    return PhasePlans.both(plan, standing.decode if decode is None and standing.apart else decode)
+    return PhasePlans.both(plan, current.decode if decode is None and current.apart else decode)
 
 
 def resized(cluster: Cluster, devices: int, slots: int) -> Cluster:
@@ -135,7 +135,7 @@ def resized(cluster: Cluster, devices: int, slots: int) -> Cluster:
 
 
 def _judged(
-    standing: PhasePlans, wanted: PhasePlans, trace: RoutingTrace, cluster: Cluster,
+    current: PhasePlans, wanted: PhasePlans, trace: RoutingTrace, cluster: Cluster,
     model: ModelSpec,
 ) -> dict[str, Comparison]:
     """Both plans on recorded steps; each phase by itself where one has a plan of its own."""
@@ -147,8 +147,8 @@ def _judged(
             model=model if model.knows_sizes else None,
         )
 
-    if not (standing.apart or wanted.apart):
-        return {"all steps": table(standing.prefill, wanted.prefill, trace)}
+    if not (current.apart or wanted.apart):
+        return {"all steps": table(current.prefill, wanted.prefill, trace)}
     if trace.phase is None:
         raise LoadmasterError(
             "prefill and decode have plans of their own, and the trace does not say which tokens "
@@ -156,7 +156,7 @@ def _judged(
         )
     return {
         PHASES[phase]: table(
-            standing.of(phase), wanted.of(phase), trace.select(trace.phase == phase)
+            current.of(phase), wanted.of(phase), trace.select(trace.phase == phase)
         )
         for phase in (PREFILL, DECODE)
         if np.any(trace.phase == phase)

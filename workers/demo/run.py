@@ -64,7 +64,7 @@ def run_demo(
 
     Raises UsageError when the run folder exists or the ranks cannot share the experts.
     """
-    say = progress or (lambda said, done, total: None)
+    say = progress or (lambda text, done, total: None)
     if ranks < 2:
         raise UsageError(f"--ranks {ranks}: placement needs at least 2 ranks")
     folder = new_run_folder(out, "demo")
@@ -93,12 +93,12 @@ def _in_folder(
         before = _serve(group, judging, decoding, size.decode_tokens, record=True)
         assert before.trace is not None and before.decode_trace is not None
         say("planning, and proving the plan in simulation", 4, 7)
-        model, standing = group.model_spec, group.plan
+        model, current_plan = group.model_spec, group.plan
         cluster = _cluster(model, ranks)
         kernel = fit_kernel(model)
-        fit, cluster = _timed(kernel, before.steps, before.trace, standing, cluster, model)
+        fit, cluster = _timed(kernel, before.steps, before.trace, current_plan, cluster, model)
         made = _plan(recorded, model, cluster, seed)
-        plans = {"contiguous": standing, "auto": made.plan}
+        plans = {"contiguous": current_plan, "auto": made.plan}
         comparison = compare(plans, before.trace, cluster, steps=RECORDED, model=model)
         decode = _decode_view(plans, before, kernel, cluster, model)
         simulated = _simulate(plans, before.trace, cluster, model, seed)
@@ -274,9 +274,9 @@ def _overhead(group: Group, sent: traffic.DemoTraffic, pairs: int) -> Overhead:
 
 def _verdict(before: Figures, after: Figures, gain: Gain, comparison: Comparison) -> str:
     row = comparison.row("auto")
-    said = (
+    text = (
         f"imbalance {before.imbalance_mean:.3f} -> {after.imbalance_mean:.3f}; the slowest ranks' "
         f"expert time changed by {-gain.share:+.1%} ± {gain.band:.1%} as measured, step time by "
         f"{row.change_percent:+.1f} % as predicted"
     )
-    return f"apply auto: {said}" if row.change_high_percent < 0 else f"leave it: {said}"
+    return f"apply auto: {text}" if row.change_high_percent < 0 else f"leave it: {text}"

@@ -1,7 +1,7 @@
 """Which slots a rank's tokens take: the planner's rule, where each rank sees its own tokens only.
 
 The rule is `placement/dispatch/assignment.py`. Between its first move and its second all ranks
-gather their counts; then every rank computes the same quotas and places its own tokens. So a live
+gather their counts; then every rank computes the same quotas and assigns its own tokens. So a live
 rank chooses, assignment by assignment, the slots that a replay of the whole step chooses. Knows the
 active plans and the exchange; decides on the host.
 """

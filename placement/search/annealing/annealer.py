@@ -74,7 +74,7 @@ class Moves(NamedTuple):
 
     aimed: float            # begin at the most loaded device of one of the dearest samples
     dearest: int            # so many samples
-    exchanged: float        # of replicas' slots: change places with another slot
+    exchanged: float        # of replicas' slots: exchanged with another slot
     dropped: float = 0.0    # of replicas' slots: become empty; the rest turn to another expert
     grown: float = 0.0      # before all that: the expert gets a replica in another slot
     probe: int = 0          # samples after which a move that lost more than it may is given up
@@ -285,8 +285,8 @@ def _anneal(
     for w in range(samples):
         cost_W[w] *= weight_W[w]
     order_W = _by_cost(cost_W)
-    places_E = _all_places(held, transfers)
-    price_T = all_prices(transfers, places_E)
+    destinations_E = _all_destinations(held, transfers)
+    price_T = all_prices(transfers, destinations_E)
     priced = len(price_T) > 0
     cost = cost_W.sum() + (transfers.weight * price_T.mean() if priced else 0.0)
     best_cost, best_S = cost, held.expert_S.copy()
@@ -307,12 +307,12 @@ def _anneal(
         _make(held, change)
         prepare(objective, held, change)
         total = cost - cost_W.sum()
-        places1, places2 = 0, 0
+        bits1, bits2 = 0, 0
         if priced:
-            places1 = _places(held, transfers, change.e1)
-            places2 = _places(held, transfers, change.e2)
+            bits1 = _destinations(held, transfers, change.e1)
+            bits2 = _destinations(held, transfers, change.e2)
             total += price_change(
-                transfers, places_E, price_T, change.e1, places1, change.e2, places2, False
+                transfers, destinations_E, price_T, change.e1, bits1, change.e2, bits2, False
             )
         lost, weighed = 0.0, 0.0
         for i in range(samples):
@@ -332,7 +332,7 @@ def _anneal(
         _commit(space, objective, held, change)
         if priced:
             price_change(
-                transfers, places_E, price_T, change.e1, places1, change.e2, places2, True
+                transfers, destinations_E, price_T, change.e1, bits1, change.e2, bits2, True
             )
         moved += more_moved
         copy_values(tried_W, cost_W)
@@ -559,20 +559,20 @@ def _more_moved(space: SearchSpace, change: Change) -> float:
 
 
 @compiled_part
-def _places(held: Held, transfers: TransferModel, e: int) -> int:
-    """Bit set of the places of expert e; 0 for none."""
-    places = 0
+def _destinations(held: Held, transfers: TransferModel, e: int) -> int:
+    """Bit set of the destinations of expert e; 0 for none."""
+    destinations = 0
     if e >= 0:
         for r in range(held.replicas_E[e]):
-            places |= 1 << transfers.place_G[held.device_S[held.slot_ER[e, r]]]
-    return places
+            destinations |= 1 << transfers.destination_G[held.device_S[held.slot_ER[e, r]]]
+    return destinations
 
 
 @compiled
-def _all_places(held: Held, transfers: TransferModel) -> Any:
-    """[E] places of every expert; zeros where transfers cost nothing."""
-    places_E = np.zeros(len(held.replicas_E), np.int64)
+def _all_destinations(held: Held, transfers: TransferModel) -> Any:
+    """[E] destinations of every expert; zeros where transfers cost nothing."""
+    destinations_E = np.zeros(len(held.replicas_E), np.int64)
     if len(transfers.home_T) > 0:
-        for e in range(len(places_E)):
-            places_E[e] = _places(held, transfers, e)
-    return places_E
+        for e in range(len(destinations_E)):
+            destinations_E[e] = _destinations(held, transfers, e)
+    return destinations_E

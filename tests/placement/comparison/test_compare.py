@@ -84,7 +84,7 @@ def in_flight(seed: int, requests: int, length: int = 40) -> RoutingTrace:
 def test_too_few_requests_tell_nothing() -> None:
     """Four requests, always in flight: nothing says how others would do."""
     table = compare({"now": TOGETHER, "new": APART}, in_flight(0, 4), PLACE, steps=STEPS)
-    assert table.independent_steps == pytest.approx(1) and not table.sure
+    assert table.independent_steps == pytest.approx(1) and not table.significant
     assert table.verdict.startswith("not enough data: ")
     assert np.isinf(table.row("new").change_high_percent)
     assert not table.worse_than_reference("new") and not table.row("new").better
@@ -98,7 +98,7 @@ def test_requests_that_are_all_in_flight_are_redrawn(order: Order) -> None:
     same = dataclasses.replace(in_flight(0, 12), step=np.tile(np.arange(40), 12))
     steps = StepSampler(tokens=64, concurrency=64, order=order)
     table = compare({"now": TOGETHER, "new": APART}, same, PLACE, steps=steps, current="now")
-    assert table.sure and "redrawing 12 requests" in table.method
+    assert table.significant and "redrawing 12 requests" in table.method
     assert table.verdict.startswith("new is better than now: ")
     again = compare({"now": TOGETHER, "new": APART}, same, PLACE, steps=steps, current="now")
     assert again.to_dict() == table.to_dict()

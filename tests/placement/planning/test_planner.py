@@ -308,15 +308,15 @@ def test_a_current_plan_of_another_shape_is_refused() -> None:
 
 
 def test_a_current_plan_over_the_clusters_slots_is_refused() -> None:
-    standing = quick(method="greedy").plan
+    current_plan = quick(method="greedy").plan
     with pytest.raises(InputError, match="the current plan fills 3 slots of device 0 in layer 0"):
-        quick(cluster=CLUSTER.with_slots(2), current=standing)
+        quick(cluster=CLUSTER.with_slots(2), current=current_plan)
 
 
 def test_a_current_plan_is_one_more_candidate() -> None:
     """Better than a search cut short would find; nothing worse may come back for it."""
-    standing = quick(effort="thorough", balance_slack=0.0)
-    kept = quick(current=standing.plan, time_limit_s=1e-9, balance_slack=0.0)
+    current_plan = quick(effort="thorough", balance_slack=0.0)
+    kept = quick(current=current_plan.plan, time_limit_s=1e-9, balance_slack=0.0)
     assert_sound(kept)
-    assert kept.evidence.validation is not None and standing.evidence.validation is not None
-    assert kept.evidence.validation <= standing.evidence.validation + 1e-9
+    assert kept.evidence.validation is not None and current_plan.evidence.validation is not None
+    assert kept.evidence.validation <= current_plan.evidence.validation + 1e-9

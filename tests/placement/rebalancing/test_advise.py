@@ -135,16 +135,16 @@ def test_fewer_transfers_win_within_slack_at_the_deciding_step() -> None:
                     steps=StepSampler(tokens=512), balance_slack=0.1)
     assert advice.chosen == "auto"
     assert "node transfers per token" in advice.verdict
-    row, standing = advice.comparison.row("auto"), advice.comparison.row(CURRENT)
-    assert row.transfers is not None and row.transfers < 0.8 * (standing.transfers or 0)
-    assert row.metric <= standing.metric + advice.comparison.balance_slack
+    row, current_plan = advice.comparison.row("auto"), advice.comparison.row(CURRENT)
+    assert row.transfers is not None and row.transfers < 0.8 * (current_plan.transfers or 0)
+    assert row.metric <= current_plan.metric + advice.comparison.balance_slack
 
 
 def test_few_requests_choose_what_is_plainly_better(routing: RoutingTrace) -> None:
     """26 requests leave 8 that judge, all in flight: bands come from redrawing them."""
     few = requests(26, 60, routing)
     advice = advise(few, EVEN, methods=("greedy", "contiguous"), steps=StepSampler(tokens=128))
-    assert advice.comparison.sure and advice.chosen == "greedy"
+    assert advice.comparison.significant and advice.chosen == "greedy"
     assert "greedy is better than contiguous" in advice.verdict
 
 

@@ -20,7 +20,7 @@ from loadmaster.placement.plan import Plan
 from loadmaster.placement.planning.planner import PlanResult, plan
 from loadmaster.placement.rebalancing.budget_sweep import BudgetSweep, allowances, chosen_levels
 from loadmaster.placement.rebalancing.move_budget import Budget
-from loadmaster.placement.rebalancing.rebalance import keep_places, rebalance
+from loadmaster.placement.rebalancing.rebalance import keep_slots, rebalance
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.profile import Profile
 from loadmaster.traces.steps import StepSampler
@@ -49,14 +49,14 @@ OLD, NEW = trace_of(1), trace_of(2)
 
 
 @functools.cache
-def standing() -> Plan:
+def old_plan() -> Plan:
     """The plan made for the traffic of before; made when it is first asked for, not to be found."""
     return plan(OLD, CLUSTER, steps=STEPS, effort="fast").plan
 
 
 def quick(source: Any = NEW, current: Plan | None = None, **asked: Any) -> PlanResult:
     options = {"steps": STEPS, "effort": "fast"} | asked
-    return rebalance(current or standing(), source, CLUSTER, **options)
+    return rebalance(current or old_plan(), source, CLUSTER, **options)
 
 
 def balance(made: Plan) -> float:
@@ -70,13 +70,13 @@ def balance(made: Plan) -> float:
 def test_no_more_moves_than_allowed_and_the_list_is_what_differs(budget: int) -> None:
     result = quick(max_moves=budget)
     assert len(result.moves) <= budget
-    assert sorted(result.moves) == standing().moves_to(result.plan)
+    assert sorted(result.moves) == old_plan().moves_to(result.plan)
     assert result.plan.duplicates == 0
 
 
 def test_a_larger_budget_is_not_worse() -> None:
     reached = [balance(quick(max_moves=budget).plan) for budget in (0, 2, 6, 30)]
-    assert reached[0] == balance(standing())
+    assert reached[0] == balance(old_plan())
     assert reached[-1] < reached[0] - 0.02
     assert all(after <= before + 0.01 for before, after in itertools.pairwise(reached))
 
@@ -104,7 +104,7 @@ def test_large_experts_cost_more_of_the_bytes() -> None:
 @pytest.mark.parametrize("nothing", [{"max_moves": 0}, {"max_bytes": 0, "model": MODEL}])
 def test_a_budget_of_nothing_moves_nothing(nothing: dict[str, Any]) -> None:
     result = quick(objective="balance", **nothing)
-    assert result.moves == () and result.plan.same_slots(standing())
+    assert result.moves == () and result.plan.same_slots(old_plan())
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -120,8 +120,8 @@ def test_gains_in_few_layers_do_not_stretch_the_budget(seed: int) -> None:
         for x in (before_LE, after_LE)
     ]
     cluster = Cluster.preset("h100", devices_per_node=8, slots_per_device=5)
-    standing = plan(counted[0], cluster, dispatch="even", effort="fast").plan
-    moved = rebalance(standing, counted[1], cluster, dispatch="even", max_moves=18, effort="fast")
+    old_plan = plan(counted[0], cluster, dispatch="even", effort="fast").plan
+    moved = rebalance(old_plan, counted[1], cluster, dispatch="even", max_moves=18, effort="fast")
     assert 0 < len(moved.moves) <= 18
 
 
@@ -187,12 +187,12 @@ def test_a_plan_narrower_than_the_cluster_may_use_all_its_slots(
 ) -> None:
     wider = Cluster.preset("h100", devices_per_node=4, slots_per_device=slots)
     moved = rebalance(
-        standing(), source, wider, steps=STEPS, effort="fast", max_moves=20, dispatch=dispatch
+        old_plan(), source, wider, steps=STEPS, effort="fast", max_moves=20, dispatch=dispatch
     )
     assert 0 < len(moved.moves) <= 20
     assert 5 <= moved.plan.slots_per_device <= slots
-    kept = rebalance(standing(), source, wider, steps=STEPS, effort="fast", max_moves=0)
-    assert kept.moves == () and kept.plan.same_slots(standing())
+    kept = rebalance(old_plan(), source, wider, steps=STEPS, effort="fast", max_moves=0)
+    assert kept.moves == () and kept.plan.same_slots(old_plan())
 
 
 def test_experts_beyond_a_devices_own_slots_move_into_them() -> None:
@@ -202,10 +202,10 @@ def test_experts_beyond_a_devices_own_slots_move_into_them() -> None:
     current_GC = np.array(
         [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 0], [-1, 14, -1, -1, 15]]
     )
-    standing = Plan(np.stack([current_GC, current_GC]), num_experts=EXPERTS)
+    old_plan = Plan(np.stack([current_GC, current_GC]), num_experts=EXPERTS)
     for budget in (0, 6):
         made = rebalance(
-            standing, NEW, uneven, steps=STEPS, effort="fast", max_moves=budget
+            old_plan, NEW, uneven, steps=STEPS, effort="fast", max_moves=budget
         ).plan
         assert (made.slots[:, 3, 3:] == -1).all()
     held = current_GC.copy()
@@ -230,15 +230,15 @@ def of_one_kind(tokens: int, seed: int) -> Any:
 
 def test_a_few_requests_of_the_same_kind_do_not_make_others_worse() -> None:
     """Their steps agree with each other, because they share requests, and with nothing else."""
-    standing = plan(of_one_kind(12_000, 1), CLUSTER, steps=STEPS, effort="fast").plan
+    old_plan = plan(of_one_kind(12_000, 1), CLUSTER, steps=STEPS, effort="fast").plan
     rest = of_one_kind(12_000, 2)
     for tokens, seed in ((800, 11), (1600, 10), (1600, 12), (2400, 12)):
-        moved = quick(of_one_kind(tokens, seed), standing, max_moves=8)
+        moved = quick(of_one_kind(tokens, seed), old_plan, max_moves=8)
         if tokens < 1000:
             assert moved.moves == ()
             assert any("too few requests" in note for note in moved.evidence.notes)
         before, after = (
-            evaluate(p, rest, CLUSTER, steps=STEPS).imbalance_mean for p in (standing, moved.plan)
+            evaluate(p, rest, CLUSTER, steps=STEPS).imbalance_mean for p in (old_plan, moved.plan)
         )
         assert after <= before
 
@@ -262,7 +262,7 @@ def test_halves_that_fill_no_step_are_judged_on_smaller_ones() -> None:
 @pytest.mark.parametrize("draw", [1, 2, 3])
 def test_another_sample_of_the_same_traffic_moves_nothing(draw: int) -> None:
     result = quick(trace_of(1, draw=draw))
-    assert result.moves == () and result.plan.same_slots(standing())
+    assert result.moves == () and result.plan.same_slots(old_plan())
     assert result.pays_back_after_steps is None
 
 
@@ -275,8 +275,8 @@ def test_another_count_of_the_same_loads_moves_nothing(seed: int) -> None:
         np.stack([rng.multinomial(400_000, share_E) for share_E in share_LE]) for _ in range(2)
     )
     cluster = Cluster.preset("h100", devices_per_node=8, slots_per_device=10)
-    standing = plan(Profile.from_loads(first), cluster, dispatch="even").plan
-    result = rebalance(standing, Profile.from_loads(again), cluster, dispatch="even")
+    old_plan = plan(Profile.from_loads(first), cluster, dispatch="even").plan
+    result = rebalance(old_plan, Profile.from_loads(again), cluster, dispatch="even")
     assert result.moves == ()
 
 
@@ -289,11 +289,11 @@ def test_drifted_loads_do_move() -> None:
         np.stack([rng.multinomial(400_000, p) for p in part]) for part in (share_LE, drifted_LE)
     )
     cluster = Cluster.preset("h100", devices_per_node=8, slots_per_device=10)
-    standing = plan(Profile.from_loads(first), cluster, dispatch="even").plan
-    result = rebalance(standing, Profile.from_loads(after), cluster, dispatch="even")
+    old_plan = plan(Profile.from_loads(first), cluster, dispatch="even").plan
+    result = rebalance(old_plan, Profile.from_loads(after), cluster, dispatch="even")
     assert 0 < len(result.moves) <= int(0.1 * 6 * 80)
     kept = rebalance(
-        standing, Profile.from_loads(after), cluster, dispatch="even", max_moves=0
+        old_plan, Profile.from_loads(after), cluster, dispatch="even", max_moves=0
     )
     assert result.evidence.objective < kept.evidence.objective - 0.02
 
@@ -311,7 +311,7 @@ def test_experts_that_stay_keep_their_slots() -> None:
     result = quick(max_moves=6)
     new = {(layer, device, expert) for layer, device, expert in result.moves}
     for layer, device in np.ndindex(LAYERS, 4):
-        before, after = standing().slots[layer, device], result.plan.slots[layer, device]
+        before, after = old_plan().slots[layer, device], result.plan.slots[layer, device]
         for slot in range(5):
             if after[slot] in before and after[slot] >= 0:
                 assert (layer, device, int(after[slot])) not in new
@@ -321,22 +321,22 @@ def test_experts_that_stay_keep_their_slots() -> None:
 def test_places_are_kept_where_the_same_experts_stay() -> None:
     before = np.array([[3, 1, 2], [0, -1, 4]], np.int16)
     after = np.array([[1, 5, 3], [4, 0, 2]], np.int16)
-    assert keep_places(before, after).tolist() == [[3, 1, 5], [0, 2, 4]]
+    assert keep_slots(before, after).tolist() == [[3, 1, 5], [0, 2, 4]]
 
 
 def test_the_pay_back_is_the_transfer_over_the_time_saved_in_each_step() -> None:
     """Slow devices and long steps: time follows the tokens of the busiest."""
     new, steps = trace_of(2, tokens=24_000), StepSampler(tokens=1024, concurrency=16)
     slow = Cluster.preset("cpu", devices_per_node=4, slots_per_device=5)
-    result = rebalance(standing(), new, slow, max_moves=6, model=MODEL, steps=steps, effort="fast")
+    result = rebalance(old_plan(), new, slow, max_moves=6, model=MODEL, steps=steps, effort="fast")
     assert result.moves and result.pays_back_after_steps is not None
-    transfer_us = move_cost(list(result.moves), standing(), MODEL, slow).us
+    transfer_us = move_cost(list(result.moves), old_plan(), MODEL, slow).us
     saved_us = transfer_us / result.pays_back_after_steps
     both = [
         evaluate(
             Plan(slots, num_experts=EXPERTS), new, slow, steps=steps, model=MODEL
         ).step_time_us
-        for slots in (standing().slots, result.plan.slots)
+        for slots in (old_plan().slots, result.plan.slots)
     ]
     assert both[0] is not None and both[1] is not None
     assert saved_us == pytest.approx(both[0] - both[1], rel=0.3)   # on other steps

@@ -46,29 +46,29 @@ def cluster(*speeds: float, slots: int = SLOTS) -> Cluster:
                           speeds=speeds)
 
 
-def task(place: Cluster, tokens: int = 128, dispatch: str = "balanced") -> LayerTask:
+def task(destination: Cluster, tokens: int = 128, dispatch: str = "balanced") -> LayerTask:
     settings = resolve_settings(
-        place, "auto", "time", dispatch, MODEL, None, seed=0, effort="fast", time_limit_s=None
+        destination, "auto", "time", dispatch, MODEL, None, seed=0, effort="fast", time_limit_s=None
     )
     data = planning_steps(TRACE, StepSampler(tokens=tokens, concurrency=16))
     return next(iter(layer_tasks(data, settings, capacity_of_layers(data, settings))))
 
 
-def in_proportion_to_speed(place: Cluster) -> Plan:
+def in_proportion_to_speed(destination: Cluster) -> Plan:
     """One replica of each expert, as many on every device as its speed asks for, heaviest first."""
     counts = min(
         (c for c in itertools.product(range(SLOTS + 1), repeat=DEVICES) if sum(c) == EXPERTS),
-        key=lambda c: max(n / s for n, s in zip(c, place.speed_G, strict=True)),
+        key=lambda c: max(n / s for n, s in zip(c, destination.speed_G, strict=True)),
     )
     packed = pack_heaviest_first(
         TRACE.load_LE()[0].astype(float), np.ones(EXPERTS, np.int64), np.array(counts),
-        place.speed_G,
+        destination.speed_G,
     )
     return Plan(packed[None], num_experts=EXPERTS)
 
 
-def layer_us(made: Plan, place: Cluster, steps: StepSampler) -> float:
-    found = evaluate(made, TRACE, place, steps=steps, dispatch="balanced", model=MODEL)
+def layer_us(made: Plan, destination: Cluster, steps: StepSampler) -> float:
+    found = evaluate(made, TRACE, destination, steps=steps, dispatch="balanced", model=MODEL)
     assert found.step_time_us is not None
     return found.step_time_us
 
@@ -80,10 +80,10 @@ def test_auto_is_not_slower_than_slots_in_proportion_to_speed(
     tokens: int, speeds: tuple[float, ...]
 ) -> None:
     """Balancing tokens leaves slow devices too many weights to read: 12 to 86 % slower here."""
-    place, steps = cluster(*speeds), StepSampler(tokens=tokens, concurrency=16)
-    made = plan(TRACE, place, model=MODEL, steps=steps, effort="fast").plan
-    by_hand = in_proportion_to_speed(place)
-    assert layer_us(made, place, steps) <= layer_us(by_hand, place, steps)
+    destination, steps = cluster(*speeds), StepSampler(tokens=tokens, concurrency=16)
+    made = plan(TRACE, destination, model=MODEL, steps=steps, effort="fast").plan
+    by_hand = in_proportion_to_speed(destination)
+    assert layer_us(made, destination, steps) <= layer_us(by_hand, destination, steps)
 
 
 @pytest.mark.parametrize("dispatch", ["balanced", "even", "fewest_active"])
@@ -107,8 +107,8 @@ def test_a_budget_of_moves_and_memory_are_kept_to() -> None:
         Device(node=0, slots=SLOTS, expert_memory_bytes=5 * MODEL.bytes_per_expert_E()[0])
         for _ in range(DEVICES)
     )
-    place = cluster(1.0, 1.0, 1.0, 1.0).model_copy(update={"devices": devices})
-    one = task(place)
+    destination = cluster(1.0, 1.0, 1.0, 1.0).model_copy(update={"devices": devices})
+    one = task(destination)
     loads = replace(one.loads(), size_E=np.ones(EXPERTS), capacity_G=np.full(DEVICES, 5.0))
     start = np.full((DEVICES, SLOTS), -1, np.int16)
     start[:, :4] = np.arange(EXPERTS).reshape(DEVICES, 4)
@@ -123,8 +123,8 @@ def test_a_budget_of_moves_and_memory_are_kept_to() -> None:
 
 
 def test_a_device_too_slow_to_be_worth_its_start_stays_empty() -> None:
-    place, steps = cluster(1.0, 1.0, 1.0, 0.1), StepSampler(tokens=128, concurrency=16)
-    made = plan(TRACE, place, model=MODEL, steps=steps, effort="fast").plan
+    destination, steps = cluster(1.0, 1.0, 1.0, 0.1), StepSampler(tokens=128, concurrency=16)
+    made = plan(TRACE, destination, model=MODEL, steps=steps, effort="fast").plan
     assert (made.slots[0, 3] < 0).all() and (made.slots[0, :3] >= 0).sum() >= EXPERTS
 
 
@@ -139,22 +139,22 @@ def test_slots_are_dealt_in_proportion_to_speed_and_experts_packed_by_time() -> 
     assert filled_G[1:3].min() > filled_G[[0, 3]].max()
 
 
-def by_hand_us(place: Cluster, load_E: npt.NDArray[np.float64]) -> float:
+def by_hand_us(destination: Cluster, load_E: npt.NDArray[np.float64]) -> float:
     """Everything on one device of a kind: start, reads, tokens."""
-    compute = place.hardware.compute
+    compute = destination.hardware.compute
     read = float(MODEL.bytes_per_expert_E()[0]) / compute.hbm_bytes_per_s * 1e6
     token = float(MODEL.flops_per_assignment) / compute.flops_per_s * 1e6
     return float((load_E > 0).sum() * (read + compute.active_expert_us) + load_E.sum() * token)
 
 
 def test_the_reference_is_the_step_in_which_all_finish_together() -> None:
-    place = cluster(1.0, 1.0, 1.0, 1.0)
+    destination = cluster(1.0, 1.0, 1.0, 1.0)
     load_WE = np.array([[5.0] * 8 + [0.0] * 8])
-    times = device_times(task(place), load_WE)
-    ideal = place.hardware.compute.start_us + (
-        by_hand_us(place, load_WE[0]) + 40 * times.link_us
+    times = device_times(task(destination), load_WE)
+    ideal = destination.hardware.compute.start_us + (
+        by_hand_us(destination, load_WE[0]) + 40 * times.link_us
     ) / DEVICES
     assert times.reference_us == pytest.approx(ideal)
-    assert times.gather_us == place.hardware.counts_collective_us
-    assert device_times(task(place, dispatch="even"), load_WE).gather_us == 0
-    assert DispatchSpec(policy="even") == task(place, dispatch="even").dispatch
+    assert times.gather_us == destination.hardware.counts_collective_us
+    assert device_times(task(destination, dispatch="even"), load_WE).gather_us == 0
+    assert DispatchSpec(policy="even") == task(destination, dispatch="even").dispatch

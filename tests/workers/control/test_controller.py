@@ -405,8 +405,8 @@ def test_experts_on_gpus_are_not_timed_on_this_cpu() -> None:
 def test_a_cluster_of_other_traffic_is_refused() -> None:
     """Under it tokens would choose other replicas than they do live."""
     group = ScriptedGroup(plan_in_order())
-    standing = group.status()
-    group.status = lambda: standing | {"cluster": CLUSTER}      # type: ignore[method-assign]
+    current_plan = group.status()
+    group.status = lambda: current_plan | {"cluster": CLUSTER}      # type: ignore[method-assign]
     Controller(group, CLUSTER)
     other = CLUSTER.model_copy(update={"traffic": Traffic.parse("return_home/per_rank")})
     with pytest.raises(UsageError, match=r"serves return_home/per_expert, .* return_home/per_rank"):

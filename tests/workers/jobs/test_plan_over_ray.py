@@ -34,10 +34,10 @@ def test_a_plan_over_ray_is_the_same_bytes(ray_cluster: None, method: str) -> No
 
 
 def test_so_is_a_rebalanced_one_and_its_moves(ray_cluster: None) -> None:
-    standing = plan(OLD, CLUSTER, steps=STEPS, effort="fast").plan
+    current_plan = plan(OLD, CLUSTER, steps=STEPS, effort="fast").plan
     answers = [
         rebalance(
-            standing, NEW, CLUSTER, max_moves=6, steps=STEPS, effort="fast", executor=executor
+            current_plan, NEW, CLUSTER, max_moves=6, steps=STEPS, effort="fast", executor=executor
         )
         for executor in (None, RayExecutor(cpus_per_task=0.1))
     ]
