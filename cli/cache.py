@@ -53,8 +53,8 @@ def cache(
     from ..simulator.cache.expert_cache import CacheTier
     from ..simulator.cache.policies import POLICIES
 
-    routing, notes = read_trace(trace, num_experts)
     spec = read_model(model)
+    routing, notes = read_trace(trace, num_experts, model=spec)
     if spec is None or not spec.knows_sizes:
         raise UsageError(f"{model}: a cache needs the hidden and intermediate sizes")
     place = build_cluster(None, preset, 1, 1, routing.num_experts, "return_home/per_expert",

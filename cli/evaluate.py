@@ -50,13 +50,14 @@ def evaluate(
 
     named, reference = with_current(read_plans(plans), current)
     first = next(iter(named))
-    routing, notes = read_trace(trace, num_experts)
+    spec = read_model(model)
+    routing, notes = read_trace(trace, num_experts, model=spec)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription)
     table = compare(
         named, routing, place,
         steps=build_sampler(step_tokens, concurrency, order, 0),
-        dispatch=dispatch, model=read_model(model), seed=seed, current=reference,
+        dispatch=dispatch, model=spec, seed=seed, current=reference,
     )
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})

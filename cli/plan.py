@@ -77,6 +77,8 @@ def plan(
     concurrency: opt.Concurrency = 64,
     order: opt.Order = "interleaved",
     num_experts: opt.NumExperts = None,
+    axes: opt.Axes = None,
+    layers: opt.Layers = None,
     address: opt.Address = None,
     seed: opt.Seed = 0,
     json: opt.Json = False,
@@ -87,7 +89,8 @@ def plan(
     _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
     targets = _targets(out, phase)
     current_plan = load_plan(current)
-    source, notes = read_routing(trace, num_experts)
+    spec = read_model(model)
+    source, notes = read_routing(trace, num_experts, model=spec, axes=axes, layers=layers)
     own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
     if slots_per_device is None and current_plan is not None:
         slots_per_device = current_plan.slots_per_device
@@ -95,7 +98,7 @@ def plan(
         "cluster": build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device,
                                  traffic, source.num_experts, oversubscription),
         "current": current_plan, "max_moves": max_moves, "max_bytes": max_bytes,
-        "model": read_model(model), "dispatch": dispatch or own_dispatch,
+        "model": spec, "dispatch": dispatch or own_dispatch,
         "objective": objective, "effort": effort, "seed": seed,
         "steps": build_sampler(step_tokens, concurrency, order, 0), "horizon_steps": horizon,
         "executor": build_executor(address),

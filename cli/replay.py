@@ -66,8 +66,8 @@ def replay(
     from ..traces.arrivals import load_arrivals
 
     named, reference = with_current(read_plans(plans), current)
-    routing, notes = read_trace(trace, num_experts)
     spec = read_model(model)
+    routing, notes = read_trace(trace, num_experts, model=spec)
     assert spec is not None
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription)

@@ -67,8 +67,8 @@ def simulate(
     service = build_serving(step_tokens, max_requests, prefill, kv_bytes_per_token, other_bytes,
                             groups, overlap, other_us_per_token)
     named = read_plans(plans)
-    routing, notes = read_trace(trace)
     spec = read_model(model)
+    routing, notes = read_trace(trace, model=spec)
     assert spec is not None
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription)

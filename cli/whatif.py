@@ -49,8 +49,8 @@ def whatif(
     if out_csv is not None and resume is not None and out_csv.resolve() == resume.resolve():
         raise UsageError(f"{out_csv}: --csv and --resume name the same file: name two")
     scenarios = Grid.from_yaml(grid)
-    routing, notes = read_trace(trace)
     spec = read_model(model)
+    routing, notes = read_trace(trace, model=spec)
     assert spec is not None
     load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
     study = Study(scenarios, routing, spec, load)

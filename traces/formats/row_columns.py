@@ -1,0 +1,131 @@
+"""Tables of routes or counts, row by row: which column is what, under the names people give them.
+
+A row is a line of a CSV file or of JSONL. Knows names and values of one row. Knows nothing of how
+rows become tokens or loads.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+from ...foundation.documents import parse_json
+
+# What a column may be called, in lower case; the first that is there counts.
+NAMES: dict[str, tuple[str, ...]] = {
+    "layer": ("layer", "layer_id", "layer_idx", "layer_index", "moe_layer"),
+    "request": ("request", "request_id", "req_id", "seq", "seq_id", "sequence", "sequence_id",
+                "prompt_id", "sample_id", "conversation_id"),
+    "token": ("token", "token_idx", "token_index", "token_pos", "position", "pos"),
+    "expert": ("expert", "expert_id", "expert_idx", "expert_index"),
+    "experts": ("experts", "expert_ids", "topk_ids", "topk_experts", "selected_experts",
+                "routed_experts", "topk"),
+    "count": ("count", "token_count", "num_tokens", "tokens", "load", "hits"),
+    "counts": ("tokens_per_expert", "expert_load", "expert_loads", "expert_counts", "expert_count",
+               "counts", "loads", "load", "logical_count", "logical_expert_load"),
+    "window": ("iteration", "iter", "step", "window", "pass", "forward_pass_id"),
+}
+_WHOLE_MOST = 2**53
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The table's own name of each column that it has."""
+
+    names: Mapping[str, str]
+
+    def __contains__(self, what: str) -> bool:
+        return what in self.names
+
+    def whole(self, row: Mapping[str, Any], what: str, where: str) -> int:
+        """A whole number from 0. Raises InputError."""
+        return as_count(row.get(self.names[what]), f"{where}: {self.names[what]}")
+
+    def text(self, row: Mapping[str, Any], what: str) -> str:
+        """What tells tokens or requests apart; "" where there is no such column."""
+        return str(row.get(self.names[what])) if what in self.names else ""
+
+    def numbers(self, row: Mapping[str, Any], what: str, where: str) -> list[int]:
+        """A list: JSON's own, or text as in "[3, 1]", "3 1" or "3;1". Raises InputError."""
+        name = self.names[what]
+        value = row.get(name)
+        if isinstance(value, str):
+            value = value.strip().strip("[]()").replace(";", " ").replace(",", " ").split()
+        if not isinstance(value, list) or not value:
+            raise InputError(f"{where}: {name} must list numbers, is {str(value)[:40]!r}")
+        return [as_count(number, f"{where}: {name}", low=-1) for number in value]
+
+
+def columns_of(fields: Mapping[str, Any] | list[str]) -> Columns:
+    """Which field is what: by name, and where a name may mean two things, by what it holds."""
+    lower = {str(name).strip().lower(): str(name) for name in fields}
+    found = {
+        what: next(lower[name] for name in names if name in lower)
+        for what, names in NAMES.items() if any(name in lower for name in names)
+    }
+    if isinstance(fields, Mapping):
+        listed = {name for name, value in fields.items()
+                  if isinstance(value, list) or (isinstance(value, str) and "[" in value)}
+        for one, many in (("expert", "experts"), ("count", "counts")):
+            if one in found and found[one] in listed:
+                found.setdefault(many, found[one])
+                del found[one]
+            if many in found and found[many] not in listed and not (
+                isinstance(fields[found[many]], str) and len(fields[found[many]].split()) > 1
+            ):
+                found.setdefault(one, found[many])
+                del found[many]
+    return Columns(found)
+
+
+def as_count(value: Any, where: str, low: int = 0) -> int:
+    """A whole number from `low`, from text or JSON. Raises InputError."""
+    try:
+        number = float(value) if not isinstance(value, bool) else float("nan")
+        if number != int(number) or not low <= number < _WHOLE_MOST:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(
+            f"{where} is {str(value)[:40]!r}, must be a whole number from {low}"
+        ) from None
+    return int(number)
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each row with its place; one at a time. Raises InputError naming line and fault."""
+    for where, row in json_lines(path) if path.suffix == ".jsonl" else csv_rows(path):
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: must be a mapping, is a {type(row).__name__}")
+        yield where, row
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line's value with its place. Raises InputError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, parse_json(line, where, finite=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each row by the names of the first line, with its place. Raises InputError."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            for number, row in enumerate(reader, start=1):
+                if None in row or None in row.values():
+                    raise InputError(
+                        f"{path}, row {number}: has {'more' if None in row else 'fewer'} fields "
+                        "than the header names"
+                    )
+                yield f"{path}, row {number}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
