@@ -69,7 +69,9 @@ def record(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="File or folder: arrays, an engine's dump, responses, a table.")],
+    source: Annotated[
+        Path, typer.Argument(help="File or folder: arrays, an engine's dump, responses, a table.")
+    ],
     out: Out,
     num_experts: NumExperts = None,
     key: Annotated[

@@ -55,23 +55,27 @@ class Asked:
         """Which rows are which layers, as far as --layers, the file or --model tell; else None."""
         if self.layers is not None:
             if len(self.layers) != found:
-                raise InputError(f"--layers names {len(self.layers)} layers, the file holds {found}")
+                raise InputError(
+                    f"--layers names {len(self.layers)} layers, the file holds {found}"
+                )
             numbers = self.layers
         if self.model is not None:
             return rows_of_model(self.model, found, numbers)
         return None if numbers is None else LayerRows(tuple(range(found)), numbers)
 
     def token_shape(self, numbers: int, where: str) -> tuple[int, int]:
-        """(rows, K) of each token in `numbers` numbers that came without a shape, as SGLang sends
-        them: a row for every hidden layer. Raises InputError where nobody tells, or it does not fit.
+        """(rows, K) of each token in `numbers` numbers that came without a shape.
+
+        SGLang sends them so, with a row for every hidden layer. Raises InputError where nobody
+        tells the shape, or it does not fit.
         """
         model = self.model
         rows = len(self.layers) if self.layers else hidden_layers(model) if model else None
         top_k = self.top_k or (model.top_k if model else None)
         if rows is None or top_k is None:
             raise InputError(
-                f"{where}: {numbers:,} numbers without a shape: give --model (its hidden layers and "
-                "top-k tell it), or --layers and --top-k, as in --layers 0-26 --top-k 6"
+                f"{where}: {numbers:,} numbers without a shape: give --model (its hidden layers "
+                "and top-k tell it), or --layers and --top-k, as in --layers 0-26 --top-k 6"
             )
         if numbers % (rows * top_k):
             raise InputError(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ...errors import InputError
-from ...errors import naming
+from ...errors import InputError, naming
 from .arrays import read_mapped
 from .asked import Asked
 from .result import NO_HOMES, NO_PHASE, NO_STEPS, RoutesResult

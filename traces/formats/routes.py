@@ -1,4 +1,4 @@
-"""Routing as found in a file, cleaned into a trace: what cannot be is refused or left out, and said.
+"""Routing as found in a file, cleaned into a trace; what cannot be is refused or left out, said.
 
 Engines hand over rows for dense layers (zeros), -1 where a token has fewer choices or is padding,
 experts that compute nothing (ids beyond the last real one), rows of warm-up passes. Works in blocks

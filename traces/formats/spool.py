@@ -50,7 +50,9 @@ class Spool:
         ids_TRK = np.minimum(ids_TRK, top) if ids_TRK.dtype.itemsize > 4 else ids_TRK
         self._ids.write(np.ascontiguousarray(ids_TRK, _DTYPE).tobytes())
         for name, value in columns.items():
-            file = self._columns.setdefault(name, tempfile.TemporaryFile())
+            if name not in self._columns:
+                self._columns[name] = tempfile.TemporaryFile()  # noqa: SIM115
+            file = self._columns[name]
             column = np.broadcast_to(np.asarray(value, np.int64), (len(ids_TRK),))
             file.write(np.ascontiguousarray(column).tobytes())
         self.tokens += len(ids_TRK)
