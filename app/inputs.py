@@ -118,10 +118,10 @@ def read_trace(
 
 def layer_numbers(text: str | None) -> tuple[int, ...] | None:
     """Layers as a person names them, "3-60"; None where nobody did. Raises UsageError."""
-    from ..traces.model_layers import parse_spans
+    from ..traces.model_config.layer_ranges import parse_layers
 
     try:
-        return None if text is None else parse_spans(text)
+        return None if text is None else parse_layers(text)
     except InputError as error:
         raise UsageError(f"--layers: {error}") from None
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
+from .model_config.layer_ranges import written
 from .model_spec import ModelSpec
 
 
@@ -22,83 +23,80 @@ class LayerRows:
     notes: tuple[str, ...] = ()
 
 
-def rows_of_model(model: ModelSpec, found: int, numbers: Sequence[int] | None = None) -> LayerRows:
+def rows_of_model(
+    model: ModelSpec, found: int, numbers: Sequence[int] | None = None, remedy: str = ""
+) -> LayerRows:
     """The MoE rows among `found`, and the model's own numbers of them.
 
     numbers: the rows' own numbers, where the file says them. Draft layers that the file holds are
-    layers of their own. Raises InputError where the rows cannot be the model's.
+    layers of their own. remedy: what to do where the rows cannot be the model's, which raises
+    InputError.
     """
     if numbers is None:
-        numbers = _numbers_by_count(model, found)
+        numbers = _numbers_by_count(model, found, remedy)
+    if model.layer_indices is None and found == model.num_layers:
+        return LayerRows(tuple(range(found)), tuple(numbers))
     own, draft = set(model.own_layer_indices()), set(draft_layers(model))
     rows = tuple(i for i, layer in enumerate(numbers) if layer in own or layer in draft)
     kept = tuple(numbers[i] for i in rows)
     strange = [layer for layer in numbers if layer not in own | draft and not _dense(model, layer)]
     if strange or not rows:
         raise InputError(
-            f"holds layers {spans(numbers)}, the MoE layers of {model.name} are "
-            f"{spans(sorted(own))}: another model, or number the rows by --layers, as in "
-            f"--layers {spans(sorted(own)[:found])}"
+            f"holds layers {written(numbers)}, the MoE layers of {model.name} are "
+            f"{written(sorted(own))}: it belongs to another model{remedy}"
         )
     notes = []
     if len(rows) < found:
         dense = sorted(set(numbers) - set(kept))
-        notes.append(f"layers {spans(dense)} are dense in {model.name}: left out")
+        notes.append(f"layers {written(dense)} are dense in {model.name}: left out")
     if set(kept) & draft:
         notes.append(
-            f"layer {spans(sorted(set(kept) & draft))} is a draft (MTP) layer of {model.name}: a "
+            f"layer {written(sorted(set(kept) & draft))} is a draft (MTP) layer of {model.name}: a "
             "layer of its own"
         )
     return LayerRows(rows, kept, tuple(notes))
 
 
 def draft_layers(model: ModelSpec) -> tuple[int, ...]:
-    """The model's own numbers of its draft (MTP) layers, which follow the hidden ones."""
-    return ()
+    """The model's own numbers of draft (MTP) layers whose experts are as many as the others'."""
+    draft = model.draft_layers
+    same = draft is not None and draft.num_experts == model.num_experts
+    return draft.layer_indices if draft is not None and same else ()
+
+
+def layers_in_model(model: ModelSpec, layers: Sequence[int]) -> tuple[int, ...]:
+    """The model's own numbers of rows that are all MoE layers, counted from 0 or by the model.
+
+    Raises InputError where they cannot be the model's.
+    """
+    own, draft = model.own_layer_indices(), draft_layers(model)
+    if tuple(layers) == tuple(range(len(layers))):
+        for numbers in (own, own + draft):
+            if len(layers) == len(numbers):
+                return numbers
+    unnumbered = model.layer_indices is None and len(layers) == model.num_layers
+    if layers and (unnumbered or set(layers) <= set(own + draft)):
+        return tuple(layers)
+    raise InputError(
+        f"layers {written(layers)} are not MoE layers of {model.name}, {written(own)}: it belongs to "
+        "another model, or its layers are misnumbered (`loadmaster trace import --layers`)"
+    )
 
 
 def missing_layers(model: ModelSpec, layers: Sequence[int]) -> tuple[int, ...]:
-    """The model's MoE layers that are not among `layers`, which are its own numbers."""
-    return tuple(sorted(set(model.own_layer_indices()) - set(layers)))
+    """The model's MoE layers that are not among `layers`. Raises InputError: `layers_in_model`."""
+    return tuple(sorted(set(model.own_layer_indices()) - set(layers_in_model(model, layers))))
 
 
-def spans(numbers: Sequence[int]) -> str:
-    """Layer numbers for people, and for --layers: 3-60, or 0,2,5-7."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)
-
-
-def parse_spans(text: str) -> tuple[int, ...]:
-    """The numbers of "3-60" or "0,2,5-7". Raises InputError."""
-    found: list[int] = []
-    for part in text.replace(" ", "").split(","):
-        low, _, high = part.partition("-")
-        if not low.isdecimal() or (high and not high.isdecimal()) or len(part) > 12:
-            raise InputError(f"layers {text!r} are written as in 3-60 or 0,2,5-7")
-        first, last = int(low), int(high or low)
-        if not first <= last < first + 10_000:
-            raise InputError(f"layers {text!r}: {part} does not count up")
-        found += range(first, last + 1)
-    if len(set(found)) < len(found):
-        raise InputError(f"layers {text!r} name a layer twice")
-    return tuple(found)
-
-
-def _numbers_by_count(model: ModelSpec, found: int) -> Sequence[int]:
+def _numbers_by_count(model: ModelSpec, found: int, remedy: str) -> Sequence[int]:
     own, draft = model.own_layer_indices(), draft_layers(model)
     total = hidden_layers(model)
     for numbers in (own, range(total), own + draft, (*range(total), *draft)):
         if found == len(numbers):
             return tuple(numbers)
     raise InputError(
-        f"holds {found} rows; {model.name} has {len(own)} MoE layers ({spans(own)}) of {total}: "
-        "say which layers the rows are by --layers, as in --layers "
-        f"{spans(own[:found]) if found < len(own) else spans(own)}"
+        f"holds {found} rows; {model.name} has {len(own)} MoE layers ({written(own)}) of {total} "
+        f"hidden ones: it belongs to another model{remedy}"
     )
 
 

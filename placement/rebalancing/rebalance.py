@@ -32,6 +32,7 @@ from ..planning.planner import (
     assemble,
     capacity_of_layers,
     check_current,
+    check_model,
     layer_tasks,
     resolve_settings,
     trace_digest,
@@ -91,6 +92,7 @@ def rebalance(
         balance_slack, seed, effort, time_limit_s,
     )
     data = planning_steps(new_trace, steps)
+    unplanned = check_model(settings, data)
     check_current(current, data, cluster)
     fitted = _fitted(current, cluster)
     budget = Budget.of(current, model, max_moves, max_bytes)
@@ -105,7 +107,7 @@ def rebalance(
     answers = _within(list(run.map(_finish, last)), tasks, budget, gain_L)
     return _result(
         current, answers, gain_L, data, settings, trace_digest(new_trace), started,
-        (*capacities.notes, *notes),
+        (*unplanned, *capacities.notes, *notes),
     )
 
 

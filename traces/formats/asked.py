@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...errors import InputError
+from ..model_config.layer_ranges import written
 from ..model_layers import LayerRows, hidden_layers, rows_of_model
 from ..model_spec import ModelSpec
 
@@ -60,7 +61,11 @@ class Asked:
                 )
             numbers = self.layers
         if self.model is not None:
-            return rows_of_model(self.model, found, numbers)
+            own = written(self.model.own_layer_indices()[:found])
+            return rows_of_model(
+                self.model, found, numbers,
+                f", or the rows are some of its layers: number them, as in --layers {own}",
+            )
         return None if numbers is None else LayerRows(tuple(range(found)), numbers)
 
     def token_shape(self, numbers: int, where: str) -> tuple[int, int]:

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ..model_layers import hidden_layers, spans
+from ..model_config.layer_ranges import written
+from ..model_layers import hidden_layers
 from ..profile import Profile
 from .asked import LOAD_AXES, Asked
 from .result import LOADS_ONLY, ImportResult
@@ -61,7 +62,7 @@ def one_rank_note(load_LE: LoadArray) -> tuple[str, ...]:
     few_L = load_LE.sum(axis=1) < ENOUGH_PER_EXPERT * load_LE.shape[1]
     if idle_L.min() < IDLE_SHARE or few_L.any():
         return ()
-    busy = [spans(np.flatnonzero(row).tolist()) for row in load_LE]
+    busy = [written(np.flatnonzero(row).tolist()) for row in load_LE]
     which = f" (all but {busy[0]})" if len(set(busy)) == 1 and len(busy[0]) < 60 else ""
     return (
         f"warning: {idle_L.min():.0%} or more of the experts are idle in every layer{which}: these "
@@ -82,7 +83,8 @@ def _as_WLE(
             f"loads must be [layers, experts] or [windows, layers, experts]; got shape "
             f"{list(array.shape)}"
         )
-    axes, said = asked.axes, ()
+    axes = asked.axes
+    said: tuple[str, ...] = ()
     if defined is not None:
         defined = {2: defined[-2:], 3: ("W" + defined)[-3:]}[array.ndim]
         if axes not in (None, defined):
@@ -161,12 +163,12 @@ def _refuse_impossible(load_WLE: LoadArray, numbers: tuple[int, ...] | None) -> 
 
 
 def _without_empty_windows(load_WLE: LoadArray) -> tuple[LoadArray, tuple[str, ...]]:
-    empty_W = ~load_WLE.any(axis=(1, 2))
+    empty_W = load_WLE.max(axis=(1, 2)) == 0
     if empty_W.all():
         raise InputError("all counts are zero: record while traffic runs")
     if not empty_W.any():
         return load_WLE, ()
-    which = spans(np.flatnonzero(empty_W).tolist())
+    which = written(np.flatnonzero(empty_W).tolist())
     which = f" ({which})" if len(which) < 60 else ""
     return load_WLE[~empty_W], (
         f"{int(empty_W.sum())} of {len(empty_W)} windows are empty and skipped{which}",
@@ -182,7 +184,7 @@ def _moe_layers(
     rows = tuple(range(found)) if told is None else told.rows
     layers = rows if told is None else told.layers
     notes = () if told is None else told.notes
-    counted_L = load_WLE.any(axis=(0, 2))
+    counted_L: npt.NDArray[np.bool_] = load_WLE.max(axis=(0, 2)) > 0
     quiet = [layer for row, layer in zip(rows, layers, strict=True) if not counted_L[row]]
     dropped = [row for row in range(found) if row not in rows and counted_L[row]]
     if dropped:
@@ -193,7 +195,7 @@ def _moe_layers(
     if quiet:
         how = ("but are MoE layers of the model: not recorded" if asked.model is not None
                else "and are taken as dense")
-        notes += (f"layers {spans(quiet)} hold no counts {how}",)
+        notes += (f"layers {written(quiet)} hold no counts {how}",)
     kept = [(row, layer) for row, layer in zip(rows, layers, strict=True) if counted_L[row]]
     if not kept:
         raise InputError("no MoE layer holds counts: record while traffic runs")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ..model_layers import spans
+from ..model_config.layer_ranges import written
 from ..trace import PER_TOKEN, RoutingTrace, checked_k, id_dtype
 from .asked import ID_AXES, LOAD_AXES, Asked
 
@@ -240,7 +240,7 @@ def _moe_rows(
     notes = () if told is None else told.notes
     dead_R = ~used_R | (zeros_R & twice_R)
     if top_k == 1 and zeros_R[list(rows)].any() and asked.model is None:
-        which = spans([layers[i] for i, row in enumerate(rows) if zeros_R[row]])
+        which = written([layers[i] for i, row in enumerate(rows) if zeros_R[row]])
         notes += (f"every token chose expert 0 in layer {which}: dense layers? --model tells",)
     dead = [layer for row, layer in zip(rows, layers, strict=True) if dead_R[row]]
     if len(dead) == len(rows):
@@ -249,7 +249,7 @@ def _moe_rows(
         why = "zeros or nothing for every token, which no router says"
         what = ("MoE layers of the model, so not recorded" if asked.model is not None
                 else "taken as dense, left out")
-        notes += (f"layers {spans(dead)} hold {why}: {what}",)
+        notes += (f"layers {written(dead)} hold {why}: {what}",)
     kept = [(row, layer) for row, layer in zip(rows, layers, strict=True) if not dead_R[row]]
     return tuple(row for row, _ in kept), tuple(layer for _, layer in kept), notes
 

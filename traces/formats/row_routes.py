@@ -65,7 +65,8 @@ def _listed(rows: Rows, columns: Columns) -> Iterator[Group]:
 
 def _gathered(rows: Rows, columns: Columns, top_k: int | None) -> Iterator[Group]:
     """Rows of one expert each, gathered to one token's choice in a layer."""
-    run, held, usual = _Runs(), [], top_k
+    run, usual = _Runs(), top_k
+    held: list[int] = []
     before: tuple[Any, ...] | None = None
     place = ""
     named_tokens = "token" in columns

@@ -43,7 +43,7 @@ class Spool:
         if self.shape not in (None, shape):
             raise InputError(
                 f"{where}: holds {shape[0]} layers x top-{shape[1]}, those before "
-                f"{self.shape[0]} x top-{self.shape[1]}: of another model"  # type: ignore[index]
+                f"{self.shape[0]} x top-{self.shape[1]}: of another model"
             )
         self.shape = shape
         top = np.iinfo(_DTYPE).max
