@@ -25,6 +25,7 @@ def simulate(
     model: opt.SizedModel,
     dispatch: serve.Dispatch = None,
     arrivals: serve.ArrivalsFile = None,
+    arrivals_unit: serve.ArrivalsUnit = None,
     requests: serve.Requests = 1000,
     rate: serve.Rate = 5.0,
     prompt_tokens: serve.PromptTokens = 1024,
@@ -73,7 +74,9 @@ def simulate(
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription)
     interventions = build_interventions(faults, policy, every_steps, place, groups)
-    load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
+    load, told = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed,
+                                arrivals_unit)
+    notes = (*notes, *told)
     name, first = next(iter(named.items()))
     router = StepRouter(routing, place, spec, dispatch=resolve_dispatch(dispatch, first),
                         overlap=service.overlap)

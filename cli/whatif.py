@@ -11,7 +11,14 @@ from ..app.inputs import build_executor, read_model, read_trace, require_targets
 from ..app.serving import build_workload
 from . import output as show
 from .options import Address, Json, RoutingArgument, Seed, SizedModel
-from .serving_options import ArrivalsFile, OutputTokens, PromptTokens, Rate, Requests
+from .serving_options import (
+    ArrivalsFile,
+    ArrivalsUnit,
+    OutputTokens,
+    PromptTokens,
+    Rate,
+    Requests,
+)
 
 if TYPE_CHECKING:
     from ..simulator.whatif.run import WhatIf
@@ -24,6 +31,7 @@ def whatif(
     ],
     model: SizedModel,
     arrivals: ArrivalsFile = None,
+    arrivals_unit: ArrivalsUnit = None,
     requests: Requests = 300,
     rate: Rate = 5.0,
     prompt_tokens: PromptTokens = 1024,
@@ -52,7 +60,9 @@ def whatif(
     spec = read_model(model)
     routing, notes = read_trace(trace, model=spec)
     assert spec is not None
-    load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
+    load, told = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed,
+                                arrivals_unit)
+    notes = (*notes, *told)
     study = Study(scenarios, routing, spec, load)
     with show.progress_bar() as bar:
         task = bar.add_task("scenarios", total=None)

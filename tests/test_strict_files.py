@@ -19,7 +19,7 @@ from loadmaster.placement.plan import Plan
 from loadmaster.simulator.events.fault_file import read_faults
 from loadmaster.simulator.whatif.grid import Grid
 from loadmaster.simulator.whatif.resume import finished_cells
-from loadmaster.traces.arrivals import load_arrivals
+from loadmaster.traces.arrival_files import load_arrivals
 from loadmaster.traces.formats.asked import Asked
 from loadmaster.traces.formats.trtllm import import_statistics
 from loadmaster.traces.model_spec import ModelSpec

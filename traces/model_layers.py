@@ -78,8 +78,8 @@ def layers_in_model(model: ModelSpec, layers: Sequence[int]) -> tuple[int, ...]:
     if layers and (unnumbered or set(layers) <= set(own + draft)):
         return tuple(layers)
     raise InputError(
-        f"layers {written(layers)} are not MoE layers of {model.name}, {written(own)}: it belongs to "
-        "another model, or its layers are misnumbered (`loadmaster trace import --layers`)"
+        f"layers {written(layers)} are not MoE layers of {model.name}, {written(own)}: it belongs "
+        "to another model, or its layers are misnumbered (`loadmaster trace import --layers`)"
     )
 
 

@@ -113,7 +113,10 @@ def _shared_devices(layers: list[list[list[int]]]) -> tuple[int, tuple[str, ...]
     count = 0
     while count < len(layers[0]) - 1 and all(held[count] == [0] for held in layers):
         count += 1
-    if not count or any(len(held[count]) == 1 or 0 not in sum(held[count:], []) for held in layers):
+    if not count or any(
+        len(held[count]) == 1 or not any(0 in experts for experts in held[count:])
+        for held in layers
+    ):
         return 0, ()
     which = "0" if count == 1 else f"0 to {count - 1}"
     return count, (

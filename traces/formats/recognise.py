@@ -12,13 +12,14 @@ from typing import Any
 
 from ...errors import InputError
 from ...foundation.documents import read_json
+from ..row_files import json_lines, rows_of
 from .arrays import SUFFIXES, import_arrays
 from .asked import Asked
 from .load_documents import import_load_document, import_load_lines
 from .per_request import import_per_request
 from .responses import holds_responses, import_responses
 from .result import ImportResult, RoutesResult
-from .row_columns import Columns, columns_of, json_lines, rows_of
+from .row_columns import Columns, columns_of
 from .row_loads import import_row_loads, rank_files
 from .row_routes import import_row_routes
 from .tensor_file import import_tensors

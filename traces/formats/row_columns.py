@@ -6,14 +6,11 @@ rows become tokens or loads.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...foundation.documents import parse_json
 
 # What a column may be called, in lower case; the first that is there counts.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -93,39 +90,3 @@ def as_count(value: Any, where: str, low: int = 0) -> int:
             f"{where} is {str(value)[:40]!r}, must be a whole number from {low}"
         ) from None
     return int(number)
-
-
-def rows_of(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each row with its place; one at a time. Raises InputError naming line and fault."""
-    for where, row in json_lines(path) if path.suffix == ".jsonl" else csv_rows(path):
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: must be a mapping, is a {type(row).__name__}")
-        yield where, row
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line's value with its place. Raises InputError."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, parse_json(line, where, finite=False)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-
-
-def csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each row by the names of the first line, with its place. Raises InputError."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            for number, row in enumerate(reader, start=1):
-                if None in row or None in row.values():
-                    raise InputError(
-                        f"{path}, row {number}: has {'more' if None in row else 'fewer'} fields "
-                        "than the header names"
-                    )
-                yield f"{path}, row {number}", row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error

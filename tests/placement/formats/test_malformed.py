@@ -71,7 +71,7 @@ Edit = Callable[[Any], Any]
 
 
 @pytest.mark.parametrize(("edit", "message"), [
-    (lambda layers: layers[1]["device_list"].reverse(), "layer 1: device_id is 0 at position 1, after 1"),
+    (lambda layers: layers[1]["device_list"].reverse(), "layer 1: device_id is 0 at position 1"),
     (lambda layers: layers[0].update(layer_id=5), "layer_id is 1 at position 1, after 5"),
     (lambda layers: layers[1]["device_list"].pop(), "device_count is 2, but device_list holds 1"),
     (lambda layers: layers[0]["device_list"][1]["device_expert"].pop(),
