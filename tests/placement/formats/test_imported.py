@@ -59,5 +59,5 @@ def test_every_expert_needs_a_slot_and_every_slot_an_expert_there_is() -> None:
     lost[1, 0, 1] = 0
     with pytest.raises(InputError, match="layer 4: expert 1 has no slot on any device;"):
         build(lost)
-    with pytest.raises(InputError, match="layer 3, device 1, slot 1 holds expert 3; .* 0 to 2"):
+    with pytest.raises(InputError, match=r"layer 3, device 1, slot 1 holds expert 3; .* 0 to 2"):
         build(SLOTS, 3)
