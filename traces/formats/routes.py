@@ -239,6 +239,12 @@ def _moe_rows(
     layers = rows if told is None else told.layers
     notes = () if told is None else told.notes
     dead_R = ~used_R | (zeros_R & twice_R)
+    alive = [row for row in range(count) if row not in rows and not zeros_R[row]]
+    if alive:
+        raise InputError(
+            f"row {alive[0]} routes tokens, but {asked.model.name if asked.model else 'it'} has no "
+            "MoE layer there: another model, or number the rows by --layers"
+        )
     if top_k == 1 and zeros_R[list(rows)].any() and asked.model is None:
         which = written([layers[i] for i, row in enumerate(rows) if zeros_R[row]])
         notes += (f"every token chose expert 0 in layer {which}: dense layers? --model tells",)

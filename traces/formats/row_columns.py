@@ -65,18 +65,18 @@ def columns_of(fields: Mapping[str, Any] | list[str]) -> Columns:
         for what, names in NAMES.items() if any(name in lower for name in names)
     }
     if isinstance(fields, Mapping):
-        listed = {name for name, value in fields.items()
-                  if isinstance(value, list) or (isinstance(value, str) and "[" in value)}
         for one, many in (("expert", "experts"), ("count", "counts")):
-            if one in found and found[one] in listed:
-                found.setdefault(many, found[one])
-                del found[one]
-            if many in found and found[many] not in listed and not (
-                isinstance(fields[found[many]], str) and len(fields[found[many]].split()) > 1
-            ):
-                found.setdefault(one, found[many])
-                del found[many]
+            for name, other, lists in ((one, many, True), (many, one, False)):
+                if name in found and _lists(fields[found[name]]) == lists:
+                    found.setdefault(other, found.pop(name))
     return Columns(found)
+
+
+def _lists(value: Any) -> bool:
+    """Whether a value lists numbers, as JSON does or as text."""
+    return isinstance(value, list) or (
+        isinstance(value, str) and any(mark in value.strip() for mark in "[;, ")
+    )
 
 
 def as_count(value: Any, where: str, low: int = 0) -> int:
