@@ -9,6 +9,7 @@ import typer
 
 from ..app.inputs import (
     build_sampler,
+    model_notes,
     plans_cluster,
     read_model,
     read_plans,
@@ -38,6 +39,7 @@ def evaluate(
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
     model: opt.ModelSource = None,
+    moe_layers: opt.MoeLayers = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
     order: opt.Order = "interleaved",
@@ -50,8 +52,9 @@ def evaluate(
 
     named, reference = with_current(read_plans(plans), current)
     first = next(iter(named))
-    spec = read_model(model)
+    spec = read_model(model, moe_layers)
     routing, notes = read_trace(trace, num_experts, model=spec)
+    notes += model_notes(spec)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription)
     table = compare(

@@ -12,6 +12,7 @@ from ..app.inputs import (
     build_executor,
     build_sampler,
     load_plan,
+    model_notes,
     read_model,
     read_routing,
     require_target,
@@ -73,6 +74,7 @@ def plan(
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
     model: opt.ModelSource = None,
+    moe_layers: opt.MoeLayers = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
     order: opt.Order = "interleaved",
@@ -89,8 +91,9 @@ def plan(
     _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
     targets = _targets(out, phase)
     current_plan = load_plan(current)
-    spec = read_model(model)
+    spec = read_model(model, moe_layers)
     source, notes = read_routing(trace, num_experts, model=spec, axes=axes, layers=layers)
+    notes += model_notes(spec)
     own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
     if slots_per_device is None and current_plan is not None:
         slots_per_device = current_plan.slots_per_device

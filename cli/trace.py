@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import output as show
-from .options import Axes, Json, Layers, NumExperts, Seed, TraceArgument
+from .options import Axes, Json, Layers, MoeLayers, NumExperts, RowsModel, Seed, TraceArgument
 
 app = typer.Typer(help="Get a trace, and see whether it is long enough.", no_args_is_help=True,
                   rich_markup_mode=None)
@@ -78,10 +78,8 @@ def import_(
         list[str] | None,
         typer.Option(help="Name of an array in the file, as in request=seq. May repeat."),
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: which rows are MoE layers."),
-    ] = None,
+    model: RowsModel = None,
+    moe_layers: MoeLayers = None,
     axes: Axes = None,
     layers: Layers = None,
     top_k: Annotated[
@@ -108,8 +106,8 @@ def import_(
     if not all(keys.values()):
         raise UsageError("--key is written column=name, as in --key request=seq")
     found = open_any(source, Asked(
-        num_experts, keys, axes, layer_numbers(layers), read_model(model), top_k, zero_experts,
-        drop_repeated,
+        num_experts, keys, axes, layer_numbers(layers), read_model(model, moe_layers), top_k,
+        zero_experts, drop_repeated,
     ))
     notes = found.notes
     if not isinstance(found, ImportResult):

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..app.inputs import build_executor, read_model, read_trace, require_targets, writing
+from ..app.inputs import (
+    build_executor,
+    model_notes,
+    read_model,
+    read_trace,
+    require_targets,
+    writing,
+)
 from ..app.serving import build_workload
 from . import output as show
-from .options import Address, Json, RoutingArgument, Seed, SizedModel
+from .options import Address, Json, MoeLayers, RoutingArgument, Seed, SizedModel
 from .serving_options import (
     ArrivalsFile,
     ArrivalsUnit,
@@ -30,6 +37,7 @@ def whatif(
         Path, typer.Argument(help="Grid of scenarios (YAML, see `schema grid`): `base`, `axes`.")
     ],
     model: SizedModel,
+    moe_layers: MoeLayers = None,
     arrivals: ArrivalsFile = None,
     arrivals_unit: ArrivalsUnit = None,
     requests: Requests = 300,
@@ -57,8 +65,9 @@ def whatif(
     if out_csv is not None and resume is not None and out_csv.resolve() == resume.resolve():
         raise UsageError(f"{out_csv}: --csv and --resume name the same file: name two")
     scenarios = Grid.from_yaml(grid)
-    spec = read_model(model)
+    spec = read_model(model, moe_layers)
     routing, notes = read_trace(trace, model=spec)
+    notes += model_notes(spec)
     assert spec is not None
     load, told = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed,
                                 arrivals_unit)
