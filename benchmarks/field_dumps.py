@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from field_command import FIELD, Ran, refused, run, says, section
 
 import loadmaster as lm
-from field_command import FIELD, Ran, refused, run, says, section
 
 DUMPS = FIELD / "dumps"
 TINY, V4 = FIELD / "plans" / "tiny_v3_with_mtp", FIELD / "configs" / "deepseek_v4_expert_fp4"
@@ -105,7 +105,7 @@ def _routes() -> dict[str, Case]:
     zero = _npz("zero_experts.npz", "topk_ids")
     dummy = _npz("dummy_rows.npz", "routed_experts")
     flat = dummy.reshape(len(dummy), -1)
-    routes, which, times = np.unique(flat, axis=0, return_inverse=True, return_counts=True)
+    _, which, times = np.unique(flat, axis=0, return_inverse=True, return_counts=True)
     common = which.reshape(-1) == times.argmax()
     each = [np.load(p) for p in sorted((DUMPS / "per_request_npy").glob("*.npy"))]
     answers = [
@@ -255,7 +255,8 @@ def _draft_row(place: Path) -> tuple[Ran, bool]:
     ran = run("plan", DUMPS / "sglang_stat_tiny_v3_with_mtp_row.pt", "--model", TINY, *SAMPLE,
               "--out", place / "p.json")
     made = json.loads((place / "p.json").read_text())
-    return ran, says(ran, "layer 4 is a draft (MTP) layer") and made["layer_indices"] == [1, 2, 3, 4]
+    told = says(ran, "layer 4 is a draft (MTP) layer")
+    return ran, told and made["layer_indices"] == [1, 2, 3, 4]
 
 
 def _some_layers(place: Path) -> tuple[Ran, bool]:
@@ -271,7 +272,7 @@ def _some_layers(place: Path) -> tuple[Ran, bool]:
     slots = len(table[0])
     right = made["layer_indices"] == list(range(3, 43)) and len(table) == 43
     right &= all(row == [s % 256 for s in range(slots)] for row in table[:3])
-    right &= [sum(devices, []) for devices in made["slots"]] == table[3:]
+    right &= [[e for device in layer for e in device] for layer in made["slots"]] == table[3:]
     return ran, right and says(ran, "holds 40 of the model's 43 MoE layers")
 
 
