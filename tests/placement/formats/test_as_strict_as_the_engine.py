@@ -170,3 +170,14 @@ def test_a_model_with_sizes_alone_still_numbers_nothing(tmp_path: Path) -> None:
     bare = ModelSpec(num_layers=2, num_experts=6, top_k=2)
     export_plan(TOY, "trtllm", tmp_path / "t.yaml", model=bare)
     assert set(toy_document("trtllm", tmp_path)["initial_global_assignments"]) == {1, 2}
+
+
+def test_a_mapping_record_is_vllms_too(tmp_path: Path) -> None:
+    rows = SLOTS.reshape(2, -1).tolist()
+    record = {"record_type": "eplb_initial_mapping", "num_slots": 8,
+              "initial_global_assignments": {"0": rows[0], "1": rows[1]}}
+    path = write("vllm", record, tmp_path)
+    assert import_plan(path, "vllm", num_devices=2).plan.slots.tolist() == SLOTS.tolist()
+    record["initial_global_assignments"] = {"1": rows[0], "2": rows[1]}
+    with pytest.raises(InputError, match="lacks MoE layer 0"):
+        import_plan(write("vllm", record, tmp_path), "vllm", num_devices=2)
