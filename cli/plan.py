@@ -44,8 +44,8 @@ def plan(
         str | None,
         typer.Option(
             help="How tokens choose among replicas: even, nearest, balanced, fewest_active, or an "
-            "engine's own (sglang_static, sglang_dynamic, vllm_hash, trtllm_round_robin, "
-            "ascend_fixed) [default: that of --current, else balanced]."
+            "engine's own (sglang_static, sglang_dynamic, sglang_rows, vllm_hash, "
+            "trtllm_round_robin, ascend_fixed) [default: that of --current, else balanced]."
         ),
     ] = None,
     max_moves: Annotated[

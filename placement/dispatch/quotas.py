@@ -28,6 +28,7 @@ from .policies import (
     POLICIES,
     SLACK,
     default_slack,
+    fixed_slots,
     parameter_vector,
     policy_of,
     split_cell,
@@ -60,9 +61,10 @@ def split(
     counts = np.ascontiguousarray(counts_GE, np.int32)
     table = _table(counts, slots_GC, cluster)
     quotas_GS = np.zeros((cluster.num_devices, slots_GC.size), np.int32)
+    code, parameters = policy_of(spec).code, parameter_vector(spec, cluster)
     split_cell(
-        policy_of(spec).code, counts, *table.arrays(), cluster.node_G, cluster.num_nodes,
-        cluster.speed_G, parameter_vector(spec, cluster), quotas_GS,
+        code, counts, *table.arrays(), cluster.node_G, cluster.num_nodes, cluster.speed_G,
+        parameters, fixed_slots(code, table, cluster, parameters), quotas_GS,
     )
     return quotas_GS
 
@@ -98,10 +100,11 @@ def device_tokens(
         )
     else:
         quotas_GS = np.empty((counts.shape[1], slots_GC.size), np.int32)
+        fixed_GE = fixed_slots(policy.code, table, cluster, parameters)
         for w in range(len(counts)):
             quotas_GS[:] = 0
             split_cell(policy.code, counts[w], *table.arrays(), cluster.node_G, nodes,
-                       cluster.speed_G, parameters, quotas_GS)
+                       cluster.speed_G, parameters, fixed_GE, quotas_GS)
             quotas_GS.sum(axis=0, out=tokens_WS[w])
     tokens_WGC = tokens_WS.reshape(len(counts), *slots_GC.shape)
     return tokens_WGC.sum(axis=2), (tokens_WGC > 0).sum(axis=2)
@@ -115,7 +118,7 @@ def route(
     spec: DispatchSpec,
     num_experts: int,
 ) -> Int32Array:
-    """Slot of every assignment of one step, [T, K] int32; see `assignment.py`.
+    """Slot of every assignment of one step of a layer alone, [T, K] int32; see `assignment.py`.
 
     Negative ids are left out.
     """
