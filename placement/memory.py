@@ -146,8 +146,8 @@ def require_slots_fit(
     least = -(-model.num_experts // cluster.num_devices)
     said = (
         f"{model.name}: {cluster.slots_G[g]} slots in each of {model.num_layers} layers are "
-        f"{gigabytes(cluster.slots_G[g] * each)} of experts on device {g}, memory holds {fit} slots "
-        f"({memory.reckoning()})"
+        f"{gigabytes(cluster.slots_G[g] * each)} of experts on device {g}, memory holds {fit} "
+        f"slots ({memory.reckoning()})"
     )
     if current is not None and cluster.slots_G.max() <= current.slots_per_device:
         return (f"{said}; the current plan has as many, so they are taken to fit",)

@@ -77,7 +77,7 @@ def test_planning_refuses_what_cannot_fit_and_says_what_would() -> None:
 
 
 def test_spare_slots_that_do_not_fit_are_refused_by_number() -> None:
-    with pytest.raises(InfeasibleError, match="memory holds 5 slots .* use 5 slots per device"):
+    with pytest.raises(InfeasibleError, match=r"memory holds 5 slots .* use 5 slots per device"):
         quick(cluster(1_000_000 + 5 * SLOT, 6))
     quick(cluster(1_000_000 + 5 * SLOT, 5))
 
@@ -91,7 +91,8 @@ def test_the_usual_spare_slots_give_way_to_memory() -> None:
     """An even share of 4 and one more; memory for 4 leaves the share; for 3, planning refuses."""
     assert default_slots(4, cluster(1_000_000 + 5 * SLOT, 4), MODEL) == (5, None)
     slots, said = default_slots(4, cluster(1_000_000 + 4 * SLOT, 4), MODEL)
-    assert slots == 4 and said is not None and said.startswith("4 slots per device, not the usual 5")
+    assert slots == 4
+    assert said is not None and said.startswith("4 slots per device, not the usual 5")
     assert default_slots(4, cluster(1_000_000 + 3 * SLOT, 4), MODEL)[0] == 4
     assert default_slots(4, cluster(1, 4), None) == (5, None)
 
@@ -126,7 +127,7 @@ def test_an_estimate_is_called_one() -> None:
 
 
 def test_a_cluster_files_own_limit_is_the_only_one() -> None:
-    """`expert_memory_bytes` is what its author has reckoned: neither reserve nor weights come off."""
+    """`expert_memory_bytes` is what its author reckoned: neither reserve nor weights come off."""
     own = tuple(Device(node=0, slots=6, expert_memory_bytes=5 * SLOT) for _ in range(4))
     place = cluster(1_000_000, 6).model_copy(update={"devices": own})
     assert limits_G(place, MODEL).tolist() == [5 * SLOT] * 4
@@ -156,7 +157,7 @@ def wide() -> Plan:
 
 
 def test_judging_says_what_does_not_fit(wide: Plan) -> None:
-    """The figures stand, since the plan may run elsewhere; beside them stands that it is too big."""
+    """The figures stand, since the plan may run elsewhere; beside them it says it is too big."""
     small = cluster(1_000_000 + 5 * SLOT, 6)
     judged = lm.evaluate(wide, TRACE, small, steps=STEPS, model=MODEL)
     assert any(note.startswith("over memory: 2.9 MB of experts") for note in judged.notes)
@@ -167,7 +168,7 @@ def test_judging_says_what_does_not_fit(wide: Plan) -> None:
 
 
 def test_a_plan_that_runs_is_taken_to_fit(wide: Plan) -> None:
-    """Rebalancing does not argue with what is there, and says so; more slots than it has it does."""
+    """Rebalancing does not argue with what is there, and says so; with more slots it does."""
     small = cluster(1_000_000 + 5 * SLOT, 6)
     moved = lm.rebalance(wide, TRACE, small, max_moves=4, model=MODEL, steps=STEPS, effort="fast")
     assert any("the current plan has as many" in note for note in moved.evidence.notes)
