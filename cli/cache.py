@@ -57,7 +57,7 @@ def cache(
     spec = read_model(model)
     if spec is None or not spec.knows_sizes:
         raise UsageError(f"{model}: a cache needs the hidden and intermediate sizes")
-    place = build_cluster(None, preset, 1, 1, routing.num_experts, "return_home/per_expert",
+    place, _ = build_cluster(None, preset, 1, 1, routing.num_experts, "return_home/per_expert",
                           routing.num_experts)
     room = CacheTier.of(slots, spec, place, tier=tier, shared=shared)  # type: ignore[arg-type]
     policies, predictors = policy or POLICIES, predictor or PREDICTORS

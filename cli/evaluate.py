@@ -37,6 +37,7 @@ def evaluate(
     devices_per_node: opt.PlansDevicesPerNode = None,
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
+    reserve_bytes: opt.ReservedBytes = None,
     model: opt.ModelSource = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
@@ -52,7 +53,7 @@ def evaluate(
     first = next(iter(named))
     routing, notes = read_trace(trace, num_experts)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
-                          oversubscription)
+                          oversubscription, reserve_bytes)
     table = compare(
         named, routing, place,
         steps=build_sampler(step_tokens, concurrency, order, 0),

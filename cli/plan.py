@@ -72,6 +72,7 @@ def plan(
     slots_per_device: opt.SlotsPerDevice = None,
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
+    reserve_bytes: opt.ReservedBytes = None,
     model: opt.ModelSource = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
@@ -82,6 +83,7 @@ def plan(
     json: opt.Json = False,
 ) -> None:
     """Plan placement, replicas and dispatch; say what the plan is worth before anyone moves."""
+    from ..placement.memory import NOT_CHECKED
     from .advise import answer
 
     _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
@@ -91,11 +93,14 @@ def plan(
     own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
     if slots_per_device is None and current_plan is not None:
         slots_per_device = current_plan.slots_per_device
+    spec = read_model(model)
+    place, told = build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device, traffic,
+                                source.num_experts, oversubscription, reserve_bytes, spec)
+    notes += told if spec is not None and spec.knows_bytes else (NOT_CHECKED,)
     options: dict[str, Any] = {
-        "cluster": build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device,
-                                 traffic, source.num_experts, oversubscription),
+        "cluster": place,
         "current": current_plan, "max_moves": max_moves, "max_bytes": max_bytes,
-        "model": read_model(model), "dispatch": dispatch or own_dispatch,
+        "model": spec, "dispatch": dispatch or own_dispatch,
         "objective": objective, "effort": effort, "seed": seed,
         "steps": build_sampler(step_tokens, concurrency, order, 0), "horizon_steps": horizon,
         "executor": build_executor(address),

@@ -45,6 +45,7 @@ def replay(
     devices_per_node: opt.PlansDevicesPerNode = None,
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
+    reserve_bytes: opt.ReservedBytes = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
     order: Annotated[
@@ -70,7 +71,7 @@ def replay(
     spec = read_model(model)
     assert spec is not None
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
-                          oversubscription)
+                          oversubscription, reserve_bytes)
     order = order or ("recorded" if routing.step is not None else "interleaved")
     came = None if arrivals is None else arrivals_of(routing, load_arrivals(arrivals))
     with show.progress_bar() as bar:

@@ -101,7 +101,8 @@ KvBytesPerToken = Annotated[
 ]
 OtherBytes = Annotated[
     int | None,
-    typer.Option(help="Weights other than experts on each device, with --kv-bytes-per-token.",
+    typer.Option(help="Weights other than experts on each device, with --kv-bytes-per-token "
+                 "[default: the model's].",
                  callback=whole("--other-bytes", 0)),
 ]
 Groups = Annotated[

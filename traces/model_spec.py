@@ -14,7 +14,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import InputError
-from ..foundation.documents import first_fault
+from ..foundation.documents import first_fault, read_json
+from .dense_weights import ModelShape, dense_bytes_on_disk, estimated_dense_bytes
 from .model_config import BY_HAND, MOST_LAYERS, checkpoint_fields
 
 # Far beyond any model, and small enough that bytes and operations stay whole numbers.
@@ -58,6 +59,14 @@ class ModelSpec(BaseModel):
         default=None, description="[L] the model's own indices of its MoE layers"
     )
     total_layers: int | None = Field(default=None, gt=0, description="all hidden layers, dense too")
+    dense_bytes: int | None = Field(
+        default=None, ge=0, le=MOST_BYTES,
+        description="weights beside the routed experts, as every device holds them; None = "
+        "estimated from the sizes",
+    )
+    dense_is_estimated: bool = Field(
+        default=False, description="dense_bytes was reckoned from a configuration's widths"
+    )
     other_time_us: float = Field(
         default=0.0, ge=0, description="time of a step outside the experts and their exchange"
     )
@@ -102,7 +111,7 @@ class ModelSpec(BaseModel):
         path = Path(folder) / "config.json"
         fields = checkpoint_fields(path)
         try:
-            return cls(**fields)
+            return cls(**fields)._with_dense_weights(path)
         except ValidationError as error:
             raise InputError(f"{path}: {first_fault(error)}; {BY_HAND}") from error
 
@@ -143,7 +152,31 @@ class ModelSpec(BaseModel):
         """[L] the model's own layer indices; 0..L-1 where not recorded."""
         return self.layer_indices or tuple(range(self.num_layers))
 
+    def dense_weights(self) -> tuple[int, bool] | None:
+        """(bytes beside the routed experts, whether that is an estimate); None = sizes unknown."""
+        if self.dense_bytes is not None:
+            return self.dense_bytes, self.dense_is_estimated
+        shape = self._shape()
+        return None if shape is None else (estimated_dense_bytes(shape), True)
+
+    def _with_dense_weights(self, config: Path) -> Self:
+        """The same with `dense_bytes` from the weights beside a configuration, or its widths."""
+        found = dense_bytes_on_disk(config.parent, self.total_layers)
+        estimated = found is None
+        if found is None and (shape := self._shape()) is not None:
+            found = estimated_dense_bytes(shape, read_json(config, finite=False))
+        return self.model_copy(update={"dense_bytes": found, "dense_is_estimated": estimated})
+
+    def _shape(self) -> ModelShape | None:
+        if self.hidden is None or self.intermediate is None or not self.knows_sizes:
+            return None
+        return ModelShape(
+            self.hidden, self.total_layers or max(self.own_layer_indices()) + 1, self.num_layers,
+            self.num_experts, self.intermediate, self.num_shared_experts,
+            self.matrices_per_expert, self.bytes_per_parameter,
+        )
+
     def digest(self) -> str:
-        """Fingerprint of everything above but the name; equal models, equal digests."""
-        text = self.model_dump_json(exclude={"name"})
+        """Fingerprint of what a plan rests on: not the name or the weights beside experts."""
+        text = self.model_dump_json(exclude={"name", "dense_bytes", "dense_is_estimated"})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
