@@ -21,6 +21,7 @@ from . import (
     cache,
     calibrate,
     evaluate,
+    example,
     live,
     plan,
     plan_files,
@@ -64,7 +65,7 @@ app = typer.Typer(
 app.add_typer(trace.app, name="trace")
 for verb in (
     plan.plan, evaluate.evaluate, plan_files.plan_show, plan_files.plan_diff,
-    plan_files.plan_export, plan_files.plan_import, plan_files.schema,
+    plan_files.plan_export, plan_files.plan_import, plan_files.schema, example.example,
     simulate.simulate, replay.replay, whatif.whatif, cache.cache, calibrate.calibrate,
     live.demo, run.run, apply.apply,
 ):

@@ -61,9 +61,13 @@ def print_line(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout; NaN and infinity become null. Raises ReaderGoneError."""
-    text = json.dumps(_plain(value), indent=2, sort_keys=False)
+    print_raw(json.dumps(_plain(value), indent=2, sort_keys=False) + "\n")
+
+
+def print_raw(text: str) -> None:
+    """Text for another program, on stdout as it is. Raises ReaderGoneError."""
     try:
-        print(text, flush=True)     # or a short one would break when Python ends
+        print(text, end="", flush=True)     # or a short one would break when Python ends
     except BrokenPipeError as error:
         raise ReaderGoneError from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from typing import Any
 
 from ray import exceptions as its
@@ -17,6 +18,8 @@ from ...errors import LoadmasterError
 # Ray declares few of its types.
 ray: Any = importlib.import_module("ray")
 
+_OWN_NAME = re.compile(r"^loadmaster(\.\w+)+: ")      # of our errors, as a traceback writes them
+
 
 def crossed(error: BaseException, where: str = "Ray") -> LoadmasterError:
     """An error of Ray's as ours. where: whose process it came from, as "rank 2"."""
@@ -25,7 +28,7 @@ def crossed(error: BaseException, where: str = "Ray") -> LoadmasterError:
     if isinstance(error, its.RayTaskError):
         return _raised(error, where)
     if isinstance(error, its.ActorDiedError) and error.actor_init_failed:
-        return LoadmasterError(f"{where} did not start: {_last_line(error)}{_logs()}")
+        return LoadmasterError(f"{where} did not start: {_first_line(error)}{_logs()}")
     if isinstance(error, its.GetTimeoutError):
         return LoadmasterError(f"{where}: no answer in time; what was asked may still happen")
     if isinstance(error, its.AuthenticationError):
@@ -41,9 +44,9 @@ def crossed(error: BaseException, where: str = "Ray") -> LoadmasterError:
         return LoadmasterError(f"{where}: its process died: {_first_line(error)}{_logs()}")
     if isinstance(error, its.TaskCancelledError):
         return LoadmasterError(f"{where}: was cancelled before it was done")
-    if isinstance(error, its.RayError):
-        return LoadmasterError(f"{where}: {type(error).__name__}: {_first_line(error)}{_logs()}")
-    return LoadmasterError(f"{where}: {_first_line(error)}")
+    if isinstance(error, its.UnserializableException) or not isinstance(error, its.RayError):
+        return LoadmasterError(f"{where}: {_first_line(error)}{_logs()}")
+    return LoadmasterError(f"{where}: {type(error).__name__}: {_first_line(error)}{_logs()}")
 
 
 def _raised(error: its.RayTaskError, where: str) -> LoadmasterError:
@@ -53,8 +56,10 @@ def _raised(error: its.RayTaskError, where: str) -> LoadmasterError:
         return _raised(cause, where)
     if isinstance(cause, LoadmasterError):
         return cause
-    if isinstance(cause, its.RayError):
+    if isinstance(cause, its.RayError) and type(cause) is not its.RayError:
         return crossed(cause, where)
+    if isinstance(cause, its.RayError):      # stands for one that cannot travel
+        return LoadmasterError(f"{where}: {_first_line(cause)}{_logs()}")
     if isinstance(cause, MemoryError):
         return LoadmasterError(f"{where}: out of memory: use fewer tokens or a larger machine")
     if isinstance(cause, OSError) and cause.strerror:
@@ -64,14 +69,12 @@ def _raised(error: its.RayTaskError, where: str) -> LoadmasterError:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _last_line(error: BaseException) -> str:
-    """Of a traceback: what was raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """What it says, in its first line; where that is a traceback, the first after the last call."""
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    calls = [n for n, line in enumerate(lines) if line.startswith("  File ")]
+    after = lines[calls[-1] :] if calls else lines
+    said = [line for line in after if not line.startswith(" ")] or lines
+    return _OWN_NAME.sub("", said[0].strip()) if said else type(error).__name__
 
 
 def _logs() -> str:

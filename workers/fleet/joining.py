@@ -43,8 +43,8 @@ def _require_listener(address: str, host: str, port: int) -> None:
         late = isinstance(error, TimeoutError)
         reason = "no answer" if late else getattr(error, "strerror", None) or str(error)
         raise NothingAnswersError(
-            f"no Ray cluster answers at {address} ({reason}): check that it runs, and that host and port are the ones that "
-            "`ray start --head` printed"
+            f"no Ray cluster answers at {address} ({reason}): check that it runs, and that host "
+            "and port are the ones that `ray start --head` printed"
         ) from error
 
 
