@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class OnTerminal:
              "--name", name],
             stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=os.environ | {"TMPDIR": str(tmp)},
+            env=os.environ | {"TMPDIR": str(tmp), "RAY_TMPDIR": tempfile.gettempdir()},
         )
         os.close(follower)
         self._said = b""

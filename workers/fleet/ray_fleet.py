@@ -72,7 +72,7 @@ def _start_here(num_cpus: int | None) -> None:
                 _node_ip_address=LOOPBACK,
             )
             return
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             ray.shutdown()      # what came up of it
             if attempt == _START_ATTEMPTS - 1:
                 raise crossed(error, "starting Ray on this machine") from error
@@ -85,7 +85,7 @@ def _join(address: str) -> None:
     try:
         ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False,
                  logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         raise crossed(error, f"joining the Ray cluster at {address}") from error
     finally:
         if before is None:
