@@ -31,7 +31,9 @@ NumExperts = Annotated[
 Seed = Annotated[int, typer.Option(help="Same inputs and seed, same result.", callback=_whole)]
 
 ClusterFile = Annotated[
-    Path | None, typer.Option("--cluster", help="Cluster file (YAML); instead of the sizes below.")
+    Path | None,
+    typer.Option("--cluster", help="Cluster file (YAML), instead of the sizes below: `loadmaster "
+                 "example cluster` has one."),
 ]
 Preset = Annotated[
     str, typer.Option(help="Hardware: h100, h200, b200, gb200, a100, pcie or cpu.")
@@ -72,10 +74,13 @@ TrafficMode = Annotated[
 ]
 ModelSource = Annotated[
     Path | None,
-    typer.Option("--model", help="Checkpoint folder, or a ModelSpec as JSON: gives times."),
+    typer.Option("--model", help="Checkpoint folder, or sizes as JSON (`loadmaster example model` "
+                 "has one): gives times."),
 ]
 SizedModel = Annotated[
-    Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: sizes make times.")
+    Path,
+    typer.Option(help="Checkpoint folder, or sizes as JSON (`loadmaster example model` has one): "
+                 "they make times."),
 ]
 StepTokens = Annotated[int, typer.Option(help="Tokens in a step.")]
 Concurrency = Annotated[int, typer.Option(help="Requests in flight.")]

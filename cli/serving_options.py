@@ -119,7 +119,8 @@ OtherUsPerToken = Annotated[
 ]
 FaultsPath = Annotated[
     Path | None,
-    typer.Option("--faults", help="What goes wrong (YAML or JSON, see `schema faults`)."),
+    typer.Option("--faults", help="What goes wrong (YAML or JSON): `loadmaster example faults` has "
+                 "one."),
 ]
 PolicyName = Annotated[
     str | None,

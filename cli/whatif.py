@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def whatif(
     trace: RoutingArgument,
     grid: Annotated[
-        Path, typer.Argument(help="Grid of scenarios (YAML, see `schema grid`): `base`, `axes`.")
+        Path, typer.Argument(help="Grid of scenarios (YAML): `loadmaster example grid` has one.")
     ],
     model: SizedModel,
     arrivals: ArrivalsFile = None,
