@@ -97,7 +97,6 @@ def plan(
     own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
     if slots_per_device is None and current_plan is not None:
         slots_per_device = current_plan.slots_per_device
-    spec = read_model(model)
     place, told = build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device, traffic,
                                 source.num_experts, oversubscription, reserve_bytes, spec)
     notes += told if spec is not None and spec.knows_bytes else (NOT_CHECKED,)
