@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.oracles.built_models import FAMILIES, build
 
+from benchmarks.oracles.built_models import FAMILIES, build
 from loadmaster.errors import InputError
 from loadmaster.traces.model_spec import ModelSpec
 

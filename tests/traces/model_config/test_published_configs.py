@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from benchmarks.oracles.expert_tensors import (
     first_reckoning,
     published_folder,
     second_reckoning,
 )
-
 from loadmaster.traces.model_spec import ModelSpec
 
 EXPECTED = first_reckoning()
