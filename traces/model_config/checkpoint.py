@@ -18,7 +18,7 @@ from ...errors import InputError
 from .draft import Draft, find_draft
 from .families import Family, Kin, find_family
 from .fields import FIELDS, Config
-from .files import ModelFiles, find_files
+from .files import PARAMS, ModelFiles, find_files
 from .formats import FORMATS, ExpertBytes, WeightFormat
 from .layer_ranges import MOST_LAYERS, parse_layers, written
 from .layers import listed_layers, ruled_layers
@@ -74,9 +74,11 @@ class _Reading:
     def fields(self, moe_layers: str | None) -> dict[str, Any]:
         """Everything a ModelSpec keeps of this model."""
         kin = find_family(self.config.names())
+        if kin is None and self.where.name.endswith(PARAMS):       # Mistral's own layout
+            kin = Kin(Family(), PARAMS, exact=True)
         family = kin.family if kin is not None else Family()
         experts = self._experts()
-        hidden_layers = self._hidden_layers()
+        hidden_layers = self._hidden_layers(family)
         disk = self._on_disk(hidden_layers, experts)
         listed, layers = self._layers(kin, hidden_layers, experts, moe_layers, disk)
         total = max(hidden_layers or 0, layers[-1] + 1)
@@ -122,8 +124,8 @@ class _Reading:
             )
         return experts
 
-    def _hidden_layers(self) -> int | None:
-        layers = self._number("layers", ())
+    def _hidden_layers(self, family: Family) -> int | None:
+        layers = self.config.get(family.layers) or self._number("layers", ())
         if layers is None:
             kinds = self.config.get("layers_block_type") or self.config.get(
                 "hybrid_override_pattern"

@@ -45,12 +45,12 @@ def names_matrix(pattern: str, matrix: Matrix) -> bool:
     """Whether the pattern means this matrix: by its name, or by what it is a part of."""
     if pattern.startswith("re:"):
         return _by_regular_expression(pattern.removeprefix("re:"), matrix)
-    if _REGULAR.search(pattern):
+    if _REGULAR.search(pattern) or pattern.startswith(".*"):
         return _by_regular_expression(pattern, matrix)
     if "*" in pattern or "?" in pattern:
         return _by_glob(pattern, matrix)
     if _CLASS.fullmatch(pattern):
-        return pattern == "Linear" or "Expert" in pattern or "MoE" in pattern
+        return pattern == "Linear" or re.search(r"Expert|Mo[eE](Block)?$", pattern) is not None
     return _by_part(pattern, matrix)
 
 

@@ -190,6 +190,8 @@ def _scheme(
     groups = document.get("config_groups")
     if isinstance(groups, dict) and groups:
         for group in sorted(groups.values(), key=_is_general):
+            if group.get("weights") is None:         # of activations only
+                continue
             form = _of_group(group, document)
             rules += [Rule(str(target), form) for target in group.get("targets") or ("Linear",)]
         return Scheme(where, tuple(rules), None)
@@ -224,11 +226,9 @@ def _of_entry(entry: Document, document: Document) -> WeightFormat | None:
     return _blocked_alike(form, document)
 
 
-def _of_group(group: Document, document: Document) -> WeightFormat | None:
-    """The format of a group of compressed-tensors or ModelOptimizer; None: not its weights."""
-    weights = group.get("weights")
-    if weights is None:
-        return None
+def _of_group(group: Document, document: Document) -> WeightFormat:
+    """The format of the weights in a group of compressed-tensors or ModelOptimizer."""
+    weights = group["weights"]
     bits, kind = float(weights["num_bits"]), str(weights.get("type", "int"))
     packed = format_named(f"{group.get('format') or document.get('format') or ''}")
     strategy, size = weights.get("strategy"), weights.get("group_size")
