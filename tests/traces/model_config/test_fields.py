@@ -52,7 +52,8 @@ def test_the_language_models_part_is_found(write: Write, part: str) -> None:
     """Its own fields come before those around it."""
     inner = SIZES | {"num_nextn_predict_layers": 0}
     spec = ModelSpec.from_pretrained(write({
-        "model_type": "wrapper", "hidden_size": 999, "vision_config": {"num_experts": 60}, part: inner,
+        "model_type": "wrapper", "hidden_size": 999, "vision_config": {"num_experts": 60},
+        part: inner,
     }))
     assert (spec.num_experts, spec.hidden, spec.num_layers) == (8, 32, 4)
 

@@ -17,17 +17,17 @@ from loadmaster.traces.model_spec import ModelSpec
 
 from .conftest import Write
 
-H, I, E = 64, 32, 4
+H, W, E = 64, 32, 4
 MODEL: dict[str, Any] = dict(
-    model_type="deepseek_v3", torch_dtype="bfloat16", hidden_size=H, moe_intermediate_size=I,
+    model_type="deepseek_v3", torch_dtype="bfloat16", hidden_size=H, moe_intermediate_size=W,
     num_hidden_layers=4, n_routed_experts=E, num_experts_per_tok=2, first_k_dense_replace=1,
 )
-EXPERT = 3 * H * I
+EXPERT = 3 * H * W
 Tensors = dict[str, torch.Tensor]
 BF16, FP8, U8, F32 = torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.float32
 
 
-def plain(dtype: torch.dtype = BF16, hidden: int = H, width: int = I) -> Tensors:
+def plain(dtype: torch.dtype = BF16, hidden: int = H, width: int = W) -> Tensors:
     """One expert's tensors."""
     return {
         "gate_proj.weight": torch.zeros(width, hidden, dtype=dtype),
@@ -39,7 +39,7 @@ def plain(dtype: torch.dtype = BF16, hidden: int = H, width: int = I) -> Tensors
 def nvfp4() -> Tensors:
     """Two weights a byte, an 8-bit scale for 16 of them, two scales for a tensor."""
     made: Tensors = {}
-    for name, rows, columns in (("gate", I, H), ("up", I, H), ("down", H, I)):
+    for name, rows, columns in (("gate", W, H), ("up", W, H), ("down", H, W)):
         made[f"{name}_proj.weight"] = torch.zeros(rows, columns // 2, dtype=U8)
         made[f"{name}_proj.weight_scale"] = torch.zeros(rows, columns // 16, dtype=FP8)
         made[f"{name}_proj.weight_scale_2"] = torch.zeros((), dtype=F32)
@@ -58,7 +58,7 @@ def layers(
     }
     for layer in range(4):
         made[f"model.layers.{layer}.self_attn.q_proj.weight"] = torch.zeros(H, H, dtype=BF16)
-        made[f"model.layers.{layer}.mlp.shared_experts.up_proj.weight"] = torch.zeros(I, H)
+        made[f"model.layers.{layer}.mlp.shared_experts.up_proj.weight"] = torch.zeros(W, H)
         made[f"model.layers.{layer}.mlp.gate.weight"] = torch.zeros(E, H)
     return made
 
@@ -99,7 +99,7 @@ def test_scales_of_a_whole_tensor_are_no_difference(write: Write) -> None:
         return {name: torch.zeros(tuple(8 * n for n in t.shape), dtype=t.dtype)
                 for name, t in nvfp4().items()}
 
-    spec = model(write, layers(wide, experts=2), hidden_size=8 * H, moe_intermediate_size=8 * I,
+    spec = model(write, layers(wide, experts=2), hidden_size=8 * H, moe_intermediate_size=8 * W,
                  n_routed_experts=2, quantization_config={"quant_algo": "NVFP4"})
     assert spec.notes == () and spec.bytes_per_expert_E()[0] == 64 * (EXPERT // 2 + EXPERT // 16)
 
@@ -114,18 +114,18 @@ def test_whatever_the_model_calls_its_modules(write: Write, start: str, block: s
     save_file(layers(start=start, block=block), folder / "model.safetensors")
     found = read_experts(folder, 4)
     assert found is not None and found.layers == (1, 2, 3)
-    assert found.bytes_LE[1] == (2 * EXPERT,) * E and found.hidden_first == (H, I)
+    assert found.bytes_LE[1] == (2 * EXPERT,) * E and found.hidden_first == (H, W)
 
 
 @pytest.mark.parametrize("stack", [
-    {"mlp.experts.gate_up_proj": (E, H, 2 * I), "mlp.experts.down_proj": (E, I, H)},
-    {"mlp.experts.gate_up_proj": (E, 2 * I, H), "mlp.experts.down_proj": (E, H, I)},
-    {"block_sparse_moe.input_linear.weight": (E, 2 * I, H),
-     "block_sparse_moe.output_linear.weight": (E, H, I)},
-    {"moe.gate_proj.weight": (E, I, H), "moe.up_proj.weight": (E, I, H),
-     "moe.down_proj.weight": (E, H, I)},
-    {"ffn.experts.mlp.w1": (E * I, H), "ffn.experts.mlp.v1": (E * I, H),
-     "ffn.experts.mlp.w2": (E * I, H)},
+    {"mlp.experts.gate_up_proj": (E, H, 2 * W), "mlp.experts.down_proj": (E, W, H)},
+    {"mlp.experts.gate_up_proj": (E, 2 * W, H), "mlp.experts.down_proj": (E, H, W)},
+    {"block_sparse_moe.input_linear.weight": (E, 2 * W, H),
+     "block_sparse_moe.output_linear.weight": (E, H, W)},
+    {"moe.gate_proj.weight": (E, W, H), "moe.up_proj.weight": (E, W, H),
+     "moe.down_proj.weight": (E, H, W)},
+    {"ffn.experts.mlp.w1": (E * W, H), "ffn.experts.mlp.v1": (E * W, H),
+     "ffn.experts.mlp.w2": (E * W, H)},
 ])
 def test_experts_stacked_in_one_tensor(write: Write, stack: dict[str, tuple[int, ...]]) -> None:
     folder = write(MODEL)
@@ -150,10 +150,10 @@ def test_they_tell_the_layers_of_a_model_nobody_knows(write: Write) -> None:
      "says 1-3; the weights decide", {"layer_indices": (2, 3)}),
     (layers(experts=3), {}, "experts: the weights on disk hold 3 in a layer, config.json says 4; "
      "the weights decide", {"num_experts": 3}),
-    (layers(lambda: plain(width=I // 2)), {}, f"widths: the experts on disk are {H} x {I // 2}, "
-     f"config.json says {H} x {I}; the weights decide", {"intermediate": I // 2}),
-    (layers(), {"hidden_size": 2 * H}, f"widths: the experts on disk are {H} x {I}, config.json "
-     f"says {2 * H} x {I}; the weights decide", {"hidden": H}),
+    (layers(lambda: plain(width=W // 2)), {}, f"widths: the experts on disk are {H} x {W // 2}, "
+     f"config.json says {H} x {W}; the weights decide", {"intermediate": W // 2}),
+    (layers(), {"hidden_size": 2 * H}, f"widths: the experts on disk are {H} x {W}, config.json "
+     f"says {2 * H} x {W}; the weights decide", {"hidden": H}),
 ])
 def test_where_headers_do_not_fit_the_configuration_they_decide_and_it_is_said(
     write: Write, tensors: Tensors, fields: dict[str, Any], note: str, seen: dict[str, Any]
