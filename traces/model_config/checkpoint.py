@@ -103,7 +103,7 @@ class _Reading:
             num_shared_experts=self._shared(layers, family), num_expert_groups=groups,
             groups_per_token=self._groups_per_token(groups, layers),
             layer_indices=layers, total_layers=total, expert_bytes=each,
-            draft_layers=_draft_fields(draft, experts, top_k, shape, formats),
+            draft_layers=_draft_fields(draft, experts, top_k, shape, formats, disk),
             weights_known=size is not None or each is not None, notes=tuple(self.notes),
         )
 
@@ -313,15 +313,19 @@ class _Reading:
 
 
 def _draft_fields(
-    draft: Draft | None, experts: int, top_k: int, shape: Shape, formats: ExpertFormats
+    draft: Draft | None, experts: int, top_k: int, shape: Shape, formats: ExpertFormats,
+    disk: DiskExperts | None,
 ) -> dict[str, Any] | None:
     """Of draft layers whose experts are like the others but for what they have of their own."""
     if draft is None:
         return None
     own = draft.num_experts or experts
     width = draft.intermediate or shape.intermediate
+    held = next(iter(disk.draft_bytes_LE.values()), ()) if disk is not None else ()
     size = None
-    if shape.hidden and width:
+    if held:
+        own, size = len(held), max(held)
+    elif shape.hidden and width:
         size = formats.draft_size(draft.layer_indices[0], replace(shape, intermediate=width))
     return dict(
         layer_indices=draft.layer_indices, num_experts=own,
