@@ -54,8 +54,8 @@ def cache(
     from ..simulator.cache.expert_cache import CacheTier
     from ..simulator.cache.policies import POLICIES
 
-    routing, notes = read_trace(trace, num_experts)
     spec = read_model(model, moe_layers)
+    routing, notes = read_trace(trace, num_experts, model=spec)
     notes += model_notes(spec)
     if spec is None or not spec.knows_sizes:
         raise UsageError(f"{model}: a cache needs the hidden and intermediate sizes")

@@ -53,8 +53,8 @@ def evaluate(
 
     named, reference = with_current(read_plans(plans), current)
     first = next(iter(named))
-    routing, notes = read_trace(trace, num_experts)
     spec = read_model(model, moe_layers)
+    routing, notes = read_trace(trace, num_experts, model=spec)
     notes += model_notes(spec)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription, reserve_bytes)

@@ -80,6 +80,8 @@ def plan(
     concurrency: opt.Concurrency = 64,
     order: opt.Order = "interleaved",
     num_experts: opt.NumExperts = None,
+    axes: opt.Axes = None,
+    layers: opt.Layers = None,
     address: opt.Address = None,
     seed: opt.Seed = 0,
     json: opt.Json = False,
@@ -91,8 +93,8 @@ def plan(
     _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
     targets = _targets(out, phase)
     current_plan = load_plan(current)
-    source, notes = read_routing(trace, num_experts)
     spec = read_model(model, moe_layers)
+    source, notes = read_routing(trace, num_experts, model=spec, axes=axes, layers=layers)
     notes += model_notes(spec)
     own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
     if slots_per_device is None and current_plan is not None:

@@ -34,6 +34,7 @@ def simulate(
     moe_layers: opt.MoeLayers = None,
     dispatch: serve.Dispatch = None,
     arrivals: serve.ArrivalsFile = None,
+    arrivals_unit: serve.ArrivalsUnit = None,
     requests: serve.Requests = 1000,
     rate: serve.Rate = 5.0,
     prompt_tokens: serve.PromptTokens = 1024,
@@ -75,8 +76,8 @@ def simulate(
     require_targets(report, trace_out)
     slo = build_slo(slo_ttft_ms, slo_tpot_ms)
     named = read_plans(plans)
-    routing, notes = read_trace(trace)
     spec = read_model(model, moe_layers)
+    routing, notes = read_trace(trace, model=spec)
     notes += model_notes(spec)
     assert spec is not None
     service = build_serving(step_tokens, max_requests, prefill, kv_bytes_per_token, other_bytes,
@@ -84,7 +85,9 @@ def simulate(
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription, reserve_bytes)
     interventions = build_interventions(faults, policy, every_steps, place, groups)
-    load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
+    load, told = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed,
+                                arrivals_unit)
+    notes = (*notes, *told)
     name, first = next(iter(named.items()))
     router = StepRouter(routing, place, spec, dispatch=resolve_dispatch(dispatch, first),
                         overlap=service.overlap)

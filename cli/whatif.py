@@ -18,7 +18,14 @@ from ..app.inputs import (
 from ..app.serving import build_workload
 from . import output as show
 from .options import Address, Json, MoeLayers, RoutingArgument, Seed, SizedModel
-from .serving_options import ArrivalsFile, OutputTokens, PromptTokens, Rate, Requests
+from .serving_options import (
+    ArrivalsFile,
+    ArrivalsUnit,
+    OutputTokens,
+    PromptTokens,
+    Rate,
+    Requests,
+)
 
 if TYPE_CHECKING:
     from ..simulator.whatif.run import WhatIf
@@ -32,6 +39,7 @@ def whatif(
     model: SizedModel,
     moe_layers: MoeLayers = None,
     arrivals: ArrivalsFile = None,
+    arrivals_unit: ArrivalsUnit = None,
     requests: Requests = 300,
     rate: Rate = 5.0,
     prompt_tokens: PromptTokens = 1024,
@@ -57,11 +65,13 @@ def whatif(
     if out_csv is not None and resume is not None and out_csv.resolve() == resume.resolve():
         raise UsageError(f"{out_csv}: --csv and --resume name the same file: name two")
     scenarios = Grid.from_yaml(grid)
-    routing, notes = read_trace(trace)
     spec = read_model(model, moe_layers)
+    routing, notes = read_trace(trace, model=spec)
     notes += model_notes(spec)
     assert spec is not None
-    load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
+    load, told = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed,
+                                arrivals_unit)
+    notes = (*notes, *told)
     study = Study(scenarios, routing, spec, load)
     with show.progress_bar() as bar:
         task = bar.add_task("scenarios", total=None)
