@@ -47,13 +47,12 @@ def change(value_percent: float, low: float, high: float) -> str:
 
 
 def digits(value: float | None) -> str:
-    """Three significant digits, thousands grouped; never an exponent below a million millions."""
+    """Three significant digits or whole numbers, thousands grouped; an exponent at either end."""
     if value is None or not math.isfinite(value):
         return NOTHING
     if value == 0:
         return "0"
-    places = 2 - math.floor(math.log10(abs(value)))
-    rounded = round(value, places)
+    rounded = round(value, max(0, 2 - math.floor(math.log10(abs(value)))))
     if not 1e-4 <= abs(rounded) < 1e12:
         return f"{value:.2e}"
     return f"{rounded:,.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"

@@ -34,7 +34,7 @@ def render_page(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report, version=VERSION,
         specs=script_json(specs), document=script_json(dict(report.document)),
-        vega=vl_convert.javascript_bundle() if specs else "",
+        vega=vl_convert.javascript_bundle() if specs else "",  # type: ignore[call-arg]
     )
 
 

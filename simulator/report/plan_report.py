@@ -177,4 +177,5 @@ def even_load_LG(plan: Plan, load_LE: FloatArray, cluster: Cluster) -> FloatArra
         load_LG[layer] = np.where(held, part_E[np.where(held, slot_GC, 0)], 0.0).sum(axis=1)
     load_LG /= cluster.speed_G
     mean_L = load_LG.mean(axis=1, keepdims=True)
-    return np.divide(load_LG, mean_L, out=np.ones_like(load_LG), where=mean_L > 0)
+    over_LG: FloatArray = np.divide(load_LG, mean_L, out=np.ones_like(load_LG), where=mean_L > 0)
+    return over_LG

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import altair as alt
-
-Chart = alt.Chart | alt.LayerChart
+from .charts.theme import Drawing
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Picture:
 
     name: str
     title: str
-    charts: tuple[Chart, ...]
+    charts: tuple[Drawing, ...]
     caption: str = ""
 
 

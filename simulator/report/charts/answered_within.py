@@ -8,12 +8,12 @@ import altair as alt
 import numpy as np
 
 from ....foundation.arrays import FloatArray
-from .theme import HEIGHT, colours, inline
+from .theme import HEIGHT, Drawing, colours, inline
 
 POINTS = 120
 
 
-def answered_within(latency_us: Mapping[str, FloatArray]) -> alt.Chart:
+def answered_within(latency_us: Mapping[str, FloatArray]) -> Drawing:
     """latency_us: plan -> [R] of its requests."""
     names = list(latency_us)
     share = np.linspace(0, 1, POINTS)

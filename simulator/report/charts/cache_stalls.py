@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import altair as alt
 
-from .theme import ROW, colours, inline
+from .theme import ROW, Drawing, colours, inline
 
 PARTS = ("computing", "waiting for experts")
 
 
-def cache_stalls(rows: Sequence[tuple[str, float, float, float]]) -> alt.Chart:
+def cache_stalls(rows: Sequence[tuple[str, float, float, float]]) -> Drawing:
     """rows: (policy, compute us a step, stall us a step, hit rate)."""
     names = [name for name, *_ in rows]
     data = inline({

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import altair as alt
 
 from ...pricing.attribution import LayerBlame
-from .theme import HEIGHT, colours, inline
+from .theme import HEIGHT, Drawing, colours, inline
 
 PARTS = ("experts, mean device", "waiting for the slowest", "dispatch", "combine")
 
 
-def layer_blame(layers: Sequence[LayerBlame], name: str) -> alt.Chart:
+def layer_blame(layers: Sequence[LayerBlame], name: str) -> Drawing:
     """A bar a layer; hovering names the device and the port that set it most often."""
     rows = [
         (b.layer, part, us, order, f"{b.slowest_device} ({b.slowest_device_share:.0%} of steps)",

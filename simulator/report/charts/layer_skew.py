@@ -6,10 +6,10 @@ import altair as alt
 import numpy as np
 
 from ....foundation.arrays import FloatArray
-from .theme import HEIGHT, PALETTE, inline
+from .theme import HEIGHT, PALETTE, Drawing, inline
 
 
-def layer_skew(skew_L: FloatArray) -> alt.Chart:
+def layer_skew(skew_L: FloatArray) -> Drawing:
     """A bar a layer; 1 would be perfectly even."""
     return (
         alt.Chart(inline({"layer": np.arange(len(skew_L)), "skew": skew_L}))

@@ -6,10 +6,10 @@ import altair as alt
 import numpy as np
 
 from ....traces.analysis.learning_curve import LearningCurve
-from .theme import HEIGHT, PALETTE, inline
+from .theme import HEIGHT, PALETTE, Drawing, inline
 
 
-def learning(curve: LearningCurve) -> alt.LayerChart:
+def learning(curve: LearningCurve) -> Drawing:
     """The mean with one standard deviation, and where a doubling stops to matter."""
     mean, spread = np.array(curve.imbalance), np.array(curve.spread)
     base = alt.Chart(inline({

@@ -6,13 +6,13 @@ import altair as alt
 import numpy as np
 
 from ....foundation.arrays import FloatArray
-from .theme import DIVERGING, below, inline
+from .theme import DIVERGING, Drawing, below, inline
 
 CELL = 9                     # pixels of a layer, between these
 SHORTEST, TALLEST = 140, 560
 
 
-def load_map(load_LG: FloatArray, name: str, highest: float) -> alt.Chart:
+def load_map(load_LG: FloatArray, name: str, highest: float) -> Drawing:
     """load_LG: tokens over the layer's mean. highest: the end of the colours, the same for every
     plan that is compared; 1 is pale, below it blue, above it orange."""
     layers, devices = load_LG.shape

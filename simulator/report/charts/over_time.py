@@ -9,7 +9,7 @@ import altair as alt
 import numpy as np
 
 from ....foundation.arrays import FloatArray
-from .theme import HEIGHT, colours, inline
+from .theme import HEIGHT, Drawing, colours, inline
 
 MOST_POINTS = 400            # of each line; more are averaged in stretches
 
@@ -26,7 +26,7 @@ class Mark:
 def over_time(
     lines: Mapping[str, tuple[FloatArray, FloatArray]], marks: Sequence[Mark], *,
     x: str, y: str,
-) -> alt.LayerChart:
+) -> Drawing:
     """lines: name -> (when, value), rising in time. x, y: axis titles with their units."""
     names = list(lines)
     thinned = {name: _thinned(at, value) for name, (at, value) in lines.items()}

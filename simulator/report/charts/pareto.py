@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import altair as alt
 
-from .theme import HEIGHT, PALETTE, inline
+from .theme import HEIGHT, PALETTE, Drawing, inline
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Choice:
     on_front: bool
 
 
-def pareto(choices: Sequence[Choice]) -> alt.Chart:
+def pareto(choices: Sequence[Choice]) -> Drawing:
     """Devices against mean latency; a larger dot keeps more expert bytes on each device."""
     return (
         alt.Chart(inline({

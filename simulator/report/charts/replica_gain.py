@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import altair as alt
 import numpy as np
 
-from .theme import HEIGHT, colours, inline
+from .theme import HEIGHT, Drawing, colours, inline
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Offer:
     high: float
 
 
-def replica_gain(offers: Sequence[Offer], title: str) -> alt.LayerChart:
+def replica_gain(offers: Sequence[Offer], title: str) -> Drawing:
     """title: of the figure, with its unit. Lower and further left is better."""
     def known(value: float) -> float:
         return value if np.isfinite(value) else np.nan

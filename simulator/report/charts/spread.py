@@ -9,7 +9,7 @@ import altair as alt
 import numpy as np
 
 from ....foundation.arrays import FloatArray
-from .theme import ROW, colours, inline
+from .theme import ROW, Drawing, colours, inline
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class PerStep:
     high: float
 
 
-def spread(plans: Mapping[str, PerStep], title: str) -> alt.LayerChart:
+def spread(plans: Mapping[str, PerStep], title: str) -> Drawing:
     """A row a plan: thin line 1st to 99th percentile, thick line the quartiles, dot the mean, its
     band in the dot's own colour. title: of the axis, with its unit."""
     names = list(plans)

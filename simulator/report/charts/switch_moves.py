@@ -7,10 +7,10 @@ import numpy as np
 
 from ....foundation.arrays import IntArray
 from .load_map import CELL, SHORTEST, TALLEST
-from .theme import SEQUENTIAL, below, inline
+from .theme import SEQUENTIAL, Drawing, below, inline
 
 
-def switch_moves(arrive_LG: IntArray, name: str) -> alt.Chart:
+def switch_moves(arrive_LG: IntArray, name: str) -> Drawing:
     """arrive_LG: experts that a device must receive before the plan is active."""
     layers, devices = arrive_LG.shape
     layer_N, device_N = np.divmod(np.arange(arrive_LG.size), devices)

@@ -7,13 +7,16 @@ Nothing here sets a text colour: the page does, for light, dark and print.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import altair as alt
 import numpy as np
 
+Drawing = alt.Chart | alt.LayerChart | alt.FacetChart
+
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#777777")
-DIVERGING, SEQUENTIAL = "blueorange", "viridis"
+DIVERGING: Final = "blueorange"
+SEQUENTIAL: Final = "viridis"
 HEIGHT = 260                 # pixels of a picture with one axis of numbers
 ROW = 34                     # pixels of a plan's row in a bar chart
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import altair as alt
 
-from .theme import ROW, colours, inline
+from .theme import ROW, Drawing, colours, inline
 
 CAUSES = {
     "compute": "experts, perfectly balanced", "placement": "waiting: placement",
@@ -15,7 +15,7 @@ CAUSES = {
 }
 
 
-def time_parts(parts_us: Mapping[str, Mapping[str, float]]) -> alt.Chart:
+def time_parts(parts_us: Mapping[str, Mapping[str, float]]) -> Drawing:
     """parts_us: plan -> cause -> microseconds of a mean step. A negative network is what overlap
     hides beyond the exchange's own time."""
     rows = [

@@ -6,23 +6,22 @@ import altair as alt
 import numpy as np
 
 from ....foundation.arrays import FloatArray, IntArray
-from .theme import SEQUENTIAL, below, inline
+from .theme import SEQUENTIAL, Drawing, below, inline
 
 SIDE = 380                   # pixels
 
 
 def traffic_map(
     traffic_GG: FloatArray, node_G: IntArray, name: str, highest: float
-) -> alt.LayerChart:
+) -> Drawing:
     """traffic_GG: transfers a step, source by target; the diagonal stays at home and is left out.
     highest: the end of the colours, the same for every plan compared."""
     devices = len(traffic_GG)
     source_N, target_N = np.divmod(np.arange(devices * devices), devices)
     away = source_N != target_N
-    ends = {"domain": [0, devices], "nice": False}
-    source = alt.Y("source:Q", scale=alt.Scale(**ends, reverse=True),
+    source = alt.Y("source:Q", scale=alt.Scale(domain=[0, devices], nice=False, reverse=True),
                    axis=alt.Axis(tickMinStep=1, format="d")).title("from device")
-    target = alt.X("target:Q", scale=alt.Scale(**ends),
+    target = alt.X("target:Q", scale=alt.Scale(domain=[0, devices], nice=False),
                    axis=alt.Axis(tickMinStep=1, format="d")).title("to device")
     cells = (
         alt.Chart(inline({
