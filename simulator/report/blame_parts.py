@@ -6,17 +6,22 @@ from collections.abc import Mapping
 
 from ...foundation.units import duration, percent
 from ..pricing.attribution import Blame
-from .charts.layer_blame import layer_blame
-from .charts.time_parts import CAUSES, time_parts
 from .report import Picture, Table
 
+CAUSES = {
+    "compute": "experts, perfectly balanced", "placement": "waiting: placement",
+    "dispatch": "waiting: dispatch", "jitter": "waiting: jitter", "network": "network",
+    "other": "outside the experts",
+}
 MOST_BY_LAYER = 2            # plans shown layer by layer as pictures; tables have all
 
 
 def time_picture(blames: Mapping[str, Blame]) -> Picture:
     """A mean step of each plan, by cause."""
+    from .charts.time_parts import time_parts
+
     parts_us = {
-        name: {cause: share * b.step_us for cause, share in b.shares.items()}
+        name: {CAUSES.get(cause, cause): share * b.step_us for cause, share in b.shares.items()}
         for name, b in blames.items()
     }
     return Picture(
@@ -47,6 +52,8 @@ def blame_table(blames: Mapping[str, Blame]) -> Table:
 
 def layer_picture(blames: Mapping[str, Blame]) -> Picture:
     """Layer by layer, of the first plans."""
+    from .charts.layer_blame import layer_blame
+
     shown = list(blames.items())[:MOST_BY_LAYER]
     return Picture("layers", "Blame, layer by layer",
                    tuple(layer_blame(b.layers, name) for name, b in shown))

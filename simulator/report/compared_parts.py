@@ -9,14 +9,12 @@ import numpy as np
 from ...foundation.units import change, digits, duration
 from ...placement.cluster import Cluster
 from ...placement.comparison.compare import Comparison, ComparisonRow
-from .charts.load_map import load_map
-from .charts.spread import PerStep, spread
-from .charts.traffic_map import traffic_map
 from .report import Picture, Table
 from .views import PlanView
 
 TIME = "step_time_us"
 HOTTEST = 2.0                # of the load colours: twice the mean and above look alike
+VIEWED = "loads and traffic: up to 16 steps spread evenly over the trace"
 
 
 def metric_text(value: float, name: str) -> str:
@@ -59,6 +57,8 @@ def _reach(row: ComparisonRow, name: str) -> str:
 
 def compared_spread(table: Comparison) -> Picture:
     """The figure that decides, in every step of every plan."""
+    from .charts.spread import PerStep, spread
+
     timed = table.metric_name == TIME
     plans = {}
     for row in table.rows:
@@ -81,6 +81,8 @@ def compared_spread(table: Comparison) -> Picture:
 
 def load_picture(views: Sequence[PlanView]) -> Picture:
     """Load over layer and device, before and after, in the same colours."""
+    from .charts.load_map import load_map
+
     highest = min(HOTTEST, max(float(v.load_LG.max()) for v in views))
     return Picture(
         "load", "Load of every device in every layer",
@@ -92,6 +94,8 @@ def load_picture(views: Sequence[PlanView]) -> Picture:
 
 def traffic_picture(views: Sequence[PlanView], cluster: Cluster) -> Picture:
     """Who sends to whom, before and after, in the same colours."""
+    from .charts.traffic_map import traffic_map
+
     highest = max(float(v.traffic_GG[~np.eye(len(v.traffic_GG), dtype=bool)].max(initial=0))
                   for v in views)
     return Picture(

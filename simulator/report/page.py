@@ -27,12 +27,13 @@ def render_page(report: Report) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )
+    pictures = report.draw()
     specs = {
         f"{picture.name}-{n}": chart.to_dict()
-        for picture in report.all_pictures for n, chart in enumerate(picture.charts)
+        for picture in pictures for n, chart in enumerate(picture.charts)
     }
     return environment.get_template("report.html.j2").render(
-        report=report, version=VERSION,
+        report=report, lead=pictures[:1], pictures=pictures[1:], version=VERSION,
         specs=script_json(specs), document=script_json(dict(report.document)),
         vega=vl_convert.javascript_bundle() if specs else "",  # type: ignore[call-arg]
     )

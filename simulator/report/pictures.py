@@ -20,7 +20,7 @@ def write_pictures(folder: str | Path, report: Report) -> list[Path]:
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for picture in report.all_pictures:
+        for picture in report.draw():
             path = folder / f"{picture.name}.png"
             image = vl_convert.vegalite_to_png(_side_by_side(picture), scale=SCALE)
             path.write_bytes(image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,9 @@ from ...placement.plan import Plan
 from ...placement.rebalancing.advise import CURRENT, Advice
 from ...placement.rebalancing.advise_loads import LoadAdvice
 from ...placement.rebalancing.switch_payback import Moving
-from .charts.load_map import load_map
-from .charts.replica_gain import Offer, replica_gain
-from .charts.switch_moves import switch_moves
 from .compared_parts import (
     HOTTEST,
+    VIEWED,
     compared_spread,
     compared_table,
     judged_on,
@@ -28,8 +26,6 @@ from .compared_parts import (
 )
 from .report import Picture, Report, Table
 from .views import PlanView
-
-DISTINCT = 2                 # plans that differ; with one there is nothing to set side by side
 
 
 def shown_plans(advice: Advice) -> dict[str, Plan]:
@@ -41,29 +37,34 @@ def shown_plans(advice: Advice) -> dict[str, Plan]:
 
 
 def plan_report(
-    advice: Advice, views: Sequence[PlanView], cluster: Cluster, notes: Sequence[str] = (), *,
-    title: str = "Plan",
+    advice: Advice, views: Callable[[], Sequence[PlanView]], cluster: Cluster,
+    notes: Sequence[str] = (), *, title: str = "Plan",
 ) -> Report:
-    """views: of `shown_plans`. notes: beyond the advice's own."""
+    """views: counts those of `shown_plans`. notes: beyond the advice's own."""
     table = advice.comparison
-    pictures = [compared_spread(table)]
-    if len({advice.plans[row.name].spare_slots for row in table.rows}) > 1:
+    return Report(
+        title=title, verdict=advice.verdict,
+        tables=(compared_table(table, cluster.num_nodes), _planned(advice),
+                *_moving(advice.moving), *_ordered(advice.results)),
+        judged_on=(advice.notes[0], *judged_on(table), VIEWED),
+        notes=tuple(dict.fromkeys((*advice.notes[1:], *notes))),
+        document=advice.to_dict() | {"notes": [*advice.notes, *notes]},
+        draw=lambda: _pictures(advice, views(), cluster),
+    )
+
+
+def _pictures(
+    advice: Advice, views: Sequence[PlanView], cluster: Cluster
+) -> tuple[Picture, ...]:
+    pictures = [load_picture(views), compared_spread(advice.comparison)]
+    if len({advice.plans[row.name].spare_slots for row in advice.comparison.rows}) > 1:
         pictures.append(_replicas(advice))
     if cluster.num_devices > 1:
         pictures.append(traffic_picture(views, cluster))
     current = advice.plans.get(CURRENT)
     if current is not None and advice.chosen != CURRENT:
         pictures.append(_moves(current, advice.plan, advice.chosen))
-    return Report(
-        title=title, verdict=advice.verdict, lead=load_picture(views),
-        tables=(compared_table(table, cluster.num_nodes), _planned(advice),
-                *_moving(advice.moving), *_ordered(advice.results)),
-        pictures=tuple(pictures),
-        judged_on=(advice.notes[0], *judged_on(table),
-                   "loads and traffic: up to 16 steps spread evenly over the trace"),
-        notes=tuple(dict.fromkeys((*advice.notes[1:], *notes))),
-        document=advice.to_dict() | {"notes": [*advice.notes, *notes]},
-    )
+    return tuple(pictures)
 
 
 def _planned(advice: Advice) -> Table:
@@ -105,6 +106,8 @@ def _ordered(results: Mapping[str, Any]) -> list[Table]:
 
 
 def _replicas(advice: Advice) -> Picture:
+    from .charts.replica_gain import Offer, replica_gain
+
     table = advice.comparison
     scale = 1e-3 if table.metric_name.endswith("_us") else 1.0
     unit = ", ms" if table.metric_name.endswith("_us") else ""
@@ -119,6 +122,8 @@ def _replicas(advice: Advice) -> Picture:
 
 
 def _moves(current: Plan, target: Plan, name: str) -> Picture:
+    from .charts.switch_moves import switch_moves
+
     return Picture("moves", "What the switch sends",
                    (switch_moves(arriving_LG(current, target), f"to {name}"),),
                    "Experts that each device must receive, layer by layer.")
@@ -139,10 +144,6 @@ def loads_report(
     advice: LoadAdvice, load_LE: FloatArray, cluster: Cluster, notes: Sequence[str] = ()
 ) -> Report:
     """As `plan_report`, for average loads: each replica of an expert takes an even part."""
-    first = CURRENT if CURRENT in advice.results else next(reversed(advice.results))
-    names = dict.fromkeys((first, advice.chosen))
-    loads = {n: even_load_LG(advice.results[n].plan, load_LE, cluster) for n in names}
-    highest = min(HOTTEST, max(float(load.max()) for load in loads.values()))
     rows = [
         (name, f"{r.evidence.objective:.4f}", f"{r.evidence.bound:.4f}", percent(r.evidence.gap),
          f"{r.plan.spare_slots:,}", duration(r.seconds * 1e6))
@@ -152,16 +153,27 @@ def loads_report(
               "replicas", "planned in")
     return Report(
         title="Plan", verdict=advice.verdict,
-        lead=Picture(
-            "load", "Load of every device in every layer",
-            tuple(load_map(load, name, highest) for name, load in loads.items()),
-            "Average loads over the layer's mean, each replica taking an even part.",
-        ),
         tables=(Table("The plans, best first", header, tuple(rows)), *_moving(advice.moving),
                 *_ordered(advice.results)),
         judged_on=("the average loads that were planned for: no noise, no single steps",),
         notes=tuple(dict.fromkeys((*advice.notes, *notes))),
         document=advice.to_dict() | {"notes": [*advice.notes, *notes]},
+        draw=lambda: (_average_loads(advice, load_LE, cluster),),
+    )
+
+
+def _average_loads(advice: LoadAdvice, load_LE: FloatArray, cluster: Cluster) -> Picture:
+    """The current plan, or the least good, beside the chosen one."""
+    from .charts.load_map import load_map
+
+    first = CURRENT if CURRENT in advice.results else next(reversed(advice.results))
+    names = dict.fromkeys((first, advice.chosen))
+    loads = {n: even_load_LG(advice.results[n].plan, load_LE, cluster) for n in names}
+    highest = min(HOTTEST, max(float(load.max()) for load in loads.values()))
+    return Picture(
+        "load", "Load of every device in every layer",
+        tuple(load_map(load, name, highest) for name, load in loads.items()),
+        "Average loads over the layer's mean, each replica taking an even part.",
     )
 
 

@@ -1,15 +1,17 @@
 """A report: what is answered, the picture that shows it, the figures, how far to believe them.
 
-Plain data: `page.py` makes the page of it, `pictures.py` image files. Knows nothing of verbs.
+The text is what a terminal prints as well; pictures are drawn only when asked for. `page.py` makes
+a page of it, `pictures.py` image files. Knows nothing of verbs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .charts.theme import Drawing
+if TYPE_CHECKING:
+    from .charts.theme import Drawing
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,19 @@ class Picture:
     caption: str = ""
 
 
+def _nothing() -> tuple[Picture, ...]:
+    return ()
+
+
 @dataclass(frozen=True, eq=False)
 class Report:
-    """In the order of reading: verdict, the picture that shows it, tables, more pictures, what it
-    was judged on, notes. document: the same answer as JSON; it travels inside the page."""
+    """In the order of reading: verdict, the first picture, tables, more pictures, what it was
+    judged on, notes. document: the same answer as JSON. draw: makes the pictures."""
 
     title: str
     verdict: str
-    lead: Picture | None = None
     tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
     judged_on: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     document: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def all_pictures(self) -> tuple[Picture, ...]:
-        """The leading one first."""
-        return (*([] if self.lead is None else [self.lead]), *self.pictures)
+    draw: Callable[[], tuple[Picture, ...]] = _nothing

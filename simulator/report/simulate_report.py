@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ...foundation.units import change, digits, duration
 from ...placement.cluster import Cluster
 from ..serving.compare_served import Served
 from ..serving.result import SimulationResult
 from .blame_parts import blame_table, layer_picture, layer_tables, time_picture
-from .charts.answered_within import answered_within
-from .charts.over_time import Mark, over_time
 from .compared_parts import load_picture, traffic_picture
 from .report import Picture, Report, Table
 from .views import PlanView
@@ -19,25 +17,16 @@ MOST_EVENTS = 200            # rows of the events' table
 
 
 def simulate_report(
-    served: Served, views: Sequence[PlanView], cluster: Cluster, notes: Sequence[str] = ()
+    served: Served, views: Callable[[], Sequence[PlanView]], cluster: Cluster,
+    notes: Sequence[str] = (),
 ) -> Report:
-    """views: of the plans to show, as in `views_of`."""
+    """views: counts those of the plans to show, as `views_of`."""
     ranked = {row.name: served.results[row.name] for row in served.paired.rows}
     blames = {name: r.blame for name, r in ranked.items()}
-    pictures = [time_picture(blames)]
-    if any(r.events for r in ranked.values()):
-        pictures.append(_events_picture(ranked))
-    pictures += [layer_picture(blames), load_picture(views)]
-    if cluster.num_devices > 1:
-        pictures.append(traffic_picture(views, cluster))
     return Report(
         title="Simulation", verdict=served.verdict,
-        lead=Picture("latency", "What users wait", (
-            answered_within({n: r.requests.latency_us for n, r in ranked.items()}),
-        ), "Share of the requests answered within a time; further left is better."),
         tables=(_users(served, ranked), _service(ranked), blame_table(blames),
                 *_events_table(ranked), *layer_tables(blames)),
-        pictures=tuple(pictures),
         judged_on=(
             f"{served.paired.requests} requests, the same under every plan, compared request by "
             f"request and drawn again in stretches of {served.paired.block}",
@@ -46,7 +35,30 @@ def simulate_report(
         ),
         notes=tuple(dict.fromkeys((*notes, *served.notes))),
         document=served.to_dict() | {"notes": [*notes, *served.notes]},
+        draw=lambda: _pictures(ranked, views(), cluster),
     )
+
+
+def _pictures(
+    ranked: dict[str, SimulationResult], views: Sequence[PlanView], cluster: Cluster
+) -> tuple[Picture, ...]:
+    blames = {name: r.blame for name, r in ranked.items()}
+    pictures = [latency_picture(ranked), time_picture(blames)]
+    if any(r.events for r in ranked.values()):
+        pictures.append(_events_picture(ranked))
+    pictures += [layer_picture(blames), load_picture(views)]
+    if cluster.num_devices > 1:
+        pictures.append(traffic_picture(views, cluster))
+    return tuple(pictures)
+
+
+def latency_picture(results: Mapping[str, SimulationResult]) -> Picture:
+    """What users wait, plan by plan."""
+    from .charts.answered_within import answered_within
+
+    return Picture("latency", "What users wait", (
+        answered_within({name: r.requests.latency_us for name, r in results.items()}),
+    ), "Share of the requests answered within a time; further left is better.")
 
 
 def _users(served: Served, ranked: dict[str, SimulationResult]) -> Table:
@@ -91,6 +103,8 @@ def _events_table(ranked: dict[str, SimulationResult]) -> list[Table]:
 
 
 def _events_picture(ranked: dict[str, SimulationResult]) -> Picture:
+    from .charts.over_time import Mark, over_time
+
     lines = {
         name: (r.steps.start_ns / 1e9, r.steps.duration_ns / 1e6) for name, r in ranked.items()
     }

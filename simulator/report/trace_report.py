@@ -6,20 +6,11 @@ import numpy as np
 
 from ...foundation.units import digits
 from ...traces.analysis.summary import TraceInfo
-from .charts.layer_skew import layer_skew
-from .charts.learning import learning
 from .report import Picture, Report, Table
 
 
 def trace_report(facts: TraceInfo) -> Report:
     """Learning curve first, where there is one; then what the layers look like."""
-    skew = Picture("skew", "How uneven each layer is", (layer_skew(np.array(facts.skew_L)),),
-                   "The hottest expert's load over the mean expert's.")
-    curve = None if facts.curve is None else Picture(
-        "learning", "Is it long enough", (learning(facts.curve),),
-        f"Judged by {facts.curve.judged_by}; the band is one standard deviation over random "
-        "halves of the requests.",
-    )
     facts_of = (
         ("format", facts.format), ("model", facts.model_name or "-"),
         ("tokens", f"{facts.tokens:,}"), ("layers", f"{facts.layers:,}"),
@@ -37,8 +28,22 @@ def trace_report(facts: TraceInfo) -> Report:
             tables.append(Table(title, ("", "tokens"), tuple(
                 (name, f"{n:,}") for name, n in counts.items()), folded=len(counts) > 12))
     return Report(
-        title="Trace", verdict=facts.verdict, lead=curve or skew, tables=tuple(tables),
-        pictures=() if curve is None else (skew,),
+        title="Trace", verdict=facts.verdict, tables=tuple(tables),
         notes=(*(f"the format does not tell {what}" for what in facts.cannot_tell), *facts.notes),
-        document=facts.to_dict(),
+        document=facts.to_dict(), draw=lambda: _pictures(facts),
     )
+
+
+def _pictures(facts: TraceInfo) -> tuple[Picture, ...]:
+    from .charts.layer_skew import layer_skew
+    from .charts.learning import learning
+
+    skew = Picture("skew", "How uneven each layer is", (layer_skew(np.array(facts.skew_L)),),
+                   "The hottest expert's load over the mean expert's.")
+    if facts.curve is None:
+        return (skew,)
+    return (Picture(
+        "learning", "Is it long enough", (learning(facts.curve),),
+        f"Judged by {facts.curve.judged_by}; the band is one standard deviation over random "
+        "halves of the requests.",
+    ), skew)

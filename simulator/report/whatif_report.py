@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from ...foundation.units import digits, duration, size
 from ..whatif.resume import Cell
 from ..whatif.run import WhatIf
-from .charts.pareto import Choice, pareto
 from .report import Picture, Report, Table
 
 
@@ -17,18 +16,11 @@ def whatif_report(
     """axes: the fields that scenarios differ in. rank_by: as the table was asked for."""
     ranked, front = table.ranked(rank_by), {id(c) for c in table.pareto()}
     verdict = "no scenario could be served"
-    lead = None
     if ranked:
         best = ranked[0]
         verdict = f"best by {rank_by.replace('_', ' ')}: {scenario(best, axes)}, " + figure_text(
             rank_by, best.figures[rank_by]
         )
-        lead = Picture("front", "What each scenario costs and gives", (pareto([
-            Choice(scenario(c, axes), float(c.figures["latency_mean_us"] or 0.0),
-                   float(c.figures["devices"] or 0.0),
-                   float(c.figures["expert_bytes_per_device"] or 0.0), id(c) in front)
-            for c in ranked
-        ]),), "Latency, devices and memory together: what is in colour is beaten by no other.")
     shown = list(dict.fromkeys((rank_by, *(ranked[0].figures if ranked else ()))))
     rows = tuple(
         (*(str(c.fields[a]) for a in axes), *(figure_text(f, c.figures[f]) for f in shown),
@@ -40,14 +32,28 @@ def whatif_report(
         (scenario(c, axes), c.error or "") for c in table.failed
     )
     return Report(
-        title="What if", verdict=verdict, lead=lead,
+        title="What if", verdict=verdict,
         tables=(*([Table("Scenarios, best first", header, rows)] if rows else []),
                 *([Table("Could not be served", ("scenario", "why"), failed)] if failed else [])),
         judged_on=("each scenario is planned on half of the trace's requests and served with the "
                    "routing of the others",),
         notes=tuple(dict.fromkeys((*notes, *table.notes))),
         document=table.to_dict() | {"notes": [*notes, *table.notes]},
+        draw=lambda: (_front(ranked, axes, front),) if ranked else (),
     )
+
+
+def _front(ranked: Sequence[Cell], axes: Sequence[str], front: set[int]) -> Picture:
+    from .charts.pareto import Choice, pareto
+
+    choices = [
+        Choice(scenario(c, axes), float(c.figures["latency_mean_us"] or 0.0),
+               float(c.figures["devices"] or 0.0),
+               float(c.figures["expert_bytes_per_device"] or 0.0), id(c) in front)
+        for c in ranked
+    ]
+    return Picture("front", "What each scenario costs and gives", (pareto(choices),),
+                   "Latency, devices and memory together: what is in colour is beaten by no other.")
 
 
 def scenario(cell: Cell, axes: Sequence[str]) -> str:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from ...placement.cluster import Cluster
 from ...placement.plan import Plan
 from ...simulator.report.blame_parts import blame_table, layer_tables, time_picture
-from ...simulator.report.charts.answered_within import answered_within
 from ...simulator.report.compared_parts import load_picture, traffic_picture
 from ...simulator.report.page import write_page
-from ...simulator.report.report import Picture, Report, Table
+from ...simulator.report.report import Report, Table
+from ...simulator.report.simulate_report import latency_picture
 from ...simulator.report.views import PlanView, plan_views
 from ...traces.steps import RECORDED
 from ...traces.storage.store import save_trace
@@ -45,18 +45,12 @@ def demo_report(result: DemoResult, views: list[PlanView], cluster: Cluster) -> 
     """Before, predicted, measured; then the same requests simulated under both plans."""
     blames = {name: run.blame for name, run in result.simulated.items()}
     return Report(
-        title="Loadmaster demo", verdict=result.verdict, lead=load_picture(views),
+        title="Loadmaster demo", verdict=result.verdict,
         tables=(
             _table("Prefill", result.before, result.predicted, result.measured),
             _table("Decode", result.decode_before, result.decode_predicted,
                    result.decode_measured),
             blame_table(blames), *layer_tables(blames),
-        ),
-        pictures=(
-            Picture("latency", "Simulated: the same requests under both plans", (
-                answered_within({n: r.requests.latency_us for n, r in result.simulated.items()}),
-            )),
-            time_picture(blames), traffic_picture(views, cluster),
         ),
         judged_on=("measured in turns: the same prompts under each plan, plans switched live",
                    "loads and traffic: the recorded steps replayed under each plan"),
@@ -64,6 +58,8 @@ def demo_report(result: DemoResult, views: list[PlanView], cluster: Cluster) -> 
             result.decode_verdict, *(n for r in result.simulated.values() for n in r.notes),
         ))),
         document=result.to_dict(),
+        draw=lambda: (load_picture(views), latency_picture(result.simulated),
+                      time_picture(blames), traffic_picture(views, cluster)),
     )
 
 

@@ -8,22 +8,16 @@ import altair as alt
 
 from .theme import ROW, Drawing, colours, inline
 
-CAUSES = {
-    "compute": "experts, perfectly balanced", "placement": "waiting: placement",
-    "dispatch": "waiting: dispatch", "jitter": "waiting: jitter", "network": "network",
-    "other": "outside the experts",
-}
-
 
 def time_parts(parts_us: Mapping[str, Mapping[str, float]]) -> Drawing:
     """parts_us: plan -> cause -> microseconds of a mean step. A negative network is what overlap
     hides beyond the exchange's own time."""
     rows = [
-        (plan, CAUSES.get(cause, cause), us / 1e3, order, us / sum(causes.values()))
+        (plan, cause, us / 1e3, order, us / sum(causes.values()))
         for plan, causes in parts_us.items() for order, (cause, us) in enumerate(causes.items())
         if us
     ]
-    names = list(dict.fromkeys(CAUSES.get(c, c) for causes in parts_us.values() for c in causes))
+    names = list(dict.fromkeys(c for causes in parts_us.values() for c in causes))
     columns = zip(*rows, strict=True)
     data = inline(dict(zip(("plan", "cause", "ms", "order", "share"), columns, strict=True)))
     return (

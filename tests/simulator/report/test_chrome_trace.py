@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from loadmaster.simulator.events.plan_switch import PlanSwitch
@@ -18,9 +17,8 @@ from loadmaster.simulator.report.chrome_trace import (
 )
 from loadmaster.simulator.serving.batching import BatchLimits
 from loadmaster.simulator.serving.simulate import Serving, simulate
-from loadmaster.traces.steps import StepSampler
 
-from ..conftest import LAYERS, contiguous_plan, steady_workload
+from ..conftest import contiguous_plan, steady_workload
 
 
 @pytest.fixture(scope="module")

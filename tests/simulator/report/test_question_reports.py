@@ -55,7 +55,7 @@ def cells(table: Table, column: str) -> list[str]:
 
 def names(report: Report) -> list[str]:
     """Its pictures, in order."""
-    return [p.name for p in report.all_pictures]
+    return [p.name for p in report.draw()]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_views_hold_relative_load_and_every_transfer(trace, cluster) -> None:
 
 def test_plan_says_what_to_do_and_what_it_takes(trace, advice) -> None:
     views = plan_views(shown_plans(advice), trace, WIDE, steps=STEPS)
-    report = plan_report(advice, views, WIDE, ("from the file",))
+    report = plan_report(advice, lambda: views, WIDE, ("from the file",))
     assert report.verdict == advice.verdict and report.notes[-1] == "from the file"
     compared, planned, moving = report.tables[:3]
     assert cells(compared, "plan") == list(advice.comparison.ranking)
@@ -119,7 +119,7 @@ def test_evaluate_sets_the_reference_beside_the_best_other(trace, cluster) -> No
     table = compare(plans, trace, cluster, steps=STEPS)
     assert shown_names(table) == ("now", "even")
     views = plan_views(plans, trace, cluster, steps=STEPS)
-    report = evaluate_report(table, views, cluster)
+    report = evaluate_report(table, lambda: views, cluster)
     assert report.verdict == table.verdict and names(report) == ["steps", "load", "traffic"]
     own = table.evaluations["now"]
     index = cells(report.tables[0], "plan").index("now")
@@ -147,7 +147,7 @@ def served(trace, model, cluster):
 
 def test_simulate_shows_waits_time_events_and_layers(served, trace, cluster) -> None:
     views = plan_views({"now": contiguous_plan()}, trace, cluster, steps=STEPS)
-    report = simulate_report(served, views, cluster)
+    report = simulate_report(served, lambda: views, cluster)
     assert report.verdict == served.verdict
     assert names(report) == ["latency", "time", "events", "layers", "load", "traffic"]
     users = report.tables[0]
@@ -183,7 +183,7 @@ def test_whatif_ranks_and_draws_the_front() -> None:
     assert report.tables[1].rows == (("nodes 9", "too many"),) and names(report) == ["front"]
     nothing = whatif_report(WhatIf((Cell({"nodes": 9}, {}, "too many", ()),)), ("nodes",),
                             "latency_mean_us")
-    assert nothing.verdict == "no scenario could be served" and nothing.lead is None
+    assert nothing.verdict == "no scenario could be served" and nothing.draw() == ()
 
 
 def test_cache_sets_policies_side_by_side(trace, model) -> None:
