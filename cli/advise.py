@@ -179,7 +179,7 @@ def _print_moves(results: dict[str, PlanResult]) -> None:
 
 def _print_written(name: str, target: Path | None) -> None:
     if target is not None:
-        show.out().print(f"wrote {name} to {target}", markup=False)
+        show.print_text(f"wrote {name} to {target}")
 
 
 # ---- average loads ----------------------------------------------------------------------------

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..app.inputs import plans_cluster, read_model, read_plans, read_trace, require_targets, writing
+from ..app.inputs import (
+    model_notes,
+    plans_cluster,
+    read_model,
+    read_plans,
+    read_trace,
+    require_targets,
+    writing,
+)
 from ..app.serving import build_interventions, build_serving, build_slo, build_workload
 from . import options as opt
 from . import output as show
@@ -23,6 +31,7 @@ def simulate(
     trace: opt.RoutingArgument,
     plans: Annotated[list[Path], typer.Argument(help="Plan files; all serve the same requests.")],
     model: opt.SizedModel,
+    moe_layers: opt.MoeLayers = None,
     dispatch: serve.Dispatch = None,
     arrivals: serve.ArrivalsFile = None,
     requests: serve.Requests = 1000,
@@ -48,6 +57,7 @@ def simulate(
     devices_per_node: opt.PlansDevicesPerNode = None,
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
+    reserve_bytes: opt.ReservedBytes = None,
     report: Annotated[Path | None, typer.Option(help="HTML report to write.")] = None,
     trace_out: Annotated[
         Path | None, typer.Option(help="Chrome trace of the first plan (opens in Perfetto).")
@@ -64,14 +74,15 @@ def simulate(
 
     require_targets(report, trace_out)
     slo = build_slo(slo_ttft_ms, slo_tpot_ms)
-    service = build_serving(step_tokens, max_requests, prefill, kv_bytes_per_token, other_bytes,
-                            groups, overlap, other_us_per_token)
     named = read_plans(plans)
     routing, notes = read_trace(trace)
-    spec = read_model(model)
+    spec = read_model(model, moe_layers)
+    notes += model_notes(spec)
     assert spec is not None
+    service = build_serving(step_tokens, max_requests, prefill, kv_bytes_per_token, other_bytes,
+                            groups, overlap, other_us_per_token, spec)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
-                          oversubscription)
+                          oversubscription, reserve_bytes)
     interventions = build_interventions(faults, policy, every_steps, place, groups)
     load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
     name, first = next(iter(named.items()))

@@ -56,10 +56,7 @@ def record(
     except KeyboardInterrupt:
         if stood or not kept.exists():
             raise
-        show.err().print(
-            f"loadmaster: interrupted; {out} holds the whole steps recorded until then",
-            markup=False, soft_wrap=True,
-        )
+        show.print_error(f"interrupted; {out} holds the whole steps recorded until then")
         raise typer.Exit(130) from None
     if json:
         show.print_json({"trace": str(out), **vars(summary)})

@@ -11,6 +11,7 @@ too little for that.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from ..cluster import Cluster
 from ..cost.evaluate import Evaluation
 from ..cost.overlap import Overlap
 from ..dispatch.quotas import default_slack
+from ..memory import memory_notes
 from ..plan import DispatchSpec, Plan
 from .intervals import CONFIDENCE
 from .per_step import Bench, Contest, hold_contest
@@ -148,7 +150,9 @@ def compare(
     bench = Bench(trace, cluster, dispatch, model, sized and objective != "balance", overlap,
                   executor)
     contest = hold_contest(bench, plans, steps, max_steps, slack, resamples, seed)
-    return _ranked(contest, reference)
+    table = _ranked(contest, reference)
+    said = (f"{n}: {x}" for n, plan in plans.items() for x in memory_notes(plan, cluster, model))
+    return dataclasses.replace(table, notes=(*table.notes, *said))
 
 
 def _ranked(contest: Contest, reference: str) -> Comparison:

@@ -21,6 +21,7 @@ from ...traces.steps import Steps, StepSampler
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..dispatch.policies import policy_of
+from ..memory import memory_notes
 from ..plan import DispatchSpec, Plan
 from .overlap import Overlap
 from .step_cost import step_cost
@@ -97,7 +98,8 @@ def evaluate(
         trace, sampled, plan, cluster, spec, expert_bytes_E=sizes, executor=executor,
         timed=model is not None,
     )
-    return judge(loads, cluster, spec, sampled.notes, model=model, overlap=overlap)
+    notes = (*sampled.notes, *memory_notes(plan, cluster, model))
+    return judge(loads, cluster, spec, notes, model=model, overlap=overlap)
 
 
 def resolve_dispatch(dispatch: str | DispatchSpec | None, plan: Plan) -> DispatchSpec:

@@ -25,6 +25,7 @@ from ..cluster import Cluster
 from ..comparison.cross_validation import Half, request_halves
 from ..cost.evaluate import evaluate
 from ..cost.step_cost import move_cost
+from ..memory import require_slots_fit
 from ..plan import DispatchSpec, Plan
 from ..planning.evidence import Settings, evidence_of
 from ..planning.planner import (
@@ -90,6 +91,7 @@ def rebalance(
         cluster, "auto", objective, current.dispatch if dispatch is None else dispatch, model,
         balance_slack, seed, effort, time_limit_s,
     )
+    fitting = require_slots_fit(cluster, model, current)
     data = planning_steps(new_trace, steps)
     check_current(current, data, cluster)
     fitted = _fitted(current, cluster)
@@ -105,7 +107,7 @@ def rebalance(
     answers = _within(list(run.map(_finish, last)), tasks, budget, gain_L)
     return _result(
         current, answers, gain_L, data, settings, trace_digest(new_trace), started,
-        (*capacities.notes, *notes),
+        (*fitting, *capacities.notes, *notes),
     )
 
 
