@@ -18,6 +18,7 @@ from ..app.inputs import (
     require_target,
 )
 from . import options as opt
+from .reports import ReportFile, ReportPictures
 
 PHASES = ("all", "prefill", "decode", "apart")
 
@@ -81,6 +82,8 @@ def plan(
     order: opt.Order = "interleaved",
     num_experts: opt.NumExperts = None,
     address: opt.Address = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     seed: opt.Seed = 0,
     json: opt.Json = False,
 ) -> None:
@@ -97,7 +100,6 @@ def plan(
     own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
     if slots_per_device is None and current_plan is not None:
         slots_per_device = current_plan.slots_per_device
-    spec = read_model(model)
     place, told = build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device, traffic,
                                 source.num_experts, oversubscription, reserve_bytes, spec)
     notes += told if spec is not None and spec.knows_bytes else (NOT_CHECKED,)
