@@ -18,7 +18,7 @@ from ..app.inputs import (
     require_target,
 )
 from . import options as opt
-from .reports import ReportFile, ReportPictures
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
 
 PHASES = ("all", "prefill", "decode", "apart")
 
@@ -93,6 +93,7 @@ def plan(
 
     _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
     targets = _targets(out, phase)
+    require_report_targets(report, report_png)
     current_plan = load_plan(current)
     source, notes = read_routing(trace, num_experts)
     spec = read_model(model, moe_layers)
@@ -112,7 +113,8 @@ def plan(
         "executor": build_executor(address),
         **({"methods": method} if method else {}),
     }
-    answer(trace, source, phase, targets, options, time_limit, notes, json=json)
+    reports = answer(trace, source, phase, targets, options, time_limit, notes, json=json)
+    write_reports(reports, report, report_png)
 
 
 def _check_asked(
