@@ -18,6 +18,7 @@ from ..app.inputs import (
     require_target,
 )
 from . import options as opt
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
 
 PHASES = ("all", "prefill", "decode", "apart")
 
@@ -83,6 +84,8 @@ def plan(
     axes: opt.Axes = None,
     layers: opt.Layers = None,
     address: opt.Address = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     seed: opt.Seed = 0,
     json: opt.Json = False,
 ) -> None:
@@ -92,6 +95,7 @@ def plan(
 
     _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
     targets = _targets(out, phase)
+    require_report_targets(report, report_png)
     current_plan = load_plan(current)
     spec = read_model(model, moe_layers)
     source, notes = read_routing(trace, num_experts, model=spec, axes=axes, layers=layers)
@@ -111,7 +115,8 @@ def plan(
         "executor": build_executor(address),
         **({"methods": method} if method else {}),
     }
-    answer(trace, source, phase, targets, options, time_limit, notes, json=json)
+    reports = answer(trace, source, phase, targets, options, time_limit, notes, json=json)
+    write_reports(reports, report, report_png)
 
 
 def _check_asked(
