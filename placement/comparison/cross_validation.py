@@ -58,8 +58,7 @@ def _cut(part: RoutingTrace, sampler: StepSampler, seed: int) -> Half | None:
         return None
     assert data.planning is not None
     whole = data.planning if data.validation is None else joined(data.planning, data.validation)
-    few = whole.take(np.arange(min(len(whole), MOST_REDRAWN)))
-    redrawn = redraw(part, sampler, few, seed)
+    redrawn = redraw(part, sampler, whole, seed, MOST_REDRAWN)
     if redrawn is None:         # too few requests, or too few tokens in most draws
         return None
     return Half(replace(data, planning=whole, validation=None), redrawn)

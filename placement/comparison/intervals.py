@@ -45,7 +45,7 @@ def band(centre: float, noise_B: Any) -> tuple[float, float]:
     return float(centre) - reach, float(centre) + reach
 
 
-def few_draws_factor(n: int) -> float:
+def few_draws_factor(n: float) -> float:
     """How much wider a bootstrap of n units must be; n > 1.
 
     The bootstrap of n spreads sqrt((n - 1) / n) too little, and a band of two normal standard

@@ -182,14 +182,14 @@ def redrawn_noise(
         return None
     threads = bench.executor or LayerThreads()
     judged = [bench.judged(name, plan, redrawn.steps, threads) for name, plan in plans.items()]
-    metric_PB = np.stack([redrawn.means(metric_W) for _, metric_W, _ in judged])
-    transfers_PB = np.stack([redrawn.means(transfers_W) for _, _, transfers_W in judged])
+    metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
+    transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
 
-    def noise_of(mean_PB: FloatArray) -> Noise:
-        return lambda weight_P: redrawn.noise(weight_P @ mean_PB)
+    def noise_of(value_PW: FloatArray) -> Noise:
+        return lambda weight_P: redrawn.noise(weight_P @ value_PW)
 
-    draws = int(metric_PB.shape[1])
-    return noise_of(metric_PB), noise_of(transfers_PB), draws, redrawn.requests
+    draws = int(redrawn.draw_W.max()) + 1
+    return noise_of(metric_PW), noise_of(transfers_PW), draws, redrawn.requests
 
 
 def _metric_name(bench: Bench) -> str:

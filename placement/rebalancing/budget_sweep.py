@@ -221,7 +221,7 @@ def redrawn_gain(work: Redraw) -> FloatArray:
     task = replace(work.task, traffic=replace(work.traffic, planning=steps))
     assert task.start_GC is not None
     gain_W = objective_W(task, task.start_GC, steps) - objective_W(task, work.slots_GC, steps)
-    return work.redrawn.means(np.nan_to_num(gain_W))
+    return np.nan_to_num(gain_W)
 
 
 def counting_error(sweeps: list[BudgetSweep], half: int, level_L: list[int]) -> float:
