@@ -136,7 +136,7 @@ def test_a_key_given_twice_is_refused(kind: Kind, tmp_path: Path) -> None:
     else:
         text = f'{{"{kind.key}": {once}, {json.dumps(kind.content)[1:]}'
     said = refused(kind, kind.write(tmp_path, text))
-    assert kind.name == "cells.jsonl" or f"'{kind.key}' stands twice" in said
+    assert kind.name == "cells.jsonl" or f"'{kind.key}' is given twice" in said
 
 
 @EVERY
@@ -188,5 +188,5 @@ def test_a_checkpoint_may_say_that_a_limit_is_infinite(tmp_path: Path) -> None:
 
 def test_statistics_say_their_counts_once(tmp_path: Path) -> None:
     (tmp_path / "meta_info.json").write_text('{"num_experts": 2, "num_experts": 4}')
-    with pytest.raises(InputError, match="'num_experts' stands twice"):
+    with pytest.raises(InputError, match="'num_experts' is given twice"):
         import_statistics(tmp_path)

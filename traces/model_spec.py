@@ -15,10 +15,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import InputError
 from ..foundation.documents import first_fault
-from .model_config import BY_HAND, MOST_LAYERS, checkpoint_fields
+from .model_config.checkpoint import BY_HAND, checkpoint_fields
+from .model_config.layer_ranges import MOST_LAYERS
 
 # Far beyond any model, and small enough that bytes and operations stay whole numbers.
 MOST_EXPERTS, MOST_WIDE, MOST_BYTES = 65_536, 2**24, 2**50
+
+
+class DraftLayers(BaseModel):
+    """Layers that guess tokens ahead (MTP) and have experts; counted apart from a step's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer_indices: tuple[int, ...] = Field(
+        min_length=1, description="the model's own indices, after its hidden layers"
+    )
+    num_experts: int = Field(gt=0, le=MOST_EXPERTS)
+    top_k: int = Field(gt=0)
+    bytes_per_expert: int | None = Field(
+        default=None, gt=0, le=MOST_BYTES, description="where it is not that of the other layers"
+    )
 
 
 class ModelSpec(BaseModel):
@@ -58,6 +74,15 @@ class ModelSpec(BaseModel):
         default=None, description="[L] the model's own indices of its MoE layers"
     )
     total_layers: int | None = Field(default=None, gt=0, description="all hidden layers, dense too")
+    draft_layers: DraftLayers | None = Field(
+        default=None, description="MoE layers that only speculative decoding runs"
+    )
+    weights_known: bool = Field(
+        default=True, description="false: bytes per expert could not be read, so no time either"
+    )
+    notes: tuple[str, ...] = Field(
+        default=(), description="what was read with a doubt, each beside the figure it may change"
+    )
     other_time_us: float = Field(
         default=0.0, ge=0, description="time of a step outside the experts and their exchange"
     )
@@ -108,8 +133,8 @@ class ModelSpec(BaseModel):
 
     @property
     def knows_sizes(self) -> bool:
-        """Whether time can be computed: hidden and intermediate sizes are known."""
-        return self.hidden is not None and self.intermediate is not None
+        """Whether time can be computed: both widths and the weights' format are known."""
+        return self.hidden is not None and self.intermediate is not None and self.weights_known
 
     @property
     def knows_bytes(self) -> bool:
@@ -120,7 +145,7 @@ class ModelSpec(BaseModel):
         """[E] weight bytes of each expert of a layer (gate, up, down, scales); 1 if unknown."""
         if self.expert_bytes is not None:
             return np.asarray(self.expert_bytes, np.int64)
-        if self.hidden is None or self.intermediate is None:
+        if self.hidden is None or self.intermediate is None or not self.weights_known:
             return np.ones(self.num_experts, np.int64)
         parameters = self.matrices_per_expert * self.hidden * self.intermediate
         weights = parameters * self.bytes_per_parameter
@@ -144,6 +169,9 @@ class ModelSpec(BaseModel):
         return self.layer_indices or tuple(range(self.num_layers))
 
     def digest(self) -> str:
-        """Fingerprint of everything above but the name; equal models, equal digests."""
-        text = self.model_dump_json(exclude={"name"})
+        """Fingerprint of what a plan rests on: not the name, notes or draft layers."""
+        aside = {"name", "notes", "draft_layers"}
+        if self.weights_known:      # as models were fingerprinted before it could be unknown
+            aside.add("weights_known")
+        text = self.model_dump_json(exclude=aside)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

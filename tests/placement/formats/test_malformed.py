@@ -44,7 +44,7 @@ BALANCER = "initial_global_assignments: %s\nlayer_updates_per_iter: 0\nnum_slots
     ("trtllm", "!!python/object/apply:os.getcwd []", "not YAML"),
     ("trtllm", "num_slots: 2\nlayer_updates_per_iter: 1", "no plan to import"),
     ("trtllm", BALANCER % "{}", "must map layers to slots"),
-    ("trtllm", BALANCER % "{3: [0, 1], 3: [1, 0]}", "'3' stands twice"),
+    ("trtllm", BALANCER % "{3: [0, 1], 3: [1, 0]}", "'3' is given twice"),
     ("trtllm", BALANCER % "{a: [0, 1]}", "whole number from 0, not 'a'"),
     ("trtllm", BALANCER % "{? [1] : [0, 1]}", "not YAML"),
     ("trtllm", BALANCER % "{3: [0, .nan]}", "layer 3, slot 1: nan is no expert id"),

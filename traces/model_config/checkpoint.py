@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..foundation.documents import read_json
+from ...errors import InputError
+from ...foundation.documents import read_json
+from .layer_ranges import MOST_LAYERS
 
 Config = dict[str, Any]
 LayerRule = Callable[[Config, int], Iterable[int]]
 
-MOST_LAYERS = 10_000         # far beyond any model
+
 
 # The same quantity under the names that architectures give it; the first that is set counts.
 FIELDS: dict[str, tuple[str, ...]] = {
