@@ -64,10 +64,10 @@ class Redrawn:
 
 
 def redraw(
-    trace: RoutingTrace, sampler: StepSampler, whole: Steps, seed: int, most: int | None = None
+    trace: RoutingTrace, sampler: StepSampler, whole: Steps, seed: int
 ) -> Redrawn | None:
     """Draws of the trace's requests, each cut into at most as many steps as `whole`, the sampler's
-    own of this trace, and at most `most`. None = too few requests.
+    own of this trace. None = too few requests.
 
     In `recorded` order a step keeps the tokens that its drawn requests had in it; in any other the
     sampler cuts the drawn requests anew.
@@ -79,8 +79,7 @@ def redraw(
     order = np.argsort(request_T, kind="stable").astype(np.int64)
     start = np.searchsorted(request_T[order], np.arange(requests + 1))
     choices = len(whole.token) * trace.num_layers * trace.top_k
-    most = min(len(whole), len(whole) if most is None else most)
-    most = max(1, min(most, len(whole) * MOST_CHOICES // max(DRAWS * choices, 1)))
+    most = max(1, min(len(whole), len(whole) * MOST_CHOICES // max(DRAWS * choices, 1)))
     rng = np.random.default_rng([seed, 5])
     found: list[Steps] = []
     draw: list[int] = []

@@ -42,7 +42,7 @@ def request_halves(
 
 def _half(part: RoutingTrace, sampler: StepSampler, seed: int) -> Half | None:
     """One half; steps are made smaller where it, or draws of its requests, fill no larger ones."""
-    tokens = min(sampler.tokens, part.num_tokens)
+    tokens = min(sampler.tokens, part.num_tokens // 2)      # or draws of its requests fill none
     while tokens >= min(LEAST_STEP, sampler.tokens):
         found = _cut(part, replace(sampler, tokens=tokens), seed)
         if found is not None:
@@ -58,7 +58,8 @@ def _cut(part: RoutingTrace, sampler: StepSampler, seed: int) -> Half | None:
         return None
     assert data.planning is not None
     whole = data.planning if data.validation is None else joined(data.planning, data.validation)
-    redrawn = redraw(part, sampler, whole, seed, MOST_REDRAWN)
+    few = whole.take(np.arange(min(len(whole), MOST_REDRAWN)))
+    redrawn = redraw(part, sampler, few, seed)
     if redrawn is None:         # too few requests, or too few tokens in most draws
         return None
     return Half(replace(data, planning=whole, validation=None), redrawn)

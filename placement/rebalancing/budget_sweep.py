@@ -216,7 +216,7 @@ class Redraw:
 
 
 def redrawn_gain(work: Redraw) -> FloatArray:
-    """[B] mean gain of the change in each draw; 0 in steps without tokens."""
+    """[W] gain of the change in each step of all draws; 0 in steps without tokens."""
     steps = work.redrawn.steps
     task = replace(work.task, traffic=replace(work.traffic, planning=steps))
     assert task.start_GC is not None

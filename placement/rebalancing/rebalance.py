@@ -157,7 +157,7 @@ def _request_error(
         for t, x, k in zip(tasks, sweeps, level_L, strict=True) if k
     )
     gain_W = sum(run.map(redrawn_gain, works), np.zeros(1))
-    if len(gain_B) < 2:
+    if len(gain_W) < 2:
         return 0.0
     return float(np.std(judging.redrawn.noise(gain_W), ddof=1))
 

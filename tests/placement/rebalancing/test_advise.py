@@ -132,7 +132,7 @@ def test_fewer_transfers_win_within_slack_at_the_deciding_step() -> None:
     spread = Plan(slots=np.array([[[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]]),
                   num_experts=16)
     advice = advise(source, place, methods=("auto",), current=spread, effort="fast",
-                    steps=StepSampler(tokens=512), balance_slack=0.1)
+                    steps=StepSampler(tokens=512), balance_slack=0.2)
     assert advice.chosen == "auto"
     assert "node transfers per token" in advice.verdict
     row, current_plan = advice.comparison.row("auto"), advice.comparison.row(CURRENT)
