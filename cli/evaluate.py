@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,11 +54,13 @@ def evaluate(
     routing, notes = read_trace(trace, num_experts)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription)
+    sizes = read_model(model)
     table = compare(
         named, routing, place,
         steps=build_sampler(step_tokens, concurrency, order, 0),
-        dispatch=dispatch, model=read_model(model), seed=seed, current=reference,
+        dispatch=dispatch, model=sizes, seed=seed, current=reference,
     )
+    table = replace(table, verdict=show.with_offer(table.verdict, routing, sizes))
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})
     else:
