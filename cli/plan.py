@@ -12,6 +12,7 @@ from ..app.inputs import (
     build_executor,
     build_sampler,
     load_plan,
+    model_notes,
     read_model,
     read_routing,
     require_target,
@@ -73,6 +74,7 @@ def plan(
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
     model: opt.ModelSource = None,
+    moe_layers: opt.MoeLayers = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
     order: opt.Order = "interleaved",
@@ -88,6 +90,8 @@ def plan(
     targets = _targets(out, phase)
     current_plan = load_plan(current)
     source, notes = read_routing(trace, num_experts)
+    spec = read_model(model, moe_layers)
+    notes += model_notes(spec)
     own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
     if slots_per_device is None and current_plan is not None:
         slots_per_device = current_plan.slots_per_device
@@ -95,7 +99,7 @@ def plan(
         "cluster": build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device,
                                  traffic, source.num_experts, oversubscription),
         "current": current_plan, "max_moves": max_moves, "max_bytes": max_bytes,
-        "model": read_model(model), "dispatch": dispatch or own_dispatch,
+        "model": spec, "dispatch": dispatch or own_dispatch,
         "objective": objective, "effort": effort, "seed": seed,
         "steps": build_sampler(step_tokens, concurrency, order, 0), "horizon_steps": horizon,
         "executor": build_executor(address),

@@ -111,7 +111,7 @@ def _model(name: str, told: str | None) -> ModelSpec:
     if told is not None and told != "published":
         form, notes = _other_format(told, form, name)
     matrices = 3 if facts.get("gated", True) else 2
-    size = ExpertBytes.of([form] * matrices, hidden, intermediate, facts.get("biases", False))
+    size = ExpertBytes.of([form] * matrices, hidden, intermediate, 2 * facts.get("biases", False))
     groups, groups_per_token = facts.get("groups", (1, None))
     draft = facts.get("draft")
     return ModelSpec(

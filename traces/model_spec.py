@@ -118,23 +118,34 @@ class ModelSpec(BaseModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> ModelSpec:
-        """The model in a Hugging Face checkpoint folder, from its config.json alone.
+    def from_pretrained(cls, source: Path | str, *, moe_layers: str | None = None) -> ModelSpec:
+        """The model in a checkpoint's folder, or of its config.json or params.json alone.
 
-        Raises InputError where the checkpoint is not MoE or its architecture is not known, saying
-        which fields were looked for and how to write a ModelSpec by hand.
+        Where weights lie beside the configuration, their headers decide, and `notes` say where the
+        two differ. moe_layers: "3-60", where the files do not say which layers are MoE. Raises
+        InputError where the model is not MoE or cannot be understood, saying which fields were
+        looked for and how to answer.
         """
-        path = Path(folder) / "config.json"
-        fields = checkpoint_fields(path)
+        path = Path(source)
+        fields = checkpoint_fields(path, moe_layers)
         try:
             return cls(**fields)
         except ValidationError as error:
-            raise InputError(f"{path}: {first_fault(error)}; {BY_HAND}") from error
+            named = path / "config.json" if path.is_dir() else path
+            raise InputError(f"{named}: {first_fault(error)}; {BY_HAND}") from error
 
     @property
     def knows_sizes(self) -> bool:
         """Whether time can be computed: both widths and the weights' format are known."""
         return self.hidden is not None and self.intermediate is not None and self.weights_known
+
+    @property
+    def unsized(self) -> str:
+        """Why no time can be computed: which sizes are missing."""
+        if self.hidden is None or self.intermediate is None:
+            return "its hidden and intermediate sizes are not known"
+        told = [note for note in self.notes if note.startswith("bytes per expert: unknown")]
+        return told[0] if told else "the format of its experts' weights is not known"
 
     @property
     def knows_bytes(self) -> bool:

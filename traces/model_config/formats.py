@@ -41,7 +41,7 @@ class WeightFormat:
 
     def grouped(self, group: int | None) -> WeightFormat:
         """The same with another size of groups; -1 or 0: one scale for each row."""
-        if not group or group == self.group:
+        if not group or group == self.group or (self.group is None and self.bits >= 8):
             return self
         if group < 0:
             return replace(self, group=None, group_bits=0.0, row_bits=self.group_bits or 16.0)
@@ -114,14 +114,29 @@ class ExpertBytes:
 
     @classmethod
     def of(
-        cls, formats: Sequence[WeightFormat], hidden: int, intermediate: int, biases: bool = False
+        cls, formats: Sequence[WeightFormat], hidden: int, intermediate: int, bias_bytes: int = 0
     ) -> ExpertBytes:
-        """Of matrices of these formats: into the intermediate width, the last one back."""
+        """Of matrices of these formats: into the intermediate width, the last one back.
+
+        bias_bytes: of each of an expert's biases; 0: it has none.
+        """
         *inward, outward = formats
-        parameters = hidden * intermediate
+        parameters = len(formats) * hidden * intermediate
         nominal = sum(form.bytes_per_weight for form in formats) / len(formats)
         exact = sum(form.matrix_bytes(intermediate, hidden) for form in inward)
         exact += outward.matrix_bytes(hidden, intermediate)
-        if biases:                          # kept in 16 bits beside quantised weights
-            exact += 2 * (len(inward) * intermediate + hidden)
-        return cls(nominal, exact - round(len(formats) * parameters * nominal))
+        exact += bias_bytes * (len(inward) * intermediate + hidden)
+        return cls(nominal, exact - round(parameters * nominal))
+
+    @classmethod
+    def of_total(cls, total: int, parameters: int) -> ExpertBytes:
+        """Of an expert that takes so many bytes in all."""
+        per_weight = next(
+            (size for size in (4.0, 2.0, 1.0, 0.5) if 0 <= total - parameters * size < total / 4),
+            total / parameters,
+        )
+        return cls(per_weight, total - round(parameters * per_weight))
+
+    def total(self, matrices: int, hidden: int, intermediate: int) -> int:
+        """Bytes of the whole expert."""
+        return round(matrices * hidden * intermediate * self.bytes_per_parameter) + self.scale_bytes
