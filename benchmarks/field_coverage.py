@@ -76,15 +76,12 @@ def coverage(splits: int = SPLITS) -> Section:
     if not ROUTING.is_dir():
         return {"holds": False, "not_run": f"real routing is not present: {ROUTING}"}
     found = {case.name: _of_case(case, splits) for case in CASES}
-    level, difference = (
-        float(np.mean([row[key] for rows in found.values() for row in rows.values()
-                       if row[key] is not None]))
-        for key in ("level_held", "difference_held")
-    )
-    widest = max(
-        row[key] for rows in found.values() for row in rows.values()
-        for key in ("level_width", "difference_width") if row[key] is not None
-    )
+    def of_all(key: str) -> list[float]:
+        every = (row[key] for rows in found.values() for row in rows.values())
+        return [value for value in every if value is not None]
+
+    level, difference = (float(np.mean(of_all(f"{what}_held"))) for what in ("level", "difference"))
+    widest = max(of_all("level_width") + of_all("difference_width"))
     return {
         "holds": level >= LEVEL_HOLDS and difference >= DIFFERENCE_HOLDS and widest <= WIDEST,
         "splits": splits * len(CASES), "level_held": level, "at_least_level": LEVEL_HOLDS,

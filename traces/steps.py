@@ -129,7 +129,7 @@ def _tokens_by_request(
 def _ranges(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """start[0], start[0] + 1, ... `length[0]` of them, then the same from start[1], and so on."""
     before = np.cumsum(length) - length
-    return np.arange(int(length.sum())) + np.repeat(start - before, length)
+    return np.asarray(np.arange(int(length.sum())) + np.repeat(start - before, length), np.int64)
 
 
 def _round_robin(

@@ -58,7 +58,8 @@ def kept(
         return notes
     asked = (sampler.tokens, sampler.concurrency, sampler.order)
     other_steps = asked != (promise.step_tokens, promise.concurrency, promise.order)
-    said = f"{name}: promised {metric_text(promise.value, metric)}, here {metric_text(value, metric)}"
+    was, now = metric_text(promise.value, metric), metric_text(value, metric)
+    said = f"{name}: promised {was}, here {now}"
     if other_steps:
         return (
             *notes,

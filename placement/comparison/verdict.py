@@ -73,7 +73,9 @@ def verdict_of(
     others = [row.name for row in rows[1:] if row.indistinguishable and row.name != reference]
     also = f"; {', '.join(others)} cannot be told apart from it" if others else ""
     unlike_time = _time_beside(own.name, best.name, metric, step_us)
-    return f"{best.name} is better than {reference}: {gain}{unlike_time}{also}"
+    flatter = metric != "step_time_us" and not _transfers_decide(own, best, slack)
+    verb = "balances better than" if flatter else "is better than"
+    return f"{best.name} {verb} {reference}: {gain}{unlike_time}{also}"
 
 
 def metric_text(value: float, metric: str) -> str:

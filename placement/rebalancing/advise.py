@@ -158,9 +158,10 @@ def _assumes(table: Comparison, judging: RoutingTrace, steps: StepSampler) -> st
     cut = "as recorded" if steps.order == "recorded" else (
         f"of {steps.tokens} tokens with {steps.concurrency} in flight"
     )
+    requests = len(np.unique(judging.request_T()))
     return (
-        f"bands: how far other requests of the same kind as these {len(np.unique(judging.request_T()))}"
-        f" may differ, in steps {cut}; they say nothing of other traffic (`evaluate` on it does)"
+        f"bands: how far other requests of the same kind as these {requests} may differ, in steps "
+        f"{cut}; they say nothing of other traffic (`evaluate` on it does)"
     )
 
 
@@ -192,7 +193,7 @@ def _choice(
     if not table.significant and reference != CURRENT:
         return best.name, (
             f"{best.name} came out best ({metric_text(best.metric, table.metric_name)}); how "
-            "significant that is is not known: so few requests cannot tell, record more"
+            "sure that is is not known: so few requests cannot tell, record more"
         )
     refused = ""
     for row in table.rows:

@@ -49,12 +49,12 @@ def one_more_slot(
         return f"; the busiest device has {found.peak_mean:.1f} x the mean"
     then = metric_text(new, table.metric_name) if timed else f"{new:.2f}"
     return (
-        f"; that holds within the slots given, where the busiest device has {found.peak_mean:.1f} x "
-        f"the mean: one more slot per device would make it {then}"
+        f"; that holds within the slots given, where the busiest device has {found.peak_mean:.1f} "
+        f"x the mean: one more slot per device would make it {then}"
     )
 
 
 def with_one_more_slot(cluster: Cluster) -> Cluster:
-    """The same devices, each with room for one expert more in every layer."""
+    """The same devices, each with a slot more in every layer."""
     devices = tuple(d.model_copy(update={"slots": d.slots + 1}) for d in cluster.devices)
-    return cluster.model_copy(update={"devices": devices})
+    return Cluster.model_validate(cluster.model_dump() | {"devices": devices})

@@ -244,7 +244,10 @@ def _decode_verdict(table: Comparison, gain: Gain) -> str:
     """A gain counts where other requests would show it, and where serving it live shows more than
     noise: steps that take milliseconds scatter more than a placement changes them."""
     row = table.row("auto")
-    text = f"the slowest ranks' expert time changed by {-gain.share:+.1%} ± {gain.band:.1%} as measured"
+    text = (
+        f"the slowest ranks' expert time changed by {-gain.share:+.1%} ± {gain.band:.1%} as "
+        "measured"
+    )
     if not row.better:
         return f"leave it at decode: {table.verdict}; {text}"
     if -row.change_percent / 100 <= gain.band:

@@ -44,7 +44,7 @@ STEPS = StepSampler(tokens=64, concurrency=8)
 def test_a_real_gain_is_called_one() -> None:
     table = compare({"now": TOGETHER, "new": APART}, trace(0), PLACE, steps=STEPS, current="now")
     assert table.ranking == ("new", "now")
-    assert table.verdict.startswith("new is better than now: imbalance ")
+    assert table.verdict.startswith("new balances better than now: imbalance ")
     row = table.row("new")
     assert row.change_high_percent < 0 and row.best and not table.row("now").indistinguishable
     assert table.worse_than_reference("now") is False
@@ -99,7 +99,7 @@ def test_requests_that_are_all_in_flight_are_redrawn(order: Order) -> None:
     steps = StepSampler(tokens=64, concurrency=64, order=order)
     table = compare({"now": TOGETHER, "new": APART}, same, PLACE, steps=steps, current="now")
     assert table.significant and "redrawing 12 requests" in table.method
-    assert table.verdict.startswith("new is better than now: ")
+    assert table.verdict.startswith("new balances better than now: ")
     again = compare({"now": TOGETHER, "new": APART}, same, PLACE, steps=steps, current="now")
     assert again.to_dict() == table.to_dict()
 
