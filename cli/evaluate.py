@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,9 +70,10 @@ def evaluate(
         steps=build_sampler(step_tokens, concurrency, order, 0),
         dispatch=dispatch, model=spec, seed=seed, current=reference,
     )
+    table = replace(table, verdict=show.with_offer(table.verdict, routing, spec))
     shown = {name: named[name] for name in shown_names(table)}
-    told = evaluate_report(table, lambda: views_of(shown, routing, place, dispatch), place, notes)
-    write_reports([told], report, report_png)
+    page = evaluate_report(table, lambda: views_of(shown, routing, place, dispatch), place, notes)
+    write_reports([page], report, report_png)
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})
     else:

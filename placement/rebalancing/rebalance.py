@@ -160,10 +160,10 @@ def _request_error(
         Redraw(t, judging.data.layer(t.layer), judging.redrawn, x.slots_FK[half][k])
         for t, x, k in zip(tasks, sweeps, level_L, strict=True) if k
     )
-    gain_B = sum(run.map(redrawn_gain, works), np.zeros(1))
-    if len(gain_B) < 2:
+    gain_W = sum(run.map(redrawn_gain, works), np.zeros(1))
+    if len(gain_W) < 2:
         return 0.0
-    return float(np.std(judging.redrawn.noise(gain_B), ddof=1))
+    return float(np.std(judging.redrawn.noise(gain_W), ddof=1))
 
 
 @dataclass(frozen=True)
