@@ -31,24 +31,34 @@ def build_cluster(
     traffic: str,
     num_experts: int,
     oversubscription: float | None = None,
-) -> Cluster:
-    """The cluster the options describe."""
-    from ..placement.cluster import Cluster
+    reserved_bytes: int | None = None,
+    model: ModelSpec | None = None,
+) -> tuple[Cluster, tuple[str, ...]]:
+    """The cluster the options describe, and what to say of it.
 
+    Slots that nobody names are an even share of the experts and a quarter more, or what the
+    model leaves memory for.
+    """
+    from ..placement.cluster import Cluster
+    from ..placement.memory import default_slots
+
+    said = None
     if file is not None:
         cluster = Cluster.from_yaml(file)
     else:
-        if slots_per_device is None:
-            devices = max(nodes * devices_per_node, 1)
-            share = -(-num_experts // devices)
-            slots_per_device = share + max(1, round(share / 4))
+        share = -(-num_experts // max(nodes * devices_per_node, 1))
         cluster = Cluster.preset(
             preset, nodes=nodes, devices_per_node=devices_per_node,
-            slots_per_device=slots_per_device, traffic=traffic,
+            slots_per_device=share if slots_per_device is None else slots_per_device,
+            traffic=traffic,
         )
-    if oversubscription is None:
-        return cluster
-    return cluster.with_oversubscription(oversubscription)
+    cluster = cluster.with_reserved(reserved_bytes)
+    if file is None and slots_per_device is None:
+        slots, said = default_slots(share, cluster, model)
+        cluster = cluster.with_slots(slots)
+    if oversubscription is not None:
+        cluster = cluster.with_oversubscription(oversubscription)
+    return cluster, () if said is None else (said,)
 
 
 def build_sampler(tokens: int, concurrency: int, order: str, seed: int) -> StepSampler:
@@ -240,6 +250,7 @@ def plans_cluster(
     traffic: str,
     routing: RoutingTrace,
     oversubscription: float | None = None,
+    reserved_bytes: int | None = None,
 ) -> Cluster:
     """The cluster the options describe; where they leave it open, one that the plans fill."""
     first = next(iter(plans.values()))
@@ -248,8 +259,8 @@ def plans_cluster(
     slots = max(plan.slots_per_device for plan in plans.values())
     return build_cluster(
         file, preset, nodes, devices_per_node, slots, traffic, routing.num_experts,
-        oversubscription,
-    )
+        oversubscription, reserved_bytes,
+    )[0]
 
 
 def load_plan(path: Path | None) -> Plan | None:

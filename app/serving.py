@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..simulator.serving.result import Slo
     from ..simulator.serving.simulate import Intervention, Serving
     from ..simulator.serving.workload import Workload
+    from ..traces.model_spec import ModelSpec
 
 MOST_IN_FLIGHT = 1024        # requests, where a step can hold so many
 
@@ -45,18 +46,21 @@ def build_overlap(name: str) -> Overlap | None:
 def build_serving(
     step_tokens: int, max_requests: int | None, prefill: str, kv_bytes_per_token: float | None,
     other_bytes: int | None, groups: int, overlap: str, other_us_per_token: float,
+    model: ModelSpec | None = None,
 ) -> Serving:
-    """How the service runs."""
+    """How the service runs. Other weights that nobody names are those the model tells of."""
     from ..simulator.pricing.memory import MemorySpec
     from ..simulator.serving.batching import BatchLimits
     from ..simulator.serving.simulate import Serving
 
     if other_bytes is not None and kv_bytes_per_token is None:
         raise UsageError("--other-bytes counts only with --kv-bytes-per-token: name both")
+    if other_bytes is None:
+        other_bytes = ((None if model is None else model.dense_weights()) or (0, False))[0]
     in_flight = min(MOST_IN_FLIGHT, step_tokens) if max_requests is None else max_requests
     return Serving(
         BatchLimits(step_tokens, in_flight, prefill=prefill),  # type: ignore[arg-type]
-        None if kv_bytes_per_token is None else MemorySpec(kv_bytes_per_token, other_bytes or 0),
+        None if kv_bytes_per_token is None else MemorySpec(kv_bytes_per_token, other_bytes),
         groups, build_overlap(overlap), other_us_per_token,
     )
 

@@ -39,7 +39,9 @@ Layers = Annotated[
 Seed = Annotated[int, typer.Option(help="Same inputs and seed, same result.", callback=_whole)]
 
 ClusterFile = Annotated[
-    Path | None, typer.Option("--cluster", help="Cluster file (YAML); instead of the sizes below.")
+    Path | None,
+    typer.Option("--cluster", help="Cluster file (YAML), instead of the sizes below: `loadmaster "
+                 "example cluster` has one."),
 ]
 Preset = Annotated[
     str, typer.Option(help="Hardware: h100, h200, b200, gb200, a100, pcie or cpu.")
@@ -57,6 +59,18 @@ Oversubscription = Annotated[
     float | None,
     typer.Option(help="Bandwidth of a node's NICs over what its spine carries: 2 for 2:1 "
                  "[default: nothing is oversubscribed, or as in the cluster file]."),
+]
+def _bytes(size: int | None) -> int | None:
+    if size is not None and size < 0:
+        raise UsageError(f"--reserve-bytes {size} must be at least 0")
+    return size
+
+
+ReservedBytes = Annotated[
+    int | None,
+    typer.Option("--reserve-bytes", callback=_bytes,
+                 help="Of each device's memory, kept free of weights for KV cache, activations and "
+                 "the runtime [default: a tenth, or as in the cluster file]."),
 ]
 TrafficMode = Annotated[
     str,

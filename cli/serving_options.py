@@ -107,7 +107,8 @@ KvBytesPerToken = Annotated[
 ]
 OtherBytes = Annotated[
     int | None,
-    typer.Option(help="Weights other than experts on each device, with --kv-bytes-per-token.",
+    typer.Option(help="Weights other than experts on each device, with --kv-bytes-per-token "
+                 "[default: the model's].",
                  callback=whole("--other-bytes", 0)),
 ]
 Groups = Annotated[
@@ -124,7 +125,8 @@ OtherUsPerToken = Annotated[
 ]
 FaultsPath = Annotated[
     Path | None,
-    typer.Option("--faults", help="What goes wrong (YAML or JSON, see `schema faults`)."),
+    typer.Option("--faults", help="What goes wrong (YAML or JSON): `loadmaster example faults` has "
+                 "one."),
 ]
 PolicyName = Annotated[
     str | None,

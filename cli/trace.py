@@ -9,6 +9,7 @@ import typer
 
 from . import output as show
 from .options import Axes, Json, Layers, MoeLayers, NumExperts, RowsModel, Seed, TraceArgument
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
 
 app = typer.Typer(help="Get a trace, and see whether it is long enough.", no_args_is_help=True,
                   rich_markup_mode=None)
@@ -56,10 +57,7 @@ def record(
     except KeyboardInterrupt:
         if stood or not kept.exists():
             raise
-        show.err().print(
-            f"loadmaster: interrupted; {out} holds the whole steps recorded until then",
-            markup=False, soft_wrap=True,
-        )
+        show.print_error(f"interrupted; {out} holds the whole steps recorded until then")
         raise typer.Exit(130) from None
     if json:
         show.print_json({"trace": str(out), **vars(summary)})
@@ -137,14 +135,19 @@ def info(
     devices: Annotated[int, typer.Option(help="Devices the learning curve packs for.")] = 8,
     num_experts: NumExperts = None,
     axes: Axes = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     json: Json = False,
 ) -> None:
     """What a trace holds, and whether it is long enough to plan from."""
+    from ..simulator.report.trace_report import trace_report
     from ..traces.analysis.summary import trace_info
     from ..traces.formats import import_any
 
+    require_report_targets(report, report_png)
     found = import_any(trace, num_experts=num_experts, axes=axes)
     facts = trace_info(found, devices=devices)
+    write_reports([trace_report(facts)], report, report_png)
     if json:
         show.print_json(facts.to_dict())
         return

@@ -21,6 +21,7 @@ from ...traces.steps import Steps, StepSampler
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..dispatch.policies import policy_of
+from ..memory import memory_notes
 from ..plan import DispatchSpec, Plan
 from .overlap import Overlap
 from .step_cost import step_cost
@@ -98,11 +99,11 @@ def evaluate(
         trace, sampled, plan, cluster, spec, expert_bytes_E=sizes, executor=executor,
         timed=model is not None,
     )
+    notes = (*sampled.notes, *memory_notes(plan, cluster, model))
     rest_us_W = None if model is None else unplanned_us_W(
         trace, sampled, filled_shape(plan), cluster, spec, model, overlap, executor
     )
-    return judge(loads, cluster, spec, sampled.notes, model=model, overlap=overlap,
-                 rest_us_W=rest_us_W)
+    return judge(loads, cluster, spec, notes, model=model, overlap=overlap, rest_us_W=rest_us_W)
 
 
 def resolve_dispatch(dispatch: str | DispatchSpec | None, plan: Plan) -> DispatchSpec:

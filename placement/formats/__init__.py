@@ -36,7 +36,7 @@ class _Format:
 
 _FORMATS = {
     "sglang": _Format(
-        "SGLang", sglang.read, sglang.write, (".json", ".pt"), ("sglang_static", "sglang_dynamic")
+        "SGLang", sglang.read, sglang.write, (".json", ".pt"), tuple(sglang.DISPATCH_OPTIONS)
     ),
     "trtllm": _Format(
         "TensorRT-LLM", trtllm.read, trtllm.write, (".yaml", ".yml"), ("trtllm_round_robin",)

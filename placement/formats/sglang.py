@@ -32,6 +32,12 @@ from .imported import (
 )
 
 KEY = "physical_to_logical_map"
+# What makes SGLang choose among replicas as a policy says; static is what it does unasked.
+DISPATCH_OPTIONS = {
+    "sglang_static": "--ep-dispatch-algorithm static and an all-to-all backend",
+    "sglang_dynamic": "--ep-dispatch-algorithm dynamic and an all-to-all backend",
+    "sglang_rows": "--ep-dispatch-algorithm dynamic --moe-a2a-backend none",
+}
 
 
 def read(known: Known) -> ImportedPlan:
@@ -77,10 +83,12 @@ def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
             torch.save({KEY: torch.from_numpy(table)}, file)
         else:
             file.write((json.dumps({KEY: table.tolist()}) + "\n").encode())
-    return (
+    start = (
         f"start SGLang on {plan.num_devices} ranks with --init-expert-location {path} "
-        f"--ep-num-redundant-experts {slots - plan.num_experts}", *notes,
+        f"--ep-num-redundant-experts {slots - plan.num_experts}"
     )
+    option = DISPATCH_OPTIONS.get(plan.dispatch.policy) if slots > plan.num_experts else None
+    return (f"{start} {option}" if option else start, *notes)
 
 
 def _table(path: Path) -> list[object]:

@@ -28,6 +28,7 @@ from ..cost.lower_bounds import checked_gap
 from ..cost.unplanned import unplanned_layers, unplanned_note
 from ..dispatch.policies import policy_of
 from ..dispatch.quotas import default_slack
+from ..memory import limits_G, plan_bytes_G, require_slots_fit
 from ..methods.affinity import affinity
 from ..methods.baselines import LAYER_METHODS, require_capacity
 from ..methods.moetuner import moetuner
@@ -97,6 +98,7 @@ def plan(
         cluster, method, objective, dispatch, model, balance_slack, seed, effort, time_limit_s
     )
     require_capacity(trace.num_experts, cluster.slots_G)
+    fitting = require_slots_fit(cluster, model, current)
     data = planning_steps(trace, steps, most_steps=most_steps(settings))
     unplanned = check_model(settings, data)
     if current is not None:
@@ -111,7 +113,9 @@ def plan(
     else:
         work = search_and_polish if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
-    notes = (*unplanned, *capacities.notes, *(() if placed is None else placed.notes))
+    notes = (
+        *fitting, *unplanned, *capacities.notes, *(() if placed is None else placed.notes),
+    )
     if cluster.traffic.mode == "coherent":
         answers, more = linked(answers, data, settings, align=method == "auto" and not current)
         notes = (*notes, *more)
@@ -164,7 +168,7 @@ def capacity_of_layers(
     """Slots and bytes of each layer; loads are counted only where memory may be the limit."""
     cluster, shape = settings.cluster, (data.num_layers, data.num_experts)
     load_LE = np.zeros(shape)
-    if any(device.expert_memory_bytes is not None for device in cluster.devices):
+    if np.isfinite(limits_G(cluster, settings.model, current)).any():
         for layer in range(data.num_layers):
             load_LE[layer] = data.layer(layer).planning_WE().mean(axis=0)
     return capacity_per_layer(load_LE, cluster, settings.model, current)
@@ -238,7 +242,7 @@ def _check_memory(made: Plan, settings: Settings) -> None:
     model = settings.model
     if model is None or not model.knows_bytes:
         return
-    held_G = made.replicas_LGE().sum(axis=0) @ model.bytes_per_expert_E()
+    held_G = plan_bytes_G(made, model)
     for g, device in enumerate(settings.cluster.devices):
         if device.expert_memory_bytes is not None and held_G[g] > device.expert_memory_bytes:
             raise InfeasibleError(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loadmaster.errors import InputError, UsageError
 from loadmaster.placement.formats import FORMATS, export_plan, import_plan, nearest_plan
-from loadmaster.placement.plan import Plan
+from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.traces.model_spec import ModelSpec
 
 from .engine_files import (
@@ -265,6 +265,20 @@ def test_holes_are_closed_up_where_all_devices_fill_as_many(tmp_path: Path) -> N
 def test_a_plan_for_another_dispatch_says_how_to_judge_it(tmp_path: Path) -> None:
     notes = export_plan(TOY, "trtllm", tmp_path / "plan.yaml")
     assert any("--dispatch trtllm_round_robin" in note for note in notes)
+
+
+@pytest.mark.parametrize(("policy", "option"), [
+    ("sglang_static", "static and an all-to-all backend"),
+    ("sglang_rows", "dynamic --moe-a2a-backend none"), ("even", None),
+])
+def test_sglang_is_started_with_the_plans_dispatch(
+    tmp_path: Path, policy: str, option: str | None
+) -> None:
+    plan = Plan(slots=TOY.slots, num_experts=TOY.num_experts, dispatch=DispatchSpec(policy=policy))
+    start = export_plan(plan, "sglang", tmp_path / "plan.json", model=MODEL)[0]
+    assert start.endswith(f"--ep-dispatch-algorithm {option}") if option else (
+        "--ep-dispatch-algorithm" not in start
+    )
 
 
 # ---- layers of the model ----------------------------------------------------------------------
