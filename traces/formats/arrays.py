@@ -16,9 +16,10 @@ import numpy as np
 
 from ...errors import InputError
 from .asked import LOAD_AXES, Asked
-from .loads import loads_result
+from .cleaning.found_routes import FoundRoutes
+from .cleaning.loads import loads_result
+from .cleaning.routes import clean_routes
 from .result import NO_HOMES, NO_PHASE, NO_REQUESTS, NO_STEPS, ImportResult
-from .routes import FoundRoutes, clean_routes
 from .tensors import as_array
 
 SUFFIXES = (".npy", ".npz", ".safetensors")

@@ -12,8 +12,8 @@ from typing import Any
 from ...errors import InputError
 from .arrays import import_named
 from .asked import Asked
+from .engines.sglang import import_recorder, is_recorder
 from .result import ImportResult
-from .sglang import import_recorder, is_recorder
 from .tensors import as_array
 
 

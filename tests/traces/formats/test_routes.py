@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from loadmaster.errors import InputError
 from loadmaster.traces.formats import Asked, import_any
-from loadmaster.traces.formats.routes import FoundRoutes, clean_routes
+from loadmaster.traces.formats.cleaning import found_routes
+from loadmaster.traces.formats.cleaning.found_routes import FoundRoutes
+from loadmaster.traces.formats.cleaning.routes import clean_routes
 from loadmaster.traces.model_spec import DraftLayers, ModelSpec
 from loadmaster.traces.trace import RoutingTrace
 
@@ -263,14 +265,12 @@ def test_blocks_joined_are_the_whole(seed: int, tokens: int, padded: bool, zero:
         ids = np.where(rng.random(ids.shape) < 0.3, -1, ids)
     ids[0, 0] = [3, 1, 2, 0]
     found = FoundRoutes(ids, {"request": np.arange(tokens)}, num_experts=16)
-    import loadmaster.traces.formats.routes as routes
-
-    before, routes.BLOCK_TOKENS = routes.BLOCK_TOKENS, 7
+    before, found_routes.BLOCK_TOKENS = found_routes.BLOCK_TOKENS, 7
     try:
         clean = clean_routes(found, Asked())
         whole, parts = clean.whole(), list(clean.blocks())
     finally:
-        routes.BLOCK_TOKENS = before
+        found_routes.BLOCK_TOKENS = before
     assert np.array_equal(np.concatenate([p.ids for p in parts]), whole.ids)
     for name in ("k_of_token", "request"):
         column = getattr(whole, name)

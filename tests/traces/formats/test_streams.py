@@ -14,15 +14,8 @@ import numpy.typing as npt
 import pytest
 
 from loadmaster.errors import InputError
-from loadmaster.traces.formats import (
-    Asked,
-    ImportResult,
-    RoutesResult,
-    import_any,
-    open_any,
-    row_loads,
-    row_routes,
-)
+from loadmaster.traces.formats import Asked, ImportResult, RoutesResult, import_any, open_any
+from loadmaster.traces.formats.tables import row_loads, row_routes
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.storage.store import open_trace, save_blocks
 from loadmaster.traces.trace import RoutingTrace
@@ -260,8 +253,8 @@ def test_a_long_table_is_imported_in_bounded_memory(
 ) -> None:
     """Memory of reading and of writing on; the trace is the same as that of the whole."""
     monkeypatch.setattr(row_routes, "FLUSH_TOKENS", 64)
-    monkeypatch.setattr("loadmaster.traces.formats.routes.BLOCK_TOKENS", 256)
-    monkeypatch.setattr("loadmaster.traces.formats.routes.SAMPLE_TOKENS", 256)
+    monkeypatch.setattr("loadmaster.traces.formats.cleaning.found_routes.BLOCK_TOKENS", 256)
+    monkeypatch.setattr("loadmaster.traces.formats.cleaning.repeated_routes.SAMPLE_TOKENS", 256)
 
     def peak(tokens: int) -> int:
         ids = routing(tokens=tokens, layers=2)
@@ -392,6 +385,23 @@ def test_a_document_of_something_else_is_sent_where_it_belongs(
     (tmp_path / "d.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match=said):
         import_any(tmp_path / "d.json")
+
+
+def test_lines_of_matrices_are_windows_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadmaster.traces.formats.tables.load_documents.MOST_WINDOWS", 8)
+    rows = [{"step": i, "expert_load": (np.array(WINDOWS[i % 3]) + i).tolist()} for i in range(50)]
+    found = import_any(write_lines(tmp_path / "h.jsonl", rows))
+    assert found.profile is not None and found.profile.num_windows == 7
+    expected = np.array([row["expert_load"] for row in rows])
+    assert np.array_equal(found.profile.load_WLE[0], expected[:8].sum(axis=0))
+    assert np.array_equal(found.profile.load_LE, expected.sum(axis=0))
+    assert "8 lines together are a window" in found.notes
+    with pytest.raises(InputError, match="row 51: holds no loads"):
+        import_any(write_lines(tmp_path / "h.jsonl", [*rows, {"step": 50}]))
+    with pytest.raises(InputError, match=r"row 51: holds loads \[1, 2\], the lines before"):
+        import_any(write_lines(tmp_path / "h.jsonl", [*rows, {"expert_load": [[1, 2]]}]))
 
 
 # ---- more of the same -------------------------------------------------------------------------
