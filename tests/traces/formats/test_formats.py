@@ -311,6 +311,8 @@ def test_ranks_that_all_saw_the_same_tokens_count_once(tmp_path: Path) -> None:
         token_record(number, 1, [20 + number, 11], same, mode=1) for number in range(3)
     ))
     assert trace_of(import_any(tmp_path)).num_tokens == 12
+    one = import_any(sorted(tmp_path.glob("*.pt"))[0])
+    assert "1 more lie beside it: name the folder" in " ".join(one.notes)
 
 
 def test_sglang_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

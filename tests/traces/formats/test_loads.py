@@ -114,6 +114,9 @@ def test_tensors_of_a_scripts_own_are_read_without_unpickling(tmp_path: Path) ->
                tmp_path / "routes.pt")
     trace = import_any(tmp_path / "routes.pt").trace
     assert trace is not None and np.array_equal(trace.ids, ids.numpy())
+    torch.save(list(ids.unbind(1)), tmp_path / "by_layer.pt")
+    trace = import_any(tmp_path / "by_layer.pt", num_experts=8).trace
+    assert trace is not None and np.array_equal(trace.ids, ids.numpy())
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     with pytest.raises(InputError, match="neither SGLang's recording nor tensors by name"):
         import_any(tmp_path / "list.pt")

@@ -448,3 +448,11 @@ def test_arrays_of_ranks_beside_each_other_are_summed_too(tmp_path: Path) -> Non
     np.save(tmp_path / "load_rank3.npy", loads[:2])
     with pytest.raises(InputError, match="other shapes or layers than"):
         import_any(tmp_path / "load_rank1.npy")
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_tables_may_be_split_by_semicolons_or_tabs(tmp_path: Path, mark: str) -> None:
+    rows = ["layer,expert,count", "0,0,5", "0,1,7"]
+    (tmp_path / "c.csv").write_text("\n".join(rows).replace(",", mark))
+    profile = import_any(tmp_path / "c.csv").profile
+    assert profile is not None and profile.load_LE.tolist() == [[5, 7]]
