@@ -62,19 +62,24 @@ def import_folder(folder: Path, asked: Asked) -> Result:
         for suffix in (".pt", ".npy", ".csv", ".jsonl", ".npz", ".safetensors", ".json")
     }
     held = {suffix: files for suffix, files in kinds.items() if files}
+    if ".pt" in held:
+        return import_tensors(folder, asked)
+    if len(held) > 1:
+        held.pop(".json", None)         # what a script noted beside its data
     if len(held) > 1:
         named = next(iter(held.values()))[0]
         raise InputError(
             f"holds files of several kinds ({', '.join(held)}): name one of them, as in "
             f"`loadmaster trace info {named}`"
         )
-    if ".pt" in held:
-        return import_tensors(folder, asked)
     if ".npy" in held:
         return import_per_request(folder, asked)
     tables = held.get(".csv") or held.get(".jsonl")
     if tables and set(rank_files(tables[0])) == set(tables):
         return import_file(tables[0], asked)
+    if ".jsonl" in held and _any_response(held[".jsonl"][0]):
+        lines = itertools.chain.from_iterable(map(json_lines, held[".jsonl"]))
+        return import_responses(lines, asked, folder.name)
     if held:
         suffix, files = next(iter(held.items()))
         raise InputError(

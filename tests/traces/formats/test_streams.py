@@ -456,3 +456,12 @@ def test_tables_may_be_split_by_semicolons_or_tabs(tmp_path: Path, mark: str) ->
     (tmp_path / "c.csv").write_text("\n".join(rows).replace(",", mark))
     profile = import_any(tmp_path / "c.csv").profile
     assert profile is not None and profile.load_LE.tolist() == [[5, 7]]
+
+
+def test_a_folder_of_responses_is_all_of_them(tmp_path: Path) -> None:
+    for part in (0, 1):
+        write_lines(tmp_path / f"part{part}.jsonl",
+                    [{"choices": [{"routed_experts": npy(ids)}]} for ids in REQUESTS])
+    (tmp_path / "notes.json").write_text("{}")
+    found = import_any(tmp_path, num_experts=16)
+    assert trace_of(found).num_tokens == 40 and "6 requests" in found.notes
