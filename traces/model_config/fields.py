@@ -44,6 +44,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     "shared width": (
         "shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim",
+        "share_expert_dims",
         "moe_shared_expert_intermediate_size", "shared_experts_intermediate_size",
     ),
     "groups": ("n_group", "num_expert_group", "num_expert_groups", "n_expert_groups"),

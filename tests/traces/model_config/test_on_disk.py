@@ -212,6 +212,26 @@ def test_several_files_are_read_by_their_index(write: Write) -> None:
     assert "part-1.safetensors: not there" in note and "configuration alone is taken" in note
 
 
+def test_weights_that_lie_there_twice_count_once(write: Write) -> None:
+    """As transformers keeps them, and as Mistral does."""
+    folder = write(MODEL)
+    save_file(layers(), folder / "model.safetensors")
+    save_file(layers(start="layers.", block="ffn"), folder / "consolidated.safetensors")
+    spec = ModelSpec.from_pretrained(folder)
+    assert spec.notes == () and spec.bytes_per_expert_E()[0] == 2 * EXPERT
+
+
+def test_experts_of_other_parts_are_not_the_language_models(write: Write) -> None:
+    """A talker or an encoder with experts of its own, beside the model that thinks."""
+    others = {
+        f"{start}layers.{layer}.mlp.experts.{e}.{name}": tensor.clone()
+        for start in ("talker.model.", "vision_tower.")
+        for layer in range(6) for e in range(2) for name, tensor in plain().items()
+    }
+    spec = model(write, layers(start="thinker.model.layers.") | others)
+    assert spec.notes == () and spec.own_layer_indices() == (1, 2, 3)
+
+
 def _cut(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:200])
