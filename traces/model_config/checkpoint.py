@@ -237,7 +237,9 @@ class _Reading:
         encoder = self.config.get("encoder_layers") or self.config.get("num_layers") or 0
         decoder = self.config.get("decoder_layers") or self.config.get("num_decoder_layers")
         decoder = encoder if decoder is None else decoder
-        layers = []
+        if not 0 <= encoder + decoder <= MOST_LAYERS or min(encoder, decoder) < 0:
+            raise ValueError(f"an encoder of {encoder} layers and a decoder of {decoder}")
+        layers: list[int] = []
         for side, count, before in (("encoder", encoder, 0), ("decoder", decoder, encoder)):
             sparse = self.config.get(f"num_sparse_{side}_layers")
             if sparse is None:                                   # NLLB: every so many-th
