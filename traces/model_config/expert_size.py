@@ -22,6 +22,8 @@ from .quantisers import UnknownFormatError
 from .schemes import UNSAID, Scheme, read_schemes, stored_format
 
 _NEAR = 0.01                # per-tensor scales and types of scales differ by less
+_UNKNOWN = "bytes per expert: unknown"
+_NO_DTYPE = "bytes per expert: no dtype is given, 16 bits a weight are taken"
 
 Formats = tuple[WeightFormat | None, ...]       # of an expert's matrices; None: not quantised
 
@@ -53,8 +55,8 @@ class ExpertFormats:
             self.schemes = read_schemes(config, files)
         except UnknownFormatError as error:
             notes.append(
-                f"bytes per expert: unknown, for {error} is not known here, so there are neither "
-                "bytes nor times; a ModelSpec as JSON gives them (bytes_per_parameter)"
+                f"{_UNKNOWN}, for {error} is not known here, so there are neither bytes nor times; "
+                "a ModelSpec as JSON gives them (bytes_per_parameter)"
             )
 
     def size(self, layers: Sequence[int], shape: Shape) -> ExpertBytes | None:
@@ -71,7 +73,7 @@ class ExpertFormats:
         counted = Counter(said.values()) or Counter([(None,) * shape.matrices])
         (most, many), *others = counted.most_common()
         if None in most and self.stored is None:
-            self.notes.append("bytes per expert: no dtype is given, 16 bits a weight are taken")
+            self.notes.append(_NO_DTYPE)
         for other, fewer in others:
             self.notes.append(
                 f"bytes per expert: {fewer} of {len(layers)} layers keep their experts in "
@@ -141,6 +143,7 @@ def size_on_disk(
             f"bytes per expert: {held.total() - many} of {held.total()} layers hold experts of "
             "another size on disk; that of most is taken for all"
         )
+    _drop_doubts(notes)
     if len(set(found)) > 1:
         return said, found
     if said is None:
@@ -152,3 +155,8 @@ def size_on_disk(
         f"bytes per expert: {found[0]} on disk, {total} by {where}; the weights decide"
     )
     return ExpertBytes.of_total(found[0], shape.parameters), None
+
+
+def _drop_doubts(notes: list[str]) -> None:
+    """Take back what the configuration left open and the weights have answered."""
+    notes[:] = [note for note in notes if note != _NO_DTYPE and _UNKNOWN not in note]

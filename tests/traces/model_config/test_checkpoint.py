@@ -41,6 +41,13 @@ def test_deepseek_v3_as_published(tmp_path: Path) -> None:
     assert spec.activation_bytes == 2 and spec.flops_per_assignment == 6 * 7168 * 2048
 
 
+def test_a_model_keeps_the_fingerprint_that_plans_were_made_for(tmp_path: Path) -> None:
+    """Neither notes nor draft layers count; what was read before there were any is the same."""
+    before = ModelSpec.from_pretrained(write(tmp_path, **DEEPSEEK))
+    drafts = ModelSpec.from_pretrained(write(tmp_path, **DEEPSEEK, num_nextn_predict_layers=1))
+    assert before.digest() == drafts.digest() == "efb8850ab16bbdf2"
+
+
 def test_gpt_oss_as_published(tmp_path: Path) -> None:
     """Every layer, mxfp4: 4 bits and a byte of scale per 32 weights, biases in 16 bits."""
     spec = ModelSpec.from_pretrained(write(

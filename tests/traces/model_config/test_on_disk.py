@@ -91,6 +91,13 @@ def test_a_quantisation_nobody_mentions_is_seen_and_said(write: Write) -> None:
 def test_a_quantisation_that_is_not_known_is_weighed(write: Write) -> None:
     spec = model(write, layers(nvfp4), quantization_config={"quant_method": "magic"})
     assert spec.knows_sizes and spec.bytes_per_expert_E()[0] == EXPERT // 2 + EXPERT // 16 + 24
+    assert spec.notes == ()
+
+
+def test_a_dtype_nobody_gave_is_seen(write: Write) -> None:
+    fields = {"torch_dtype": None}
+    assert "no dtype is given" in ModelSpec.from_pretrained(write(MODEL | fields)).notes[0]
+    assert model(write, layers(), **fields).notes == ()
 
 
 def test_scales_of_a_whole_tensor_are_no_difference(write: Write) -> None:
