@@ -118,15 +118,15 @@ class ModelSpec(BaseModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, source: Path | str, *, moe_layers: str | None = None) -> ModelSpec:
-        """The model in a checkpoint's folder, or of its config.json or params.json alone.
+    def from_pretrained(cls, folder: Path | str, *, moe_layers: str | None = None) -> ModelSpec:
+        """The model in a checkpoint's folder; or its config.json or params.json may be named.
 
         Where weights lie beside the configuration, their headers decide, and `notes` say where the
         two differ. moe_layers: "3-60", where the files do not say which layers are MoE. Raises
         InputError where the model is not MoE or cannot be understood, saying which fields were
         looked for and how to answer.
         """
-        path = Path(source)
+        path = Path(folder)
         fields = checkpoint_fields(path, moe_layers)
         try:
             return cls(**fields)

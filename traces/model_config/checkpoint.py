@@ -80,6 +80,7 @@ class _Reading:
         disk = self._on_disk(hidden_layers, experts)
         listed, layers = self._layers(kin, hidden_layers, experts, moe_layers, disk)
         total = max(hidden_layers or 0, layers[-1] + 1)
+        experts = self._number("experts", layers) or experts      # where a list gives each layer's
         top_k = self._required("top_k", self._number("top_k", layers) or family.top_k)
         hidden, intermediate = self._number("hidden", layers), self._number("intermediate", layers)
         if disk is not None:
@@ -112,8 +113,7 @@ class _Reading:
     def _experts(self) -> int:
         self.config.require_agreement("experts", str(self.where))
         self.config.require_agreement("top_k", str(self.where))
-        found = self.config.set_field("experts")
-        experts = None if found is None else self.config.number("experts", (), [])
+        experts = self.config.most("experts")
         if not experts or experts < 2 or self.config.get("enable_moe_block") is False:
             kind = next(iter(self.config.names()), "")
             raise InputError(

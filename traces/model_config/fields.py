@@ -144,6 +144,15 @@ class Config:
             )
         return numbers[0]
 
+    def most(self, quantity: str) -> int | None:
+        """The quantity, the largest where there are several. Raises ValueError on no number."""
+        found = self.set_field(quantity)
+        if found is None:
+            return None
+        field, value = found
+        values = value if isinstance(value, list) else [value]
+        return max((_whole(field, each) for each in values), default=None)
+
     def require_agreement(self, quantity: str, where: str) -> None:
         """Raise InputError where one part gives a quantity two values under two names."""
         for part in self.parts:
