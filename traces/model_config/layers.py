@@ -113,6 +113,29 @@ def ruled_layers(
     return ", ".join(said) or "its family", chosen
 
 
+def encoder_then_decoder(config: Config, notes: list[str]) -> tuple[int, ...]:
+    """The encoder's MoE layers, then the decoder's, numbered after the encoder's last."""
+    encoder = config.get("encoder_layers") or config.get("num_layers") or 0
+    decoder = config.get("decoder_layers") or config.get("num_decoder_layers")
+    decoder = encoder if decoder is None else decoder
+    if not 0 <= encoder + decoder <= MOST_LAYERS or min(encoder, decoder) < 0:
+        raise ValueError(f"an encoder of {encoder} layers and a decoder of {decoder}")
+    layers: list[int] = []
+    for side, count, before in (("encoder", encoder, 0), ("decoder", decoder, encoder)):
+        sparse = config.get(f"num_sparse_{side}_layers")
+        if sparse is None:                                   # NLLB: every so many-th
+            step = config.get(f"{side}_sparse_step") or 0
+            layers += [before + i for i in range(count) if step and (i + 1) % step == 0]
+        elif sparse:                                         # Switch: so many, from the second
+            step = max(count // sparse, 1)
+            layers += [before + i for i in range(count) if step == 1 or i % step == 1]
+    notes.append(
+        f"layers: an encoder of {encoder} layers and a decoder of {decoder}; the decoder's are "
+        f"numbered from {encoder}"
+    )
+    return tuple(layers)
+
+
 def _every(period: int, counted_from: int) -> Callable[[int], bool]:
     return lambda i: (i + counted_from) % period == 0
 
