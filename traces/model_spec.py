@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import InputError
 from ..foundation.documents import first_fault
+from .dense_weights import ModelShape, dense_bytes_on_disk, estimated_dense_bytes
 from .model_config.checkpoint import BY_HAND, checkpoint_fields
+from .model_config.files import find_files
 from .model_config.layer_ranges import MOST_LAYERS
 
 # Far beyond any model, and small enough that bytes and operations stay whole numbers.
@@ -83,6 +85,14 @@ class ModelSpec(BaseModel):
     notes: tuple[str, ...] = Field(
         default=(), description="what was read with a doubt, each beside the figure it may change"
     )
+    dense_bytes: int | None = Field(
+        default=None, ge=0, le=MOST_BYTES,
+        description="weights beside the routed experts, as every device holds them; None = "
+        "estimated from the sizes",
+    )
+    dense_is_estimated: bool = Field(
+        default=False, description="dense_bytes was reckoned from a configuration's widths"
+    )
     other_time_us: float = Field(
         default=0.0, ge=0, description="time of a step outside the experts and their exchange"
     )
@@ -129,7 +139,7 @@ class ModelSpec(BaseModel):
         path = Path(folder)
         fields = checkpoint_fields(path, moe_layers)
         try:
-            return cls(**fields)
+            return cls(**fields)._with_dense_weights(path)
         except ValidationError as error:
             named = path / "config.json" if path.is_dir() else path
             raise InputError(f"{named}: {first_fault(error)}; {BY_HAND}") from error
@@ -179,9 +189,34 @@ class ModelSpec(BaseModel):
         """[L] the model's own layer indices; 0..L-1 where not recorded."""
         return self.layer_indices or tuple(range(self.num_layers))
 
+    def dense_weights(self) -> tuple[int, bool] | None:
+        """(bytes beside the routed experts, whether that is an estimate); None = sizes unknown."""
+        if self.dense_bytes is not None:
+            return self.dense_bytes, self.dense_is_estimated
+        shape = self._shape()
+        return None if shape is None else (estimated_dense_bytes(shape), True)
+
+    def _with_dense_weights(self, source: Path) -> Self:
+        """The same with `dense_bytes` from the weights beside a configuration, or its widths."""
+        files = find_files(source)
+        found = dense_bytes_on_disk(files.folder, self.total_layers)
+        estimated = found is None
+        if found is None and (shape := self._shape()) is not None:
+            found = estimated_dense_bytes(shape, files.config)
+        return self.model_copy(update={"dense_bytes": found, "dense_is_estimated": estimated})
+
+    def _shape(self) -> ModelShape | None:
+        if self.hidden is None or self.intermediate is None or not self.knows_sizes:
+            return None
+        return ModelShape(
+            self.hidden, self.total_layers or max(self.own_layer_indices()) + 1, self.num_layers,
+            self.num_experts, self.intermediate, self.num_shared_experts,
+            self.matrices_per_expert, self.bytes_per_parameter,
+        )
+
     def digest(self) -> str:
-        """Fingerprint of what a plan rests on: not the name, notes or draft layers."""
-        aside = {"name", "notes", "draft_layers"}
+        """Fingerprint of what a plan rests on: not the name, notes, draft layers or dense part."""
+        aside = {"name", "notes", "draft_layers", "dense_bytes", "dense_is_estimated"}
         if self.weights_known:      # as models were fingerprinted before it could be unknown
             aside.add("weights_known")
         text = self.model_dump_json(exclude=aside)
