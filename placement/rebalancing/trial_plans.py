@@ -121,6 +121,11 @@ class TimeLimit:
             raise UsageError(f"time_limit_s {limit_s} must be above 0")
         return cls(None if limit_s is None else time.monotonic() + limit_s)
 
+    def part(self, share: float) -> float | None:
+        """Seconds for a part of what is left."""
+        left = self.share()
+        return None if left is None else max(LEAST_S, share * left)
+
     def share(self, pieces: int = 1) -> float | None:
         """Seconds for the next of so many pieces that are still to do."""
         if self.deadline is None:
