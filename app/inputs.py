@@ -68,28 +68,75 @@ def build_sampler(tokens: int, concurrency: int, order: str, seed: int) -> StepS
     return StepSampler(tokens=tokens, concurrency=concurrency, order=order, seed=seed)  # type: ignore[arg-type]
 
 
-def read_model(source: Path | None) -> ModelSpec | None:
-    """A checkpoint's or a JSON file's ModelSpec; None without a source."""
-    from pydantic import ValidationError
+def read_model(source: Path | None, moe_layers: str | None = None) -> ModelSpec | None:
+    """The ModelSpec of what `--model` names; None without a source.
 
-    from ..foundation.documents import first_fault, read_json, require_mapping
+    source: a checkpoint's folder, a config.json or params.json, a ModelSpec as JSON, or else a
+    published model's name. moe_layers: `--moe-layers`, the answer where the files do not say it.
+    Raises InputError or UsageError naming what was given and what to give.
+    """
+    from ..traces.catalogue import catalogue_model
     from ..traces.model_spec import ModelSpec
 
     if source is None:
+        if moe_layers is not None:
+            raise UsageError("--moe-layers says which layers of --model are MoE: give both")
         return None
     if source.is_dir():
-        return ModelSpec.from_pretrained(source)
+        return ModelSpec.from_pretrained(source, moe_layers=moe_layers)
+    if _may_be_a_name(source):
+        return catalogue_model(str(source))
+    if _is_configuration(_model_fields(source, finite=False)):
+        return ModelSpec.from_pretrained(source, moe_layers=moe_layers)
+    return _written_spec(source, _model_fields(source))
+
+
+def _may_be_a_name(source: Path) -> bool:
+    """Whether nothing stands there and it reads as "gpt-oss-20b" or "openai/gpt-oss-20b"."""
+    if source.exists() or source.is_symlink() or source.suffix == ".json":
+        return False
+    return not source.is_absolute() and len(source.parts) <= 2 and source.parts[:1] != ("..",)
+
+
+def _model_fields(source: Path, *, finite: bool = True) -> dict[str, Any]:
+    from ..foundation.documents import read_json, require_mapping
+
     try:
-        value = read_json(source)
+        value = read_json(source, finite=finite)
     except InputError as error:
-        raise InputError(f"{error}; give a checkpoint's folder, or a ModelSpec as JSON") from None
+        raise InputError(
+            f"{error}; give a checkpoint's folder, its config.json or params.json, a published "
+            "model's name, or a ModelSpec as JSON"
+        ) from None
     wanted = "num_layers, num_experts, top_k and what else is known"
-    fields = require_mapping(value, str(source), "a ModelSpec file", wanted)
+    return require_mapping(value, str(source), "a ModelSpec file", wanted)
+
+
+def _is_configuration(fields: dict[str, Any]) -> bool:
+    """Whether a JSON file is a model's configuration, and no ModelSpec."""
+    named = {"model_type", "architectures", "architecture", "text_config", "moe"}
+    sized = {"hidden_size", "num_hidden_layers", "n_layers", "dim", "d_model"}
+    return bool(named & fields.keys()) or (
+        "num_layers" not in fields and bool(sized & fields.keys())
+    )
+
+
+def _written_spec(source: Path, fields: dict[str, Any]) -> ModelSpec:
+    from pydantic import ValidationError
+
+    from ..foundation.documents import first_fault
+    from ..traces.model_spec import ModelSpec
+
     try:
         return ModelSpec.model_validate(fields)
     except ValidationError as error:
         known = ", ".join(ModelSpec.model_fields)
         raise InputError(f"{source}: {first_fault(error, known)}") from None
+
+
+def model_notes(model: ModelSpec | None) -> tuple[str, ...]:
+    """What was read of the model with a doubt, for the notes beside an answer."""
+    return () if model is None else tuple(f"{model.name}: {note}" for note in model.notes)
 
 
 def read_routing(path: Path, num_experts: int | None = None) -> tuple[

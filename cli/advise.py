@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,9 @@ def answer(
     for name, part in parts.items():
         limit = {"time_limit_s": clock.share(len(parts) - len(answers))}
         answers[name] = _advise(part, options | limit)
-    for name, advice in answers.items():
+    for name, found in answers.items():
+        offered = show.with_offer(found.verdict, source, options["model"])
+        advice = answers[name] = replace(found, verdict=offered)
         target = targets[name]
         if target is not None:
             advice.plan.save(target)

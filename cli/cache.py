@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..app.inputs import build_cluster, build_sampler, read_model, read_trace
+from ..app.inputs import build_cluster, build_sampler, model_notes, read_model, read_trace
 from . import options as opt
 from . import output as show
 from .serving_options import whole, within
@@ -22,6 +22,7 @@ def cache(
                           callback=whole("--slots", 1))
     ],
     model: opt.SizedModel,
+    moe_layers: opt.MoeLayers = None,
     shared: Annotated[bool, typer.Option("--shared", help="All layers share the slots.")] = False,
     tier: Annotated[str, typer.Option(help="Where the others lie: host or disk.")] = "host",
     policy: Annotated[
@@ -54,7 +55,8 @@ def cache(
     from ..simulator.cache.policies import POLICIES
 
     routing, notes = read_trace(trace, num_experts)
-    spec = read_model(model)
+    spec = read_model(model, moe_layers)
+    notes += model_notes(spec)
     if spec is None or not spec.knows_sizes:
         raise UsageError(f"{model}: a cache needs the hidden and intermediate sizes")
     place, _ = build_cluster(None, preset, 1, 1, routing.num_experts, "return_home/per_expert",

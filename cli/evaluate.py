@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from ..app.inputs import (
     build_sampler,
+    model_notes,
     plans_cluster,
     read_model,
     read_plans,
@@ -39,6 +41,7 @@ def evaluate(
     oversubscription: opt.Oversubscription = None,
     reserve_bytes: opt.ReservedBytes = None,
     model: opt.ModelSource = None,
+    moe_layers: opt.MoeLayers = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
     order: opt.Order = "interleaved",
@@ -52,13 +55,16 @@ def evaluate(
     named, reference = with_current(read_plans(plans), current)
     first = next(iter(named))
     routing, notes = read_trace(trace, num_experts)
+    spec = read_model(model, moe_layers)
+    notes += model_notes(spec)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription, reserve_bytes)
     table = compare(
         named, routing, place,
         steps=build_sampler(step_tokens, concurrency, order, 0),
-        dispatch=dispatch, model=read_model(model), seed=seed, current=reference,
+        dispatch=dispatch, model=spec, seed=seed, current=reference,
     )
+    table = replace(table, verdict=show.with_offer(table.verdict, routing, spec))
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})
     else:

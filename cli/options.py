@@ -72,10 +72,18 @@ TrafficMode = Annotated[
 ]
 ModelSource = Annotated[
     Path | None,
-    typer.Option("--model", help="Checkpoint folder, or a ModelSpec as JSON: gives times."),
+    typer.Option("--model", help="A published model's name (gpt-oss-20b), a config.json or "
+                 "params.json, a checkpoint's folder, or a ModelSpec as JSON: gives times."),
 ]
 SizedModel = Annotated[
-    Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: sizes make times.")
+    Path,
+    typer.Option("--model", help="A published model's name (gpt-oss-20b), a config.json or "
+                 "params.json, a checkpoint's folder, or a ModelSpec as JSON: sizes make times."),
+]
+MoeLayers = Annotated[
+    str | None,
+    typer.Option(help="Which of the model's layers are MoE, where its files do not say: 3-60, "
+                 "0,2,4 or 1-47/2."),
 ]
 StepTokens = Annotated[int, typer.Option(help="Tokens in a step.")]
 Concurrency = Annotated[int, typer.Option(help="Requests in flight.")]

@@ -12,6 +12,7 @@ from ..app.inputs import (
     build_executor,
     build_sampler,
     load_plan,
+    model_notes,
     read_model,
     read_routing,
     require_target,
@@ -74,6 +75,7 @@ def plan(
     oversubscription: opt.Oversubscription = None,
     reserve_bytes: opt.ReservedBytes = None,
     model: opt.ModelSource = None,
+    moe_layers: opt.MoeLayers = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
     order: opt.Order = "interleaved",
@@ -90,6 +92,8 @@ def plan(
     targets = _targets(out, phase)
     current_plan = load_plan(current)
     source, notes = read_routing(trace, num_experts)
+    spec = read_model(model, moe_layers)
+    notes += model_notes(spec)
     own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
     if slots_per_device is None and current_plan is not None:
         slots_per_device = current_plan.slots_per_device

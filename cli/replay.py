@@ -9,6 +9,7 @@ import typer
 
 from ..app.inputs import (
     build_sampler,
+    model_notes,
     plans_cluster,
     read_model,
     read_plans,
@@ -29,6 +30,7 @@ def replay(
     trace: opt.TraceArgument,
     plans: Annotated[list[Path], typer.Argument(help="Plan files; all play the same steps.")],
     model: opt.SizedModel,
+    moe_layers: opt.MoeLayers = None,
     current: Annotated[
         Path | None, typer.Option(help="The active plan: the verdict compares the others with it.")
     ] = None,
@@ -68,7 +70,8 @@ def replay(
 
     named, reference = with_current(read_plans(plans), current)
     routing, notes = read_trace(trace, num_experts)
-    spec = read_model(model)
+    spec = read_model(model, moe_layers)
+    notes += model_notes(spec)
     assert spec is not None
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription, reserve_bytes)

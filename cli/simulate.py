@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..app.inputs import plans_cluster, read_model, read_plans, read_trace, require_targets, writing
+from ..app.inputs import (
+    model_notes,
+    plans_cluster,
+    read_model,
+    read_plans,
+    read_trace,
+    require_targets,
+    writing,
+)
 from ..app.serving import build_interventions, build_serving, build_slo, build_workload
 from . import options as opt
 from . import output as show
@@ -23,6 +31,7 @@ def simulate(
     trace: opt.RoutingArgument,
     plans: Annotated[list[Path], typer.Argument(help="Plan files; all serve the same requests.")],
     model: opt.SizedModel,
+    moe_layers: opt.MoeLayers = None,
     dispatch: serve.Dispatch = None,
     arrivals: serve.ArrivalsFile = None,
     requests: serve.Requests = 1000,
@@ -67,7 +76,8 @@ def simulate(
     slo = build_slo(slo_ttft_ms, slo_tpot_ms)
     named = read_plans(plans)
     routing, notes = read_trace(trace)
-    spec = read_model(model)
+    spec = read_model(model, moe_layers)
+    notes += model_notes(spec)
     assert spec is not None
     service = build_serving(step_tokens, max_requests, prefill, kv_bytes_per_token, other_bytes,
                             groups, overlap, other_us_per_token, spec)

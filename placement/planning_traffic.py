@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
 from ..foundation.arrays import FloatArray, Int32Array
 from ..foundation.compiled import compiled
 from ..traces.profile import Profile
@@ -262,27 +261,19 @@ def _passes(
 ) -> Steps | None:
     """Up to `wanted` steps of some of the trace's tokens, as indices into the whole trace.
 
-    Sampling ends when a request in flight cannot be replaced. So the first pass is the sampler's
-    own; further ones, with other seeds, keep at most a quarter of the requests in flight and so
-    reach the ends of long requests too. None if the tokens do not fill one step.
+    A pass has every token in flight once; where it makes too few steps, others, with other seeds,
+    follow. None if the tokens do not fill one step.
     """
     if len(tokens) < sampler.tokens:
         return None
     part = trace.select(tokens)
-    quarter = max(1, len(np.unique(part.request_T())) // 4)
     found: list[Steps] = []
     turns = (1 if sampler.order == "stored" else MOST_PASSES) if passes is None else passes
     for turn in range(turns):
-        in_flight = sampler.concurrency if turn == 0 else min(sampler.concurrency, quarter)
-        again = replace(sampler, concurrency=in_flight, seed=sampler.seed + 7919 * turn)
-        try:
-            found.append(again.sample(part, wanted - sum(map(len, found))))
-        except InputError:      # not one whole step in this order
-            continue
+        again = replace(sampler, seed=sampler.seed + 7919 * turn)
+        found.append(again.sample(part, wanted - sum(map(len, found))))
         if sum(map(len, found)) >= wanted:
             break
-    if not found:
-        return None
     sizes = np.concatenate([np.diff(s.offset) for s in found])
     order = np.concatenate([s.token for s in found])
     offset = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)

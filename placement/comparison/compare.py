@@ -11,9 +11,9 @@ too little for that.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import UsageError
@@ -29,6 +29,7 @@ from ..memory import memory_notes
 from ..plan import DispatchSpec, Plan
 from .intervals import CONFIDENCE
 from .per_step import Bench, Contest, hold_contest
+from .promise import kept
 from .verdict import verdict_of
 
 
@@ -128,13 +129,15 @@ def compare(
     max_steps: int | None = None,
     overlap: Overlap | None = None,
     executor: Executor | None = None,
+    time_left_s: float | None = None,
 ) -> Comparison:
     """Judge several plans on the same steps of one trace.
 
     plans: name -> plan; ties rank the reference first, then in the order given. current: the plan
     active, what the verdict is about; None = the first. dispatch None: each plan under its own.
     objective: what ranks, "time" (default with a model of known sizes) or "balance", with the
-    planner's balance_slack. Raises UsageError without plans or for an unknown `current`.
+    planner's balance_slack. time_left_s: where bands need steps redrawn and these take longer,
+    there are no bands. Raises UsageError without plans or for an unknown `current`.
     """
     if not plans:
         raise UsageError("compare needs at least one plan")
@@ -149,10 +152,26 @@ def compare(
     slack = default_slack(cluster) if balance_slack is None else balance_slack
     bench = Bench(trace, cluster, dispatch, model, sized and objective != "balance", overlap,
                   executor)
-    contest = hold_contest(bench, plans, steps, max_steps, slack, resamples, seed)
+    until = None if time_left_s is None else time.monotonic() + time_left_s
+    contest = hold_contest(bench, plans, steps, max_steps, slack, resamples, seed, until)
     table = _ranked(contest, reference)
     said = (f"{n}: {x}" for n, plan in plans.items() for x in memory_notes(plan, cluster, model))
-    return dataclasses.replace(table, notes=(*table.notes, *said))
+    return replace(table, notes=(*table.notes, *_promises(table, plans, trace, steps), *said))
+
+
+def _promises(
+    table: Comparison, plans: dict[str, Plan], trace: RoutingTrace, steps: StepSampler
+) -> tuple[str, ...]:
+    """What was promised of each plan, where it is not what was found."""
+    if not any(plan.provenance.trace_digest for plan in plans.values()):
+        return ()
+    digest = trace.digest()
+    notes: list[str] = []
+    for row in table.rows:
+        reach = (row.metric_high - row.metric_low) / 2
+        notes += kept(row.name, plans[row.name], table.metric_name, row.metric, reach, steps,
+                      digest)
+    return tuple(notes)
 
 
 def _ranked(contest: Contest, reference: str) -> Comparison:
@@ -163,11 +182,17 @@ def _ranked(contest: Contest, reference: str) -> Comparison:
     notes = tuple(dict.fromkeys(n for e in contest.evaluations.values() for n in e.notes))
     return Comparison(
         contest.metric_name, reference, rows,
-        verdict_of(rows, reference, contest.metric_name, contest.transfers_name, contest.slack),
+        verdict_of(rows, reference, contest.metric_name, contest.transfers_name, contest.slack,
+                   step_times(contest.evaluations)),
         contest.evaluations, contest.steps, contest.mix.distinct_mixes, contest.resamples,
         contest.method, notes,
         *((contest.slack, contest.transfers_name) if contest.transfers else ()),
     )
+
+
+def step_times(evaluations: dict[str, Evaluation]) -> dict[str, float]:
+    """Each plan's step time, where sizes tell it."""
+    return {n: e.step_time_us for n, e in evaluations.items() if e.step_time_us is not None}
 
 
 def _row(contest: Contest, p: int, best: int, against: int) -> ComparisonRow:

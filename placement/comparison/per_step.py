@@ -5,6 +5,7 @@ Knows evaluations, steps and noise. Knows nothing of how plans were found or wha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,9 @@ from .noise_band import StepMix, mean_noise, step_mix
 Noise = Callable[[FloatArray], "FloatArray | None"]
 
 
+FEWEST_DRAWN_STEPS = 25      # below which draws need not be made: they have a step each at least
+
+
 @dataclass(frozen=True, eq=False)
 class Figure:
     """One figure of P plans in W steps. noise: of a weighted sum of the plans' means; None =
@@ -44,24 +48,28 @@ class Figure:
         """95 % band of plan p's mean."""
         return band(self.mean_P[p], self.noise(np.eye(len(self.value_PW))[p]))
 
-    def difference(self, p: int, q: int) -> tuple[float, float, float]:
-        """(plan p's mean less plan q's, low, high)."""
-        weight_P = np.eye(len(self.value_PW))[p] - np.eye(len(self.value_PW))[q]
-        gap = float(weight_P @ self.mean_P)
-        return (gap, *band(gap, self.noise(weight_P)))
-
     def change_percent(self, p: int, q: int) -> tuple[float, float, float]:
-        """The same, in per cent of plan q's mean; 0 where that is 0."""
-        whole = float(self.mean_P[q])
-        gap, low, high = self.difference(p, q)
+        """(plan p's mean against plan q's, low, high) in per cent of q's; 0 where that is 0.
+
+        The band is of the ratio: other requests move what is changed and what it is a part of.
+        """
+        mean_P = self.mean_P
+        whole = float(mean_P[q])
         if whole == 0.0:
             return 0.0, 0.0, 0.0
-        return gap / whole * 100, low / whole * 100, high / whole * 100
+        ratio = float(mean_P[p]) / whole
+        unit = np.eye(len(mean_P))
+        low, high = band(ratio - 1.0, _scaled(self.noise(unit[p] - ratio * unit[q]), whole))
+        return (ratio - 1.0) * 100, low * 100, high * 100
 
     def sign(self, p: int, q: int) -> int:
         """-1 where plan p's mean is the lesser beyond the noise, 1 the greater, 0 neither."""
-        _, low, high = self.difference(p, q)
+        _, low, high = self.change_percent(p, q)
         return -1 if high < 0 else int(low > 0)
+
+
+def _scaled(noise_B: FloatArray | None, whole: float) -> FloatArray | None:
+    return None if noise_B is None else noise_B / whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +151,14 @@ class Bench:
 
 def hold_contest(
     bench: Bench, plans: dict[str, Plan], sampler: StepSampler, max_steps: int | None,
-    slack: float, resamples: int, seed: int,
+    slack: float, resamples: int, seed: int, until: float | None = None,
 ) -> Contest:
-    """Judge every plan on the sampler's steps; where those cannot tell noise, on redrawn ones."""
+    """Judge every plan on the sampler's steps; where those cannot tell noise, on redrawn ones.
+
+    until: time.monotonic() up to which there is time for those.
+    """
     steps = sampler.sample(bench.trace, max_steps)
+    began = time.monotonic()
     judged = [bench.judged(name, plan, steps, bench.executor) for name, plan in plans.items()]
     metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
     transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
@@ -159,7 +171,9 @@ def hold_contest(
         return lambda weight_P: mean_noise(weight_P @ value_PW, mix, resamples, seed)
 
     noises = fitted(metric_PW), fitted(transfers_PW)
-    again = None if mix.tells else redrawn_noise(bench, plans, sampler, steps, seed)
+    each = (time.monotonic() - began) / max(len(steps), 1)
+    left = None if until is None else (until - time.monotonic()) / each
+    again = None if mix.tells else redrawn_noise(bench, plans, sampler, steps, seed, left)
     if again is not None:
         *drawn, resamples, requests = again
         noises = drawn[0], drawn[1]
@@ -174,22 +188,28 @@ def hold_contest(
 
 
 def redrawn_noise(
-    bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int
+    bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int,
+    most_steps: float | None = None,
 ) -> tuple[Noise, Noise, int, int] | None:
-    """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap."""
+    """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap.
+
+    most_steps: for which there is time; None where the draws have more.
+    """
+    if most_steps is not None and most_steps < FEWEST_DRAWN_STEPS:
+        return None
     redrawn = redraw(bench.trace, sampler, steps, seed)
-    if redrawn is None:
+    if redrawn is None or (most_steps is not None and len(redrawn.steps) > most_steps):
         return None
     threads = bench.executor or LayerThreads()
     judged = [bench.judged(name, plan, redrawn.steps, threads) for name, plan in plans.items()]
-    metric_PB = np.stack([redrawn.means(metric_W) for _, metric_W, _ in judged])
-    transfers_PB = np.stack([redrawn.means(transfers_W) for _, _, transfers_W in judged])
+    metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
+    transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
 
-    def noise_of(mean_PB: FloatArray) -> Noise:
-        return lambda weight_P: redrawn.noise(weight_P @ mean_PB)
+    def noise_of(value_PW: FloatArray) -> Noise:
+        return lambda weight_P: redrawn.noise(weight_P @ value_PW)
 
-    draws = int(metric_PB.shape[1])
-    return noise_of(metric_PB), noise_of(transfers_PB), draws, redrawn.requests
+    draws = int(redrawn.draw_W.max()) + 1
+    return noise_of(metric_PW), noise_of(transfers_PW), draws, redrawn.requests
 
 
 def _metric_name(bench: Bench) -> str:

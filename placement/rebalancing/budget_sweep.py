@@ -228,14 +228,17 @@ class Redraw:
 
 
 def redrawn_gain(work: Redraw) -> FloatArray:
-    """[B] mean gain of the change in each draw; 0 in steps without tokens. NaN: no time to tell."""
+    """[W] gain of the change in each step of all draws; 0 in steps without tokens.
+
+    NaN alone: there is no time left to tell.
+    """
     if work.task.expired():
         return np.full(1, np.nan)
     steps = work.redrawn.steps
     task = replace(work.task, traffic=replace(work.traffic, planning=steps))
     assert task.start_GC is not None
     gain_W = objective_W(task, task.start_GC, steps) - objective_W(task, work.slots_GC, steps)
-    return work.redrawn.means(np.nan_to_num(gain_W))
+    return np.nan_to_num(gain_W)
 
 
 def counting_error(sweeps: list[BudgetSweep], half: int, level_L: list[int]) -> float:

@@ -167,12 +167,12 @@ def _request_error(
         Redraw(t, judging.data.layer(t.layer), judging.redrawn, x.slots_FK[half][k])
         for t, x, k in zip(tasks, sweeps, level_L, strict=True) if k
     )
-    gain_B = sum(run.map(redrawn_gain, works), np.zeros(1))
-    if np.isnan(gain_B).any():
+    gain_W = sum(run.map(redrawn_gain, works), np.zeros(1))
+    if np.isnan(gain_W).any():
         return np.inf               # the time was up: what cannot be told from chance is none
-    if len(gain_B) < 2:
+    if len(gain_W) < 2:
         return 0.0
-    return float(np.std(judging.redrawn.noise(gain_B), ddof=1))
+    return float(np.std(judging.redrawn.noise(gain_W), ddof=1))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ class StepRouter:
     ) -> None:
         if not model.knows_sizes:
             raise UsageError(
-                "a simulation needs times: give the model's hidden and intermediate sizes"
+                f"{model.name}: {model.unsized}: a simulation needs times; give a ModelSpec that "
+                "has the hidden and intermediate sizes and the bytes of a weight"
             )
         if (model.num_layers, model.num_experts) != (trace.num_layers, trace.num_experts):
             raise InputError(
