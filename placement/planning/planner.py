@@ -148,7 +148,8 @@ class Judge:
     slots_LGC: SlotArray
 
     def __call__(self, task: LayerTask) -> LayerAnswer:
-        return answer_with(task, judged(task, self.method, self.slots_LGC[task.layer]))
+        judge = task.hurried()
+        return answer_with(judge, judged(judge, self.method, self.slots_LGC[task.layer]))
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ class Baseline:
     method: str
 
     def __call__(self, task: LayerTask) -> LayerAnswer:
-        slots_GC = LAYER_METHODS[self.method](task.loads())
-        return answer_with(task, judged(task, self.method, slots_GC))
+        slots_GC, judge = LAYER_METHODS[self.method](task.loads()), task.hurried()
+        return answer_with(judge, judged(judge, self.method, slots_GC))
 
 
 def capacity_of_layers(

@@ -64,15 +64,15 @@ TRANSFER_WEIGHTS_FEW, TRANSFER_WEIGHT = (1.0, 2.0, 4.0), 0.3
 def search_layer(task: LayerTask) -> LayerAnswer:
     """Search one layer and choose among its candidates by the steps held back."""
     candidates: list[Candidate] = []
-    truncated = False
+    truncated, judge = False, task.hurried()
     for name, slots in _candidates(task):
         if not task.fits(slots):
             continue
-        candidates.append(judged(task, name, slots))
+        candidates.append(judged(judge, name, slots))
         if task.expired():
             truncated = True
             break
-    return replace(answer_with(task, choose(task, candidates)), truncated=truncated)
+    return replace(answer_with(judge, choose(task, candidates)), truncated=truncated)
 
 
 def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
@@ -222,7 +222,8 @@ def _widened(slots_GC: SlotArray, width: int) -> SlotArray:
 def _average(task: LayerTask, loads: LayerLoads, start_GC: SlotArray) -> SlotArray:
     moves = round(MOVES_PER_SLOT_AVERAGE * int(loads.slots_G.sum()) * EFFORTS[task.effort])
     return improve_average(
-        _space(task, loads), start_GC, loads.load_E, moves, random_state(task.seed, task.layer)
+        _space(task, loads), start_GC, loads.load_E, moves, random_state(task.seed, task.layer),
+        task.until(),
     )
 
 
@@ -254,7 +255,7 @@ def _by_rows(
             home, kinds, scenarios * (3 if last else 1), float(loads.speed_G.sum()), rng
         )
         schedule = Schedule(
-            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1])
+            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1]), task.until()
         )
         found = improve(
             space, rows.load_WE, rows.weight_W, found_GC, schedule, Overload(BEND, free),
