@@ -55,14 +55,17 @@ def read_experts(
 
 
 def dense_bytes(folder: Path, hidden_layers: int | None = None) -> int | None:
-    """Bytes of all tensors but routed experts and draft layers; None where there are no weights.
+    """Bytes of all tensors but routed experts and draft layers.
 
-    Raises InputError naming a file whose header cannot be read.
+    None where there are no weights, or not to be read: reading their experts says so.
     """
-    sizes = [
-        header.bytes for header in read_headers(folder, lambda _name: True)
-        if _placed(header.name) is None and not _drafts(header.name, hidden_layers)
-    ]
+    try:
+        sizes = [
+            header.bytes for header in read_headers(folder, lambda _name: True)
+            if _placed(header.name) is None and not _drafts(header.name, hidden_layers)
+        ]
+    except InputError:
+        return None
     return sum(sizes) if sizes else None
 
 
