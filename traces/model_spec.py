@@ -199,7 +199,10 @@ class ModelSpec(BaseModel):
 
     def _with_dense_weights(self, files: ModelFiles) -> Self:
         """The same with `dense_bytes` from the weights beside a configuration, or its widths."""
-        found = dense_bytes(files.folder, self.total_layers)
+        try:
+            found = dense_bytes(files.folder, self.total_layers)
+        except InputError:          # a note says so already: their experts were looked for first
+            found = None
         estimated = found is None
         if found is None and (shape := self._shape()) is not None:
             found = estimated_dense_bytes(shape, files.config)

@@ -55,17 +55,14 @@ def read_experts(
 
 
 def dense_bytes(folder: Path, hidden_layers: int | None = None) -> int | None:
-    """Bytes of all tensors but routed experts and draft layers.
+    """Bytes of all tensors but routed experts and draft layers; None where there are no weights.
 
-    None where there are no weights, or not to be read: reading their experts says so.
+    Raises InputError naming a file whose header cannot be read.
     """
-    try:
-        sizes = [
-            header.bytes for header in read_headers(folder, lambda _name: True)
-            if _placed(header.name) is None and not _drafts(header.name, hidden_layers)
-        ]
-    except InputError:
-        return None
+    sizes = [
+        header.bytes for header in read_headers(folder, lambda _name: True)
+        if _placed(header.name) is None and not _drafts(header.name, hidden_layers)
+    ]
     return sum(sizes) if sizes else None
 
 
