@@ -102,8 +102,9 @@ def read_trace(path: Path, num_experts: int | None = None) -> tuple[RoutingTrace
     source, notes = read_routing(path, num_experts)
     if not isinstance(source, RoutingTrace):
         raise InputError(
-            f"{path}: holds average loads only, and steps need routing per token: give it to "
-            "`loadmaster plan`, which then plans for load only"
+            f"{path}: holds average loads only, and steps need routing per token",
+            call="plan from it, for load only", command=f"`loadmaster plan {path}` plans from it, "
+            "for load only",
         )
     return source, notes
 

@@ -38,7 +38,7 @@ def build_overlap(name: str) -> Overlap | None:
     from ..placement.cost.overlap import Overlap
 
     if name not in ("none", "two_batch", "pipeline"):
-        raise UsageError(f"--overlap {name!r}: none, two_batch or pipeline")
+        raise UsageError(f"unknown overlap {name!r}: none, two_batch or pipeline")
     return None if name == "none" else Overlap(name)  # type: ignore[arg-type]
 
 
@@ -52,7 +52,7 @@ def build_serving(
     from ..simulator.serving.simulate import Serving
 
     if other_bytes is not None and kv_bytes_per_token is None:
-        raise UsageError("--other-bytes counts only with --kv-bytes-per-token: name both")
+        raise UsageError("other_bytes counts only with kv_bytes_per_token: name both")
     in_flight = min(MOST_IN_FLIGHT, step_tokens) if max_requests is None else max_requests
     return Serving(
         BatchLimits(step_tokens, in_flight, prefill=prefill),  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def build_workload(
         return as_workload(load_arrivals(arrivals)).head(requests)
     if requests / rate > LONGEST_S:
         raise UsageError(
-            f"--rate {rate:g}: {requests} requests would take {requests / rate:.3g} s to arrive, "
+            f"rate {rate:g}: {requests} requests would take {requests / rate:.3g} s to arrive, "
             f"at most {LONGEST_S:.0e} s are played: raise the rate"
         )
     return as_workload(poisson(

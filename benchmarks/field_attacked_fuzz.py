@@ -101,6 +101,7 @@ class Case:
     ascii_only: bool
     terminal: bool
     alone: bool                              # a process of its own, not a fork
+    odd: tuple[str, str] | None = None       # (option, its odd value)
 
 
 @dataclass
@@ -127,22 +128,24 @@ def _case(number: int, rng: random.Random) -> Case:
     odd_option = rng.random() < 0.4 or not files
     if files and (not odd_option or rng.random() < 0.2):
         damage = ((rng.choice(files), rng.choice(sorted(DAMAGES))),)
-    if odd_option:
-        _make_odd(arguments, rng)
+    odd = _make_odd(arguments, rng) if odd_option else None
     return Case(number, tuple(arguments), damage, rng.random() < 0.5, rng.random() < 0.5,
-                number % ALONE_EVERY == 0)
+                number % ALONE_EVERY == 0, odd)
 
 
-def _make_odd(arguments: list[str], rng: random.Random) -> None:
-    """One option's value becomes an odd one, or an odd option comes along."""
+def _make_odd(arguments: list[str], rng: random.Random) -> tuple[str, str]:
+    """One option's value becomes an odd one, or an odd option comes along; which, and its value."""
     at = [n + 1 for n, word in enumerate(arguments[:-1])
           if word.startswith("-") and word != "--" and not arguments[n + 1].startswith("-")]
     if at and rng.random() < 0.4:
-        arguments[rng.choice(at)] = rng.choice(ODD)
-    else:
-        option, takes_value = rng.choice((*_options(arguments), ("--no-such-option", False)))
-        where = arguments.index("--") if "--" in arguments else len(arguments)
-        arguments[where:where] = [option, rng.choice(ODD)] if takes_value else [option]
+        place, value = rng.choice(at), rng.choice(ODD)
+        arguments[place] = value
+        return arguments[place - 1], value
+    option, takes_value = rng.choice((*_options(arguments), ("--no-such-option", False)))
+    value = rng.choice(ODD) if takes_value else ""
+    where = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments[where:where] = [option, value] if takes_value else [option]
+    return option, value
 
 
 def _options(arguments: list[str]) -> list[tuple[str, bool]]:
@@ -320,9 +323,19 @@ def judge(outcome: Outcome) -> Outcome:
     # `whatif` prints its table and ends with 1 where no cell could be served.
     if failed and not said and not usage and "no scenario could be served" not in outcome.text:
         outcome.faults.append("no line says why")
+    if outcome.code == 2 and said and not _names_the_oddity(outcome.case, said[0]):
+        outcome.faults.append("the line does not name what was odd")
     if len(said) > 1 or (said and outcome.code == 0 and "submit" not in outcome.case.arguments):
         outcome.faults.append("more than one line of error, or one without a fault")
     return outcome
+
+
+def _names_the_oddity(case: Case, line: str) -> bool:
+    """Whether a usage error speaks of the one option that was odd, or of its value."""
+    if case.damage or not case.odd:
+        return True
+    option, value = case.odd
+    return option in line or value[:20] in line
 
 
 def shown(outcome: Outcome) -> str:

@@ -88,8 +88,8 @@ def import_(
     found = import_any(source, num_experts=num_experts, keys=keys or None)
     if found.trace is None:
         raise InputError(
-            f"{source}: {found.format} holds average loads only, which are no trace: give it to "
-            "`loadmaster plan` as it is"
+            f"{source}: {found.format} holds average loads only, which are no trace",
+            command=f"`loadmaster plan {source}` takes it as it is",
         )
     save_trace(found.trace, out)
     if json:

@@ -94,8 +94,9 @@ def step_cost(
     """
     if not model.knows_sizes:
         raise UsageError(
-            "time needs the model's hidden and intermediate sizes: give a ModelSpec that has them, "
-            "or use objective balance"
+            "time needs the model's hidden and intermediate sizes",
+            call="give a ModelSpec that has them, or use objective balance",
+            command="name a --model that has them, or leave it out",
         )
     notes: list[str] = []
     compute_WLG, fixed_WLG = _compute_us(loads, model, cluster, slowdown_G, notes)

@@ -55,7 +55,8 @@ def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
     if model is None or model.total_layers is None:
         raise UsageError(
             "SGLang's file has a row for every hidden layer, dense ones too, and a plan knows "
-            "MoE layers only: name the model (--model; a ModelSpec by hand needs total_layers)"
+            "MoE layers only", call="name the model (model=ModelSpec, with total_layers)",
+            command="name the model with --model (one by hand needs total_layers)",
         )
     layers, notes = model_layers(plan, model)
     if layers is None or max(layers) >= model.total_layers:
@@ -83,7 +84,9 @@ def _table(path: Path) -> list[object]:
     document = read_pt(path) if path.suffix == ".pt" else read_json(path)
     if isinstance(document, dict) and KEY not in document and "logical_count" in document:
         raise InputError(
-            f"{path}: holds loads (logical_count), not a plan: give it to `loadmaster plan`"
+            f"{path}: holds loads (logical_count), not a plan",
+            call="plan from it: `traces.formats.import_any` reads it",
+            command=f"`loadmaster plan {path}` plans from it",
         )
     table = require_keys(document, [KEY], str(path))[KEY]
     if path.suffix == ".pt":

@@ -39,12 +39,13 @@ def import_any(
         source = found.trace if found.trace is not None else found.profile
         if num_experts is not None and source is not None and source.num_experts != num_experts:
             raise InputError(
-                f"holds {source.num_experts} experts per layer, {num_experts} were given: leave "
-                "--num-experts (num_experts) out"
+                f"holds {source.num_experts} experts per layer, {num_experts} were given",
+                call="leave num_experts out", command="leave --num-experts out",
             )
         if keys and path.suffix not in SUFFIXES:
             raise InputError(
-                f"--key (keys) names arrays of a file ({', '.join(SUFFIXES)}): leave it out"
+                f"only arrays in a file ({', '.join(SUFFIXES)}) have names to give",
+                call="leave keys out", command="leave --key out",
             )
         return found
 

@@ -62,8 +62,9 @@ def import_arrays(
         if "load" in data:
             return _loads(path, data)
         raise InputError(
-            f"{path}: holds {sorted(arrays)} but no ids; name the array of ids [T, L, K] with "
-            "--key ids=NAME (keys={'ids': …})"
+            f"{path}: holds {sorted(arrays)} but no ids",
+            call="name the array of ids [T, L, K] with keys={'ids': …}",
+            command="`loadmaster trace import --key ids=NAME` names the array of ids [T, L, K]",
         )
     experts = _num_experts(path, data, num_experts)
     columns = {c: data.get(c) for c in ("gates", "k_of_token", *_MEANING) if c in data}
@@ -115,7 +116,7 @@ def _num_experts(path: Path, data: Mapping[str, Any], given: int | None) -> int:
     if experts is None:
         raise InputError(
             f"{path}: does not say how many experts a layer has, and the largest id need not be "
-            "the last expert: give --num-experts (num_experts)"
+            "the last expert", call="give num_experts", command="give --num-experts",
         )
     return experts
 
