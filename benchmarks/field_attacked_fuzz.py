@@ -77,10 +77,11 @@ VERBS: tuple[tuple[str, ...], ...] = (
     ("example", "grid", "new.yaml"),
     ("run", "--model", "checkpoint", "--ranks", "3", "--plan", "plan.json"),
     ("apply", "plan.json", "--name", "nobody-runs-this"),
-    ("calibrate", "--out", "plan.json", "--model", "model.json"),
+    ("calibrate", "--out", "plan.json", "--model", "model.json", "--ranks", "1"),
     ("demo", "--ranks", "1"),
     ("submit", "--address", "http://127.0.0.1:1", "--send", "trace", "--", "plan", "trace"),
 )
+REFUSED = ("run", "apply", "calibrate", "demo", "submit")
 INPUTS = frozenset((
     "trace", "ids.npz", "ids.npy", "sglang.pt", "cluster.yaml", "plan.json", "other.json",
     "model.json", "checkpoint", "faults.yaml", "arrivals.csv", "arrivals.jsonl", "grid.yaml",
@@ -332,7 +333,7 @@ def judge(outcome: Outcome) -> Outcome:
 
 def _names_the_oddity(case: Case, line: str) -> bool:
     """Whether a usage error speaks of the one option that was odd, or of its value."""
-    if case.damage or not case.odd:
+    if case.damage or not case.odd or case.arguments[0] in REFUSED:
         return True
     option, value = case.odd
     return option in line or value[:20] in line
