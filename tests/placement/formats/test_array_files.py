@@ -1,10 +1,12 @@
 """Files of arrays that are none: the error gives the library's own reason, in one line."""
 
 
+from pathlib import Path
+
 import pytest
 
 from loadmaster.errors import InputError
-from loadmaster.placement.formats.array_files import whole_array
+from loadmaster.placement.formats.array_files import read_npy, whole_array
 
 TORN = "a wall\nof text"
 
@@ -28,7 +30,7 @@ def test_a_refusal_without_a_reason_names_its_kind() -> None:
 
 
 @pytest.mark.parametrize("header", [
-    b"{'descr': '<i8', 'fortran_order': False, 'shape': (2, (3), }",        # brackets that stay open
+    b"{'descr': '<i8', 'fortran_order': False, 'shape': (2, (3), }",     # brackets left open
     b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 2), }",          # objects
     b"{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999, 2), }",
 ])
