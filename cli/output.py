@@ -1,6 +1,6 @@
 """How the command line speaks: the verdict first, then tables; JSON on stdout, progress on stderr.
 
-Knows strings and numbers. Knows nothing of plans or traces.
+Knows strings and numbers, and the options to name. Knows nothing of plans.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.text import Text
 
+    from ..traces.model_spec import ModelSpec
+    from ..traces.profile import Profile
+    from ..traces.trace import RoutingTrace
     from .progress import PlainProgress
 
 
@@ -94,6 +97,22 @@ def _shown(text: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(writable(one_line(text), sys.stdout), style=style)
+
+
+def with_offer(verdict: str, source: RoutingTrace | Profile, model: ModelSpec | None) -> str:
+    """A verdict that sizes were not known for, with the option that would tell time."""
+    from ..traces.catalogue import models_of_shape
+
+    if model is not None:
+        return verdict
+    names = models_of_shape(source.num_layers, source.num_experts, source.top_k)
+    if not names:
+        return verdict
+    others = f" (or {', '.join(names[1:3])})" if len(names) > 1 else ""
+    return (
+        f"{verdict}; to see time, and plan for it: --model {names[0]}{others}, whose shape this "
+        "routing has"
+    )
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
