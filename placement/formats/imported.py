@@ -51,7 +51,8 @@ class Known:
         if self.model is not None and self.num_experts not in (None, self.model.num_experts):
             raise UsageError(
                 f"{self.num_experts} experts were asked for, but the model has "
-                f"{self.model.num_experts}: leave --num-experts out"
+                f"{self.model.num_experts}", call="leave num_experts out",
+                command="leave --num-experts out",
             )
 
     def devices(self, stated: int | None = None) -> int:
@@ -59,13 +60,14 @@ class Known:
         found = self.num_devices if stated is None else stated
         if found is None:
             raise UsageError(
-                f"{self.path}: this format does not say on how many devices its slots lie: give "
-                "the number (--devices)"
+                f"{self.path}: this format does not say on how many devices its slots lie",
+                call="give num_devices", command="give --devices",
             )
         if self.num_devices not in (None, found):
             raise UsageError(
-                f"{self.path}: is for {found} devices, not {self.num_devices}: leave --devices "
-                "out, or plan anew"
+                f"{self.path}: is for {found} devices, not {self.num_devices}",
+                call="leave num_devices out, or plan anew",
+                command="leave --devices out, or plan anew",
             )
         return found
 
@@ -177,8 +179,9 @@ def split_rows(
             )
     if usual % num_devices:
         raise InputError(
-            f"{path}: {usual} slots per layer do not divide over {num_devices} devices: check "
-            "--devices against the engine's number of ranks"
+            f"{path}: {usual} slots per layer do not divide over {num_devices} devices",
+            call="num_devices is the engine's number of ranks",
+            command="--devices is the engine's number of ranks",
         )
     return np.array(rows, np.int64).reshape(len(rows), num_devices, -1)
 
