@@ -67,8 +67,10 @@ def import_named(path: Path, arrays: Mapping[str, Any], asked: Asked) -> ImportR
         lone = [name for name in arrays if name in ("", ALONE)]
         if not lone:
             raise InputError(
-                f"{path}: holds {sorted(arrays)} but no ids; name the array of ids [T, L, K] with "
-                "--key ids=NAME (keys={'ids': …}), or of loads with --key load=NAME"
+                f"{path}: holds {sorted(arrays)} but no ids",
+                call="name the array of ids [T, L, K] with keys={'ids': …}, or of loads with "
+                "keys={'load': …}",
+                command="`loadmaster trace import --key ids=NAME` names the array of ids [T, L, K]",
             )
         kind = "load" if _is_loads(arrays[lone[0]], asked) else "ids"
         found[kind] = lone[0]

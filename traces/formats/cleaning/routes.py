@@ -127,8 +127,8 @@ def _without_repeated(clean: CleanRoutes, asked: Asked) -> CleanRoutes:
         f"{clean.num_tokens:,}, first token {many.first})"
     )
     if not asked.drop_repeated:
-        note = (f"warning: {told}: warm-up or padding? `loadmaster trace import --drop-repeated` "
-                "leaves them out")
+        note = (f"warning: {told}: warm-up or padding? --drop-repeated leaves them out "
+                "(`loadmaster trace import`)")
         return replace(clean, notes=(*clean.notes, note))
     if many.tokens == clean.num_tokens:
         raise InputError(f"{told}: nothing is left without them (--drop-repeated)")
@@ -189,7 +189,7 @@ def _num_experts(found: FoundRoutes, asked: Asked) -> int:
             )
         raise InputError(
             "does not say how many experts a layer has, and the largest id need not be the last "
-            f"expert: give --num-experts (num_experts); its ids {shape} go up to {top}"
+            f"expert: give --num-experts; its ids {shape} go up to {top}"
         )
     return experts
 
