@@ -167,8 +167,9 @@ def read_trace(
     source, notes = read_routing(path, num_experts, model=model)
     if not isinstance(source, RoutingTrace):
         raise InputError(
-            f"{path}: holds average loads only, and steps need routing per token: give it to "
-            f"`loadmaster plan {path} --out plan.json`, which then plans for load only"
+            f"{path}: holds average loads only, and steps need routing per token",
+            call="plan from it, for load only", command=f"`loadmaster plan {path}` plans from it, "
+            "for load only",
         )
     return source, notes
 

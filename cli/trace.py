@@ -115,10 +115,10 @@ def import_(
         tokens = found.trace.num_tokens
         save_trace(found.trace, out)
     else:
+        told = f" --axes {axes}" if axes else ""
         raise InputError(
-            f"{source}: {found.format} holds average loads only, which are no trace: give it to "
-            f"`loadmaster plan {source}{' --axes ' + axes if axes else ''} --out plan.json` as it "
-            "is"
+            f"{source}: {found.format} holds average loads only, which are no trace: `loadmaster "
+            f"plan {source}{told}` takes it as it is"
         )
     if json:
         show.print_json({"trace": str(out), "format": found.format, "tokens": tokens,
