@@ -7,18 +7,19 @@ the widths of the experts alone. Knows names, shapes and formats. Reads headers,
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
+from .model_config.headers import read_headers
+from .model_config.on_disk import is_of_experts
+
 VOCABULARY = 150_000         # where nobody says; models have 32,000 to 260,000
 ATTENTION_SQUARES = 4.0      # attention's weights in hidden², where no heads are known
-_LARGEST_HEADER = 100 << 20  # of a safetensors file, as its own library allows
 _NESTED = ("thinker_config", "text_config", "llm_config", "language_config", "attn_config")
-_ROUTED = re.compile(r"(^|\.)experts(\.|$)|\.(input|output)_linear\.weight$")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -42,31 +43,12 @@ def dense_bytes_on_disk(folder: Path, layers: int | None = None) -> int | None:
     layers: the model's hidden layers; those beyond guess tokens ahead (MTP) and do not count. None
     where there are no weights, not all of them, or their headers cannot be read.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
     try:
-        if index.is_file():
-            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-            files = [folder / name for name in sorted(named)]
-        if not files or not all(file.is_file() for file in files):
-            return None
-        tensors = [tensor for file in files for tensor in _tensors(file)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        headers = list(read_headers(folder, lambda name: True))
+    except InputError:
         return None
-    return sum(size for name, size in tensors if not _ROUTED.search(name) and _runs(name, layers))
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of every tensor that the file's header lists."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if not 0 < length <= _LARGEST_HEADER:
-            raise ValueError("no safetensors header")
-        header = json.loads(opened.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            yield name, last - first
+    dense = [one for one in headers if not is_of_experts(one.name) and _runs(one.name, layers)]
+    return sum(one.bytes for one in dense) if headers else None
 
 
 def _runs(name: str, layers: int | None) -> bool:

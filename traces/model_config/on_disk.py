@@ -49,9 +49,14 @@ def read_experts(
     whose header cannot be read or a layer whose experts are not all there.
     """
     found = _Found()
-    for header in read_headers(folder, lambda name: _placed(name) is not None):
+    for header in read_headers(folder, is_of_experts):
         found.take(header, hidden_layers)
     return found.whole(folder, num_experts)
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a tensor of this name is of routed experts."""
+    return _placed(name) is not None
 
 
 class _Place(NamedTuple):
