@@ -258,8 +258,14 @@ def _without_an_expert(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def _misdirect(folder: Path) -> None:
+    index = {"weight_map": {"model.layers.1.mlp.experts.0.up_proj.weight": ["a", "list"],
+                            "model.norm.weight": "../../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(("damage", "said"), [
-    (_cut, "longer than the file"), (_garble, "not a whole safetensors file"),
+    (_misdirect, "not there, though"), (_cut, "longer than the file"), (_garble, "not a whole safetensors file"),
     (_empty, "longer than the file"), (_without_an_expert, "layer 2 has no expert 1 on disk"),
 ])
 def test_weights_that_cannot_be_read_are_said_and_the_configuration_stands(
