@@ -265,7 +265,8 @@ def _misdirect(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "said"), [
-    (_misdirect, "not there, though"), (_cut, "longer than the file"), (_garble, "not a whole safetensors file"),
+    (_misdirect, "not there, though"), (_cut, "longer than the file"),
+    (_garble, "not a whole safetensors file"),
     (_empty, "longer than the file"), (_without_an_expert, "layer 2 has no expert 1 on disk"),
 ])
 def test_weights_that_cannot_be_read_are_said_and_the_configuration_stands(
