@@ -235,7 +235,7 @@ class _Reading:
         kind = next(iter(self.config.names()), "")
         top_k = self.config.number("top_k", (), [])
         last = count - 1
-        ways = f"0-{last} for all, 3-{last} for all but the first three, 1-{last}/2 for every second"
+        ways = f"0-{last} for all, 3-{last} for all but three, 1-{last}/2 for every second"
         return InputError(
             f"{self.where}: model_type {kind!r} is not known (it says {experts} experts, top-k "
             f"{top_k}, {count} layers, but not which of them are MoE)",

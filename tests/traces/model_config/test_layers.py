@@ -113,7 +113,7 @@ def test_what_nothing_tells_is_one_question_with_its_answer(
 def test_the_answer_beats_everything_and_must_fit(write: Write) -> None:
     deepseek = SIZES | {"model_type": "deepseek_v3"}
     assert layers(write, deepseek, moe_layers="1-7") == tuple(range(1, 8))
-    with pytest.raises(InputError, match="has layers 0 to 7, not layer 8: .*moe_layers='3-8'"):
+    with pytest.raises(InputError, match=r"has layers 0 to 7, not layer 8: .*moe_layers='3-8'"):
         layers(write, deepseek, moe_layers="3-8")
     with pytest.raises(InputError, match="neither a number nor a range"):
         layers(write, deepseek, moe_layers="most")
