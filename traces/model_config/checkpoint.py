@@ -80,6 +80,9 @@ class _Reading:
         experts = self._experts()
         hidden_layers = self._hidden_layers(family)
         disk = self._on_disk(hidden_layers, experts)
+        if disk is None:                        # nothing else can tell which is right
+            self.config.require_agreement("experts", str(self.where))
+        self.config.require_agreement("top_k", str(self.where))
         listed, layers = self._layers(kin, hidden_layers, experts, moe_layers, disk)
         total = max(hidden_layers or 0, layers[-1] + 1)
         experts = self._number("experts", layers) or experts      # where a list gives each layer's
@@ -114,8 +117,6 @@ class _Reading:
     # --- how many ---------------------------------------------------------------------------
 
     def _experts(self) -> int:
-        self.config.require_agreement("experts", str(self.where))
-        self.config.require_agreement("top_k", str(self.where))
         experts = self.config.most("experts")
         if not experts or experts < 2 or self.config.get("enable_moe_block") is False:
             kind = next(iter(self.config.names()), "")

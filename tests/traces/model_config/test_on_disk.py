@@ -170,6 +170,13 @@ def test_where_headers_do_not_fit_the_configuration_they_decide_and_it_is_said(
     assert {key: getattr(spec, key) for key in seen} == seen
 
 
+def test_weights_settle_what_two_fields_contradict(write: Write) -> None:
+    spec = model(write, layers(), num_experts=2 * E)
+    assert spec.num_experts == E
+    with pytest.raises(InputError, match="mean the same"):
+        model(write, {}, num_experts=2 * E)
+
+
 def test_fewer_experts_on_disk_than_a_token_chooses_is_refused(write: Write) -> None:
     with pytest.raises(InputError, match="top_k 4 is larger than num_experts 3"):
         model(write, layers(experts=3), num_experts_per_tok=4)
