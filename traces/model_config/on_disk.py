@@ -49,14 +49,29 @@ def read_experts(
     whose header cannot be read or a layer whose experts are not all there.
     """
     found = _Found()
-    for header in read_headers(folder, is_of_experts):
+    for header in read_headers(folder, lambda name: _placed(name) is not None):
         found.take(header, hidden_layers)
     return found.whole(folder, num_experts)
 
 
-def is_of_experts(name: str) -> bool:
-    """Whether a tensor of this name is of routed experts."""
-    return _placed(name) is not None
+def dense_bytes(folder: Path, hidden_layers: int | None = None) -> int | None:
+    """Bytes of all tensors but routed experts and draft layers; None where there are no weights.
+
+    Raises InputError naming a file whose header cannot be read.
+    """
+    sizes = [
+        header.bytes for header in read_headers(folder, lambda _name: True)
+        if _placed(header.name) is None and not _drafts(header.name, hidden_layers)
+    ]
+    return sum(sizes) if sizes else None
+
+
+def _drafts(name: str, hidden_layers: int | None) -> bool:
+    """Whether a tensor is of layers that only guess tokens ahead."""
+    found = _LAYER.match(name)
+    if found is not None and hidden_layers is not None and int(found["layer"]) >= hidden_layers:
+        return True
+    return DRAFT.search(name) is not None
 
 
 class _Place(NamedTuple):

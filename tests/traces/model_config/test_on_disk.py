@@ -74,7 +74,9 @@ def test_weights_that_fit_their_configuration_change_nothing(write: Write) -> No
     alone = ModelSpec.from_pretrained(folder)
     save_file(layers(), folder / "model.safetensors")
     beside = ModelSpec.from_pretrained(folder)
-    assert beside.digest() == alone.digest() and beside.notes == alone.notes == ()
+    dense = {"dense_bytes", "dense_is_estimated"}       # known exactly, where it was reckoned
+    assert beside.model_dump(exclude=dense) == alone.model_dump(exclude=dense)
+    assert beside.notes == ()
     assert beside.bytes_per_expert_E().tolist() == [2 * EXPERT] * E
 
 

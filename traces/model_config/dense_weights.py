@@ -1,26 +1,18 @@
-"""How many bytes a model's weights take beside its routed experts: read off the files, or reckoned.
+"""How many bytes a model's weights should take beside its routed experts, by its widths.
 
-Attention, embeddings, dense layers, shared experts and routers. Safetensors headers say it exactly,
-expert by expert's name; without weights a configuration's widths give an estimate, and without that
-the widths of the experts alone. Knows names, shapes and formats. Reads headers, never weights.
+Attention, embeddings, dense layers, shared experts and routers: an estimate, from a configuration
+or from the experts' widths alone. Where weights are on disk, `on_disk.dense_bytes` counts them.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from ..errors import InputError
-from .model_config.headers import read_headers
-from .model_config.on_disk import is_of_experts
 
 VOCABULARY = 150_000         # where nobody says; models have 32,000 to 260,000
 ATTENTION_SQUARES = 4.0      # attention's weights in hidden², where no heads are known
 _NESTED = ("thinker_config", "text_config", "llm_config", "language_config", "attn_config")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -35,27 +27,6 @@ class ModelShape:
     shared_experts: int = 0
     matrices: int = 3
     weight_bytes: float = 2.0
-
-
-def dense_bytes_on_disk(folder: Path, layers: int | None = None) -> int | None:
-    """Bytes of the tensors in a checkpoint's safetensors files that are not routed experts.
-
-    layers: the model's hidden layers; those beyond guess tokens ahead (MTP) and do not count. None
-    where there are no weights, not all of them, or their headers cannot be read.
-    """
-    try:
-        headers = list(read_headers(folder, lambda name: True))
-    except InputError:
-        return None
-    dense = [one for one in headers if not is_of_experts(one.name) and _runs(one.name, layers)]
-    return sum(one.bytes for one in dense) if headers else None
-
-
-def _runs(name: str, layers: int | None) -> bool:
-    """Whether the tensor is of a layer that every step runs, or of none."""
-    found = _LAYER.search(name)
-    guesses = found is not None and layers is not None and int(found.group(1)) >= layers
-    return not guesses and not name.startswith(("mtp.", "model.mtp."))
 
 
 def estimated_dense_bytes(shape: ModelShape, config: Mapping[str, Any] | None = None) -> int:
