@@ -20,10 +20,10 @@ from .expert_size import ExpertFormats, Shape
 from .families import Family, Kin, find_family
 from .fields import FIELDS, Config
 from .files import PARAMS, ModelFiles, find_files
-from .formats import FORMATS
 from .layer_ranges import MOST_LAYERS, parse_layers, written
 from .layers import encoder_then_decoder, listed_layers, ruled_layers
 from .on_disk import DiskExperts, read_experts
+from .quantisation.formats import FORMATS
 
 _SPEC = (
     "ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, intermediate=…, layer_indices=(…))"
