@@ -28,6 +28,7 @@ _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", DATE: "dat
 _NOT_A_TIME = int(np.iinfo(np.int64).min)
 _MOST_US = 10**18             # 30,000 years
 _MOST_TOKENS = 10**15
+IMAGES = "NumImages"          # a column of Azure's multimodal trace
 LOOK_AHEAD = 65_536           # rows, all later than those kept, after which reading ends
 BYTES_PER_TOKEN = 4           # of text, where a file has texts and no counts
 # Beyond these, the other unit is likelier.
@@ -101,6 +102,8 @@ def load_arrivals(
             break
     time_us_R, prompt_R, output_R = kept.columns()
     notes = _notes(form, unit, time_us_R, kept)
+    if IMAGES in first[1]:
+        notes += (f"{IMAGES} is left unread: images count as far as {form.prompt} counts them",)
     return Arrivals(
         time_us_R - time_us_R[0], prompt_R, output_R, path.name,
         (*notes, *_zero_note(prompt_R, output_R)),

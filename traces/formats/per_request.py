@@ -8,9 +8,10 @@ from pathlib import Path
 from ...errors import InputError, naming
 from .arrays import read_mapped
 from .asked import Asked
+from .cleaning.found_routes import FoundRoutes
+from .cleaning.routes import clean_routes
+from .cleaning.spool import Spool
 from .result import NO_HOMES, NO_PHASE, NO_STEPS, RoutesResult
-from .routes import FoundRoutes, clean_routes
-from .spool import Spool
 
 
 def import_per_request(folder: Path, asked: Asked) -> RoutesResult:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...errors import InputError
 from ..profile import Profile
 from ..trace import RoutingTrace
-from .routes import CleanRoutes
+from .cleaning.routes import CleanRoutes
 
 
 @dataclass(frozen=True)
