@@ -72,9 +72,9 @@ def _require_as_said(
     if asked.num_experts is not None and experts not in (None, asked.num_experts):
         raise InputError(
             f"holds {experts} experts per layer, {asked.num_experts} were given: leave "
-            "--num-experts (num_experts) out"
+            "--num-experts out"
         )
     if asked.keys and path.suffix not in (*SUFFIXES, ".pt"):
         raise InputError(
-            f"--key (keys) names arrays of a file ({', '.join(SUFFIXES)}, .pt): leave it out"
+            f"--key names arrays of a file ({', '.join(SUFFIXES)}, .pt): leave it out"
         )

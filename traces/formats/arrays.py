@@ -67,7 +67,7 @@ def import_named(path: Path, arrays: Mapping[str, Any], asked: Asked) -> ImportR
         if not lone:
             raise InputError(
                 f"{path}: holds {sorted(arrays)} but no ids; name the array of ids [T, L, K] with "
-                "--key ids=NAME (keys={'ids': …}), or of loads with --key load=NAME"
+                "--key ids=NAME, or of loads with --key load=NAME"
             )
         kind = "load" if _is_loads(arrays[lone[0]], asked) else "ids"
         found[kind] = lone[0]

@@ -189,7 +189,7 @@ def _num_experts(found: FoundRoutes, asked: Asked) -> int:
             )
         raise InputError(
             "does not say how many experts a layer has, and the largest id need not be the last "
-            f"expert: give --num-experts (num_experts); its ids {shape} go up to {top}"
+            f"expert: give --num-experts; its ids {shape} go up to {top}"
         )
     return experts
 

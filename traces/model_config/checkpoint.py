@@ -26,8 +26,8 @@ from .layers import listed_layers, ruled_layers
 from .on_disk import DiskExperts, read_experts
 
 BY_HAND = (
-    "describe the model yourself: ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, "
-    "intermediate=…, layer_indices=(…))"
+    "describe the model yourself, in a file like that of `loadmaster example model` or as "
+    "ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, intermediate=…, layer_indices=(…))"
 )
 
 
@@ -228,8 +228,8 @@ class _Reading:
         return (
             f"{self.where}: model_type {kind!r} is not known (it says {experts} experts, top-k "
             f"{top_k}, {count} layers, but not which of them are MoE): say which with "
-            f"--moe-layers, as 0-{count - 1} for all or 3-{count - 1} for all but the first three "
-            f"(in Python moe_layers=…), or {BY_HAND}"
+            f"--moe-layers, as 0-{count - 1} for all or 3-{count - 1} for all but the first three, "
+            f"or {BY_HAND}"
         )
 
     def _encoder_then_decoder(self) -> tuple[int, ...]:

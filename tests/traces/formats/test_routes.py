@@ -100,18 +100,18 @@ def test_a_row_that_routes_is_never_taken_for_a_dense_one(tmp_path: Path) -> Non
 
 def test_some_layers_are_numbered_by_whoever_knows(tmp_path: Path) -> None:
     ids = routing(layers=2)
-    with pytest.raises(InputError, match=r"holds 2 rows; toy has 3 MoE layers .* --layers 1-2"):
+    with pytest.raises(InputError, match=r"holds 2 rows; toy has 3 MoE layers .* layers 1-2"):
         read(tmp_path, ids, model=MODEL)
     assert read(tmp_path, ids, model=MODEL, layers=(1, 3))[0].layer_indices == (1, 3)
     with pytest.raises(InputError, match=r"holds layers 1,7, the MoE layers of toy are 1-3"):
         read(tmp_path, ids, model=MODEL, layers=(1, 7))
-    with pytest.raises(InputError, match="--layers names 3 layers, the file holds 2"):
+    with pytest.raises(InputError, match="layers names 3 layers, the file holds 2"):
         read(tmp_path, ids, layers=(1, 2, 3))
 
 
 def test_a_model_of_other_experts_is_refused(tmp_path: Path) -> None:
     other = MODEL.model_copy(update={"num_experts": 8})
-    with pytest.raises(InputError, match="the file says 16, --model says 8"):
+    with pytest.raises(InputError, match="the file says 16, model says 8"):
         read(tmp_path, routing(), model=other)
 
 
@@ -184,7 +184,7 @@ def test_an_id_that_is_none_is_refused_with_its_place(tmp_path: Path, strange: i
 def test_layers_first_is_asked_about(tmp_path: Path) -> None:
     ids = routing(tokens=2_000, layers=2)
     turned = ids.transpose(1, 0, 2)
-    with pytest.raises(InputError, match=r"look like \[layers, tokens, top-k\]: say --axes LTK"):
+    with pytest.raises(InputError, match=r"look like \[layers, tokens, top-k\]: say axes LTK"):
         read(tmp_path, turned)
     assert np.array_equal(read(tmp_path, turned, axes="LTK")[0].ids, ids)
 
@@ -194,7 +194,7 @@ def test_numbers_without_a_shape_get_it_from_the_model(tmp_path: Path) -> None:
     ids = routing()
     flat = with_rows(ids, [0, *ids.transpose(1, 0, 2)]).astype(np.int32).reshape(-1)
     np.savez(tmp_path / "r.npz", routed_experts=flat)
-    with pytest.raises(InputError, match=r"without a shape: give --model .* --top-k"):
+    with pytest.raises(InputError, match=r"without a shape: give model .* top_k"):
         import_any(tmp_path / "r.npz", num_experts=16)
     found = import_any(tmp_path / "r.npz", model=MODEL).trace
     assert found is not None and np.array_equal(found.ids, ids)
@@ -223,7 +223,7 @@ def test_ids_beyond_the_experts_compute_nothing_and_are_counted_apart(tmp_path: 
 def test_where_the_person_gives_the_number_beyond_is_asked_about(tmp_path: Path) -> None:
     """A wrong --num-experts looks the same."""
     np.save(tmp_path / "r.npy", routing(tokens=200, experts=24))
-    with pytest.raises(InputError, match=r"zero-computation experts \(--zero-experts 8\)"):
+    with pytest.raises(InputError, match=r"zero-computation experts \(zero_experts 8\)"):
         import_any(tmp_path / "r.npy", num_experts=16)
     assert import_any(tmp_path / "r.npy", num_experts=16, zero_experts=8).trace is not None
     np.savez(tmp_path / "r.npz", ids=routing(experts=24), num_experts=16)

@@ -90,10 +90,10 @@ def test_without_a_model_shapes_tell_and_numbers_without_one_ask(tmp_path: Path)
     told = write_lines(tmp_path / "t.jsonl", [{"choices": [{"routed_experts": npy(hidden(ids))}]}
                                               for ids in REQUESTS])
     assert trace_of(import_any(told, num_experts=16)).layer_indices == (1, 2)
-    with pytest.raises(InputError, match="give --num-experts"):
+    with pytest.raises(InputError, match="give num_experts"):
         import_any(told)
     flat = write_lines(tmp_path / "f.jsonl", [{"meta_info": {"routed_experts": raw(REQUESTS[0])}}])
-    with pytest.raises(InputError, match=r"f\.jsonl, row 1: .* without a shape: give --model"):
+    with pytest.raises(InputError, match=r"f\.jsonl, row 1: .* without a shape: give model"):
         import_any(flat, num_experts=16)
 
 
@@ -203,7 +203,7 @@ def test_passes_without_tokens_need_the_top_k(tmp_path: Path) -> None:
     ids = routing(tokens=30, layers=2)
     passes = [*by_layer(ids[:10], (0, 1)), *by_layer(ids[10:], (0, 1))]
     path = table(tmp_path / "t.csv", "layer,expert", [row[1:] for row in passes])
-    with pytest.raises(InputError, match=r"row 1: expert \d+ twice in 40 rows .* --top-k"):
+    with pytest.raises(InputError, match=r"row 1: expert \d+ twice in 40 rows .* top_k"):
         import_any(path, num_experts=16)
     assert np.array_equal(trace_of(import_any(path, num_experts=16, top_k=4)).ids, ids)
 
@@ -211,7 +211,7 @@ def test_passes_without_tokens_need_the_top_k(tmp_path: Path) -> None:
 def test_runs_of_other_lengths_need_the_top_k(tmp_path: Path) -> None:
     rows = [(0, 1), (0, 2), (1, 3), (1, 4), (0, 5), (0, 6), (0, 7), (0, 8), (1, 9), (1, 10)]
     path = table(tmp_path / "t.csv", "layer,expert", rows)
-    with pytest.raises(InputError, match=r"row 5: 4 rows of one layer, 2 before: .* --top-k"):
+    with pytest.raises(InputError, match=r"row 5: 4 rows of one layer, 2 before: .* top_k"):
         import_any(path, num_experts=16)
 
 
