@@ -242,7 +242,7 @@ def _forked(case: Case, arguments: list[str], place: Path, writer: int) -> int:
         os.chdir(place)
         os.environ.clear()
         os.environ.update(_environment(case, place))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(writer, 1)
         os.dup2(writer, 2)
