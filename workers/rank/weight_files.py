@@ -194,12 +194,12 @@ class ExpertIndex:
                         f"{experts}"
                     )
             stacked = any(expert is None for _, expert, _ in parts)
-            held = {(pattern, expert) for pattern, expert, _ in parts}
+            present = {(pattern, expert) for pattern, expert, _ in parts}
             patterns = {pattern for pattern, _, _ in parts}
             wanted = patterns if stacked else self._source_patterns(parameter, patterns)
             for pattern in sorted(wanted, key=str):
                 for expert in [None] if stacked else range(experts):
-                    if (pattern, expert) not in held:
+                    if (pattern, expert) not in present:
                         where = parameter if expert is None else f"expert {expert} of {parameter}"
                         raise InputError(
                             f"{self._files.directory}: {where} is missing from the checkpoint "

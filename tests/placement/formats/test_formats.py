@@ -89,8 +89,8 @@ def test_an_imported_plan_is_dispatched_as_its_engine_does(tmp_path: Path) -> No
         back = import_plan(tmp_path / f"plan{suffix}", format, num_devices=2, model=MODEL).plan
         policies[format] = back.dispatch.policy
     assert policies == {
-        "sglang": "sglang_static", "trtllm": "trtllm_round_robin", "vllm_ascend": "ascend_fixed",
-        "eplb": "even", "omni": "even",
+        "sglang": "sglang_static", "trtllm": "trtllm_round_robin", "vllm": "vllm_hash",
+        "vllm_ascend": "ascend_fixed", "eplb": "even", "omni": "even",
     }
 
 
