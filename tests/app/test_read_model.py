@@ -80,7 +80,7 @@ def test_which_layers_is_asked_and_answered(tmp_path: Path) -> None:
 
 
 def test_an_answer_without_a_model_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--moe-layers.*--model"):
+    with pytest.raises(UsageError, match=r"moe_layers.*model"):
         read_model(None, "3-60")
     assert read_model(None) is None and model_notes(None) == ()
 
