@@ -18,7 +18,14 @@ from ..app.inputs import (
 from ..app.serving import build_workload
 from . import output as show
 from .options import Address, Json, MoeLayers, RoutingArgument, Seed, SizedModel
-from .serving_options import ArrivalsFile, OutputTokens, PromptTokens, Rate, Requests
+from .serving_options import (
+    ArrivalsFile,
+    OutputTokens,
+    PromptTokens,
+    Rate,
+    Requests,
+    above_zero,
+)
 
 if TYPE_CHECKING:
     from ..simulator.whatif.run import WhatIf
@@ -41,6 +48,11 @@ def whatif(
     ] = None,
     out_csv: Annotated[Path | None, typer.Option("--csv", help="CSV to write.")] = None,
     rank_by: Annotated[str, typer.Option(help="Figure to rank by.")] = "latency_mean_us",
+    time_limit: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which no further scenario is begun.",
+                     callback=above_zero("--time-limit")),
+    ] = None,
     address: Address = None,
     seed: Seed = 0,
     json: Json = False,
@@ -67,6 +79,7 @@ def whatif(
         task = bar.add_task("scenarios", total=None)
         table = run_whatif(
             study, executor=build_executor(address), resume=resume, rank_by=rank_by,
+            time_limit_s=time_limit,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if out_csv is not None:
