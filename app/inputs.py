@@ -139,30 +139,48 @@ def model_notes(model: ModelSpec | None) -> tuple[str, ...]:
     return () if model is None else tuple(f"{model.name}: {note}" for note in model.notes)
 
 
-def read_routing(path: Path, num_experts: int | None = None) -> tuple[
-    RoutingTrace | Profile, tuple[str, ...]
-]:
-    """A stored trace, an array file or an engine's dump; and what its format cannot tell."""
+def read_routing(
+    path: Path, num_experts: int | None = None, *, model: ModelSpec | None = None,
+    axes: str | None = None, layers: str | None = None,
+) -> tuple[RoutingTrace | Profile, tuple[str, ...]]:
+    """A stored trace, an array file or an engine's dump; and what its format cannot tell.
+
+    model, axes, layers: which rows are which layers, where the file does not say.
+    """
     from ..traces.formats import import_any
 
-    found = import_any(path, num_experts=num_experts)
+    found = import_any(
+        path, num_experts=num_experts, model=model, axes=axes, layers=layer_numbers(layers)
+    )
     source = found.trace if found.trace is not None else found.profile
     assert source is not None
     missing = tuple(f"{found.format} does not tell {what}" for what in found.cannot_tell)
     return source, missing + found.notes
 
 
-def read_trace(path: Path, num_experts: int | None = None) -> tuple[RoutingTrace, tuple[str, ...]]:
+def read_trace(
+    path: Path, num_experts: int | None = None, *, model: ModelSpec | None = None
+) -> tuple[RoutingTrace, tuple[str, ...]]:
     """As `read_routing`; refuses a dump that holds loads only."""
     from ..traces.trace import RoutingTrace
 
-    source, notes = read_routing(path, num_experts)
+    source, notes = read_routing(path, num_experts, model=model)
     if not isinstance(source, RoutingTrace):
         raise InputError(
             f"{path}: holds average loads only, and steps need routing per token: give it to "
-            "`loadmaster plan`, which then plans for load only"
+            f"`loadmaster plan {path} --out plan.json`, which then plans for load only"
         )
     return source, notes
+
+
+def layer_numbers(text: str | None) -> tuple[int, ...] | None:
+    """Layers as a person names them, "3-60"; None where nobody did. Raises UsageError."""
+    from ..traces.model_config.layer_ranges import parse_layers
+
+    try:
+        return None if text is None else parse_layers(text)
+    except InputError as error:
+        raise UsageError(f"--layers: {error}") from None
 
 
 def require_new(path: Path | None) -> None:

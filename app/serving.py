@@ -87,14 +87,21 @@ LONGEST_S = 1e9              # from the first Poisson arrival to the last
 
 def build_workload(
     arrivals: Path | None, requests: int, rate: float, prompt_tokens: float, output_tokens: float,
-    seed: int,
-) -> Workload:
-    """The file's first requests, or a Poisson process."""
-    from ..simulator.serving.workload import as_workload
-    from ..traces.arrivals import Length, load_arrivals, poisson
+    seed: int, unit: str | None = None,
+) -> tuple[Workload, tuple[str, ...]]:
+    """The file's earliest requests, or a Poisson process; and how the file was read.
 
+    rate also draws the times of a file that holds lengths alone.
+    """
+    from ..simulator.serving.workload import as_workload
+    from ..traces.arrival_files import load_arrivals
+    from ..traces.arrivals import Length, poisson
+
+    if unit is not None and arrivals is None:
+        raise UsageError("--arrivals-unit is of the times in a file: name one with --arrivals")
     if arrivals is not None:
-        return as_workload(load_arrivals(arrivals)).head(requests)
+        read = load_arrivals(arrivals, unit=unit, most=requests, rate_per_s=rate, seed=seed)
+        return as_workload(read), read.notes
     if requests / rate > LONGEST_S:
         raise UsageError(
             f"--rate {rate:g}: {requests} requests would take {requests / rate:.3g} s to arrive, "
@@ -103,4 +110,4 @@ def build_workload(
     return as_workload(poisson(
         requests, rate, prompt=Length(prompt_tokens, 1.0), output=Length(output_tokens, 1.0),
         seed=seed,
-    ))
+    )), ()

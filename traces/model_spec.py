@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..foundation.documents import first_fault
 from .model_config.checkpoint import BY_HAND, checkpoint_fields
 from .model_config.dense_weights import ModelShape, estimated_dense_bytes
-from .model_config.files import ModelFiles, find_files
+from .model_config.files import find_files
 from .model_config.layer_ranges import MOST_LAYERS
 from .model_config.on_disk import dense_bytes
 
@@ -77,14 +77,6 @@ class ModelSpec(BaseModel):
         default=None, description="[L] the model's own indices of its MoE layers"
     )
     total_layers: int | None = Field(default=None, gt=0, description="all hidden layers, dense too")
-    dense_bytes: int | None = Field(
-        default=None, ge=0, le=MOST_BYTES,
-        description="weights beside the routed experts, as every device holds them; None = "
-        "estimated from the sizes",
-    )
-    dense_is_estimated: bool = Field(
-        default=False, description="dense_bytes was reckoned from a configuration's widths"
-    )
     draft_layers: DraftLayers | None = Field(
         default=None, description="MoE layers that only speculative decoding runs"
     )
@@ -93,6 +85,14 @@ class ModelSpec(BaseModel):
     )
     notes: tuple[str, ...] = Field(
         default=(), description="what was read with a doubt, each beside the figure it may change"
+    )
+    dense_bytes: int | None = Field(
+        default=None, ge=0, le=MOST_BYTES,
+        description="weights beside the routed experts, as every device holds them; None = "
+        "estimated from the sizes",
+    )
+    dense_is_estimated: bool = Field(
+        default=False, description="dense_bytes was reckoned from a configuration's widths"
     )
     other_time_us: float = Field(
         default=0.0, ge=0, description="time of a step outside the experts and their exchange"
@@ -140,7 +140,7 @@ class ModelSpec(BaseModel):
         path = Path(source)
         fields = checkpoint_fields(path, moe_layers)
         try:
-            return cls(**fields)._with_dense_weights(find_files(path))
+            return cls(**fields)._with_dense_weights(path)
         except ValidationError as error:
             named = path / "config.json" if path.is_dir() else path
             raise InputError(f"{named}: {first_fault(error)}; {BY_HAND}") from error
@@ -197,8 +197,9 @@ class ModelSpec(BaseModel):
         shape = self._shape()
         return None if shape is None else (estimated_dense_bytes(shape), True)
 
-    def _with_dense_weights(self, files: ModelFiles) -> Self:
+    def _with_dense_weights(self, source: Path) -> Self:
         """The same with `dense_bytes` from the weights beside a configuration, or its widths."""
+        files = find_files(source)
         found = dense_bytes(files.folder, self.total_layers)
         estimated = found is None
         if found is None and (shape := self._shape()) is not None:
@@ -215,7 +216,7 @@ class ModelSpec(BaseModel):
         )
 
     def digest(self) -> str:
-        """Fingerprint of what a plan rests on: not the name, notes, drafts or other weights."""
+        """Fingerprint of what a plan rests on: not the name, notes, draft layers or dense part."""
         aside = {"name", "notes", "draft_layers", "dense_bytes", "dense_is_estimated"}
         if self.weights_known:      # as models were fingerprinted before it could be unknown
             aside.add("weights_known")

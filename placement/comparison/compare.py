@@ -155,8 +155,11 @@ def compare(
     until = None if time_left_s is None else time.monotonic() + time_left_s
     contest = hold_contest(bench, plans, steps, max_steps, slack, resamples, seed, until)
     table = _ranked(contest, reference)
-    said = (f"{n}: {x}" for n, plan in plans.items() for x in memory_notes(plan, cluster, model))
-    return replace(table, notes=(*table.notes, *_promises(table, plans, trace, steps), *said))
+    memory = (
+        f"{n}: {x}" for n, plan in plans.items() for x in memory_notes(plan, cluster, model)
+    )
+    promises = _promises(table, plans, trace, steps)
+    return replace(table, notes=(*table.notes, *memory, *promises))
 
 
 def _promises(

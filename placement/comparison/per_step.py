@@ -21,6 +21,7 @@ from ..cost.evaluate import Evaluation, check_model, check_slots, judge, resolve
 from ..cost.overlap import Overlap
 from ..cost.step_loads import StepLoads, check_fit, step_loads
 from ..cost.token_transfers import transfers_cost_bytes
+from ..cost.unplanned import filled_shape, unplanned_us_W
 from ..plan import DispatchSpec, Plan
 from .bootstrap import redraw
 from .intervals import band
@@ -143,7 +144,11 @@ class Bench:
             expert_bytes_E=None if model is None else model.listed_bytes_E(),
             timed=model is not None,
         )
-        found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap)
+        rest_us_W = None if model is None else unplanned_us_W(
+            self.trace, steps, filled_shape(plan), self.cluster, spec, model, self.overlap, executor
+        )
+        found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap,
+                      rest_us_W=rest_us_W)
         metric_W = found.step_time_us_W if self.timed else _mean_over_layers(found.peak_WL)
         assert metric_W is not None
         return found, metric_W, _transfers_W(loads, self.cluster)

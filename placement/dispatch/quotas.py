@@ -27,11 +27,13 @@ from .policies import (
     FEWEST_ACTIVE,
     POLICIES,
     SGLANG_DYNAMIC,
+    SGLANG_ROWS,
     SLACK,
     TRTLLM,
     VLLM_HASH,
     Policy,
     default_slack,
+    fixed_slots,
     parameter_vector,
     policy_of,
     split_cell,
@@ -44,7 +46,7 @@ __all__ = [
 ]
 
 MOST_TOKENS = 1 << 53                               # beyond it floats skip whole numbers
-TOKEN_BY_TOKEN = (SGLANG_DYNAMIC, VLLM_HASH, TRTLLM)   # rules that look at every token
+TOKEN_BY_TOKEN = (SGLANG_DYNAMIC, SGLANG_ROWS, VLLM_HASH, TRTLLM)   # rules that look at every token
 
 
 def needs_all_counts(spec: DispatchSpec) -> bool:
@@ -69,9 +71,10 @@ def split(
     counts = _whole_counts(counts_GE, policy)
     table = _table(counts, slots_GC, cluster)
     quotas_GS = np.zeros((cluster.num_devices, slots_GC.size), counts.dtype)
+    parameters = parameter_vector(spec, cluster)
     split_cell(
-        policy.code, counts, *table.arrays(), cluster.node_G, cluster.num_nodes,
-        cluster.speed_G, parameter_vector(spec, cluster), quotas_GS,
+        policy.code, counts, *table.arrays(), cluster.node_G, cluster.num_nodes, cluster.speed_G,
+        parameters, fixed_slots(policy.code, table, cluster, parameters), quotas_GS,
     )
     return quotas_GS
 
@@ -107,10 +110,11 @@ def device_tokens(
         )
     else:
         quotas_GS = np.empty((counts.shape[1], slots_GC.size), counts.dtype)
+        fixed_GE = fixed_slots(policy.code, table, cluster, parameters)
         for w in range(len(counts)):
             quotas_GS[:] = 0
             split_cell(policy.code, counts[w], *table.arrays(), cluster.node_G, nodes,
-                       cluster.speed_G, parameters, quotas_GS)
+                       cluster.speed_G, parameters, fixed_GE, quotas_GS)
             quotas_GS.sum(axis=0, out=tokens_WS[w])
     tokens_WGC = tokens_WS.reshape(len(counts), *slots_GC.shape)
     return tokens_WGC.sum(axis=2), (tokens_WGC > 0).sum(axis=2)
@@ -124,7 +128,7 @@ def route(
     spec: DispatchSpec,
     num_experts: int,
 ) -> Int32Array:
-    """Slot of every assignment of one step, [T, K] int32; see `assignment.py`.
+    """Slot of every assignment of one step of a layer alone, [T, K] int32; see `assignment.py`.
 
     Negative ids are left out.
     """

@@ -25,6 +25,7 @@ from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..cost.evaluate import check_slots
 from ..cost.lower_bounds import checked_gap
+from ..cost.unplanned import unplanned_layers, unplanned_note
 from ..dispatch.policies import policy_of
 from ..dispatch.quotas import default_slack
 from ..memory import limits_G, plan_bytes_G, require_slots_fit
@@ -99,7 +100,7 @@ def plan(
     require_capacity(trace.num_experts, cluster.slots_G)
     fitting = require_slots_fit(cluster, model, current)
     data = planning_steps(trace, steps, most_steps=most_steps(settings))
-    _check_model(settings, data)
+    unplanned = check_model(settings, data)
     if current is not None:
         check_current(current, data, cluster)
     capacities = capacity_of_layers(data, settings)
@@ -112,7 +113,9 @@ def plan(
     else:
         work = search_and_polish if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
-    notes = (*fitting, *capacities.notes, *(() if placed is None else placed.notes))
+    notes = (
+        *fitting, *unplanned, *capacities.notes, *(() if placed is None else placed.notes),
+    )
     if cluster.traffic.mode == "coherent":
         answers, more = linked(answers, data, settings, align=method == "auto" and not current)
         notes = (*notes, *more)
@@ -303,20 +306,23 @@ def most_steps(settings: Settings) -> int:
     return MOST_TIMED_STEPS if settings.objective == "time" else MOST_STEPS
 
 
-def _check_model(settings: Settings, data: PlanningSteps) -> None:
+def check_model(settings: Settings, data: PlanningSteps) -> tuple[str, ...]:
+    """A note on the model's layers that the trace lacks.
+
+    Raises InputError where trace and model do not belong together, UsageError where loads shall
+    tell time.
+    """
     model = settings.model
+    missing = unplanned_layers(model, data.layer_indices, data.num_experts, "the trace")
     if model is None:
-        return
-    if (model.num_layers, model.num_experts) != (data.num_layers, data.num_experts):
-        raise InputError(
-            f"the model {model.name} has {model.num_layers} layers of {model.num_experts} experts, "
-            f"the trace {data.num_layers} of {data.num_experts}: they do not belong together"
-        )
-    if settings.objective == "time" and data.trace is None:
+        return ()
+    timed = settings.objective == "time"
+    if timed and data.trace is None:
         raise UsageError(
             "average loads cannot tell time per step: record a trace of tokens, or use objective "
             "balance"
         )
+    return unplanned_note(missing, data.num_layers, timed=timed)
 
 
 def check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:

@@ -33,6 +33,7 @@ from ..planning.planner import (
     assemble,
     capacity_of_layers,
     check_current,
+    check_model,
     layer_tasks,
     resolve_settings,
     trace_digest,
@@ -93,6 +94,7 @@ def rebalance(
     )
     fitting = require_slots_fit(cluster, model, current)
     data = planning_steps(new_trace, steps)
+    unplanned = check_model(settings, data)
     check_current(current, data, cluster)
     fitted = _fitted(current, cluster)
     budget = Budget.of(current, model, max_moves, max_bytes)
@@ -107,7 +109,7 @@ def rebalance(
     answers = _within(list(run.map(_finish, last)), tasks, budget, gain_L)
     return _result(
         current, answers, gain_L, data, settings, trace_digest(new_trace), started,
-        (*fitting, *capacities.notes, *notes),
+        (*fitting, *unplanned, *capacities.notes, *notes),
     )
 
 

@@ -28,12 +28,12 @@ from ...errors import InfeasibleError, InputError
 from ...foundation.arrays import SlotArray
 from ...foundation.compiled import random_state
 from ..cost.token_transfers import TransferModel, no_transfers, transfer_model
-from ..dispatch.policies import NEAREST_RULES
+from ..dispatch.policies import NEAREST_RULES, TENSOR_PARALLEL, parameter_vector
 from ..methods.baselines import LayerLoads, contiguous, greedy, lpt_swap
 from .annealing.annealer import Found, Overload, Schedule, SearchSpace, search_space
 from .annealing.even_average import improve_average
 from .annealing.exact_balance import MOST_DEVICES, improve_exact_balance
-from .annealing.fixed_shares import improve_fixed_shares
+from .annealing.fixed_shares import FIRST_NEAR, IN_TURN, NEAREST, improve_fixed_shares
 from .annealing.water_filled import improve_water_filled
 from .layer_task import Candidate, LayerAnswer, LayerTask, answer_with, judged
 from .scenarios import home_rows, request_kinds, search_rows
@@ -296,8 +296,11 @@ def _improver(task: LayerTask, few: bool) -> Improve:
     if task.dispatch.policy in ("balanced", "fewest_active"):
         return improve_exact_balance if few else improve_water_filled
     if task.dispatch.policy in NEAREST_RULES:
-        first = task.dispatch.policy == "sglang_static"
-        return partial(improve_fixed_shares, node_G=task.cluster.node_G, first_near=first)
+        rule = FIRST_NEAR if task.dispatch.policy == "sglang_static" else NEAREST
+        return partial(improve_fixed_shares, rule=rule, node_G=task.cluster.node_G)
+    if task.dispatch.policy == "ascend_fixed":
+        tensor_parallel = int(parameter_vector(task.dispatch, task.cluster)[TENSOR_PARALLEL])
+        return partial(improve_fixed_shares, rule=IN_TURN, tensor_parallel=tensor_parallel)
     return improve_fixed_shares
 
 

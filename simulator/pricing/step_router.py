@@ -99,7 +99,8 @@ class StepRouter:
         if (model.num_layers, model.num_experts) != (trace.num_layers, trace.num_experts):
             raise InputError(
                 f"model: {model.num_layers} layers of {model.num_experts} experts, the trace has "
-                f"{trace.num_layers} of {trace.num_experts}: they are of different models"
+                f"{trace.num_layers} of {trace.num_experts}: they are of different models, or the "
+                "trace holds some layers only, which `loadmaster evaluate --model` prices"
             )
         self.trace, self.cluster, self.model = trace, cluster, model
         self.dispatch, self.overlap = dispatch, overlap

@@ -10,27 +10,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
 from .draft import Draft, find_draft
+from .expert_size import ExpertFormats, Shape, size_on_disk
 from .families import Family, Kin, find_family
 from .fields import FIELDS, Config
-from .files import ModelFiles, find_files
-from .formats import FORMATS, ExpertBytes, WeightFormat
+from .files import PARAMS, ModelFiles, find_files
+from .formats import FORMATS
 from .layer_ranges import MOST_LAYERS, parse_layers, written
 from .layers import listed_layers, ruled_layers
-from .module_names import Matrix
 from .on_disk import DiskExperts, read_experts
-from .quantisation import UNSAID, Scheme, UnknownFormatError, read_schemes, stored_format
 
 BY_HAND = (
     "describe the model yourself: ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, "
     "intermediate=…, layer_indices=(…))"
 )
-_NEAR = 0.01                # per-tensor scales and types of scales differ by less
 
 
 def checkpoint_fields(source: Path, moe_layers: str | None = None) -> dict[str, Any]:
@@ -74,9 +72,11 @@ class _Reading:
     def fields(self, moe_layers: str | None) -> dict[str, Any]:
         """Everything a ModelSpec keeps of this model."""
         kin = find_family(self.config.names())
+        if kin is None and self.where.name.endswith(PARAMS):       # Mistral's own layout
+            kin = Kin(Family(), PARAMS, exact=True)
         family = kin.family if kin is not None else Family()
         experts = self._experts()
-        hidden_layers = self._hidden_layers()
+        hidden_layers = self._hidden_layers(family)
         disk = self._on_disk(hidden_layers, experts)
         listed, layers = self._layers(kin, hidden_layers, experts, moe_layers, disk)
         total = max(hidden_layers or 0, layers[-1] + 1)
@@ -86,24 +86,25 @@ class _Reading:
             experts = self._experts_on_disk(experts, layers, disk)
             hidden, intermediate = self._widths_on_disk(hidden, intermediate, disk)
         matrices = 3 if self._gated(kin, family) else 2
-        size = self._bytes(layers, family, matrices, hidden, intermediate)
-        sizes, each = self._bytes_on_disk(size, layers, matrices, hidden, intermediate, disk)
+        formats = ExpertFormats(self.config, self.files, family, self.notes)
+        shape = Shape(matrices, hidden or 0, intermediate or 0)
+        size, each = formats.size(layers, shape), None
+        if disk is not None and shape.parameters:
+            size, each = size_on_disk(size, disk, layers, shape, self.where.name, self.notes)
         draft = find_draft(self.config, total, family, listed)
         groups = self._number("groups", layers) or 1
         self._note_zero_experts(experts)
         return dict(
             name=self.files.name, num_layers=len(layers), num_experts=experts, top_k=top_k,
             hidden=hidden, intermediate=intermediate, matrices_per_expert=matrices,
-            bytes_per_parameter=sizes.bytes_per_parameter if sizes else 2.0,
-            scale_bytes_per_expert=sizes.scale_bytes if sizes else 0,
-            activation_bytes=self._activation_bytes(),
+            bytes_per_parameter=size.bytes_per_parameter if size else 2.0,
+            scale_bytes_per_expert=size.scale_bytes if size else 0,
+            activation_bytes=min(4.0, max(2.0, (formats.stored or FORMATS["bf16"]).bits / 8)),
             num_shared_experts=self._shared(layers, family), num_expert_groups=groups,
             groups_per_token=self._groups_per_token(groups, layers),
             layer_indices=layers, total_layers=total, expert_bytes=each,
-            draft_layers=self._draft_fields(
-                draft, family, (experts, top_k, hidden, intermediate, matrices)
-            ),
-            weights_known=sizes is not None or each is not None, notes=tuple(self.notes),
+            draft_layers=_draft_fields(draft, experts, top_k, shape, formats, disk),
+            weights_known=size is not None or each is not None, notes=tuple(self.notes),
         )
 
     # --- how many ---------------------------------------------------------------------------
@@ -122,8 +123,8 @@ class _Reading:
             )
         return experts
 
-    def _hidden_layers(self) -> int | None:
-        layers = self._number("layers", ())
+    def _hidden_layers(self, family: Family) -> int | None:
+        layers = self.config.get(family.layers) or self._number("layers", ())
         if layers is None:
             kinds = self.config.get("layers_block_type") or self.config.get(
                 "hybrid_override_pattern"
@@ -253,107 +254,6 @@ class _Reading:
         )
         return tuple(layers)
 
-    # --- how many bytes ---------------------------------------------------------------------
-
-    def _bytes(
-        self, layers: Sequence[int], family: Family, matrices: int, hidden: int | None,
-        intermediate: int | None,
-    ) -> ExpertBytes | None:
-        """Bytes of an expert as most layers keep it; None where their format is not known."""
-        try:
-            schemes = read_schemes(self.config, self.files)
-        except UnknownFormatError as error:
-            self.notes.append(
-                f"bytes per expert: unknown, for {error} is not known here, so there are neither "
-                "bytes nor times; a ModelSpec as JSON gives them (bytes_per_parameter)"
-            )
-            return None
-        by_layer = {
-            layer: self._formats(schemes, family, matrices, layer) for layer in layers
-        }
-        said = {layer: forms for layer, forms in by_layer.items() if forms is not None}
-        if said and len(said) < len(layers):
-            self.notes.append(
-                f"bytes per expert: the format is given for the experts of layers "
-                f"{written(tuple(said))} only; the others are taken to be alike"
-            )
-        counted = Counter(said.values()) or Counter([(None,) * matrices])
-        (most, many), *others = counted.most_common()
-        if any(form is None for form in most) and stored_format(self.config) is None:
-            self.notes.append("bytes per expert: no dtype is given, 16 bits a weight are taken")
-        formats = self._stored(most)
-        for other, fewer in others:
-            kept = self._stored(other)
-            self.notes.append(
-                f"bytes per expert: {fewer} of {len(layers)} layers keep their experts in "
-                f"{_named(kept)}; {_named(formats)}, that of {many}, is taken for all"
-            )
-        biased = family.biases and self._bias_bytes(most)
-        return ExpertBytes.of(formats, hidden or 0, intermediate or 0, biased or 0)
-
-    def _formats(
-        self, schemes: Sequence[Scheme], family: Family, matrices: int, layer: int,
-        draft: bool = False,
-    ) -> tuple[WeightFormat | None, ...] | None:
-        """The formats of a layer's matrices by the first document that says any; None: unsaid."""
-        answers: list[tuple[str, tuple[WeightFormat | None, ...]]] = []
-        for scheme in schemes:
-            forms = tuple(
-                scheme.format_of(Matrix(layer, which, 0, family.blocks, draft))
-                for which in range(3 - matrices, 3)
-            )
-            if any(form is not UNSAID for form in forms):
-                answers.append((
-                    scheme.where, tuple(None if form is UNSAID else form for form in forms)
-                ))
-        if not answers:
-            return None
-        (where, first), *others = answers
-        for other, forms in others if not draft else ():
-            note = (
-                f"bytes per expert: {where} says {_named(self._stored(first))}, {other} "
-                f"{_named(self._stored(forms))}; the first is taken"
-            )
-            if forms != first and note not in self.notes:
-                self.notes.append(note)
-        return first
-
-    def _stored(self, formats: Sequence[WeightFormat | None]) -> list[WeightFormat]:
-        plain = stored_format(self.config) or FORMATS["bf16"]
-        return [form or plain for form in formats]
-
-    def _bias_bytes(self, formats: Sequence[WeightFormat | None]) -> int:
-        """Bytes of one bias: as stored, 16 bits beside quantised weights."""
-        if all(form is None for form in formats):
-            return round(self._stored(formats)[0].bits / 8)
-        return 2
-
-    def _activation_bytes(self) -> float:
-        plain = stored_format(self.config) or FORMATS["bf16"]
-        return min(4.0, max(2.0, plain.bits / 8))
-
-    def _draft_fields(
-        self, draft: Draft | None, family: Family,
-        like: tuple[int, int, int | None, int | None, int],
-    ) -> dict[str, Any] | None:
-        if draft is None:
-            return None
-        experts, top_k, hidden, intermediate, matrices = like
-        own = None
-        try:
-            schemes = read_schemes(self.config, self.files)
-        except UnknownFormatError:
-            schemes = []
-        width = draft.intermediate or intermediate
-        if hidden and width and schemes:
-            formats = self._formats(schemes, family, matrices, draft.layer_indices[0], draft=True)
-            size = ExpertBytes.of(self._stored(formats or (None,) * matrices), hidden, width)
-            own = size.total(matrices, hidden, width)
-        return dict(
-            layer_indices=draft.layer_indices, num_experts=draft.num_experts or experts,
-            top_k=draft.top_k or min(top_k, draft.num_experts or experts), bytes_per_expert=own,
-        )
-
     # --- what lies on disk ------------------------------------------------------------------
 
     def _on_disk(self, hidden_layers: int | None, experts: int) -> DiskExperts | None:
@@ -411,35 +311,23 @@ class _Reading:
             )
         return found
 
-    def _bytes_on_disk(
-        self, said: ExpertBytes | None, layers: Sequence[int], matrices: int, hidden: int | None,
-        intermediate: int | None, disk: DiskExperts | None,
-    ) -> tuple[ExpertBytes | None, tuple[int, ...] | None]:
-        """An expert's bytes, from disk where it differs; and each one's, where experts differ."""
-        held = Counter(
-            disk.bytes_LE[layer] for layer in layers if disk and layer in disk.bytes_LE
-        )
-        if disk is None or not held or not hidden or not intermediate:
-            return said, None
-        found, many = held.most_common(1)[0]
-        if len(held) > 1:
-            self.notes.append(
-                f"bytes per expert: {len(layers) - many} of {len(layers)} layers hold experts of "
-                "another size on disk; that of most is taken for all"
-            )
-        parameters = matrices * hidden * intermediate
-        total = said.total(matrices, hidden, intermediate) if said is not None else None
-        if len(set(found)) > 1:
-            return said, found
-        if total is None or abs(found[0] - total) > _NEAR * total:
-            if total is not None:
-                self.notes.append(
-                    f"bytes per expert: {found[0]} on disk, {total} by {self.where.name}; the "
-                    "weights decide"
-                )
-            return ExpertBytes.of_total(found[0], parameters), None
-        return said, None
 
-
-def _named(formats: Sequence[WeightFormat]) -> str:
-    return "/".join(dict.fromkeys(form.name for form in formats))
+def _draft_fields(
+    draft: Draft | None, experts: int, top_k: int, shape: Shape, formats: ExpertFormats,
+    disk: DiskExperts | None,
+) -> dict[str, Any] | None:
+    """Of draft layers whose experts are like the others but for what they have of their own."""
+    if draft is None:
+        return None
+    own = draft.num_experts or experts
+    width = draft.intermediate or shape.intermediate
+    held = next(iter(disk.draft_bytes_LE.values()), ()) if disk is not None else ()
+    size = None
+    if held:
+        own, size = len(held), max(held)
+    elif shape.hidden and width:
+        size = formats.draft_size(draft.layer_indices[0], replace(shape, intermediate=width))
+    return dict(
+        layer_indices=draft.layer_indices, num_experts=own,
+        top_k=draft.top_k or min(top_k, own), bytes_per_expert=size,
+    )

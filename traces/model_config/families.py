@@ -29,6 +29,7 @@ class Family:
     top_k: int | None = None
     blocks: tuple[str, ...] = BLOCKS     # what may stand before "experts" in a module's name
     dense_draft: bool = False            # MTP layers have no experts
+    layers: str = ""                     # the field that counts layers, where another misleads
     encoder_decoder: bool = False
 
 
@@ -49,7 +50,9 @@ FAMILIES: dict[str, Family] = {
     "dbrx": Family(blocks=("ffn",)),
     **dict.fromkeys(("gemma4_text", "diffusion_gemma_text"), Family(blocks=("", "moe"))),
     **dict.fromkeys(("gpt_oss", "openai_privacy_filter"), Family(biases=True)),
-    **dict.fromkeys(("longcat_flash", "longcat_flash_ngram"), Family(dense_draft=True)),
+    **dict.fromkeys(
+        ("longcat_flash", "longcat_flash_ngram"), Family(dense_draft=True, layers="num_layers"),
+    ),
     **dict.fromkeys(
         ("deepseek", "deepseek_v2", "dots1", "mistral4", "unlimited_ocr_text",
          "deepseek_ocr2_text", "cohere2_moe", "bailing_moe", "bailing_moe_v2", "llada2_moe",
@@ -73,7 +76,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("step3p5", "step3p7"), Family(3, dense_draft=True)),
     "flint": Family(dense=(0, 1)),
     "jamba": Family(every=(2, 1)),
-    "ernie4_5_moe": _FIRST,
+    "ernie4_5_moe": Family(1, dense_draft=True),
     "llama4_text": Family(shared=1, blocks=("feed_forward",)),
     "nemotron_h": Family(only_listed=True, gated=False, blocks=("mixer",)),
     "switch_transformers": Family(gated=False, top_k=1, encoder_decoder=True),

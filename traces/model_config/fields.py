@@ -6,6 +6,7 @@ names of fields. Knows nothing of families, files or bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +98,16 @@ class Config:
         return tuple(str(name) for name in (*types, *built) if name)
 
     def set_field(self, quantity: str, prefix: str = "") -> tuple[str, Any] | None:
-        """The first of the quantity's fields that is set, and its value."""
+        """The first of the quantity's fields that is set, and its value.
+
+        Raises ValueError where that is a number written as text.
+        """
         for part, moe in zip(self.parts, self.moe_parts, strict=True):
             aliases = FIELDS[quantity] + (_INSIDE_MOE_PART.get(quantity, ()) if moe else ())
             for alias in aliases:
                 value = part.get(prefix + alias)
+                if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
+                    raise ValueError(f"{prefix + alias} is the text {value!r}, not a number")
                 if isinstance(value, (int, float, list)) and not isinstance(value, bool):
                     return prefix + alias, value
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.oracles.built_models import FAMILIES, build
 from loadmaster.errors import InputError
 from loadmaster.traces.model_spec import ModelSpec
 
@@ -200,45 +200,16 @@ def test_reading_a_configuration_imports_neither_torch_nor_transformers(tmp_path
     assert done.stdout.strip() == "[]", done.stderr
 
 
-FAMILIES = (
-    "afmoe", "aria", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_v3",
-    "deepseek_v32", "deepseek_v4", "dots3_note", "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint",
-    "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm5_next", "glm_moe_dsa", "gpt_oss", "granitemoe",
-    "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hy_v3", "hy_v4", "hy_v4_vl",
-    "inkling2", "inkling2_loop", "jamba", "kimi_k25", "kimi_linear", "kolibri1", "laguna",
-    "lara_mini", "llama4", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl",
-    "mistral4", "mistral_large4", "mixtral", "muse_spark", "nemo_speechlm", "nemotron_h",
-    "nemotron_h_omni", "olmoe", "openai_privacy_filter", "phimoe", "qwen2_moe", "qwen3_5_moe",
-    "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "sarvam_mla", "sarvam_moe", "solar_open", "zaya",
-)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_known_family_is_what_transformers_builds(tmp_path: Path, family: str) -> None:
     """Each architecture at its default size, without memory: which layers hold experts, how many,
     and how many parameters one has."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    if family not in transformers.CONFIG_MAPPING:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    built = build(family, tmp_path)
+    if built is None:
         pytest.skip(f"this transformers has no {family}")
-    config = transformers.CONFIG_MAPPING[family]()
-    config.save_pretrained(tmp_path)
     spec = ModelSpec.from_pretrained(tmp_path)
-    with torch.device("meta"):
-        text = config.get_text_config()
-        try:
-            model = transformers.AutoModelForCausalLM.from_config(text)
-        except ValueError:
-            model = transformers.AutoModel.from_config(text)
-    experts = {
-        int(re.findall(r"layers\.(\d+)\.", name)[-1]): module
-        for name, module in model.named_modules()
-        if hasattr(module, "_is_expert_parallel") or type(module).__name__ == "Llama4TextExperts"
-    }
-    assert tuple(sorted(experts)) == spec.own_layer_indices()
-    module = experts[spec.own_layer_indices()[0]]
-    assert module.num_experts == spec.num_experts
-    per_expert = [p for p in module.parameters() if p.shape[0] == spec.num_experts]
-    assert spec.bytes_per_parameter == 2
-    assert 2 * sum(p.numel() for p in per_expert) == spec.bytes_per_expert_E().sum()
+    assert spec.own_layer_indices() == built.layers and spec.num_experts == built.experts
+    assert spec.bytes_per_parameter == 2 and spec.bytes_per_expert_E()[0] == built.bytes
