@@ -164,7 +164,7 @@ def _serve(group: Group, advised: _Advised, *, recording: bool, rule: CapacityRu
         if recording:
             group.record(True)
         _greet(group)
-        watch(group, advised.controller(group))
+        watch(group, advised.controller(group), on_trouble=show.print_line)
     except KeyboardInterrupt:
         _ending(group, rule)
     except BaseException:

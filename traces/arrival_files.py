@@ -43,7 +43,7 @@ class _Form:
     prompt: str
     output: str
     unit: str | None             # of the times; None: not told
-    mark: str | None = None      # a column that tells it from a form with the same others
+    marks: tuple[str, ...] = ()  # columns that tell it from a form with the same others
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -52,13 +52,14 @@ class _Form:
     def fits(self, columns: Iterable[str]) -> bool:
         """Whether a table with these columns is of this form."""
         there = set(columns)
-        return there >= set(self.needed) and (self.mark is None or self.mark in there)
+        return there >= set(self.needed) and (not self.marks or bool(there & set(self.marks)))
 
 
 FORMS = (
     _Form("Azure", "TIMESTAMP", "ContextTokens", "GeneratedTokens", DATE),
     _Form("BurstGPT", "Timestamp", "Request tokens", "Response tokens", "s"),
-    _Form("Bailian", "timestamp", "input_length", "output_length", "s", "chat_id"),
+    _Form("Bailian", "timestamp", "input_length", "output_length", "s",
+          ("chat_id", "parent_chat_id", "turn")),
     _Form("Mooncake", "timestamp", "input_length", "output_length", "ms"),
     _Form("vidur", "arrived_at", "num_prefill_tokens", "num_decode_tokens", "s"),
 )

@@ -14,7 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
-from ...traces.model_layers import LayerRows, layers_in_model, rows_of_model
+from ...traces.model_layers import (
+    LayerRows,
+    draft_layers,
+    layers_in_model,
+    rows_of_model,
+)
 from ...traces.model_spec import ModelSpec
 from ..cost.unplanned import layers_of
 from ..plan import DispatchSpec, Plan, Provenance
@@ -46,7 +51,8 @@ class Known:
         if self.model is not None and self.num_experts not in (None, self.model.num_experts):
             raise UsageError(
                 f"{self.num_experts} experts were asked for, but the model has "
-                f"{self.model.num_experts}: leave --num-experts out"
+                f"{self.model.num_experts}", call="leave num_experts out",
+                command="leave --num-experts out",
             )
 
     def devices(self, stated: int | None = None) -> int:
@@ -54,13 +60,14 @@ class Known:
         found = self.num_devices if stated is None else stated
         if found is None:
             raise UsageError(
-                f"{self.path}: this format does not say on how many devices its slots lie: give "
-                "the number (--devices)"
+                f"{self.path}: this format does not say on how many devices its slots lie",
+                call="give num_devices", command="give --devices",
             )
         if self.num_devices not in (None, found):
             raise UsageError(
-                f"{self.path}: is for {found} devices, not {self.num_devices}: leave --devices "
-                "out, or plan anew"
+                f"{self.path}: is for {found} devices, not {self.num_devices}",
+                call="leave num_devices out, or plan anew",
+                command="leave --devices out, or plan anew",
             )
         return found
 
@@ -81,10 +88,19 @@ class Known:
         )
 
     def layers(self, found: int) -> tuple[int, ...]:
-        """The model's own numbers of the `found` MoE layers, its draft layers perhaps among them;
+        """The model's own numbers of the `found` MoE layers, its draft layers perhaps behind them;
         () without a model. Raises InputError where they are not as many.
         """
-        return () if self.model is None else self.rows(found).layers
+        if self.model is None:
+            return ()
+        own, draft = self.model.own_layer_indices(), draft_layers(self.model)
+        for numbers in (own, own + draft):
+            if len(numbers) == found:
+                return numbers
+        raise InputError(
+            f"{self.path}: holds {found} MoE layers, the model {self.model.name} has "
+            f"{self.model.num_layers}: it belongs to another model"
+        )
 
     def rows(self, found: int, numbers: Sequence[int] | None = None) -> LayerRows:
         """Which of the file's rows are which of the model's layers. Raises InputError."""
@@ -163,8 +179,9 @@ def split_rows(
             )
     if usual % num_devices:
         raise InputError(
-            f"{path}: {usual} slots per layer do not divide over {num_devices} devices: check "
-            "--devices against the engine's number of ranks"
+            f"{path}: {usual} slots per layer do not divide over {num_devices} devices",
+            call="num_devices is the engine's number of ranks",
+            command="--devices is the engine's number of ranks",
         )
     return np.array(rows, np.int64).reshape(len(rows), num_devices, -1)
 

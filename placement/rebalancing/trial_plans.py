@@ -86,7 +86,9 @@ def attempt(
     if budget == (None, None):
         return try_methods(source, cluster, methods, current=current, **options)
     if current is None:
-        raise UsageError("a budget of moves counts them away from a plan: name the current one")
+        raise UsageError("a budget of moves counts them away from a plan",
+                         call="name the current one (current=Plan)",
+                         command="name the current one with --current")
     return try_rebalance(
         current, source, cluster, max_moves=budget[0], max_bytes=budget[1], **options
     )

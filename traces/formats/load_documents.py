@@ -6,20 +6,25 @@ layer number. Knows documents. Knows nothing of files.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...errors import InputError
+from ..model_spec import MOST_EXPERTS
 from .asked import Asked
 from .loads import loads_result
 from .result import LOADS_ONLY, NO_PHASE, ImportResult
+from .row_columns import NAMES
 from .sglang import import_logical_count
 
 MATRIX = ("logical_expert_load", "expert_load", "expert_loads", "expert_counts", "expert_count",
           "tokens_per_expert", "loads", "load", "counts", "logical_count")
 HISTORY = ("load_history", "history", "windows", "records", "steps", "iterations")
+LAYER_NAMES = NAMES["layer"]
+_LAYER = re.compile(r"(?:layers?[_. ]?)?(\d{1,5})")
 _SLOTS = ("p2l_map", "physical_to_logical_map")
 _DEEPEST = 4
 
@@ -56,7 +61,7 @@ def _find(value: Any, depth: int) -> Found | None:
         return _windows(value, depth)
     if not isinstance(value, dict):
         return None
-    for name in (*MATRIX, *HISTORY):
+    for name in (*MATRIX, *HISTORY, "layers"):
         if name in value and (found := _find(value[name], depth + 1)) is not None:
             _, counts, numbers = found
             return name, _by_expert(value, counts), numbers
@@ -65,6 +70,8 @@ def _find(value: Any, depth: int) -> Found | None:
 
 def _windows(value: list[Any], depth: int) -> Found | None:
     """A list of windows of one shape, each a matrix in some wrapping."""
+    if layers := _listed_layers(value):
+        return layers
     parts = [_find(part, depth + 1) for part in value]
     there = [part for part in parts if part is not None]
     if not there or len(there) < len(parts):
@@ -79,17 +86,62 @@ def _windows(value: list[Any], depth: int) -> Found | None:
     return name, [counts for _, counts, _ in there], numbers
 
 
+def _listed_layers(value: list[Any]) -> Found | None:
+    """[{"layer": 3, "counts": [...]}, …]: one entry for each layer."""
+    if not all(isinstance(entry, dict) for entry in value):
+        return None
+    named = [next((entry[n] for n in LAYER_NAMES if n in entry), None) for entry in value]
+    if not value or not all(type(number) is int and number >= 0 for number in named):
+        return None
+    rows = [
+        next((found for n in MATRIX if (found := _counts_of(entry.get(n))) is not None), None)
+        for entry in value
+    ]
+    return _numbered([number for number in named if number is not None], rows)
+
+
 def _by_layer(value: dict[str, Any]) -> Found | None:
-    """{"3": [counts], …}: the model's own layer numbers."""
-    if not value or not all(str(key).isdecimal() and len(str(key)) < 6 for key in value):
+    """{"3": [counts], …}, or "layer_3": the model's own layer numbers."""
+    named = [_LAYER.fullmatch(str(key)) for key in value]
+    if not value or None in named:
         return None
-    if not all(isinstance(row, list) and _is_numbers(row) for row in value.values()):
+    numbers = [int(match[1]) for match in named if match is not None]
+    rows = [_counts_of(row) for row in value.values()]
+    by_expert = any(isinstance(row, dict) for row in value.values())
+    return _numbered(numbers, _padded(rows) if by_expert else rows)
+
+
+def _padded(rows: list[list[float] | None]) -> list[list[float] | None]:
+    """Rows of counts by expert, as long as the longest: the last experts may have had no token."""
+    most = max((len(row) for row in rows if row is not None), default=0)
+    return [None if row is None else row + [0.0] * (most - len(row)) for row in rows]
+
+
+def _numbered(numbers: list[int], rows: list[list[float] | None]) -> Found | None:
+    """Rows in the order of their layers; None where one holds no counts."""
+    there = [row for row in rows if row is not None]
+    if len(there) < len(rows) or not rows:
         return None
-    numbers = sorted(int(key) for key in value)
-    rows = [value[str(number)] for number in numbers]
-    if len({len(row) for row in rows}) > 1:
+    if len({len(row) for row in there}) > 1:
         raise InputError("its layers list different numbers of experts")
-    return "", rows, tuple(numbers)
+    if len(set(numbers)) < len(numbers):
+        raise InputError("it names a layer twice")
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    return "", [there[i] for i in order], tuple(numbers[i] for i in order)
+
+
+def _counts_of(row: Any) -> list[float] | None:
+    """[counts], or {"0": count, "7": count} where experts that are absent had no token."""
+    if isinstance(row, list) and _is_numbers(row) and not isinstance(row[0], list):
+        return row
+    if isinstance(row, dict) and row and all(str(key).isdecimal() for key in row):
+        experts = [int(key) for key in row]
+        if max(experts) < MOST_EXPERTS and _is_numbers(list(row.values())):
+            counts = [0.0] * (max(experts) + 1)
+            for expert, count in zip(experts, row.values(), strict=True):
+                counts[expert] = count
+            return counts
+    return None
 
 
 def _by_expert(value: dict[str, Any], counts: Any) -> Any:

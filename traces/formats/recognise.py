@@ -17,10 +17,11 @@ from .arrays import SUFFIXES, import_arrays
 from .asked import Asked
 from .load_documents import import_load_document, import_load_lines
 from .per_request import import_per_request
+from .ranks import rank_files, with_ranks
 from .responses import holds_responses, import_responses
 from .result import ImportResult, RoutesResult
 from .row_columns import Columns, columns_of
-from .row_loads import import_row_loads, rank_files
+from .row_loads import import_row_loads
 from .row_routes import import_row_routes
 from .tensor_file import import_tensors
 from .trtllm import META, import_statistics
@@ -49,6 +50,7 @@ _ELSEWHERE = (
 _ARRIVALS = ("timestamp", "arrived_at")
 
 Result = ImportResult | RoutesResult
+TABLES = (".csv", ".jsonl")      # summed as they are read
 
 
 def import_folder(folder: Path, asked: Asked) -> Result:
@@ -82,7 +84,19 @@ def import_folder(folder: Path, asked: Asked) -> Result:
 
 
 def import_file(path: Path, asked: Asked) -> Result:
-    """What a file holds. Raises InputError where it is nothing known."""
+    """What a file holds; counts of ranks that lie beside each other are summed.
+
+    Raises InputError where it is nothing known, or a rank's counts are of another shape.
+    """
+    found = _import_one(path, asked)
+    files = rank_files(path)
+    if isinstance(found, RoutesResult) or found.profile is None or path.suffix in TABLES:
+        return found
+    others = [_import_one(other, asked) for other in files if other != path]
+    return with_ranks(found, path, files, [r for r in others if isinstance(r, ImportResult)])
+
+
+def _import_one(path: Path, asked: Asked) -> Result:
     if path.suffix in SUFFIXES:
         return import_arrays(path, asked)
     if path.suffix == ".pt":

@@ -8,21 +8,21 @@ question. Reads JSON and safetensors' headers only: knows nothing of torch or tr
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from .differences import experts_on_disk, layers_on_disk, size_on_disk, widths_on_disk
 from .draft import Draft, find_draft
-from .expert_size import ExpertFormats, Shape, size_on_disk
+from .expert_size import ExpertFormats, Shape
 from .families import Family, Kin, find_family
 from .fields import FIELDS, Config
 from .files import PARAMS, ModelFiles, find_files
 from .formats import FORMATS
 from .layer_ranges import MOST_LAYERS, parse_layers, written
-from .layers import listed_layers, ruled_layers
+from .layers import encoder_then_decoder, listed_layers, ruled_layers
 from .on_disk import DiskExperts, read_experts
 
 BY_HAND = (
@@ -80,11 +80,13 @@ class _Reading:
         disk = self._on_disk(hidden_layers, experts)
         listed, layers = self._layers(kin, hidden_layers, experts, moe_layers, disk)
         total = max(hidden_layers or 0, layers[-1] + 1)
+        experts = self._number("experts", layers) or experts      # where a list gives each layer's
         top_k = self._required("top_k", self._number("top_k", layers) or family.top_k)
         hidden, intermediate = self._number("hidden", layers), self._number("intermediate", layers)
         if disk is not None:
-            experts = self._experts_on_disk(experts, layers, disk)
-            hidden, intermediate = self._widths_on_disk(hidden, intermediate, disk)
+            where = self.where.name
+            experts = experts_on_disk(experts, layers, disk, where, self.notes)
+            hidden, intermediate = widths_on_disk(hidden, intermediate, disk, where, self.notes)
         matrices = 3 if self._gated(kin, family) else 2
         formats = ExpertFormats(self.config, self.files, family, self.notes)
         shape = Shape(matrices, hidden or 0, intermediate or 0)
@@ -112,8 +114,7 @@ class _Reading:
     def _experts(self) -> int:
         self.config.require_agreement("experts", str(self.where))
         self.config.require_agreement("top_k", str(self.where))
-        found = self.config.set_field("experts")
-        experts = None if found is None else self.config.number("experts", (), [])
+        experts = self.config.most("experts")
         if not experts or experts < 2 or self.config.get("enable_moe_block") is False:
             kind = next(iter(self.config.names()), "")
             raise InputError(
@@ -191,7 +192,7 @@ class _Reading:
         if asked is not None:
             return (), self._asked(asked, hidden_layers)
         if kin is not None and kin.family.encoder_decoder:
-            return (), self._encoder_then_decoder()
+            return (), self._nonempty(encoder_then_decoder(self.config, self.notes))
         self._required("layers", hidden_layers or (1 if disk is not None else None))
         count = hidden_layers or max(disk.layers if disk else (0,)) + 1
         found = listed_layers(self.config, count, str(self.where))
@@ -200,11 +201,10 @@ class _Reading:
             found = ruled_layers(self.config, count, kin.family if kin is not None else None)
         layers = None if found is None else tuple(i for i in found[1] if i < count)
         if disk is not None:
-            return listed, self._layers_on_disk(layers, disk)
+            return listed, layers_on_disk(layers, disk, self.where.name, self.notes)
         if layers is None:
             raise InputError(self._question(count, experts))
-        if not layers:
-            raise InputError(f"{self.where}: no layer is MoE by its own fields; {BY_HAND}")
+        self._nonempty(layers)
         if kin is not None and not kin.exact and found is not None and found[0] == "its family":
             self.notes.append(
                 f"layers: model_type {self.config.names()[0]!r} is not known; it is read as its "
@@ -212,6 +212,11 @@ class _Reading:
                 "otherwise"
             )
         return listed, layers
+
+    def _nonempty(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if not layers:
+            raise InputError(f"{self.where}: no layer is MoE by its own fields; {BY_HAND}")
+        return layers
 
     def _asked(self, asked: str, hidden_layers: int | None) -> tuple[int, ...]:
         layers = parse_layers(asked)
@@ -232,28 +237,6 @@ class _Reading:
             f"(in Python moe_layers=…), or {BY_HAND}"
         )
 
-    def _encoder_then_decoder(self) -> tuple[int, ...]:
-        """The encoder's MoE layers, then the decoder's, numbered after the encoder's last."""
-        encoder = self.config.get("encoder_layers") or self.config.get("num_layers") or 0
-        decoder = self.config.get("decoder_layers") or self.config.get("num_decoder_layers")
-        decoder = encoder if decoder is None else decoder
-        layers = []
-        for side, count, before in (("encoder", encoder, 0), ("decoder", decoder, encoder)):
-            sparse = self.config.get(f"num_sparse_{side}_layers")
-            if sparse is None:                                   # NLLB: every so many-th
-                step = self.config.get(f"{side}_sparse_step") or 0
-                layers += [before + i for i in range(count) if step and (i + 1) % step == 0]
-            elif sparse:                                         # Switch: so many, from the second
-                step = max(count // sparse, 1)
-                layers += [before + i for i in range(count) if step == 1 or i % step == 1]
-        if not layers:
-            raise InputError(f"{self.where}: no layer is MoE by its own fields; {BY_HAND}")
-        self.notes.append(
-            f"layers: an encoder of {encoder} layers and a decoder of {decoder}; the decoder's are "
-            f"numbered from {encoder}"
-        )
-        return tuple(layers)
-
     # --- what lies on disk ------------------------------------------------------------------
 
     def _on_disk(self, hidden_layers: int | None, experts: int) -> DiskExperts | None:
@@ -265,51 +248,6 @@ class _Reading:
                 "configuration alone is taken"
             )
             return None
-
-    def _layers_on_disk(
-        self, said: tuple[int, ...] | None, disk: DiskExperts
-    ) -> tuple[int, ...]:
-        if said is not None and said != disk.layers:
-            self.notes.append(
-                f"layers: the weights on disk hold experts in {written(disk.layers)}, "
-                f"{self.where.name} says {written(said) or 'none'}; the weights decide"
-            )
-        return disk.layers
-
-    def _experts_on_disk(self, said: int, layers: Sequence[int], disk: DiskExperts) -> int:
-        counts = Counter(
-            len(disk.bytes_LE[layer]) for layer in layers if layer in disk.bytes_LE
-        )
-        if not counts:
-            return said
-        found = counts.most_common(1)[0][0]
-        if len(counts) > 1:
-            self.notes.append(
-                f"experts: layers on disk hold {min(counts)} to {max(counts)} of them; {found}, "
-                "that of most, is taken"
-            )
-        if found != said:
-            self.notes.append(
-                f"experts: the weights on disk hold {found} in a layer, {self.where.name} says "
-                f"{said}; the weights decide"
-            )
-        return found
-
-    def _widths_on_disk(
-        self, hidden: int | None, intermediate: int | None, disk: DiskExperts
-    ) -> tuple[int | None, int | None]:
-        found = disk.hidden_first
-        if found is None and disk.widths is not None and hidden in disk.widths:
-            others = disk.widths - {hidden}
-            found = (hidden, next(iter(others), hidden))
-        if found is None or found == (hidden, intermediate):
-            return hidden, intermediate
-        if hidden is not None and intermediate is not None:
-            self.notes.append(
-                f"widths: the experts on disk are {found[0]} x {found[1]}, {self.where.name} says "
-                f"{hidden} x {intermediate}; the weights decide"
-            )
-        return found
 
 
 def _draft_fields(

@@ -43,7 +43,7 @@ FAMILIES: dict[str, Family] = {
          "lara_mini", "mellum", "minimax", "minimax_text_01", "minimax_m1", "minimax_m2",
          "minimax_m3_vl_text", "minimax_m3", "mixtral", "muse_spark_text", "olmoe", "phimoe",
          "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe_text", "qwen3_vl_moe_text",
-         "qwen3_5_moe_text", "qwen4_exp_text", "smallthinker", "solar_open", "zaya",
+         "qwen3_5_moe_text", "qwen4_exp_text", "smallthinker", "minicpm", "solar_open", "zaya",
          "deepseek_v4", "grok1", "grok_1", "xverse", "skywork_moe", "arctic"),
         _EVERY,
     ),

@@ -7,7 +7,7 @@ tensor. Knows the format. Knows nothing of models.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 from ...errors import InputError
 from ...foundation.documents import read_json
 
+_SINGLE = "model.safetensors"
 _LARGEST_HEADER = 256 * 2**20
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
@@ -49,9 +50,11 @@ def read_headers(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Tensor
 
 
 def _files(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    # A folder may hold the same weights twice, in Mistral's layout too: transformers' come first.
+    indices = _plain_first(folder.glob("*.safetensors.index.json"))
     if not indices:
-        return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+        files = _plain_first(path for path in folder.glob("*.safetensors") if path.is_file())
+        return files[:1] if files and files[0].name == _SINGLE else files
     document = read_json(indices[0])
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict):
@@ -61,6 +64,10 @@ def _files(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
         if Path(name).name != name or not (folder / name).is_file():
             raise InputError(f"{folder / name}: not there, though {indices[0].name} names it")
     return [folder / name for name in names]
+
+
+def _plain_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (not path.name.startswith(_SINGLE), path.name))
 
 
 def _header(path: Path) -> Iterator[TensorHeader]:

@@ -55,25 +55,23 @@ def read_experts(
 
 
 def dense_bytes(folder: Path, hidden_layers: int | None = None) -> int | None:
-    """Bytes of all tensors but routed experts and draft layers; None: not all weights are here."""
-    try:
-        headers = list(read_headers(folder, lambda name: True))
-    except InputError:
-        return None
-    sizes = (
-        header.bytes for header in headers
+    """Bytes of all tensors but routed experts and draft layers; None where there are no weights.
+
+    Raises InputError naming a file whose header cannot be read.
+    """
+    sizes = [
+        header.bytes for header in read_headers(folder, lambda _name: True)
         if _placed(header.name) is None and not _drafts(header.name, hidden_layers)
-    )
-    return sum(sizes) if headers else None
+    ]
+    return sum(sizes) if sizes else None
 
 
 def _drafts(name: str, hidden_layers: int | None) -> bool:
     """Whether a tensor is of layers that only guess tokens ahead."""
     found = _LAYER.match(name)
-    beyond = found is not None and hidden_layers is not None and (
-        int(found["layer"]) >= hidden_layers
-    )
-    return beyond or DRAFT.search(name) is not None
+    if found is not None and hidden_layers is not None and int(found["layer"]) >= hidden_layers:
+        return True
+    return DRAFT.search(name) is not None
 
 
 class _Place(NamedTuple):

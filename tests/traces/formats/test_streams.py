@@ -392,3 +392,49 @@ def test_a_document_of_something_else_is_sent_where_it_belongs(
     (tmp_path / "d.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match=said):
         import_any(tmp_path / "d.json")
+
+
+# ---- more of the same -------------------------------------------------------------------------
+
+
+def test_a_column_per_choice_is_a_tokens_choice(tmp_path: Path) -> None:
+    ids = routing(tokens=9, layers=2)
+    rows = [(t, layer, *ids[t, layer]) for t in range(9) for layer in range(2)]
+    path = table(tmp_path / "t.csv", "token,layer,expert_0,expert_1,expert_2,expert_3", rows)
+    assert np.array_equal(trace_of(import_any(path, num_experts=16)).ids, ids)
+    bare = table(tmp_path / "u.csv", "layer,topk_1,topk_2,topk_3,topk_4", [r[1:] for r in rows])
+    assert np.array_equal(trace_of(import_any(bare, num_experts=16)).ids, ids)
+
+
+def test_a_column_per_expert_is_counts_with_a_word(tmp_path: Path) -> None:
+    path = table(tmp_path / "c.csv", "step,layer,expert_0,expert_1,expert_2",
+                 [(0, 4, 5, 6, 7), (1, 4, 1, 0, 2)])
+    found = import_any(path)
+    assert found.profile is not None
+    assert found.profile.load_WLE.tolist() == [[[5, 6, 7]], [[1, 0, 2]]]
+    assert "taken for the counts of one expert each" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize("document", [
+    {"layers": [{"layer_id": 12, "expert_load": [4, 0, 9]},
+                {"layer_id": 3, "expert_load": [7, 1, 2]}]},
+    {"layer_12": [4, 0, 9], "layer_3": [7, 1, 2]},
+    {"loads": {"12": {"2": 9, "0": 4}, "3": {"0": 7, "1": 1, "2": 2}}},
+])
+def test_layers_may_be_named_or_listed(tmp_path: Path, document: Any) -> None:
+    (tmp_path / "d.json").write_text(json.dumps(document))
+    profile = import_any(tmp_path / "d.json").profile
+    assert profile is not None and profile.layer_indices == (3, 12)
+    assert profile.load_WLE.tolist() == [[[7, 1, 2], [4, 0, 9]]]
+
+
+def test_arrays_of_ranks_beside_each_other_are_summed_too(tmp_path: Path) -> None:
+    loads = np.arange(1, 13).reshape(3, 4)
+    for rank in (0, 1, 2):
+        np.save(tmp_path / f"load_rank{rank}.npy", loads * (rank + 1))
+    found = import_any(tmp_path / "load_rank1.npy")
+    assert found.profile is not None and np.array_equal(found.profile.load_LE, loads * 6)
+    assert "counts of 3 ranks summed" in found.notes[0]
+    np.save(tmp_path / "load_rank3.npy", loads[:2])
+    with pytest.raises(InputError, match="other shapes or layers than"):
+        import_any(tmp_path / "load_rank1.npy")

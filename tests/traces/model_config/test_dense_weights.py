@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from loadmaster.errors import InputError
 from loadmaster.traces.model_config.dense_weights import ModelShape, estimated_dense_bytes
 from loadmaster.traces.model_config.on_disk import dense_bytes
 from loadmaster.traces.model_spec import ModelSpec
@@ -78,16 +79,11 @@ def test_headers_tell_it_exactly(tmp_path: Path) -> None:
     assert dense_bytes(tmp_path) == 2 * (100 + 20 + 3 + 5000)
 
 
-def test_weights_that_are_not_all_there_tell_nothing(tmp_path: Path) -> None:
+def test_no_weights_tell_nothing_and_broken_ones_are_named(tmp_path: Path) -> None:
     assert dense_bytes(tmp_path) is None
-    weights(tmp_path, "model-1.safetensors", a=10)
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert dense_bytes(tmp_path) is None
-    weights(tmp_path, "model-2.safetensors", b=5)
-    assert dense_bytes(tmp_path) == 2 * (10 + 5)
-    (tmp_path / "model-2.safetensors").write_bytes(b"\xff" * 64)
-    assert dense_bytes(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        dense_bytes(tmp_path)
 
 
 def test_a_checkpoint_says_whether_it_is_an_estimate(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def test_a_list_tells_of_any_model(write: Write, listed: dict[str, Any]) -> None
     ({"expert_layer_period": 3, "expert_layer_offset": 2}, (2, 5)),
     ({"moe_layer_start_index": 2, "moe_layer_end_index": 6, "moe_layer_interval": 2}, (3, 5)),
     ({"moe_layer_start_index": 1, "moe_layer_end_index": -1}, range(1, 8)),
+    ({"moe_every_n_layer": 2, "moe_layer_offset": 3}, (3, 5, 7)),
+    ({"moe_every_n_layers": 2}, (1, 3, 5, 7)),
     ({"moe_layer_start_index": [1, 1], "moe_layer_end_index": [5, 4]}, range(1, 6)),
 ])
 def test_numbers_tell_of_any_model(write: Write, numbers: dict[str, Any], wanted: Any) -> None:

@@ -74,9 +74,9 @@ def test_weights_that_fit_their_configuration_change_nothing(write: Write) -> No
     alone = ModelSpec.from_pretrained(folder)
     save_file(layers(), folder / "model.safetensors")
     beside = ModelSpec.from_pretrained(folder)
-    counted = {"dense_bytes": None, "dense_is_estimated": False}      # those weights alone tell
-    assert beside.model_copy(update=counted) == alone.model_copy(update=counted)
-    assert beside.notes == () and not beside.dense_is_estimated
+    dense = {"dense_bytes", "dense_is_estimated"}       # known exactly, where it was reckoned
+    assert beside.model_dump(exclude=dense) == alone.model_dump(exclude=dense)
+    assert beside.notes == ()
     assert beside.bytes_per_expert_E().tolist() == [2 * EXPERT] * E
 
 
@@ -93,6 +93,13 @@ def test_a_quantisation_nobody_mentions_is_seen_and_said(write: Write) -> None:
 def test_a_quantisation_that_is_not_known_is_weighed(write: Write) -> None:
     spec = model(write, layers(nvfp4), quantization_config={"quant_method": "magic"})
     assert spec.knows_sizes and spec.bytes_per_expert_E()[0] == EXPERT // 2 + EXPERT // 16 + 24
+    assert spec.notes == ()
+
+
+def test_a_dtype_nobody_gave_is_seen(write: Write) -> None:
+    fields = {"torch_dtype": None}
+    assert "no dtype is given" in ModelSpec.from_pretrained(write(MODEL | fields)).notes[0]
+    assert model(write, layers(), **fields).notes == ()
 
 
 def test_scales_of_a_whole_tensor_are_no_difference(write: Write) -> None:
@@ -212,6 +219,26 @@ def test_several_files_are_read_by_their_index(write: Write) -> None:
     (folder / "part-1.safetensors").unlink()
     (note,) = ModelSpec.from_pretrained(folder).notes
     assert "part-1.safetensors: not there" in note and "configuration alone is taken" in note
+
+
+def test_weights_that_lie_there_twice_count_once(write: Write) -> None:
+    """As transformers keeps them, and as Mistral does."""
+    folder = write(MODEL)
+    save_file(layers(), folder / "model.safetensors")
+    save_file(layers(start="layers.", block="ffn"), folder / "consolidated.safetensors")
+    spec = ModelSpec.from_pretrained(folder)
+    assert spec.notes == () and spec.bytes_per_expert_E()[0] == 2 * EXPERT
+
+
+def test_experts_of_other_parts_are_not_the_language_models(write: Write) -> None:
+    """A talker or an encoder with experts of its own, beside the model that thinks."""
+    others = {
+        f"{start}layers.{layer}.mlp.experts.{e}.{name}": tensor.clone()
+        for start in ("talker.model.", "vision_tower.")
+        for layer in range(6) for e in range(2) for name, tensor in plain().items()
+    }
+    spec = model(write, layers(start="thinker.model.layers.") | others)
+    assert spec.notes == () and spec.own_layer_indices() == (1, 2, 3)
 
 
 def _cut(folder: Path) -> None:
