@@ -142,7 +142,7 @@ def advise(
                     time_left_s=clock.share(), **asked)
     moving = {} if current is None else _moving(table, plans, cluster, model)
     chosen, verdict = _choice(table, plans, moving, horizon_steps)
-    if chosen == reference:
+    if chosen == reference and not clock.expired():
         verdict += one_more_slot(table, chosen, planning, judging, cluster, asked)
     plans[chosen] = _promised(plans[chosen], table, chosen, steps, judging, trace)
     return Advice(verdict, chosen, table, tried.results, plans, judged_on, tried.cannot, moving,

@@ -123,6 +123,10 @@ class TimeLimit:
             raise UsageError(f"time_limit_s {limit_s} must be above 0")
         return cls(None if limit_s is None else time.monotonic() + limit_s)
 
+    def expired(self) -> bool:
+        """Whether nothing is left."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
     def part(self, share: float) -> float | None:
         """Seconds for a part of what is left."""
         left = self.share()
