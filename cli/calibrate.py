@@ -9,7 +9,7 @@ import typer
 
 from ..app.inputs import read_model, require_targets, writing
 from . import output as show
-from .options import Json
+from .options import Json, MoeLayers, SizedModel
 from .serving_options import whole
 
 if TYPE_CHECKING:
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 
 def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Hardware profile to write (YAML).")],
-    model: Annotated[
-        Path, typer.Option(help="Checkpoint folder, or a ModelSpec as JSON: the experts' shape.")
-    ],
+    model: SizedModel,
     ranks: Annotated[
         int, typer.Option(help="Processes that exchange tokens.", callback=whole("--ranks", 2))
     ] = 4,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    moe_layers: MoeLayers = None,
     json: Json = False,
 ) -> None:
     """Measure this machine: experts alone, exchange between processes; fit a hardware profile."""
@@ -35,7 +34,7 @@ def calibrate(
     from ..workers.calibrate.machine import calibrate_machine
 
     require_targets(out)
-    spec = read_model(model)
+    spec = read_model(model, moe_layers)
     if spec is None or not spec.knows_sizes:
         raise UsageError(f"{model}: calibrate needs the hidden and intermediate sizes")
     with show.progress_bar() as bar:

@@ -21,6 +21,7 @@ from . import (
     cache,
     calibrate,
     evaluate,
+    example,
     live,
     plan,
     plan_files,
@@ -30,7 +31,11 @@ from . import (
     trace,
     whatif,
 )
-from .output import ReaderGoneError
+from .endings import interrupted_on_endings
+from .output import ReaderGoneError, print_error
+from .spelling import spell_streams
+
+INTERRUPTED = "interrupted; nothing half-written is left in place"
 
 
 class _Verbs(TyperGroup):
@@ -40,8 +45,7 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print("loadmaster: interrupted; nothing half-written is left in place",
-                  file=sys.stderr)
+            print_error(INTERRUPTED)
             raise typer.Exit(130) from None
         except ReaderGoneError:      # no failure; any other broken pipe is one
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,7 +65,7 @@ app = typer.Typer(
 app.add_typer(trace.app, name="trace")
 for verb in (
     plan.plan, evaluate.evaluate, plan_files.plan_show, plan_files.plan_diff,
-    plan_files.plan_export, plan_files.plan_import, plan_files.schema,
+    plan_files.plan_export, plan_files.plan_import, plan_files.schema, example.example,
     simulate.simulate, replay.replay, whatif.whatif, cache.cache, calibrate.calibrate,
     live.demo, run.run, apply.apply,
 ):
@@ -88,22 +92,35 @@ def _root(
 
 def main() -> None:
     """Run a verb; errors become one line and an exit code."""
+    spell_streams()
     try:
-        app()
-    except LoadmasterError as error:
-        print(f"loadmaster: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        with interrupted_on_endings():
+            app()
     except KeyboardInterrupt:
-        print("loadmaster: interrupted; nothing half-written is left in place", file=sys.stderr)
+        print_error(INTERRUPTED)
         sys.exit(130)
-    except OSError as error:  # a name too long, a disk gone: what no verb foresaw
+    except Exception as error:
+        found = _ours(error)
+        if found is None:
+            raise
+        print_error(found.typed)
+        sys.exit(found.exit_code)
+
+
+def _ours(error: Exception) -> LoadmasterError | None:
+    """The error as one of ours; None for one that only a mistake in this code can raise."""
+    if isinstance(error, LoadmasterError):
+        return error
+    if isinstance(error, OSError):      # a name too long, a disk gone: what no verb foresaw
         place = f"{str(error.filename)[:200]}: " if error.filename else ""
-        print(f"loadmaster: {place}{error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
-    except MemoryError:
-        print("loadmaster: out of memory: use fewer tokens or a larger machine",
-              file=sys.stderr)
-        sys.exit(1)
+        return LoadmasterError(f"{place}{error.strerror or error}")
+    if isinstance(error, MemoryError):
+        return LoadmasterError("out of memory: use fewer tokens or a larger machine")
+    if type(error).__module__.startswith("ray."):
+        from ..workers.fleet.crossing import crossed
+
+        return crossed(error)
+    return None
 
 
 if __name__ == "__main__":

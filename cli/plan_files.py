@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from ..app.inputs import read_model, require_target
+from ..app.inputs import model_notes, read_model, require_target
 from . import output as show
-from .options import Json, ModelSource, NumExperts
+from .options import Json, ModelSource, MoeLayers, NumExperts
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file.")]
 EngineFormat = Annotated[
-    str, typer.Option("--format", help="sglang, trtllm, vllm_ascend, eplb or omni.")
+    str, typer.Option("--format", help="sglang, trtllm, vllm, vllm_ascend, eplb or omni.")
 ]
 
 
@@ -39,6 +39,7 @@ def plan_diff(
     old: Annotated[Path, typer.Argument(help="Plan file.")],
     new: Annotated[Path, typer.Argument(help="Plan file.")],
     model: ModelSource = None,
+    moe_layers: MoeLayers = None,
     json: Json = False,
 ) -> None:
     """What changes from one plan to another: experts to move, by layer and device, and bytes."""
@@ -46,7 +47,8 @@ def plan_diff(
     from ..placement.plan import Plan
 
     before, after = Plan.load(old), Plan.load(new)
-    described = diff_plans(before, after, read_model(model))
+    spec = read_model(model, moe_layers)
+    described = diff_plans(before, after, spec)
     if json:
         show.print_json(described.to_dict())
         return
@@ -55,7 +57,7 @@ def plan_diff(
         show.print_table("", described.columns, described.rows)
     if described.device_rows:
         show.print_table("", described.device_columns, described.device_rows)
-    show.print_notes(described.notes)
+    show.print_notes((*model_notes(spec), *described.notes))
 
 
 def plan_export(
@@ -66,6 +68,7 @@ def plan_export(
         bool, typer.Option("--nearest", help="Write the nearest plan the engine can hold.")
     ] = False,
     model: ModelSource = None,
+    moe_layers: MoeLayers = None,
     json: Json = False,
 ) -> None:
     """Write a plan as an engine's own file; refuses what that engine cannot hold."""
@@ -73,9 +76,11 @@ def plan_export(
     from ..placement.plan import Plan
 
     require_target(out)
-    notes = export_plan(
-        Plan.load(plan_file), format, out, model=read_model(model), nearest=nearest
-    )
+    spec = read_model(model, moe_layers)
+    notes = [
+        *model_notes(spec),
+        *export_plan(Plan.load(plan_file), format, out, model=spec, nearest=nearest),
+    ]
     if json:
         show.print_json({"file": str(out), "format": format, "notes": notes})
         return
@@ -92,6 +97,7 @@ def plan_import(
     ] = None,
     num_experts: NumExperts = None,
     model: ModelSource = None,
+    moe_layers: MoeLayers = None,
     json: Json = False,
 ) -> None:
     """Read an engine's plan, check every line of it, and write it as a plan file."""
@@ -99,16 +105,18 @@ def plan_import(
     from ..placement.inspection.describe import shape_text
 
     require_target(out)
+    spec = read_model(model, moe_layers)
     found = import_plan(
-        source, format, num_devices=devices, num_experts=num_experts, model=read_model(model)
+        source, format, num_devices=devices, num_experts=num_experts, model=spec
     )
+    notes = [*model_notes(spec), *found.notes]
     found.plan.save(out)
     shape = shape_text(found.plan)
     if json:
-        show.print_json({"file": str(out), "format": format, "plan": shape, "notes": found.notes})
+        show.print_json({"file": str(out), "format": format, "plan": shape, "notes": notes})
         return
     show.print_verdict(f"imported {source} ({format}) to {out}: {shape}")
-    show.print_notes(found.notes)
+    show.print_notes(notes)
 
 
 def schema(

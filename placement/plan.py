@@ -66,6 +66,21 @@ class LayerEvidence(BaseModel):
     )
 
 
+class Promise(BaseModel):
+    """What whoever chose the plan was told of it: judged on requests held back from planning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    metric: str = Field(description="step_time_us, imbalance_mean or peak_mean")
+    value: float
+    reach: float | None = Field(description="of its 95 % band; None = cannot be told")
+    requests: int = Field(description="that judged it")
+    step_tokens: int
+    concurrency: int
+    order: str
+    trace_digest: str = Field(description="of the trace that both parts were taken from")
+
+
 class Evidence(BaseModel):
     """How good the plan is, and on what it was judged."""
 
@@ -81,6 +96,7 @@ class Evidence(BaseModel):
     bound_kind: str = ""
     notes: tuple[str, ...] = ()
     copies: float | None = Field(default=None, description="mean over layers")
+    promise: Promise | None = None
 
 
 class _PlanFile(BaseModel):
@@ -221,7 +237,10 @@ class Plan:
             provenance=self.provenance,
             evidence=self.evidence,
         )
-        return json.dumps(file.model_dump(mode="json"), separators=(",", ":")) + "\n"
+        document = file.model_dump(mode="json")
+        if self.evidence is not None and self.evidence.promise is None:
+            del document["evidence"]["promise"]     # as files without one were always written
+        return json.dumps(document, separators=(",", ":")) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "plan") -> Self:

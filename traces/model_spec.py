@@ -15,10 +15,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import InputError
 from ..foundation.documents import first_fault
-from .model_config import BY_HAND, MOST_LAYERS, checkpoint_fields
+from .dense_weights import ModelShape, dense_bytes_on_disk, estimated_dense_bytes
+from .model_config.checkpoint import BY_HAND, checkpoint_fields
+from .model_config.files import find_files
+from .model_config.layer_ranges import MOST_LAYERS
 
 # Far beyond any model, and small enough that bytes and operations stay whole numbers.
 MOST_EXPERTS, MOST_WIDE, MOST_BYTES = 65_536, 2**24, 2**50
+
+
+class DraftLayers(BaseModel):
+    """Layers that guess tokens ahead (MTP) and have experts; counted apart from a step's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer_indices: tuple[int, ...] = Field(
+        min_length=1, description="the model's own indices, after its hidden layers"
+    )
+    num_experts: int = Field(gt=0, le=MOST_EXPERTS)
+    top_k: int = Field(gt=0)
+    bytes_per_expert: int | None = Field(
+        default=None, gt=0, le=MOST_BYTES, description="where it is not that of the other layers"
+    )
 
 
 class ModelSpec(BaseModel):
@@ -58,6 +76,23 @@ class ModelSpec(BaseModel):
         default=None, description="[L] the model's own indices of its MoE layers"
     )
     total_layers: int | None = Field(default=None, gt=0, description="all hidden layers, dense too")
+    draft_layers: DraftLayers | None = Field(
+        default=None, description="MoE layers that only speculative decoding runs"
+    )
+    weights_known: bool = Field(
+        default=True, description="false: bytes per expert could not be read, so no time either"
+    )
+    notes: tuple[str, ...] = Field(
+        default=(), description="what was read with a doubt, each beside the figure it may change"
+    )
+    dense_bytes: int | None = Field(
+        default=None, ge=0, le=MOST_BYTES,
+        description="weights beside the routed experts, as every device holds them; None = "
+        "estimated from the sizes",
+    )
+    dense_is_estimated: bool = Field(
+        default=False, description="dense_bytes was reckoned from a configuration's widths"
+    )
     other_time_us: float = Field(
         default=0.0, ge=0, description="time of a step outside the experts and their exchange"
     )
@@ -93,23 +128,34 @@ class ModelSpec(BaseModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> ModelSpec:
-        """The model in a Hugging Face checkpoint folder, from its config.json alone.
+    def from_pretrained(cls, source: Path | str, *, moe_layers: str | None = None) -> ModelSpec:
+        """The model in a checkpoint's folder, or of its config.json or params.json alone.
 
-        Raises InputError where the checkpoint is not MoE or its architecture is not known, saying
-        which fields were looked for and how to write a ModelSpec by hand.
+        Where weights lie beside the configuration, their headers decide, and `notes` say where the
+        two differ. moe_layers: "3-60", where the files do not say which layers are MoE. Raises
+        InputError where the model is not MoE or cannot be understood, saying which fields were
+        looked for and how to answer.
         """
-        path = Path(folder) / "config.json"
-        fields = checkpoint_fields(path)
+        path = Path(source)
+        fields = checkpoint_fields(path, moe_layers)
         try:
-            return cls(**fields)
+            return cls(**fields)._with_dense_weights(path)
         except ValidationError as error:
-            raise InputError(f"{path}: {first_fault(error)}; {BY_HAND}") from error
+            named = path / "config.json" if path.is_dir() else path
+            raise InputError(f"{named}: {first_fault(error)}; {BY_HAND}") from error
 
     @property
     def knows_sizes(self) -> bool:
-        """Whether time can be computed: hidden and intermediate sizes are known."""
-        return self.hidden is not None and self.intermediate is not None
+        """Whether time can be computed: both widths and the weights' format are known."""
+        return self.hidden is not None and self.intermediate is not None and self.weights_known
+
+    @property
+    def unsized(self) -> str:
+        """Why no time can be computed: which sizes are missing."""
+        if self.hidden is None or self.intermediate is None:
+            return "its hidden and intermediate sizes are not known"
+        told = [note for note in self.notes if note.startswith("bytes per expert: unknown")]
+        return told[0] if told else "the format of its experts' weights is not known"
 
     @property
     def knows_bytes(self) -> bool:
@@ -120,7 +166,7 @@ class ModelSpec(BaseModel):
         """[E] weight bytes of each expert of a layer (gate, up, down, scales); 1 if unknown."""
         if self.expert_bytes is not None:
             return np.asarray(self.expert_bytes, np.int64)
-        if self.hidden is None or self.intermediate is None:
+        if self.hidden is None or self.intermediate is None or not self.weights_known:
             return np.ones(self.num_experts, np.int64)
         parameters = self.matrices_per_expert * self.hidden * self.intermediate
         weights = parameters * self.bytes_per_parameter
@@ -143,7 +189,35 @@ class ModelSpec(BaseModel):
         """[L] the model's own layer indices; 0..L-1 where not recorded."""
         return self.layer_indices or tuple(range(self.num_layers))
 
+    def dense_weights(self) -> tuple[int, bool] | None:
+        """(bytes beside the routed experts, whether that is an estimate); None = sizes unknown."""
+        if self.dense_bytes is not None:
+            return self.dense_bytes, self.dense_is_estimated
+        shape = self._shape()
+        return None if shape is None else (estimated_dense_bytes(shape), True)
+
+    def _with_dense_weights(self, source: Path) -> Self:
+        """The same with `dense_bytes` from the weights beside a configuration, or its widths."""
+        files = find_files(source)
+        found = dense_bytes_on_disk(files.folder, self.total_layers)
+        estimated = found is None
+        if found is None and (shape := self._shape()) is not None:
+            found = estimated_dense_bytes(shape, files.config)
+        return self.model_copy(update={"dense_bytes": found, "dense_is_estimated": estimated})
+
+    def _shape(self) -> ModelShape | None:
+        if self.hidden is None or self.intermediate is None or not self.knows_sizes:
+            return None
+        return ModelShape(
+            self.hidden, self.total_layers or max(self.own_layer_indices()) + 1, self.num_layers,
+            self.num_experts, self.intermediate, self.num_shared_experts,
+            self.matrices_per_expert, self.bytes_per_parameter,
+        )
+
     def digest(self) -> str:
-        """Fingerprint of everything above but the name; equal models, equal digests."""
-        text = self.model_dump_json(exclude={"name"})
+        """Fingerprint of what a plan rests on: not the name, notes, draft layers or dense part."""
+        aside = {"name", "notes", "draft_layers", "dense_bytes", "dense_is_estimated"}
+        if self.weights_known:      # as models were fingerprinted before it could be unknown
+            aside.add("weights_known")
+        text = self.model_dump_json(exclude=aside)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -49,11 +49,15 @@ class Steps:
 class StepSampler:
     """How a trace is cut into steps (design: "A step").
 
-    interleaved: `concurrency` requests are in flight; each in turn contributes its next token until
-    the step holds `tokens`; the turn carries over to the next step; a request that ends is replaced
-    by the next in seeded order; when none is left to replace it, sampling ends and the partial step
-    is dropped. recorded: the trace's own `step` column. shuffled: tokens at random (flatters every
-    plan). stored: as they lie in the file (no server sees that).
+    interleaved: `concurrency` requests are in flight, each in turn contributes its next token until
+    the step holds `tokens`, and the turn carries over to the next step. As on a server that has
+    been running for long, requests are met anywhere in their lives: laid end to end in seeded
+    order they form one stream, every place in flight has an equal stretch of it and goes once
+    round its stretch from a seeded point. So every token is in flight exactly once (what does not
+    fill a last step is dropped), and long requests fill more places than short ones. Where the
+    requests are fewer than `concurrency`, or one is longer than a stretch, a request is in flight
+    at several of its tokens at once. recorded: the trace's own `step` column. shuffled: tokens at
+    random (flatters every plan). stored: as they lie in the file (no server sees that).
     """
 
     tokens: int = 512
@@ -104,8 +108,13 @@ class StepSampler:
         tokens_by_request, start = _tokens_by_request(trace.request_T())
         requests = len(start) - 1
         if requests < self.concurrency:
-            notes.append(f"only {requests} requests: all in flight, not {self.concurrency}")
-        return _interleave(tokens_by_request, start, rng.permutation(requests), self.concurrency)
+            notes.append(
+                f"only {requests} requests for {self.concurrency} in flight: each stands for about "
+                f"{self.concurrency / requests:.1f}, at different places in it"
+            )
+        lengths = np.diff(start)[order := rng.permutation(requests)]
+        stream = tokens_by_request[_ranges(start[order], lengths)]
+        return stream[_round_robin(len(stream), self.concurrency, rng)]
 
 
 def _tokens_by_request(
@@ -117,40 +126,26 @@ def _tokens_by_request(
     return token, np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
 
 
-def _interleave(
-    token: npt.NDArray[np.int64],
-    start: npt.NDArray[np.int64],
-    order: npt.NDArray[np.int64],
-    concurrency: int,
-) -> npt.NDArray[np.int64]:
-    """Round robin over the requests in flight until one ends that cannot be replaced.
+def _ranges(start: npt.NDArray[np.int64], length: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """start[0], start[0] + 1, ... `length[0]` of them, then the same from start[1], and so on."""
+    before = np.cumsum(length) - length
+    return np.asarray(np.arange(int(length.sum())) + np.repeat(start - before, length), np.int64)
 
-    Each lane is a queue of requests served one after another, so between two ends every round is
-    one slice: the loop below runs once per request end, not once per token.
+
+def _round_robin(
+    tokens: int, concurrency: int, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Positions in a stream: one of every stretch in turn, each stretch once round from anywhere.
+
+    Stretches are as equal as can be; the longer ones, by one token, take part in one more round.
     """
-    lanes = min(concurrency, len(order))
-    position = start[order[:lanes]].copy()
-    end = start[order[:lanes] + 1].copy()
-    waiting = lanes
-    out: list[npt.NDArray[np.int64]] = []
-    while lanes:
-        rounds = int((end - position).min())
-        block = position[None, :] + np.arange(rounds)[:, None]
-        out.append(block.reshape(-1))
-        position += rounds
-        ended = np.flatnonzero(position == end)
-        room = len(order) - waiting
-        if room < len(ended):
-            # Lanes ahead of the first one that stays empty still contribute one token more.
-            for lane in ended[:room]:
-                position[lane], end[lane] = start[order[waiting]], start[order[waiting] + 1]
-                waiting += 1
-            out.append(position[: ended[room]])
-            break
-        for lane in ended:
-            position[lane], end[lane] = start[order[waiting]], start[order[waiting] + 1]
-            waiting += 1
-    return token[np.concatenate(out)] if out else np.empty(0, np.int64)
+    lanes = min(concurrency, tokens)
+    bound = np.arange(lanes + 1, dtype=np.int64) * tokens // lanes
+    length = np.diff(bound)
+    first = rng.integers(0, length)
+    rounds = np.arange(int(length.max()), dtype=np.int64)[:, None]
+    position = bound[:-1] + (first + rounds) % length
+    return np.asarray(position[rounds < length], np.int64)
 
 
 def _whole_steps(token: npt.NDArray[np.int64], tokens: int) -> Steps:

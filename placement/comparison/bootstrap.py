@@ -21,29 +21,46 @@ from .intervals import few_draws_factor
 
 FEWEST_REQUESTS = 5          # fewer say nothing about others
 DRAWS = 100
+LEAST_PART = 0.1             # of the draws' variance is left, however much single steps scatter
 MOST_CHOICES = 1 << 25       # expert choices of all draws together; steps are thinned to keep to it
 
 
 @dataclass(frozen=True, eq=False)
 class Redrawn:
-    """Steps of many draws, to be judged in one go, and which draw each belongs to."""
+    """Steps of many draws, to be judged in one go, and which draw each belongs to.
+
+    thinner: by how much the mean of a draw's fewer steps scatters more than the mean of as many as
+    were judged does, in variances of a single step: 1 / steps of a draw - 1 / steps judged.
+    """
 
     steps: Steps
     draw_W: IntArray
     requests: int
+    equal_requests: float
+    thinner: float = 0.0
 
-    def means(self, value_W: FloatArray) -> FloatArray:
-        """[B] mean over the steps of each draw; NaN steps are left out."""
+    def noise(self, value_W: FloatArray) -> FloatArray:
+        """[B] each draw's mean over its steps less the mean of all: how far a mean like the judged
+        one may be off. NaN steps are left out.
+
+        What single steps scatter within a draw, and a draw's steps are fewer than were judged, is
+        taken off (analysis of variance); then widened where requests are few.
+        """
         kept = ~np.isnan(value_W)
-        draws = int(self.draw_W.max()) + 1
-        counts = np.bincount(self.draw_W[kept], minlength=draws)
-        sums = np.bincount(self.draw_W[kept], weights=value_W[kept], minlength=draws)
-        return np.asarray(sums[counts > 0] / counts[counts > 0], np.float64)
-
-    def noise(self, mean_B: FloatArray) -> FloatArray:
-        """[B] each draw's mean less the mean of all, widened where requests are few."""
-        wider = few_draws_factor(self.requests)
-        return np.asarray((mean_B - mean_B.mean()) * wider, np.float64)
+        draw_W, value_W = self.draw_W[kept], value_W[kept]
+        count_B = np.bincount(draw_W, minlength=int(self.draw_W.max()) + 1)
+        held_B = count_B > 0
+        mean_B = np.bincount(draw_W, weights=value_W, minlength=len(count_B)) / np.maximum(
+            count_B, 1
+        )
+        within = float(((value_W - mean_B[draw_W]) ** 2).sum())
+        freedom = max(len(value_W) - int(held_B.sum()), 1)
+        noise_B = mean_B[held_B] - mean_B[held_B].mean()
+        total = float(noise_B.var())
+        of_steps = within / freedom * self.thinner
+        kept_part = max(1.0 - of_steps / total, LEAST_PART) if total > 0 else 1.0
+        wider = few_draws_factor(self.equal_requests)
+        return np.asarray(noise_B * np.sqrt(kept_part) * wider, np.float64)
 
 
 def redraw(
@@ -77,7 +94,12 @@ def redraw(
     sizes = np.concatenate([np.diff(s.offset) for s in found])
     token = np.concatenate([s.token for s in found])
     offset = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-    return Redrawn(Steps(token, offset), np.array(draw, np.int64), requests)
+    # Draws of recorded steps share the steps: none of their scatter is of single steps.
+    per_draw = len(sizes) / len(found)
+    thinner = 0.0 if sampler.order == "recorded" else max(0.0, 1 / per_draw - 1 / len(whole))
+    length = np.diff(start)
+    worth = float(length.sum()) ** 2 / float((length.astype(np.float64) ** 2).sum())
+    return Redrawn(Steps(token, offset), np.array(draw, np.int64), requests, worth, thinner)
 
 
 def _cut(

@@ -12,7 +12,7 @@ too little for that.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import UsageError
@@ -24,9 +24,11 @@ from ..cluster import Cluster
 from ..cost.evaluate import Evaluation
 from ..cost.overlap import Overlap
 from ..dispatch.quotas import default_slack
+from ..memory import memory_notes
 from ..plan import DispatchSpec, Plan
 from .intervals import CONFIDENCE
 from .per_step import Bench, Contest, hold_contest
+from .promise import kept
 from .verdict import verdict_of
 
 
@@ -148,7 +150,27 @@ def compare(
     bench = Bench(trace, cluster, dispatch, model, sized and objective != "balance", overlap,
                   executor)
     contest = hold_contest(bench, plans, steps, max_steps, slack, resamples, seed)
-    return _ranked(contest, reference)
+    table = _ranked(contest, reference)
+    memory = (
+        f"{n}: {x}" for n, plan in plans.items() for x in memory_notes(plan, cluster, model)
+    )
+    promises = _promises(table, plans, trace, steps)
+    return replace(table, notes=(*table.notes, *memory, *promises))
+
+
+def _promises(
+    table: Comparison, plans: dict[str, Plan], trace: RoutingTrace, steps: StepSampler
+) -> tuple[str, ...]:
+    """What was promised of each plan, where it is not what was found."""
+    if not any(plan.provenance.trace_digest for plan in plans.values()):
+        return ()
+    digest = trace.digest()
+    notes: list[str] = []
+    for row in table.rows:
+        reach = (row.metric_high - row.metric_low) / 2
+        notes += kept(row.name, plans[row.name], table.metric_name, row.metric, reach, steps,
+                      digest)
+    return tuple(notes)
 
 
 def _ranked(contest: Contest, reference: str) -> Comparison:
@@ -159,11 +181,17 @@ def _ranked(contest: Contest, reference: str) -> Comparison:
     notes = tuple(dict.fromkeys(n for e in contest.evaluations.values() for n in e.notes))
     return Comparison(
         contest.metric_name, reference, rows,
-        verdict_of(rows, reference, contest.metric_name, contest.transfers_name, contest.slack),
+        verdict_of(rows, reference, contest.metric_name, contest.transfers_name, contest.slack,
+                   step_times(contest.evaluations)),
         contest.evaluations, contest.steps, contest.mix.distinct_mixes, contest.resamples,
         contest.method, notes,
         *((contest.slack, contest.transfers_name) if contest.transfers else ()),
     )
+
+
+def step_times(evaluations: dict[str, Evaluation]) -> dict[str, float]:
+    """Each plan's step time, where sizes tell it."""
+    return {n: e.step_time_us for n, e in evaluations.items() if e.step_time_us is not None}
 
 
 def _row(contest: Contest, p: int, best: int, against: int) -> ComparisonRow:

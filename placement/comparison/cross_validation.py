@@ -42,7 +42,7 @@ def request_halves(
 
 def _half(part: RoutingTrace, sampler: StepSampler, seed: int) -> Half | None:
     """One half; steps are made smaller where it, or draws of its requests, fill no larger ones."""
-    tokens = min(sampler.tokens, part.num_tokens)
+    tokens = min(sampler.tokens, part.num_tokens // 2)      # or draws of its requests fill none
     while tokens >= min(LEAST_STEP, sampler.tokens):
         found = _cut(part, replace(sampler, tokens=tokens), seed)
         if found is not None:

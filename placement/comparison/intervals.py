@@ -3,12 +3,17 @@
 All are of CONFIDENCE, on both sides unless they say otherwise. They differ in what is independent
 of what:
 
-- Plans on the steps of one trace (`noise_band.mean_noise`, in `compare`): neighbouring steps share
-  their requests, and requests come and go. A model of requests' effects, fitted to the steps, draws
-  new requests: it needs no more steps than there are, and it needs requests to turn over.
-- The same where they hardly turn over, and what a search gains on requests it has not seen
+- Plans on the steps of one trace in which requests turn over many times (`noise_band.mean_noise`,
+  in `compare`): neighbouring steps share their requests, and requests come and go. A model of
+  requests' effects, fitted to the steps, draws new requests: it needs no more steps than there are.
+- The same where they turn over less, and what a search gains on requests it has not seen
   (`bootstrap`, in `compare` and in rebalancing): steps cannot tell how other requests would do, so
-  the requests themselves are drawn again and cut into steps anew.
+  the requests themselves are drawn again and cut into steps anew. A draw has fewer steps than were
+  judged, and what single steps scatter more for that is taken off; requests of unequal length
+  count as fewer of equal length where they widen the band.
+- Both are of a level (how other requests of the kind would do) or of a change in per cent, which is
+  a ratio: other requests move both plans, so its band is not that of the gap over a fixed whole.
+  `benchmarks/field_coverage.py` counts how often they hold on real routing.
 - Plans that served the same requests in simulation (`simulator/serving/paired_difference`): what
   makes a request long cancels pair by pair, but neighbours queue behind one another. Whole
   stretches of requests, as long as what is in flight, are drawn again: a circular block bootstrap.
@@ -45,7 +50,7 @@ def band(centre: float, noise_B: Any) -> tuple[float, float]:
     return float(centre) - reach, float(centre) + reach
 
 
-def few_draws_factor(n: int) -> float:
+def few_draws_factor(n: float) -> float:
     """How much wider a bootstrap of n units must be; n > 1.
 
     The bootstrap of n spreads sqrt((n - 1) / n) too little, and a band of two normal standard

@@ -27,7 +27,7 @@ from ...traces.trace import RoutingTrace
 
 MOST_BLOCKS = 600            # longer traces are averaged over runs of neighbouring steps
 LEAST_TURNOVER = 0.05        # of the mix of requests must change within the trace
-TELLING_MIXES = 10           # with fewer independent ones, redrawing requests tells more
+TELLING_MIXES = 30           # with fewer independent ones, redrawing requests tells more
 PARTS_H = np.linspace(0.0, 0.995, 200)
 
 

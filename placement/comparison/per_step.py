@@ -20,6 +20,7 @@ from ..cost.evaluate import Evaluation, check_model, check_slots, judge, resolve
 from ..cost.overlap import Overlap
 from ..cost.step_loads import StepLoads, check_fit, step_loads
 from ..cost.token_transfers import transfers_cost_bytes
+from ..cost.unplanned import filled_shape, unplanned_us_W
 from ..plan import DispatchSpec, Plan
 from .bootstrap import redraw
 from .intervals import band
@@ -44,24 +45,28 @@ class Figure:
         """95 % band of plan p's mean."""
         return band(self.mean_P[p], self.noise(np.eye(len(self.value_PW))[p]))
 
-    def difference(self, p: int, q: int) -> tuple[float, float, float]:
-        """(plan p's mean less plan q's, low, high)."""
-        weight_P = np.eye(len(self.value_PW))[p] - np.eye(len(self.value_PW))[q]
-        gap = float(weight_P @ self.mean_P)
-        return (gap, *band(gap, self.noise(weight_P)))
-
     def change_percent(self, p: int, q: int) -> tuple[float, float, float]:
-        """The same, in per cent of plan q's mean; 0 where that is 0."""
-        whole = float(self.mean_P[q])
-        gap, low, high = self.difference(p, q)
+        """(plan p's mean against plan q's, low, high) in per cent of q's; 0 where that is 0.
+
+        The band is of the ratio: other requests move what is changed and what it is a part of.
+        """
+        mean_P = self.mean_P
+        whole = float(mean_P[q])
         if whole == 0.0:
             return 0.0, 0.0, 0.0
-        return gap / whole * 100, low / whole * 100, high / whole * 100
+        ratio = float(mean_P[p]) / whole
+        unit = np.eye(len(mean_P))
+        low, high = band(ratio - 1.0, _scaled(self.noise(unit[p] - ratio * unit[q]), whole))
+        return (ratio - 1.0) * 100, low * 100, high * 100
 
     def sign(self, p: int, q: int) -> int:
         """-1 where plan p's mean is the lesser beyond the noise, 1 the greater, 0 neither."""
-        _, low, high = self.difference(p, q)
+        _, low, high = self.change_percent(p, q)
         return -1 if high < 0 else int(low > 0)
+
+
+def _scaled(noise_B: FloatArray | None, whole: float) -> FloatArray | None:
+    return None if noise_B is None else noise_B / whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +140,11 @@ class Bench:
             expert_bytes_E=None if model is None else model.listed_bytes_E(),
             timed=model is not None,
         )
-        found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap)
+        rest_us_W = None if model is None else unplanned_us_W(
+            self.trace, steps, filled_shape(plan), self.cluster, spec, model, self.overlap, executor
+        )
+        found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap,
+                      rest_us_W=rest_us_W)
         metric_W = found.step_time_us_W if self.timed else _mean_over_layers(found.peak_WL)
         assert metric_W is not None
         return found, metric_W, _transfers_W(loads, self.cluster)
@@ -182,14 +191,14 @@ def redrawn_noise(
         return None
     threads = bench.executor or LayerThreads()
     judged = [bench.judged(name, plan, redrawn.steps, threads) for name, plan in plans.items()]
-    metric_PB = np.stack([redrawn.means(metric_W) for _, metric_W, _ in judged])
-    transfers_PB = np.stack([redrawn.means(transfers_W) for _, _, transfers_W in judged])
+    metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
+    transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
 
-    def noise_of(mean_PB: FloatArray) -> Noise:
-        return lambda weight_P: redrawn.noise(weight_P @ mean_PB)
+    def noise_of(value_PW: FloatArray) -> Noise:
+        return lambda weight_P: redrawn.noise(weight_P @ value_PW)
 
-    draws = int(metric_PB.shape[1])
-    return noise_of(metric_PB), noise_of(transfers_PB), draws, redrawn.requests
+    draws = int(redrawn.draw_W.max()) + 1
+    return noise_of(metric_PW), noise_of(transfers_PW), draws, redrawn.requests
 
 
 def _metric_name(bench: Bench) -> str:

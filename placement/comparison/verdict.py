@@ -1,12 +1,14 @@
 """What a comparison says in one sentence about the plan it is relative to.
 
-Knows rows of figures. Knows nothing of plans or traces.
+A gain in balance is never called a gain in time: where balance decided, the sentence says so, and
+what the step time does where sizes tell it. Knows rows of figures. Knows nothing of plans or
+traces.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 WORDS = {"step_time_us": "step time", "imbalance_mean": "imbalance", "peak_mean": "peak load"}
@@ -42,9 +44,13 @@ class Row(Protocol):
 
 
 def verdict_of(
-    rows: Sequence[Row], reference: str, metric: str, transfers_name: str, slack: float
+    rows: Sequence[Row], reference: str, metric: str, transfers_name: str, slack: float,
+    step_us: Mapping[str, float],
 ) -> str:
-    """One sentence. rows: best first. slack: of imbalance, within which transfers decide."""
+    """One sentence. rows: best first. slack: of imbalance, within which transfers decide.
+
+    step_us: each plan's step time; empty where sizes are not known.
+    """
     best, what = rows[0], WORDS[metric]
     own = next(row for row in rows if row.name == reference)
     if len(rows) == 1:
@@ -59,19 +65,35 @@ def verdict_of(
         return _reference_is_best(rows, metric, transfers_name, slack)
     gain = _gain_text(own, best, metric, transfers_name, slack)
     if not best.better:
-        change, reach = _deciding(own, best, slack)
+        change, reach = deciding(own, best, slack)
         return (
             f"{reference} is fine here: the gain of {best.name}, {-change:.1f} %, is below the "
             f"noise of {reach:.1f} %"
         )
     others = [row.name for row in rows[1:] if row.indistinguishable and row.name != reference]
     also = f"; {', '.join(others)} cannot be told apart from it" if others else ""
-    return f"{best.name} is better than {reference}: {gain}{also}"
+    unlike_time = _time_beside(own.name, best.name, metric, step_us)
+    flatter = metric != "step_time_us" and not _transfers_decide(own, best, slack)
+    verb = "balances better than" if flatter else "is better than"
+    return f"{best.name} {verb} {reference}: {gain}{unlike_time}{also}"
 
 
 def metric_text(value: float, metric: str) -> str:
     """The metric with its unit."""
     return f"{value:,.0f} us" if metric == "step_time_us" else f"{value:.3f}"
+
+
+def _time_beside(own: str, best: str, metric: str, step_us: Mapping[str, float]) -> str:
+    """What a gain of anything but time is in time."""
+    if metric == "step_time_us":
+        return ""
+    if own not in step_us or best not in step_us:
+        return "; this is balance, not time"
+    change = (step_us[best] / step_us[own] - 1) * 100
+    return (
+        f"; this is balance, not time: step time {metric_text(step_us[own], 'step_time_us')} -> "
+        f"{metric_text(step_us[best], 'step_time_us')} ({change:+.1f} %)"
+    )
 
 
 def _reference_is_best(
@@ -96,7 +118,7 @@ def _transfers_decide(one: Row, other: Row, slack: float) -> bool:
     return abs(one.metric - other.metric) <= slack and one.transfers != other.transfers
 
 
-def _deciding(own: Row, best: Row, slack: float) -> tuple[float, float]:
+def deciding(own: Row, best: Row, slack: float) -> tuple[float, float]:
     """(change in per cent of what decides, reach of its band)."""
     low, high = best.transfers_change_low_percent, best.transfers_change_high_percent
     if _transfers_decide(own, best, slack):
@@ -106,7 +128,7 @@ def _deciding(own: Row, best: Row, slack: float) -> tuple[float, float]:
 
 
 def _gain_text(own: Row, best: Row, metric: str, transfers_name: str, slack: float) -> str:
-    change, reach = _deciding(own, best, slack)
+    change, reach = deciding(own, best, slack)
     band = f"({change:+.1f} % ± {reach:.1f})"
     figures = (
         f"{WORDS[metric]} {metric_text(own.metric, metric)} -> {metric_text(best.metric, metric)}"

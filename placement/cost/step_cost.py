@@ -94,8 +94,8 @@ def step_cost(
     """
     if not model.knows_sizes:
         raise UsageError(
-            "time needs the model's hidden and intermediate sizes: give a ModelSpec that has them, "
-            "or use objective balance"
+            f"{model.name}: {model.unsized}: time needs the model's hidden and intermediate sizes "
+            "and its weights' format; give a ModelSpec that has them, or use objective balance"
         )
     notes: list[str] = []
     compute_WLG, fixed_WLG = _compute_us(loads, model, cluster, slowdown_G, notes)

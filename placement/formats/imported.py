@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
+from ...traces.model_layers import LayerRows, layers_in_model, rows_of_model
 from ...traces.model_spec import ModelSpec
+from ..cost.unplanned import layers_of
 from ..plan import DispatchSpec, Plan, Provenance
 
 MAX_EXPERTS = 32767
@@ -79,15 +81,19 @@ class Known:
         )
 
     def layers(self, found: int) -> tuple[int, ...]:
-        """The model's own numbers of the `found` MoE layers; () without a model."""
+        """The model's own numbers of the `found` MoE layers, its draft layers perhaps among them;
+        () without a model. Raises InputError where they are not as many.
+        """
+        return () if self.model is None else self.rows(found).layers
+
+    def rows(self, found: int, numbers: Sequence[int] | None = None) -> LayerRows:
+        """Which of the file's rows are which of the model's layers. Raises InputError."""
         if self.model is None:
-            return ()
-        if found != self.model.num_layers:
-            raise InputError(
-                f"{self.path}: holds {found} MoE layers, the model {self.model.name} has "
-                f"{self.model.num_layers}: it belongs to another model"
-            )
-        return self.model.own_layer_indices()
+            return LayerRows(tuple(range(found)), tuple(numbers or range(found)))
+        try:
+            return rows_of_model(self.model, found, numbers)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
 
 
 def expert_ids(value: object, where: str) -> list[int]:
@@ -113,16 +119,27 @@ def shown(value: object) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def require_keys(document: object, needed: Sequence[str], where: str) -> dict[str, Any]:
-    """A mapping with exactly these keys. Raises InputError naming the first that is off."""
+def require_keys(
+    document: object, needed: Sequence[str], where: str, optional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A mapping with these keys and no others. Raises InputError naming the first that is off."""
+    found = require_mapping_with(document, needed, where)
+    known = (*needed, *optional)
+    for key in found:
+        if key not in known:
+            raise InputError(
+                f"{where}: the key {shown(key)} must go: the format has {', '.join(known)} alone"
+            )
+    return found
+
+
+def require_mapping_with(
+    document: object, needed: Sequence[str], where: str
+) -> dict[str, Any]:
+    """A mapping with these keys and any others. Raises InputError naming the first it lacks."""
     if not isinstance(document, dict):
         raise InputError(f"{where}: must be a mapping with {', '.join(needed)}; is "
                          f"{shown(document)}")
-    for key in document:
-        if key not in needed:
-            raise InputError(
-                f"{where}: the key {shown(key)} must go: the format has {', '.join(needed)} alone"
-            )
     for key in needed:
         if key not in document:
             raise InputError(f"{where}: lacks the key {key!r}")
@@ -203,16 +220,12 @@ def model_layers(plan: Plan, model: ModelSpec | None) -> tuple[tuple[int, ...] |
     named = named_layers(plan)
     if model is None:
         return named or None, []
-    if not named or model.layer_indices is None:
-        layers = named or model.own_layer_indices()
-        moved = not named and layers != tuple(range(plan.num_layers))
-        return layers, (
-            [f"layers are taken to be the model's MoE layers, {layers[0]} to {layers[-1]}"]
-            if moved else []
-        )
-    if named != model.layer_indices:
-        raise InputError(
-            f"the plan is for layers {named[0]}..{named[-1]}, the model's MoE layers are "
-            f"{model.layer_indices[0]}..{model.layer_indices[-1]}: it belongs to another model"
-        )
-    return named, []
+    try:
+        layers = layers_in_model(model, layers_of(plan))
+    except InputError as error:
+        raise InputError(f"the plan's {error}") from None
+    moved = not named and layers != tuple(range(plan.num_layers))
+    return layers, (
+        [f"layers are taken to be the model's MoE layers, {layers[0]} to {layers[-1]}"]
+        if moved else []
+    )

@@ -26,8 +26,10 @@ from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..cost.evaluate import check_slots
 from ..cost.lower_bounds import checked_gap
+from ..cost.unplanned import unplanned_layers, unplanned_note
 from ..dispatch.policies import policy_of
 from ..dispatch.quotas import default_slack
+from ..memory import limits_G, plan_bytes_G, require_slots_fit
 from ..methods.baselines import LAYER_METHODS, require_capacity
 from ..methods.whole_model import PlacedModel
 from ..plan import DispatchSpec, Evidence, Plan, Provenance
@@ -95,8 +97,9 @@ def plan(
         cluster, method, objective, dispatch, model, balance_slack, seed, effort, time_limit_s
     )
     require_capacity(trace.num_experts, cluster.slots_G)
+    fitting = require_slots_fit(cluster, model, current)
     data = planning_steps(trace, steps, most_steps=most_steps(settings))
-    _check_model(settings, data)
+    unplanned = check_model(settings, data)
     if current is not None:
         check_current(current, data, cluster)
     capacities = capacity_of_layers(data, settings)
@@ -110,7 +113,9 @@ def plan(
     else:
         work = search_and_polish if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
-    notes = capacities.notes if placed is None else (*capacities.notes, *placed.notes)
+    notes = (
+        *fitting, *unplanned, *capacities.notes, *(() if placed is None else placed.notes),
+    )
     if layers_linked(settings):
         again = list(layer_tasks(data, settings, capacities, current, known))
         others = other_answers(again, executor) if method == "auto" else []
@@ -173,7 +178,7 @@ def capacity_of_layers(
     """Slots and bytes of each layer; loads are counted only where memory may be the limit."""
     cluster, shape = settings.cluster, (data.num_layers, data.num_experts)
     load_LE = np.zeros(shape)
-    if any(device.expert_memory_bytes is not None for device in cluster.devices):
+    if np.isfinite(limits_G(cluster, settings.model, current)).any():
         for layer in range(data.num_layers):
             load_LE[layer] = data.layer(layer).planning_WE().mean(axis=0)
     return capacity_per_layer(load_LE, cluster, settings.model, current)
@@ -249,7 +254,7 @@ def _check_memory(made: Plan, settings: Settings) -> None:
     model = settings.model
     if model is None or not model.knows_bytes:
         return
-    held_G = made.replicas_LGE().sum(axis=0) @ model.bytes_per_expert_E()
+    held_G = plan_bytes_G(made, model)
     for g, device in enumerate(settings.cluster.devices):
         if device.expert_memory_bytes is not None and held_G[g] > device.expert_memory_bytes:
             raise InfeasibleError(
@@ -312,20 +317,23 @@ def most_steps(settings: Settings) -> int:
     return MOST_TIMED_STEPS if settings.objective == "time" else MOST_STEPS
 
 
-def _check_model(settings: Settings, data: PlanningSteps) -> None:
+def check_model(settings: Settings, data: PlanningSteps) -> tuple[str, ...]:
+    """A note on the model's layers that the trace lacks.
+
+    Raises InputError where trace and model do not belong together, UsageError where loads shall
+    tell time.
+    """
     model = settings.model
+    missing = unplanned_layers(model, data.layer_indices, data.num_experts, "the trace")
     if model is None:
-        return
-    if (model.num_layers, model.num_experts) != (data.num_layers, data.num_experts):
-        raise InputError(
-            f"the model {model.name} has {model.num_layers} layers of {model.num_experts} experts, "
-            f"the trace {data.num_layers} of {data.num_experts}: they do not belong together"
-        )
-    if settings.objective == "time" and data.trace is None:
+        return ()
+    timed = settings.objective == "time"
+    if timed and data.trace is None:
         raise UsageError(
             "average loads cannot tell time per step: record a trace of tokens, or use objective "
             "balance"
         )
+    return unplanned_note(missing, data.num_layers, timed=timed)
 
 
 def check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:

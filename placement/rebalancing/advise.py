@@ -17,16 +17,20 @@ from ...traces.model_spec import ModelSpec
 from ...traces.steps import StepSampler
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
-from ..comparison.compare import Comparison, ComparisonRow, compare
-from ..comparison.verdict import metric_text, verdict_of
+from ..comparison.compare import Comparison, ComparisonRow, compare, step_times
+from ..comparison.promise import with_promise
+from ..comparison.verdict import deciding, metric_text, verdict_of
 from ..cost.evaluate import check_slots
 from ..held_back import ADVICE_SHARE
 from ..plan import DispatchSpec, Plan
 from ..planning.planner import PlanResult
+from .one_more_slot import one_more_slot
 from .switch_payback import HORIZON_STEPS, Moving, price_moves
 from .trial_plans import REBALANCE, USUAL_METHODS, attempt
 
 CURRENT = "current"
+# A gain below this is not worth moved experts, nor memory for replicas, that nothing prices.
+LEAST_GAIN_PERCENT = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +50,7 @@ class Advice:
     cannot: dict[str, str] = field(default_factory=dict)
     moving: dict[str, Moving] = field(default_factory=dict)
     horizon_steps: float = HORIZON_STEPS
+    assumes: str = ""
 
     @property
     def plan(self) -> Plan:
@@ -59,6 +64,7 @@ class Advice:
         shown = {self.chosen, REBALANCE}
         return (
             f"judged on {self.judged_on}",
+            *([self.assumes] if self.assumes else []),
             *(f"{name}: cannot ({why})" for name, why in self.cannot.items()),
             *([f"time limit fired: {', '.join(fired)} may improve with more time"] if fired
               else []),
@@ -107,7 +113,9 @@ def advise(
 
     The reference is `current`, else contiguous. It is chosen unless a plan beats it beyond the
     noise and, with sizes known, pays back its moves within `horizon_steps`: a switch must pay back
-    its place. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
+    its place. Where moves, or memory for more replicas, have no price, a gain below
+    LEAST_GAIN_PERCENT does not pay for them. The plan chosen carries what was found of it, its
+    promise. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
     `current`. `options` go to `attempt` (effort, executor, progress, time_limit_s). Judged where
     planned, with a note, where the trace is too short to hold requests back. Raises UsageError on a
     budget without `current`, InfeasibleError where no method finds a plan.
@@ -123,9 +131,38 @@ def advise(
     reference = CURRENT if current is not None else _reference(plans)
     table = compare(plans, judging, cluster, current=reference, **asked)
     moving = {} if current is None else _moving(table, plans, cluster, model)
-    chosen, verdict = _choice(table, moving, horizon_steps, has_current=current is not None)
+    chosen, verdict = _choice(table, plans, moving, horizon_steps)
+    if chosen == reference:
+        verdict += one_more_slot(table, chosen, planning, judging, cluster, asked)
+    plans[chosen] = _promised(plans[chosen], table, chosen, steps, judging, trace)
     return Advice(verdict, chosen, table, tried.results, plans, judged_on, tried.cannot, moving,
-                  horizon_steps)
+                  horizon_steps, _assumes(table, judging, steps))
+
+
+def _promised(
+    plan: Plan, table: Comparison, chosen: str, steps: StepSampler, judging: RoutingTrace,
+    whole: RoutingTrace,
+) -> Plan:
+    """The plan with what the verdict was made from; the current one keeps its own promise."""
+    if chosen == CURRENT or judging is whole:
+        return plan
+    row = table.row(chosen)
+    reach = (row.metric_high - row.metric_low) / 2
+    return with_promise(plan, table.metric_name, row.metric, reach, steps, judging, whole)
+
+
+def _assumes(table: Comparison, judging: RoutingTrace, steps: StepSampler) -> str:
+    """What the bands are bands of."""
+    if not table.significant:
+        return ""
+    cut = "as recorded" if steps.order == "recorded" else (
+        f"of {steps.tokens} tokens with {steps.concurrency} in flight"
+    )
+    requests = len(np.unique(judging.request_T()))
+    return (
+        f"bands: how far other requests of the same kind as these {requests} may differ, in steps "
+        f"{cut}; they say nothing of other traffic (`evaluate` on it does)"
+    )
 
 
 def _moving(
@@ -149,42 +186,59 @@ def _moving(
 
 
 def _choice(
-    table: Comparison, moving: dict[str, Moving], horizon_steps: float, *, has_current: bool
+    table: Comparison, plans: dict[str, Plan], moving: dict[str, Moving], horizon_steps: float
 ) -> tuple[str, str]:
     """(the plan to use, the verdict)."""
-    best = table.rows[0]
-    if not table.significant and not has_current:
+    best, reference = table.rows[0], table.reference
+    if not table.significant and reference != CURRENT:
         return best.name, (
-            f"{best.name} came out best ({metric_text(best.metric, table.metric_name)}); how sure "
-            "that is is not known: so few requests cannot tell, record more"
+            f"{best.name} came out best ({metric_text(best.metric, table.metric_name)}); how "
+            "sure that is is not known: so few requests cannot tell, record more"
         )
-    if not has_current:
-        return (best.name if best.better else table.reference), table.verdict
     refused = ""
     for row in table.rows:
-        if row.name == CURRENT or not row.better:
+        if row.name == reference or not row.better:
             continue
-        why, claim = moving[row.name].refusal(horizon_steps), _better_text(table, row)
+        taken, text = moving.get(row.name), _better_text(table, row)
+        why = None if taken is None else taken.refusal(horizon_steps)
+        why = why or _not_worth(table, row, plans, taken)
         if why is None:
             instead = f"; {refused}" if refused else ""
-            return row.name, f"{claim}; {moving[row.name]}{instead}"
-        refused = refused or f"{claim}, but {why}"
+            return row.name, text + (f"; {taken}" if taken else "") + instead
+        refused = refused or f"{text}, but {why}"
     if refused:
-        return CURRENT, f"leave it: {refused}"
+        return reference, f"leave it: {refused}"
     if REBALANCE in moving and not moving[REBALANCE].moves:
-        return CURRENT, (
+        return reference, (
             "leave it: no moves within the budget show a gain on requests they were not searched on"
         )
-    return CURRENT, table.verdict
+    return reference, table.verdict
+
+
+def _not_worth(
+    table: Comparison, row: ComparisonRow, plans: dict[str, Plan], moving: Moving | None
+) -> str | None:
+    """Why a gain beyond the noise does not pay for what it takes; None where it may."""
+    change, _ = deciding(table.row(table.reference), row, table.balance_slack)
+    if -change >= LEAST_GAIN_PERCENT:
+        return None
+    more = plans[row.name].spare_slots - plans[table.reference].spare_slots
+    unpriced = moving is not None and moving.moves and moving.us is None
+    if more <= 0 and not unpriced:
+        return None
+    taken = [f"memory for {more:,} more replicas"] if more > 0 else []
+    if moving is not None and unpriced:
+        taken.append(f"{moving.moves:,} experts to move ({moving.share:.1%} of slots)")
+    return f"it takes {' and '.join(taken)}, for less than {LEAST_GAIN_PERCENT:g} %"
 
 
 def _better_text(table: Comparison, row: ComparisonRow) -> str:
-    """That this plan is better than the current one, and by how much."""
+    """That this plan is better than the reference, and by how much."""
     if row.best:
         return table.verdict
     return verdict_of(
-        (row, table.row(CURRENT)), CURRENT, table.metric_name, table.transfers_name,
-        table.balance_slack,
+        (row, table.row(table.reference)), table.reference, table.metric_name,
+        table.transfers_name, table.balance_slack, step_times(table.evaluations),
     )
 
 

@@ -25,6 +25,7 @@ from ..cluster import Cluster
 from ..comparison.cross_validation import Half, request_halves
 from ..cost.evaluate import evaluate
 from ..cost.step_cost import move_cost
+from ..memory import require_slots_fit
 from ..plan import DispatchSpec, Plan
 from ..planning.evidence import Settings, evidence_of
 from ..planning.planner import (
@@ -32,6 +33,7 @@ from ..planning.planner import (
     assemble,
     capacity_of_layers,
     check_current,
+    check_model,
     layer_tasks,
     resolve_settings,
     trace_digest,
@@ -90,7 +92,9 @@ def rebalance(
         cluster, "auto", objective, current.dispatch if dispatch is None else dispatch, model,
         balance_slack, seed, effort, time_limit_s,
     )
+    fitting = require_slots_fit(cluster, model, current)
     data = planning_steps(new_trace, steps)
+    unplanned = check_model(settings, data)
     check_current(current, data, cluster)
     fitted = _fitted(current, cluster)
     budget = Budget.of(current, model, max_moves, max_bytes)
@@ -105,7 +109,7 @@ def rebalance(
     answers = _within(list(run.map(_finish, last)), tasks, budget, gain_L)
     return _result(
         current, answers, gain_L, data, settings, trace_digest(new_trace), started,
-        (*capacities.notes, *notes),
+        (*fitting, *unplanned, *capacities.notes, *notes),
     )
 
 
@@ -156,10 +160,10 @@ def _request_error(
         Redraw(t, judging.data.layer(t.layer), judging.redrawn, x.slots_FK[half][k])
         for t, x, k in zip(tasks, sweeps, level_L, strict=True) if k
     )
-    gain_B = sum(run.map(redrawn_gain, works), np.zeros(1))
-    if len(gain_B) < 2:
+    gain_W = sum(run.map(redrawn_gain, works), np.zeros(1))
+    if len(gain_W) < 2:
         return 0.0
-    return float(np.std(judging.redrawn.noise(gain_B), ddof=1))
+    return float(np.std(judging.redrawn.noise(gain_W), ddof=1))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ _SMALLEST = 256
 _GROUPINGS = 64
 _REPEATS = 8             # random halves of the requests, averaged
 TOLERANCE = 0.01         # an improvement that does not matter
+_DOUBLED = 1 - 1 / np.sqrt(2)      # what twice the tokens take off an error that falls as 1/sqrt
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def learning_curve(
         tokens=tuple(sizes), imbalance=tuple(map(float, mean)), trace_tokens=trace.num_tokens,
         spread=tuple(map(float, judged.std(axis=1))),
         held_out_tokens=round(float(np.mean([len(held) for _, held in splits]))),
-        tolerance=TOLERANCE, needed_tokens=_needed(sizes, mean),
+        tolerance=TOLERANCE, needed_tokens=_needed(sizes, mean, trace.num_tokens),
         judged_by="the judge handed in" if judge else f"proxy for {devices} devices",
     )
 
@@ -155,17 +156,23 @@ def _judge(
 
 
 def _needed(
-    sizes: list[int], mean: npt.NDArray[np.float64]
+    sizes: list[int], mean: npt.NDArray[np.float64], trace_tokens: int
 ) -> int:
-    """Tokens from which on a doubling buys less than the tolerance, by the fitted curve.
+    """Tokens from which on a doubling buys less than the tolerance, by the fitted curve and by the
+    last points themselves.
 
     Estimation errors fall as 1 / sqrt(n), so the points are fitted by floor + c / sqrt(n), larger n
-    weighing more; a doubling at n then buys 0.293 c / sqrt(n). Two digits, rounded up; at least
-    the smallest size tried.
+    weighing more; a doubling at n then buys 0.293 c / sqrt(n). A fit may smooth over what the table
+    shows, so the last doubling that was tried must buy less than the tolerance too, or a trace of
+    twice the length is asked for. Two digits, rounded up; at least the smallest size tried.
     """
     root = 1 / np.sqrt(np.array(sizes, np.float64))
     design = np.stack([np.ones_like(root), root], axis=1) / root[:, None]
     (_, slope), *_ = np.linalg.lstsq(design, mean / root, rcond=None)
-    needed = (max(0.0, float(slope)) * (1 - 1 / np.sqrt(2)) / TOLERANCE) ** 2
+    needed = (max(0.0, float(slope)) * _DOUBLED / TOLERANCE) ** 2
+    # The last size may be short of twice the one before.
+    bought = float(mean[-2] - mean[-1]) * _DOUBLED / (1 - np.sqrt(sizes[-2] / sizes[-1]))
+    if bought > TOLERANCE:
+        needed = max(needed, 2.0 * trace_tokens)
     unit: int = 10 ** max(0, len(str(int(needed))) - 2)
     return max(sizes[0], int(-(-needed // unit)) * unit)

@@ -21,7 +21,7 @@ import numpy as np
 
 from ...errors import InputError, LoadmasterError, UsageError
 from ...foundation.quiet import quiet_transformers
-from ..model_config import vocabulary_size
+from ..model_config.checkpoint import vocabulary_size
 from ..model_spec import ModelSpec
 from ..storage.manifest import require_unused
 from .recorder import Recorder, RecordingSummary

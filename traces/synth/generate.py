@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import UsageError
 from ...foundation.arrays import FloatArray
-from ..model_config import MOST_LAYERS
+from ..model_config.layer_ranges import MOST_LAYERS
 from ..model_spec import MOST_EXPERTS
 from ..trace import DECODE, PREFILL, RoutingTrace
 from .sampling import BlockTables, sample_ids

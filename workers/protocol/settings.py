@@ -73,7 +73,8 @@ def served_spec(model_dir: str | Path, dtype: str) -> ModelSpec:
         raise UsageError(f"dtype {dtype!r} is not served; use one of {', '.join(DTYPE_BYTES)}")
     spec = ModelSpec.from_pretrained(model_dir)
     size = DTYPE_BYTES[dtype]
-    biases = spec.scale_bytes_per_expert // 2      # given for 16 bits; nothing quantised is served
+    # What comes on top are biases, as the checkpoint stores them: nothing quantised is served.
+    biases = round(spec.scale_bytes_per_expert / spec.bytes_per_parameter)
     return spec.model_copy(
         update={
             "bytes_per_parameter": float(size),

@@ -72,6 +72,21 @@ def test_a_long_trace_is_long_enough_and_its_beginning_is_not(trace: RoutingTrac
     assert 1 / 4 < short.needed_tokens / long.needed_tokens < 4
 
 
+def test_long_enough_is_said_only_where_the_table_shows_it(trace: RoutingTrace) -> None:
+    """A judge whose last doubling still buys more than the tolerance, though a curve through all
+    points is flat: the last row of the table is what a reader sees."""
+    worth = dict.fromkeys((256, 512, 1024, 2048, 4096, 8192), 1.2)
+
+    def judge(plan_from: RoutingTrace, held_out: RoutingTrace) -> float:
+        return worth.get(plan_from.num_tokens, late)
+
+    late = 1.16
+    assert not learning_curve(trace, judge=judge).long_enough
+    assert "too short" in learning_curve(trace, judge=judge).verdict
+    late = 1.196
+    assert learning_curve(trace, judge=judge).long_enough
+
+
 def test_no_error_is_no_imbalance() -> None:
     """Loads that were planned exactly stay balanced, whatever experts share a device."""
     load = np.random.default_rng(0).integers(1, 100, (3, 16))
