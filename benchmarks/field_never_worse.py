@@ -64,16 +64,16 @@ class Instance:
     def draw(cls, number: int) -> Instance:
         rng = np.random.default_rng([SEED, number])
         nodes, each = [(1, 2), (1, 4), (2, 2), (3, 2), (1, 3), (2, 1)][number % 6]
-        devices, layers = nodes * each, 2
+        devices, layers = nodes * each, 1 + number // 6 % 2
         experts = int(rng.integers(devices, 17))
         top_k = int(rng.integers(1, min(4, experts) + 1))
         width = -(-experts // devices) + int(rng.integers(0, 3))
-        traffic = TRAFFIC[number // 6 % len(TRAFFIC)]
+        traffic = TRAFFIC[number // 12 % len(TRAFFIC)]
         speeds = rng.choice([0.5, 1.0], devices).tolist() if rng.random() < 0.15 else None
         clustered = bool(rng.random() < 0.5)
         short = rng.random() < 0.15
         trace = synth_trace(
-            layers=layers, experts=experts, top_k=top_k, tokens=300 if short else 2_400,
+            layers=layers, experts=experts, top_k=top_k, tokens=300 if short else 1_500,
             zipf=float(rng.uniform(0.0, 1.2)), request_tokens=40, domains=int(rng.integers(1, 4)),
             block_share=0.9 if clustered else 0.2, seed=number,
         )

@@ -36,8 +36,8 @@ def import_any(
     `arrays.KEYS`. axes: of an array, as in "WLE". layers: the model's own numbers of its rows, as
     in "3-60". model: which rows are MoE layers. top_k: K, where rows do not tell tokens apart.
     zero_experts: how many ids beyond E stand for experts that compute nothing. drop_repeated: leave
-    out tokens that all take one route. Raises InputError naming the forms there are when none fits, and where
-    what was found contradicts what was said.
+    out tokens that all take one route. Raises InputError naming the forms there are when none fits,
+    and where what was found contradicts what was said.
     """
     numbers = parse_layers(layers) if isinstance(layers, str) else layers
     try:
