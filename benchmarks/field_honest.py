@@ -258,9 +258,9 @@ def _domains() -> tuple[lm.RoutingTrace, lm.RoutingTrace]:
 
 def long_enough_only_where_its_table_agrees(desk: Desk) -> tuple[bool, str]:
     """`trace info` on every second length of one trace: its last row and its sentence agree."""
-    ids = _liked(7, 48_000, 1.5 * (np.arange(32) < 5), taste=0.3)
+    ids = _liked(7, 96_000, 1.5 * (np.arange(32) < 5), taste=0.3)
     said = ""
-    for tokens in (1_500, 3_000, 6_000, 12_000, 24_000, 48_000):
+    for tokens in (1_500, 6_000, 24_000, 48_000, 96_000):
         trace = desk.trace(ids[:tokens], 32, _requests(tokens, 50), f"first-{tokens}")
         seen = desk.ask("trace", "info", trace)
         points = [point["imbalance"] for point in seen["learning_curve"]["points"]]
