@@ -18,8 +18,9 @@ from ..storage.manifest import MANIFEST_NAME
 from ..storage.store import open_trace
 from .arrays import SUFFIXES
 from .asked import Asked, as_parameters
+from .cleaning.routes_result import RoutesResult
 from .recognise import import_file, import_folder
-from .result import ImportResult, RoutesResult
+from .result import ImportResult
 
 __all__ = ["Asked", "ImportResult", "RoutesResult", "import_any", "open_any", "read_any"]
 
