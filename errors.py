@@ -32,7 +32,7 @@ class LoadmasterError(Exception):
         return str(self.args[0]) if self.args else ""
 
     def __str__(self) -> str:
-        return _with(_called(self.what), self.call or _called(self.command))
+        return _with(as_parameters(self.what), self.call or as_parameters(self.command))
 
     @property
     def typed(self) -> str:
@@ -47,21 +47,28 @@ class LoadmasterError(Exception):
 # Options whose parameter has another name, in the functions that they go to.
 _PARAMETERS = {"key": "keys", "devices": "num_devices", "arrivals-unit": "unit",
                "rate": "rate_per_s"}
-_OPTION = re.compile(r"(`[^`]*`)|(?:^|(?<=[\s(]))--([a-z][a-z0-9-]*)")
+_OPTION = re.compile(
+    r"(?:^|(?<=[\s(]))--([a-z][a-z0-9-]*[a-z0-9])(?: ([A-Z]{2,3}|\d+(?:[,-]\d+)*)(?![\w-]))?"
+)
 
 
-def _called(text: str) -> str:
-    """The text with each option as the parameter it is."""
+def as_parameters(text: str) -> str:
+    """The command line's options as the parameters they are in Python, `--top-k 4` as top_k=4;
+    what stands in backticks is a command and stays."""
     def parameter(found: re.Match[str]) -> str:
-        option = found[2]
-        return found[1] or _PARAMETERS.get(option, option.replace("-", "_"))
+        option, value = found[1], found[2]
+        name = _PARAMETERS.get(option, option.replace("-", "_"))
+        if value is None:
+            return name
+        return f"{name}={value if value.isdecimal() else repr(value)}"
 
-    return _OPTION.sub(parameter, text)
+    parts = text.split("`")
+    parts[::2] = [_OPTION.sub(parameter, part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _with(what: str, advice: str) -> str:
     return f"{what}: {advice}" if advice else what
-
 
 
 class InputError(LoadmasterError, ValueError):

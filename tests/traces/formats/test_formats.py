@@ -61,7 +61,7 @@ def test_names_of_ones_own_are_given(make_trace: Any, tmp_path: Path) -> None:
         import_any(tmp_path / "log.safetensors", num_experts=8, keys={"ids": "x"})
     with pytest.raises(InputError, match="unknown column"):
         import_any(tmp_path / "log.safetensors", num_experts=8, keys={"colour": "x"})
-    with pytest.raises(InputError, match="no ids; name the array"):
+    with pytest.raises(InputError, match="no ids: name the array"):
         import_any(tmp_path / "log.safetensors", num_experts=8)
 
 
