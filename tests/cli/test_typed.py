@@ -94,7 +94,7 @@ def test_advice_travels_with_its_error() -> None:
 
 
 @pytest.mark.parametrize(("typed", "called"), [
-    ("give --num-experts", "give num_experts"), ("--axes WLE for loads", "axes WLE for loads"),
+    ("give --num-experts", "give num_experts"), ("--axes WLE for loads", "axes='WLE' for loads"),
     ("name it (--model)", "name it (model)"), ("check --devices", "check num_devices"),
     ("--key ids=NAME names it", "keys ids=NAME names it"),
     ("`loadmaster plan a --out b` makes one, or --layers", "`loadmaster plan a --out b` makes one, "
