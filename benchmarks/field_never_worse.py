@@ -8,7 +8,7 @@ never_worse   60 random instances (routing with domains, clustered or skewed; 2 
 `auto` loses where another method's plan is better by more than a tie (`TIE`), as the objective
 compares plans: less time; a lower peak; where transfers cost bytes, also a peak as good with fewer
 transfers. There `auto` may spend `balance_slack` of the peak on fewer transfers, and does not lose
-by it.
+by it. A plan with an expert twice on a device is none for vllm-ascend, and not compared there.
 """
 
 from __future__ import annotations
@@ -138,8 +138,9 @@ def losses(instance: Instance, dispatch: str, objective: str) -> Any:
     judge = Judge(instance, objective, dispatch)
     auto = judge.scores(made["auto"])
     for method in OTHERS:
-        if method in made:
-            yield method, judge.better(judge.scores(made[method]), auto)
+        held = made.get(method)
+        if held is not None and not (dispatch == "ascend_fixed" and held.duplicates):
+            yield method, judge.better(judge.scores(held), auto)
 
 
 class Judge:
