@@ -181,7 +181,7 @@ def layer_numbers(text: str | None) -> tuple[int, ...] | None:
     try:
         return None if text is None else parse_layers(text)
     except InputError as error:
-        raise UsageError(f"--layers: {error}") from None
+        raise UsageError(f"--layers: {error.typed}") from None
 
 
 def require_new(path: Path | None) -> None:

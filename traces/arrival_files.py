@@ -175,7 +175,7 @@ def _known() -> str:
 def _unit(path: Path, form: _Form, asked: str | None, first: Any) -> str:
     dated = form.unit == DATE or (form.unit is None and isinstance(first, str) and "-" in first[1:])
     if dated and asked is not None:
-        raise InputError(f"{path}: its times are dates: leave --arrivals-unit (unit) out")
+        raise InputError(f"{path}: its times are dates: leave --arrivals-unit out")
     unit = asked or (DATE if dated else form.unit)
     if unit is None:
         raise InputError(
@@ -290,8 +290,7 @@ def _lengths(
     """Lengths of the file, at times drawn."""
     if rate_per_s is None:
         raise InputError(
-            f"{path}: holds lengths alone and no times: give a rate at which requests come "
-            "(`loadmaster simulate --rate`, rate_per_s)"
+            f"{path}: holds lengths alone and no times: say at which rate requests come with --rate"
         )
     prompts, outputs = array("q"), array("q")
     skipped = 0

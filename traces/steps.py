@@ -108,7 +108,7 @@ class StepSampler:
             notes.append("no requests recorded: blocks of 256 tokens stand for requests")
         tokens_by_request, start = _tokens_by_request(trace.request_T())
         requests = len(start) - 1
-        if requests < self.concurrency:
+        if 0 < requests < self.concurrency:
             notes.append(
                 f"only {requests} requests for {self.concurrency} in flight: each stands for about "
                 f"{self.concurrency / requests:.1f}, at different places in it"

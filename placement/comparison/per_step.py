@@ -213,8 +213,7 @@ def redrawn_noise(
     def noise_of(value_PW: FloatArray) -> Noise:
         return lambda weight_P: redrawn.noise(weight_P @ value_PW)
 
-    draws = int(redrawn.draw_W.max()) + 1
-    return noise_of(metric_PW), noise_of(transfers_PW), draws, redrawn.requests
+    return noise_of(metric_PW), noise_of(transfers_PW), redrawn.draws, redrawn.requests
 
 
 def _metric_name(bench: Bench) -> str:

@@ -121,8 +121,9 @@ def advise(
     promise. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
     `current`. `options` go to `attempt` (effort, executor, progress). time_limit_s: of planning and
     judging together; the plans are the best so far, and judged on as many steps as it leaves.
-    Judged where planned, with a note, where the trace is too short to hold requests back. Raises
-    UsageError on a budget without `current`, InfeasibleError where no method finds a plan.
+    Judged where planned, which the verdict says, where the trace is too short to hold requests
+    back. Raises UsageError on a budget without `current`, InfeasibleError where no method finds a
+    plan.
     """
     if current is not None:
         check_slots(current, cluster, "the current plan")
@@ -141,12 +142,15 @@ def advise(
     table = compare(plans, judging, cluster, current=reference, max_steps=most,
                     time_left_s=clock.share(), **asked)
     moving = {} if current is None else _moving(table, plans, cluster, model)
-    chosen, verdict = _choice(table, plans, moving, horizon_steps)
-    if chosen == reference:
+    if judging is trace:
+        chosen, verdict = _judged_where_planned(table)
+    else:
+        chosen, verdict = _choice(table, plans, moving, horizon_steps)
+    if chosen == reference and not clock.expired():
         verdict += one_more_slot(table, chosen, planning, judging, cluster, asked)
     plans[chosen] = _promised(plans[chosen], table, chosen, steps, judging, trace)
     return Advice(verdict, chosen, table, tried.results, plans, judged_on, tried.cannot, moving,
-                  horizon_steps, _assumes(table, judging, steps))
+                  horizon_steps, "" if judging is trace else _assumes(table, judging, steps))
 
 
 def _promised(
@@ -193,6 +197,20 @@ def _moving(
             plans[CURRENT], plans[row.name], cluster, model, gain_us, significant_us
         )
     return found
+
+
+def _judged_where_planned(table: Comparison) -> tuple[str, str]:
+    """(the plan to use, the verdict) where no requests could be held back: any plan looks good on
+    what it was made from, so an active plan stays."""
+    best = table.rows[0]
+    said = (
+        f"{best.name} came out best on the very steps that were planned on "
+        f"({metric_text(best.metric, table.metric_name)}); how it does on other requests is not "
+        "known, record more"
+    )
+    if table.reference == CURRENT:
+        return CURRENT, f"not enough data: {said}"
+    return best.name, said
 
 
 def _choice(

@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ...errors import InputError, UsageError, naming
+from ...errors import InputError, as_parameters, naming
 from ..model_config.layer_ranges import parse_layers
 from ..model_spec import ModelSpec
 from ..storage.manifest import MANIFEST_NAME
 from ..storage.store import open_trace
 from .arrays import SUFFIXES
-from .asked import Asked, as_parameters
+from .asked import Asked
+from .cleaning.routes_result import RoutesResult
 from .recognise import import_file, import_folder
-from .result import ImportResult, RoutesResult
+from .result import ImportResult
 
 __all__ = ["Asked", "ImportResult", "RoutesResult", "import_any", "open_any", "read_any"]
 
@@ -40,20 +41,14 @@ def import_any(
     and where what was found contradicts what was said.
     """
     numbers = parse_layers(layers) if isinstance(layers, str) else layers
-    try:
-        found = read_any(path, Asked(
-            num_experts, dict(keys or {}), axes, numbers, model, top_k, zero_experts,
-            drop_repeated,
-        ))
-    except (InputError, UsageError) as error:
-        raise type(error)(
-            as_parameters(error.what), call=error.call or as_parameters(error.command)
-        ) from error
+    found = read_any(path, Asked(
+        num_experts, dict(keys or {}), axes, numbers, model, top_k, zero_experts, drop_repeated,
+    ))
     return replace(found, notes=tuple(map(as_parameters, found.notes)))
 
 
 def read_any(path: Path | str, asked: Asked) -> ImportResult:
-    """As `import_any`; refusals and notes name the command line's options."""
+    """As `import_any`; its notes name the command line's options."""
     found = open_any(path, asked)
     return found.whole() if isinstance(found, RoutesResult) else found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,23 +12,6 @@ from ..model_spec import ModelSpec
 
 LOAD_AXES = ("LE", "EL", "WLE", "WEL", "LWE", "LEW", "EWL", "ELW")
 ID_AXES = ("TLK", "LTK")
-
-
-_OPTION = re.compile(r"--([a-z][a-z-]*[a-z])(?: ([A-Z]{2,3}|\d+(?:[,-]\d+)*)(?![\w-]))?")
-
-
-def as_parameters(text: str) -> str:
-    """The command line's options as the parameters they are in Python; commands stay as they are.
-    """
-    def parameter(match: re.Match[str]) -> str:
-        name, value = match[1].replace("-", "_"), match[2]
-        if value is None:
-            return name
-        return f"{name}={value if value.isdecimal() else repr(value)}"
-
-    parts = text.split("`")
-    parts[::2] = [_OPTION.sub(parameter, part) for part in parts[::2]]
-    return "`".join(parts)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from .arrays import read_mapped
 from .asked import Asked
 from .cleaning.found_routes import FoundRoutes
 from .cleaning.routes import clean_routes
+from .cleaning.routes_result import RoutesResult
 from .cleaning.spool import Spool
-from .result import NO_HOMES, NO_PHASE, NO_STEPS, RoutesResult
+from .result import NO_HOMES, NO_PHASE, NO_STEPS
 
 
 def import_per_request(folder: Path, asked: Asked) -> RoutesResult:

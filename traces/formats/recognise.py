@@ -15,10 +15,11 @@ from ...foundation.documents import read_json
 from ..row_files import json_lines, rows_of
 from .arrays import SUFFIXES, import_arrays
 from .asked import Asked
+from .cleaning.routes_result import RoutesResult
 from .engines.responses import holds_responses, import_responses
 from .engines.trtllm import META, import_statistics
 from .per_request import import_per_request
-from .result import ImportResult, RoutesResult
+from .result import ImportResult
 from .tables.load_documents import holds_loads, import_load_document, import_load_lines
 from .tables.ranks import rank_files, with_ranks
 from .tables.row_columns import Columns, columns_of

@@ -21,8 +21,9 @@ from ....errors import InputError
 from ..asked import Asked
 from ..cleaning.found_routes import FoundRoutes
 from ..cleaning.routes import clean_routes
+from ..cleaning.routes_result import RoutesResult
 from ..cleaning.spool import Spool
-from ..result import NO_HOMES, NO_PHASE, NO_STEPS, RoutesResult
+from ..result import NO_HOMES, NO_PHASE, NO_STEPS
 
 KEY = "routed_experts"
 _NPY = b"\x93NUMPY"

@@ -17,8 +17,9 @@ from ....errors import InputError
 from ..asked import Asked
 from ..cleaning.found_routes import PADDING, FoundRoutes
 from ..cleaning.routes import clean_routes
+from ..cleaning.routes_result import RoutesResult
 from ..cleaning.spool import Spool
-from ..result import NO_HOMES, NO_PHASE, NO_REQUESTS, NO_STEPS, RoutesResult
+from ..result import NO_HOMES, NO_PHASE, NO_REQUESTS, NO_STEPS
 from .row_columns import Columns
 
 MOST_HELD = 1 << 20          # choices of a token in a layer, before a token must be whole
