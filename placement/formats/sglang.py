@@ -100,8 +100,8 @@ def _table(path: Path) -> list[object]:
         )
     if isinstance(document, list) and document:
         raise InputError(
-            f"{path}: must be a mapping with {KEY}; is a list without it, as vLLM's plans are: "
-            "--format vllm reads it"
+            f"{path}: must be a mapping with {KEY}; is a list without it, as vLLM's plans are",
+            call="format='vllm' reads it", command="--format vllm reads it",
         )
     table = require_keys(document, [KEY], str(path))[KEY]
     if path.suffix == ".pt":

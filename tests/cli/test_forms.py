@@ -76,7 +76,8 @@ def test_the_command_that_a_refusal_names_works(run: Run, place: Path) -> None:
     said = one_line(err)
     command = said[said.index("`loadmaster ") + len("`loadmaster ") :].split("`")[0].split()
     assert command[:2] == ["plan", str(place / "loads.npz")]
-    code, _, err = run(*command, "--out", place / "plan.json", "--method", "greedy", "--effort", "fast")
+    code, _, err = run(*command, "--out", place / "plan.json", "--method", "greedy", "--effort",
+                       "fast")
     assert code == 0, err
     plan = json.loads((place / "plan.json").read_text())
     assert len(plan["slots"]) == 2 and plan["num_experts"] == 16

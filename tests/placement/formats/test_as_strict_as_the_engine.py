@@ -156,7 +156,7 @@ def test_a_bare_list_is_vllms(tmp_path: Path) -> None:
     rows = SLOTS.reshape(2, -1).tolist()
     path = write("vllm", rows, tmp_path)
     assert import_plan(path, "vllm", num_devices=2).plan.slots.tolist() == SLOTS.tolist()
-    with pytest.raises(InputError, match="--format vllm reads it"):
+    with pytest.raises(InputError, match="format='vllm' reads it"):
         import_plan(path, "sglang", num_devices=2)
     one = write("vllm", rows[0], tmp_path)
     with pytest.raises(UsageError, match=r"one list for all layers.*--model"):

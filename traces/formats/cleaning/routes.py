@@ -188,8 +188,8 @@ def _num_experts(found: FoundRoutes, asked: Asked) -> int:
                 "(windows, layers, experts); ids of experts need --num-experts"
             )
         raise InputError(
-            f"does not say how many experts a layer has, and the largest id (of {shape}, {top}) "
-            "need not be the last expert", call="give num_experts", command="give --num-experts",
+            "does not say how many experts a layer has, and the largest id need not be the last "
+            f"expert: give --num-experts; its ids {shape} go up to {top}"
         )
     return experts
 
