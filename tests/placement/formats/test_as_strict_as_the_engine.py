@@ -159,7 +159,7 @@ def test_a_bare_list_is_vllms(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="format='vllm' reads it"):
         import_plan(path, "sglang", num_devices=2)
     one = write("vllm", rows[0], tmp_path)
-    with pytest.raises(UsageError, match=r"one list for all layers.*--model"):
+    with pytest.raises(UsageError, match=r"one list for all layers.*model"):
         import_plan(one, "vllm", num_devices=2)
     found = import_plan(one, "vllm", num_devices=2, model=MODEL)
     assert found.plan.slots.tolist() == [SLOTS[0].tolist()] * 2
