@@ -163,7 +163,9 @@ def hold_contest(
         return lambda weight_P: mean_noise(weight_P @ value_PW, mix, resamples, seed)
 
     noises = fitted(metric_PW), fitted(transfers_PW)
-    again = None if mix.tells else redrawn_noise(bench, plans, sampler, steps, seed)
+    again = None if mix.tells else redrawn_noise(
+        bench, plans, sampler, steps, seed, metric_PW.mean(axis=1), transfers_PW.mean(axis=1)
+    )
     if again is not None:
         *drawn, resamples, requests = again
         noises = drawn[0], drawn[1]
@@ -178,9 +180,13 @@ def hold_contest(
 
 
 def redrawn_noise(
-    bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int
+    bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int,
+    metric_P: FloatArray, transfers_P: FloatArray,
 ) -> tuple[Noise, Noise, int, int] | None:
-    """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap."""
+    """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap.
+
+    metric_P, transfers_P: each plan's means over the judged steps.
+    """
     redrawn = redraw(bench.trace, sampler, steps, seed)
     if redrawn is None:
         return None
@@ -189,10 +195,13 @@ def redrawn_noise(
     metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
     transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
 
-    def noise_of(value_PW: FloatArray) -> Noise:
-        return lambda weight_P: redrawn.noise(weight_P @ value_PW)
+    def noise_of(value_PW: FloatArray, mean_P: FloatArray) -> Noise:
+        return lambda weight_P: redrawn.noise(weight_P @ value_PW, float(weight_P @ mean_P))
 
-    return noise_of(metric_PW), noise_of(transfers_PW), redrawn.draws, redrawn.requests
+    return (
+        noise_of(metric_PW, metric_P), noise_of(transfers_PW, transfers_P), redrawn.draws,
+        redrawn.requests,
+    )
 
 
 def _metric_name(bench: Bench) -> str:
