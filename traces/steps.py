@@ -99,7 +99,7 @@ class StepSampler:
     def _token_order(
         self, trace: RoutingTrace, notes: list[str]
     ) -> npt.NDArray[np.int64]:
-        if self.order == "stored":
+        if self.order == "stored" or not trace.num_tokens:
             return np.arange(trace.num_tokens, dtype=np.int64)
         rng = np.random.default_rng(self.seed)
         if self.order == "shuffled":
@@ -108,7 +108,7 @@ class StepSampler:
             notes.append("no requests recorded: blocks of 256 tokens stand for requests")
         tokens_by_request, start = _tokens_by_request(trace.request_T())
         requests = len(start) - 1
-        if 0 < requests < self.concurrency:
+        if requests < self.concurrency:
             notes.append(
                 f"only {requests} requests for {self.concurrency} in flight: each stands for about "
                 f"{self.concurrency / requests:.1f}, at different places in it"

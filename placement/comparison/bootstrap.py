@@ -45,12 +45,14 @@ class Redrawn:
         """How many."""
         return int(self.draw_W.max()) + 1
 
-    def noise(self, value_W: FloatArray) -> FloatArray:
-        """[B] each draw's mean over its steps less the mean of all: how far a mean like the judged
-        one may be off. NaN steps are left out.
+    def noise(self, value_W: FloatArray, judged: float | None = None) -> FloatArray:
+        """[B] each draw's mean over its steps less the judged one: how far a mean like that may be
+        off. NaN steps are left out; judged None = the mean of all draws.
 
         What single steps scatter within a draw, and a draw's steps are fewer than were judged, is
-        taken off (analysis of variance); then widened where requests are few.
+        taken off (analysis of variance); then widened where requests are few. By how much draws
+        differ from the judged steps on average stays: a sample of requests is less even than what
+        it is a sample of, and so is each draw than the sample.
         """
         kept = ~np.isnan(value_W)
         draw_W, value_W = self.draw_W[kept], value_W[kept]
@@ -67,7 +69,8 @@ class Redrawn:
         kept_part = max(1.0 - of_steps / total, LEAST_PART) if total > 0 else 1.0
         worth = self.equal_requests
         wider = few_draws_factor(worth, 1 / (TAILS / worth + 1 / self.draws))
-        return np.asarray(noise_B * np.sqrt(kept_part) * wider, np.float64)
+        lean = 0.0 if judged is None else float(mean_B[held_B].mean()) - judged
+        return np.asarray(noise_B * np.sqrt(kept_part) * wider + lean, np.float64)
 
 
 def redraw(

@@ -178,7 +178,9 @@ def hold_contest(
     noises = fitted(metric_PW), fitted(transfers_PW)
     each = (time.monotonic() - began) / max(len(steps), 1)
     left = None if until is None else (until - time.monotonic()) / each
-    again = None if mix.tells else redrawn_noise(bench, plans, sampler, steps, seed, left)
+    again = None if mix.tells else redrawn_noise(
+        bench, plans, sampler, steps, seed, metric_PW.mean(axis=1), transfers_PW.mean(axis=1), left
+    )
     if again is not None:
         *drawn, resamples, requests = again
         noises = drawn[0], drawn[1]
@@ -194,11 +196,12 @@ def hold_contest(
 
 def redrawn_noise(
     bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int,
-    most_steps: float | None = None,
+    metric_P: FloatArray, transfers_P: FloatArray, most_steps: float | None = None,
 ) -> tuple[Noise, Noise, int, int] | None:
     """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap.
 
-    most_steps: for which there is time; None where the draws have more.
+    metric_P, transfers_P: each plan's means over the judged steps. most_steps: for which there is
+    time; None where the draws have more.
     """
     if most_steps is not None and most_steps < FEWEST_DRAWN_STEPS:
         return None
@@ -210,10 +213,13 @@ def redrawn_noise(
     metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
     transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
 
-    def noise_of(value_PW: FloatArray) -> Noise:
-        return lambda weight_P: redrawn.noise(weight_P @ value_PW)
+    def noise_of(value_PW: FloatArray, mean_P: FloatArray) -> Noise:
+        return lambda weight_P: redrawn.noise(weight_P @ value_PW, float(weight_P @ mean_P))
 
-    return noise_of(metric_PW), noise_of(transfers_PW), redrawn.draws, redrawn.requests
+    return (
+        noise_of(metric_PW, metric_P), noise_of(transfers_PW, transfers_P), redrawn.draws,
+        redrawn.requests,
+    )
 
 
 def _metric_name(bench: Bench) -> str:
