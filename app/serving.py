@@ -39,7 +39,7 @@ def build_overlap(name: str) -> Overlap | None:
     from ..placement.cost.overlap import Overlap
 
     if name not in ("none", "two_batch", "pipeline"):
-        raise UsageError(f"--overlap {name!r}: none, two_batch or pipeline")
+        raise UsageError(f"unknown overlap {name!r}: none, two_batch or pipeline")
     return None if name == "none" else Overlap(name)  # type: ignore[arg-type]
 
 
@@ -104,7 +104,7 @@ def build_workload(
         return as_workload(read), read.notes
     if requests / rate > LONGEST_S:
         raise UsageError(
-            f"--rate {rate:g}: {requests} requests would take {requests / rate:.3g} s to arrive, "
+            f"rate {rate:g}: {requests} requests would take {requests / rate:.3g} s to arrive, "
             f"at most {LONGEST_S:.0e} s are played: raise the rate"
         )
     return as_workload(poisson(

@@ -28,7 +28,7 @@ from loadmaster.traces.steps import Steps
 Section = dict[str, Any]
 
 ROUTING = Path(__file__).resolve().parents[2] / "shared" / "data" / "routing"
-SPLITS = 24                   # of each case
+SPLITS = 32                   # of each case
 TRUE_STEPS = 400
 POPULATION = 0.7              # of the requests; plans are made from the others
 METHODS = ("eplb", "lpt_swap")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import LoadmasterError
+from ..errors import LoadmasterError, UsageError
 from ..foundation.version import VERSION
 from . import (
     apply,
@@ -34,6 +34,7 @@ from . import (
 from .endings import interrupted_on_endings
 from .output import ReaderGoneError, print_error
 from .spelling import spell_streams
+from .typed import as_typed
 
 INTERRUPTED = "interrupted; nothing half-written is left in place"
 
@@ -103,8 +104,15 @@ def main() -> None:
         found = _ours(error)
         if found is None:
             raise
-        print_error(found.typed)
+        print_error(_told(found))
         sys.exit(found.exit_code)
+
+
+def _told(error: LoadmasterError) -> str:
+    """The error in the words of whoever typed the verb; one about a file keeps the file's own."""
+    if not isinstance(error, UsageError):
+        return error.typed
+    return as_typed(error.typed, typer.main.get_command(app), sys.argv[1:])
 
 
 def _ours(error: Exception) -> LoadmasterError | None:

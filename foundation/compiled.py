@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar, cast
 
 import llvmlite.binding as llvm
@@ -35,6 +37,7 @@ RandomState = npt.NDArray[np.uint64]
 njit: Any = numba.njit
 _index: Any = caching.IndexDataCacheFile
 _load_index = _index._load_index
+_locator: Any = caching._SourceFileBackedLocatorMixin
 
 
 def _load_index_or_none(index: Any) -> Any:
@@ -47,6 +50,29 @@ def _load_index_or_none(index: Any) -> Any:
 
 
 _index._load_index = _load_index_or_none
+
+
+def travelling_cache(source: Path) -> tuple[Path, ...]:
+    """Files with a module's compiled code that are good for a copy of the module elsewhere too.
+
+    Those whose index fits the source as it is: numba knows a source file by its content.
+    """
+    stamp = _locator.get_source_stamp(SimpleNamespace(_py_file=str(source)))
+    if not isinstance(stamp, bytes):        # numbas that know it by its time of change
+        return ()
+    found: list[Path] = []
+    folder = source.parent / "__pycache__"
+    for index in sorted(folder.glob(f"{source.stem}.*.nbi")):
+        try:
+            with index.open("rb") as file:
+                version = pickle.load(file)
+                kept, overloads = pickle.load(file)
+        except (OSError, AttributeError, ImportError, EOFError, ValueError, pickle.PickleError):
+            continue
+        if version == numba.__version__ and kept == stamp:
+            found += [index, *(folder / name for name in sorted(overloads.values()))]
+    return tuple(path for path in found if path.is_file())
+
 
 cgutils: Any = numba_cgutils
 
@@ -174,6 +200,27 @@ def _prefetch(typing_context: Any, array: Any, first: Any, second: Any) -> Any:
 # In compiled code `prefetch(array, i, j)` requests the cache line of array[i, j] and does not wait:
 # for rows read in an order the processor cannot guess.
 prefetch = cast(Callable[[Any, Any, Any], None], _prefetch)
+
+
+@intrinsic
+def _clock(typing_context: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, double = ir.IntType(64), ir.DoubleType()
+        time = cgutils.alloca_once(builder, ir.ArrayType(word, 2))      # seconds, nanoseconds
+        takes = ir.FunctionType(ir.IntType(32), [ir.IntType(32), time.type])
+        call = cgutils.get_or_insert_function(builder.module, takes, "clock_gettime")
+        builder.call(call, [ir.Constant(ir.IntType(32), 0), time])      # 0: the time of day
+        seconds, nanoseconds = (
+            builder.sitofp(builder.load(cgutils.gep_inbounds(builder, time, 0, i)), double)
+            for i in range(2)
+        )
+        return builder.fadd(seconds, builder.fmul(nanoseconds, ir.Constant(double, 1e-9)))
+
+    return numba.types.float64(), generate
+
+
+# In compiled code `clock()` is `time.time()`: loops that run for long keep a time limit by it.
+clock = cast(Callable[[], float], _clock)
 
 
 def random_state(seed: int, *stream: int) -> RandomState:

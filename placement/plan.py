@@ -13,7 +13,14 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from ..errors import InputError, LoadmasterError, naming
 from ..foundation.arrays import SlotArray
@@ -97,6 +104,16 @@ class Evidence(BaseModel):
     notes: tuple[str, ...] = ()
     copies: float | None = Field(default=None, description="mean over layers")
     promise: Promise | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_promised(
+        self, whole: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        """Documents of plans that nobody judged read as they always did."""
+        document: dict[str, Any] = whole(self)
+        if self.promise is None:
+            del document["promise"]
+        return document
 
 
 class _PlanFile(BaseModel):
@@ -237,10 +254,7 @@ class Plan:
             provenance=self.provenance,
             evidence=self.evidence,
         )
-        document = file.model_dump(mode="json")
-        if self.evidence is not None and self.evidence.promise is None:
-            del document["evidence"]["promise"]     # as files without one were always written
-        return json.dumps(document, separators=(",", ":")) + "\n"
+        return json.dumps(file.model_dump(mode="json"), separators=(",", ":")) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "plan") -> Self:
@@ -251,7 +265,9 @@ class Plan:
             raise PlanError(str(error)) from error
         if not isinstance(data, dict) or data.get("format") != "loadmaster-plan":
             raise PlanError(
-                f"{where}: not a Loadmaster plan; `loadmaster plan-import` reads other engines'"
+                f"{where}: not a Loadmaster plan",
+                call="`placement.formats.import_plan` reads the engines' own",
+                command="`loadmaster plan-import` reads the engines' own",
             )
         if data.get("schema_version") != SCHEMA_VERSION:
             raise PlanError(

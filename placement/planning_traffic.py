@@ -78,6 +78,16 @@ class LayerTraffic:
         load += np.bincount(cell.reshape(-1), minlength=load.size).reshape(load.shape)
         return load
 
+    def thinned(self, most: int) -> LayerTraffic:
+        """The same with so many steps of each part at most, spread over it."""
+        if self.load_WE is not None:
+            return replace(self, load_WE=self.load_WE[_thinned(0, len(self.load_WE), most)])
+        planning, validation = (
+            None if steps is None else steps.take(_thinned(0, len(steps), most))
+            for steps in (self.planning, self.validation)
+        )
+        return replace(self, planning=planning, validation=validation, extra=())
+
     def counts(self, steps: Steps) -> Int32Array:
         """[W, E] tokens per step and expert, whole numbers."""
         assert self.trace is not None

@@ -85,7 +85,10 @@ def layers_in_model(model: ModelSpec, layers: Sequence[int]) -> tuple[int, ...]:
 
 def missing_layers(model: ModelSpec, layers: Sequence[int]) -> tuple[int, ...]:
     """The model's MoE layers that are not among `layers`. Raises InputError: `layers_in_model`."""
-    return tuple(sorted(set(model.own_layer_indices()) - set(layers_in_model(model, layers))))
+    held = layers_in_model(model, layers)
+    if model.layer_indices is None and len(held) == model.num_layers:
+        return ()
+    return tuple(sorted(set(model.own_layer_indices()) - set(held)))
 
 
 def _numbers_by_count(model: ModelSpec, found: int, remedy: str) -> Sequence[int]:

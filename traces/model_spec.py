@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import InputError
 from ..foundation.documents import first_fault
-from .dense_weights import ModelShape, dense_bytes_on_disk, estimated_dense_bytes
 from .model_config.checkpoint import BY_HAND, checkpoint_fields
-from .model_config.files import find_files
+from .model_config.dense_weights import ModelShape, estimated_dense_bytes
+from .model_config.files import ModelFiles, find_files
 from .model_config.layer_ranges import MOST_LAYERS
+from .model_config.on_disk import dense_bytes
 
 # Far beyond any model, and small enough that bytes and operations stay whole numbers.
 MOST_EXPERTS, MOST_WIDE, MOST_BYTES = 65_536, 2**24, 2**50
@@ -128,21 +129,21 @@ class ModelSpec(BaseModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, source: Path | str, *, moe_layers: str | None = None) -> ModelSpec:
-        """The model in a checkpoint's folder, or of its config.json or params.json alone.
+    def from_pretrained(cls, folder: Path | str, *, moe_layers: str | None = None) -> ModelSpec:
+        """The model in a checkpoint's folder; or its config.json or params.json may be named.
 
         Where weights lie beside the configuration, their headers decide, and `notes` say where the
         two differ. moe_layers: "3-60", where the files do not say which layers are MoE. Raises
         InputError where the model is not MoE or cannot be understood, saying which fields were
         looked for and how to answer.
         """
-        path = Path(source)
+        path = Path(folder)
         fields = checkpoint_fields(path, moe_layers)
         try:
-            return cls(**fields)._with_dense_weights(path)
+            return cls(**fields)._with_dense_weights(find_files(path))
         except ValidationError as error:
             named = path / "config.json" if path.is_dir() else path
-            raise InputError(f"{named}: {first_fault(error)}; {BY_HAND}") from error
+            raise InputError(f"{named}: {first_fault(error)}", **BY_HAND) from error
 
     @property
     def knows_sizes(self) -> bool:
@@ -196,10 +197,12 @@ class ModelSpec(BaseModel):
         shape = self._shape()
         return None if shape is None else (estimated_dense_bytes(shape), True)
 
-    def _with_dense_weights(self, source: Path) -> Self:
+    def _with_dense_weights(self, files: ModelFiles) -> Self:
         """The same with `dense_bytes` from the weights beside a configuration, or its widths."""
-        files = find_files(source)
-        found = dense_bytes_on_disk(files.folder, self.total_layers)
+        try:
+            found = dense_bytes(files.folder, self.total_layers)
+        except InputError:          # a note says so already: their experts were looked for first
+            found = None
         estimated = found is None
         if found is None and (shape := self._shape()) is not None:
             found = estimated_dense_bytes(shape, files.config)
@@ -215,7 +218,7 @@ class ModelSpec(BaseModel):
         )
 
     def digest(self) -> str:
-        """Fingerprint of what a plan rests on: not the name, notes, draft layers or dense part."""
+        """Fingerprint of what a plan rests on: not the name, notes, drafts or other weights."""
         aside = {"name", "notes", "draft_layers", "dense_bytes", "dense_is_estimated"}
         if self.weights_known:      # as models were fingerprinted before it could be unknown
             aside.add("weights_known")

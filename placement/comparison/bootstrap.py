@@ -20,9 +20,10 @@ from ...traces.trace import RoutingTrace
 from .intervals import few_draws_factor
 
 FEWEST_REQUESTS = 5          # fewer say nothing about others
-DRAWS = 100
+DRAWS = 200
+TAILS = 2.0                  # real requests tell a spread as well as half as many normal ones
 LEAST_PART = 0.1             # of the draws' variance is left, however much single steps scatter
-MOST_CHOICES = 1 << 25       # expert choices of all draws together; steps are thinned to keep to it
+MOST_CHOICES = 1 << 24       # expert choices of all draws together; steps are thinned to keep to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +40,23 @@ class Redrawn:
     equal_requests: float
     thinner: float = 0.0
 
-    def noise(self, value_W: FloatArray) -> FloatArray:
-        """[B] each draw's mean over its steps less the mean of all: how far a mean like the judged
-        one may be off. NaN steps are left out.
+    @property
+    def draws(self) -> int:
+        """How many."""
+        return int(self.draw_W.max()) + 1
+
+    def noise(self, value_W: FloatArray, judged: float | None = None) -> FloatArray:
+        """[B] each draw's mean over its steps less the judged one: how far a mean like that may be
+        off. NaN steps are left out; judged None = the mean of all draws.
 
         What single steps scatter within a draw, and a draw's steps are fewer than were judged, is
-        taken off (analysis of variance); then widened where requests are few.
+        taken off (analysis of variance); then widened where requests are few. By how much draws
+        differ from the judged steps on average stays: a sample of requests is less even than what
+        it is a sample of, and so is each draw than the sample.
         """
         kept = ~np.isnan(value_W)
         draw_W, value_W = self.draw_W[kept], value_W[kept]
-        count_B = np.bincount(draw_W, minlength=int(self.draw_W.max()) + 1)
+        count_B = np.bincount(draw_W, minlength=self.draws)
         held_B = count_B > 0
         mean_B = np.bincount(draw_W, weights=value_W, minlength=len(count_B)) / np.maximum(
             count_B, 1
@@ -59,8 +67,10 @@ class Redrawn:
         total = float(noise_B.var())
         of_steps = within / freedom * self.thinner
         kept_part = max(1.0 - of_steps / total, LEAST_PART) if total > 0 else 1.0
-        wider = few_draws_factor(self.equal_requests)
-        return np.asarray(noise_B * np.sqrt(kept_part) * wider, np.float64)
+        worth = self.equal_requests
+        wider = few_draws_factor(worth, 1 / (TAILS / worth + 1 / self.draws))
+        lean = 0.0 if judged is None else float(mean_B[held_B].mean()) - judged
+        return np.asarray(noise_B * np.sqrt(kept_part) * wider + lean, np.float64)
 
 
 def redraw(

@@ -12,6 +12,7 @@ too little for that.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,13 +129,15 @@ def compare(
     max_steps: int | None = None,
     overlap: Overlap | None = None,
     executor: Executor | None = None,
+    time_left_s: float | None = None,
 ) -> Comparison:
     """Judge several plans on the same steps of one trace.
 
     plans: name -> plan; ties rank the reference first, then in the order given. current: the plan
     active, what the verdict is about; None = the first. dispatch None: each plan under its own.
     objective: what ranks, "time" (default with a model of known sizes) or "balance", with the
-    planner's balance_slack. Raises UsageError without plans or for an unknown `current`.
+    planner's balance_slack. time_left_s: where bands need steps redrawn and these take longer,
+    there are no bands. Raises UsageError without plans or for an unknown `current`.
     """
     if not plans:
         raise UsageError("compare needs at least one plan")
@@ -149,7 +152,8 @@ def compare(
     slack = default_slack(cluster) if balance_slack is None else balance_slack
     bench = Bench(trace, cluster, dispatch, model, sized and objective != "balance", overlap,
                   executor)
-    contest = hold_contest(bench, plans, steps, max_steps, slack, resamples, seed)
+    until = None if time_left_s is None else time.monotonic() + time_left_s
+    contest = hold_contest(bench, plans, steps, max_steps, slack, resamples, seed, until)
     table = _ranked(contest, reference)
     memory = (
         f"{n}: {x}" for n, plan in plans.items() for x in memory_notes(plan, cluster, model)

@@ -50,15 +50,17 @@ def band(centre: float, noise_B: Any) -> tuple[float, float]:
     return float(centre) - reach, float(centre) + reach
 
 
-def few_draws_factor(n: float) -> float:
+def few_draws_factor(n: float, freedom: float | None = None) -> float:
     """How much wider a bootstrap of n units must be; n > 1.
 
     The bootstrap of n spreads sqrt((n - 1) / n) too little, and a band of two normal standard
-    deviations should be one of Student's with n - 1 degrees of freedom.
+    deviations should be one of Student's with n - 1 degrees of freedom; fewer (`freedom`) where the
+    units' effects have longer tails than a normal law, so that n of them tell a spread less well.
     """
     from scipy.stats import norm, t  # slow to import
 
-    return float(np.sqrt(n / (n - 1)) * t.ppf(BOTH_SIDES, n - 1) / norm.ppf(BOTH_SIDES))
+    freedom = n - 1 if freedom is None else freedom
+    return float(np.sqrt(n / (n - 1)) * t.ppf(BOTH_SIDES, freedom) / norm.ppf(BOTH_SIDES))
 
 
 def standard_error(value_N: FloatArray) -> float:

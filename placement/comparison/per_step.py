@@ -5,6 +5,7 @@ Knows evaluations, steps and noise. Knows nothing of how plans were found or wha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ from .intervals import band
 from .noise_band import StepMix, mean_noise, step_mix
 
 Noise = Callable[[FloatArray], "FloatArray | None"]
+
+
+FEWEST_DRAWN_STEPS = 25      # below which draws need not be made: they have a step each at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,10 +156,14 @@ class Bench:
 
 def hold_contest(
     bench: Bench, plans: dict[str, Plan], sampler: StepSampler, max_steps: int | None,
-    slack: float, resamples: int, seed: int,
+    slack: float, resamples: int, seed: int, until: float | None = None,
 ) -> Contest:
-    """Judge every plan on the sampler's steps; where those cannot tell noise, on redrawn ones."""
+    """Judge every plan on the sampler's steps; where those cannot tell noise, on redrawn ones.
+
+    until: time.monotonic() up to which there is time for those.
+    """
     steps = sampler.sample(bench.trace, max_steps)
+    began = time.monotonic()
     judged = [bench.judged(name, plan, steps, bench.executor) for name, plan in plans.items()]
     metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
     transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
@@ -168,7 +176,11 @@ def hold_contest(
         return lambda weight_P: mean_noise(weight_P @ value_PW, mix, resamples, seed)
 
     noises = fitted(metric_PW), fitted(transfers_PW)
-    again = None if mix.tells else redrawn_noise(bench, plans, sampler, steps, seed)
+    each = (time.monotonic() - began) / max(len(steps), 1)
+    left = None if until is None else (until - time.monotonic()) / each
+    again = None if mix.tells else redrawn_noise(
+        bench, plans, sampler, steps, seed, metric_PW.mean(axis=1), transfers_PW.mean(axis=1), left
+    )
     if again is not None:
         *drawn, resamples, requests = again
         noises = drawn[0], drawn[1]
@@ -183,22 +195,31 @@ def hold_contest(
 
 
 def redrawn_noise(
-    bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int
+    bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int,
+    metric_P: FloatArray, transfers_P: FloatArray, most_steps: float | None = None,
 ) -> tuple[Noise, Noise, int, int] | None:
-    """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap."""
+    """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap.
+
+    metric_P, transfers_P: each plan's means over the judged steps. most_steps: for which there is
+    time; None where the draws have more.
+    """
+    if most_steps is not None and most_steps < FEWEST_DRAWN_STEPS:
+        return None
     redrawn = redraw(bench.trace, sampler, steps, seed)
-    if redrawn is None:
+    if redrawn is None or (most_steps is not None and len(redrawn.steps) > most_steps):
         return None
     threads = bench.executor or LayerThreads()
     judged = [bench.judged(name, plan, redrawn.steps, threads) for name, plan in plans.items()]
     metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
     transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
 
-    def noise_of(value_PW: FloatArray) -> Noise:
-        return lambda weight_P: redrawn.noise(weight_P @ value_PW)
+    def noise_of(value_PW: FloatArray, mean_P: FloatArray) -> Noise:
+        return lambda weight_P: redrawn.noise(weight_P @ value_PW, float(weight_P @ mean_P))
 
-    draws = int(redrawn.draw_W.max()) + 1
-    return noise_of(metric_PW), noise_of(transfers_PW), draws, redrawn.requests
+    return (
+        noise_of(metric_PW, metric_P), noise_of(transfers_PW, transfers_P), redrawn.draws,
+        redrawn.requests,
+    )
 
 
 def _metric_name(bench: Bench) -> str:

@@ -80,7 +80,7 @@ def policy_of(spec: DispatchSpec) -> Policy:
     policy = POLICIES.get(spec.policy)
     if policy is None:
         raise UsageError(
-            f"unknown dispatch policy {spec.policy!r}; there are: {', '.join(POLICIES)}"
+            f"unknown dispatch {spec.policy!r}; there are: {', '.join(POLICIES)}"
         )
     known = [name for name, _, _ in policy.parameters]
     for name in spec.parameters:

@@ -14,7 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
-from ...traces.model_layers import LayerRows, layers_in_model, rows_of_model
+from ...traces.model_layers import (
+    LayerRows,
+    draft_layers,
+    layers_in_model,
+    rows_of_model,
+)
 from ...traces.model_spec import ModelSpec
 from ..cost.unplanned import layers_of
 from ..plan import DispatchSpec, Plan, Provenance
@@ -55,7 +60,7 @@ class Known:
         if found is None:
             raise UsageError(
                 f"{self.path}: this format does not say on how many devices its slots lie: give "
-                "the number (--devices)"
+                "--devices"
             )
         if self.num_devices not in (None, found):
             raise UsageError(
@@ -81,10 +86,19 @@ class Known:
         )
 
     def layers(self, found: int) -> tuple[int, ...]:
-        """The model's own numbers of the `found` MoE layers, its draft layers perhaps among them;
+        """The model's own numbers of the `found` MoE layers, its draft layers perhaps behind them;
         () without a model. Raises InputError where they are not as many.
         """
-        return () if self.model is None else self.rows(found).layers
+        if self.model is None:
+            return ()
+        own, draft = self.model.own_layer_indices(), draft_layers(self.model)
+        for numbers in (own, own + draft):
+            if len(numbers) == found:
+                return numbers
+        raise InputError(
+            f"{self.path}: holds {found} MoE layers, the model {self.model.name} has "
+            f"{self.model.num_layers}: it belongs to another model"
+        )
 
     def rows(self, found: int, numbers: Sequence[int] | None = None) -> LayerRows:
         """Which of the file's rows are which of the model's layers. Raises InputError."""
@@ -93,7 +107,7 @@ class Known:
         try:
             return rows_of_model(self.model, found, numbers)
         except InputError as error:
-            raise InputError(f"{self.path}: {error}") from None
+            raise InputError(f"{self.path}: {error.typed}") from None
 
 
 def expert_ids(value: object, where: str) -> list[int]:
@@ -223,7 +237,7 @@ def model_layers(plan: Plan, model: ModelSpec | None) -> tuple[tuple[int, ...] |
     try:
         layers = layers_in_model(model, layers_of(plan))
     except InputError as error:
-        raise InputError(f"the plan's {error}") from None
+        raise InputError(f"the plan's {error.typed}") from None
     moved = not named and layers != tuple(range(plan.num_layers))
     return layers, (
         [f"layers are taken to be the model's MoE layers, {layers[0]} to {layers[-1]}"]

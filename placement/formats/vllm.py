@@ -1,7 +1,8 @@
 """vLLM's plan (initial_expert_map_path): a JSON list of slots, [S], or one for each MoE layer.
 
-The option is in an open pull request (49572), in no release: the file is read, and written as
-described there. Slot s is on rank s // (S / ranks); one list alone is for all layers.
+The option is in a proposal, in no release: the file is read, and written, as described there. Slot
+s is on rank s // (S / ranks); one list alone is for all layers. The mapping record of another
+proposal, lists by MoE layer under initial_global_assignments, is read too.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from .imported import (
     split_rows,
 )
 
+ASSIGNMENTS = "initial_global_assignments"
 UNRELEASED = "no release of vLLM reads such a file yet (initial_expert_map_path is in a proposal)"
 
 
 def read(known: Known) -> ImportedPlan:
     """Raises InputError naming layer and slot; UsageError where the layers are not told."""
     table = read_json(known.path)
+    if isinstance(table, dict) and isinstance(table.get(ASSIGNMENTS), dict):
+        table = _by_layer(known.path, table[ASSIGNMENTS])
     if not isinstance(table, list) or not table:
         raise InputError(
             f"{known.path}: must be a list of slots, or one for each MoE layer, not {shown(table)}"
@@ -40,7 +44,7 @@ def read(known: Known) -> ImportedPlan:
         if known.model is None:
             raise UsageError(
                 f"{known.path}: one list for all layers, and it does not say how many there are: "
-                "name the model (--model)"
+                "name the model with --model"
             )
         table = [table] * known.model.num_layers
         notes = (f"one list, for all {len(table)} MoE layers",)
@@ -55,6 +59,16 @@ def read(known: Known) -> ImportedPlan:
         dispatch="vllm_hash",
     )
     return ImportedPlan(plan, inferred + notes)
+
+
+def _by_layer(path: Path, assignments: dict[str, object]) -> list[object]:
+    """The rows of a mapping record, {"0": [slots], …}, in order; MoE layers counted from 0."""
+    for number in range(len(assignments)):
+        if str(number) not in assignments:
+            raise InputError(
+                f"{path}: {ASSIGNMENTS} lacks MoE layer {number}: it counts them from 0"
+            )
+    return [assignments[str(number)] for number in range(len(assignments))]
 
 
 def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from ..dispatch.policies import NEAREST_RULES
 from ..dispatch.quotas import needs_all_counts
 from ..plan import DispatchSpec, Evidence, LayerEvidence
 from ..planning_traffic import PlanningSteps
-from ..search.layer_task import LayerAnswer
+from ..search.layer_task import HURRIED_STEPS, LayerAnswer
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,12 @@ def notes_on(
         notes.append(
             f"no expert has a replica: dispatch even makes the same choices as "
             f"{settings.dispatch.policy} and need not gather counts in every layer"
+        )
+    hurried = sum(a.in_haste for a in answers)
+    if hurried:
+        notes.append(
+            f"the time limit left {hurried} of {len(answers)} layers judged on at most "
+            f"{HURRIED_STEPS} steps"
         )
     unused = [a.layer for a in answers if not data.layer(a.layer).planning_WE().any()]
     if unused:

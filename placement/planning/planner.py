@@ -137,7 +137,8 @@ class Judge:
     slots_LGC: SlotArray
 
     def __call__(self, task: LayerTask) -> LayerAnswer:
-        return answer_with(task, judged(task, self.method, self.slots_LGC[task.layer]))
+        judge = task.hurried()
+        return answer_with(judge, judged(judge, self.method, self.slots_LGC[task.layer]))
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ class Baseline:
     method: str
 
     def __call__(self, task: LayerTask) -> LayerAnswer:
-        slots_GC = LAYER_METHODS[self.method](task.loads())
-        return answer_with(task, judged(task, self.method, slots_GC))
+        slots_GC, judge = LAYER_METHODS[self.method](task.loads()), task.hurried()
+        return answer_with(judge, judged(judge, self.method, slots_GC))
 
 
 def other_answers(tasks: list[LayerTask], executor: Executor | None) -> list[list[LayerAnswer]]:
@@ -298,8 +299,8 @@ def resolve_settings(
             raise UsageError(f"unknown {what} {value!r}; there are: {', '.join(known)}")
     if objective == "time" and not sized:
         raise UsageError(
-            "objective time needs the model's hidden and intermediate sizes: give the model "
-            "(model=ModelSpec; --model), or use objective balance"
+            "objective time needs the model's hidden and intermediate sizes: give --model, or use "
+            "--objective balance"
         )
     slack = default_slack(cluster) if slack is None else slack
     if not 0.0 <= slack < 1.0:

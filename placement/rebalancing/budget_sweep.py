@@ -66,6 +66,8 @@ class Climb:
     def __call__(self) -> BudgetSweep:
         task = self.task
         assert task.start_GC is not None and task.move_price_E is not None
+        if task.expired():
+            return _stays(task.start_GC)
         halves, counting = (self.halves, 0.0) if self.halves else _thinned(task)
         budgets = budgets_of(task.move_price_E, task.layers)
         slots_FK, price_FK, cost_FKW, wide_FK = [], [], [], []
@@ -89,6 +91,14 @@ class Climb:
             budgets, tuple(slots_FK), np.array(price_FK), tuple(cost_FKW), np.array(wide_FK),
             counting,
         )
+
+
+def _stays(slots_GC: SlotArray) -> BudgetSweep:
+    """A layer whose time was up before it began: it offers no moves."""
+    nothing = np.zeros((2, 1))
+    return BudgetSweep(
+        (0.0,), ((slots_GC,), (slots_GC,)), nothing, (nothing[:1], nothing[:1]), nothing, 0.0
+    )
 
 
 def judged_on(task: LayerTask, slots_GC: SlotArray) -> tuple[FloatArray, float]:
@@ -218,7 +228,12 @@ class Redraw:
 
 
 def redrawn_gain(work: Redraw) -> FloatArray:
-    """[W] gain of the change in each step of all draws; 0 in steps without tokens."""
+    """[W] gain of the change in each step of all draws; 0 in steps without tokens.
+
+    NaN alone: there is no time left to tell.
+    """
+    if work.task.expired():
+        return np.full(1, np.nan)
     steps = work.redrawn.steps
     task = replace(work.task, traffic=replace(work.traffic, planning=steps))
     assert task.start_GC is not None

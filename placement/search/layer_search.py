@@ -72,28 +72,29 @@ TRANSFER_WEIGHTS_FEW, TRANSFER_WEIGHT = (1.0, 2.0, 4.0), 0.3
 def search_layer(task: LayerTask) -> LayerAnswer:
     """Search one layer and choose among its candidates by the steps held back."""
     candidates: list[Candidate] = []
-    truncated = False
+    truncated, judge = False, task.hurried()
     for effort in _efforts(task):
         part = replace(task, effort=effort)
-        truncated = _judge(part, _candidates(part), candidates)
+        truncated = _judge(part, judge, _candidates(part), candidates)
         if not truncated and _leaves_slots_empty(part, choose(part, candidates)):
-            truncated = _judge(part, _without_replicas(part), candidates)
+            truncated = _judge(part, judge, _without_replicas(part), candidates)
         if truncated:
             break
-    return replace(answer_with(task, choose(task, candidates)), truncated=truncated)
+    return replace(answer_with(judge, choose(task, candidates)), truncated=truncated)
 
 
 def _judge(
-    task: LayerTask, found: Iterator[tuple[str, SlotArray]], candidates: list[Candidate]
+    task: LayerTask, judge: LayerTask, found: Iterator[tuple[str, SlotArray]],
+    candidates: list[Candidate],
 ) -> bool:
-    """Add candidates, each once; whether the time limit fired meanwhile."""
+    """Add candidates, each once, as `judge` sees them; whether the time limit fired meanwhile."""
     seen = {candidate.slots_GC.tobytes() for candidate in candidates}
     for name, slots in found:
         known = slots.tobytes() in seen or not complete(slots, task.traffic.num_experts)
         if known or not task.fits(slots):
             continue
         seen.add(slots.tobytes())
-        candidates.append(judged(task, name, slots))
+        candidates.append(judged(judge, name, slots))
         if task.expired():
             return True
     return False
@@ -256,7 +257,8 @@ def _with_fewer_replicas(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[s
 def _average(task: LayerTask, loads: LayerLoads, start_GC: SlotArray) -> SlotArray:
     moves = round(MOVES_PER_SLOT_AVERAGE * int(loads.slots_G.sum()) * EFFORTS[task.effort])
     return improve_average(
-        _space(task, loads), start_GC, loads.load_E, moves, random_state(task.seed, task.layer)
+        _space(task, loads), start_GC, loads.load_E, moves, random_state(task.seed, task.layer),
+        task.until(),
     )
 
 
@@ -288,7 +290,7 @@ def _by_rows(
             home, kinds, scenarios * (3 if last else 1), float(loads.speed_G.sum()), rng
         )
         schedule = Schedule(
-            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1])
+            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1]), task.until()
         )
         found = improve(
             space, rows.load_WE, rows.weight_W, found_GC, schedule, Overload(BEND, free),

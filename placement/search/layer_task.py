@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ from ..methods.baselines import LayerLoads
 from ..plan import DispatchSpec, Plan
 from ..planning_traffic import LayerTraffic
 from .balance_score import fluid_tokens_WG, mean_over_steps
+
+HURRIED_STEPS = 4            # judged on, of each kind, where the time limit has fired
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class LayerTask:
     start_GC: SlotArray | None = None    # the current plan's slots, also a candidate
     move_budget: float | None = None     # most that moves away from it may cost; None = free
     move_price_E: FloatArray | None = None   # cost of sending each expert; None = 1
+    in_haste: bool = False               # few steps are left to judge by, see `hurried`
 
     def loads(self) -> LayerLoads:
         """What the load-only methods see."""
@@ -65,6 +68,19 @@ class LayerTask:
     def expired(self) -> bool:
         """Whether the time limit has fired."""
         return self.deadline is not None and time.time() > self.deadline
+
+    def until(self) -> float:
+        """The deadline as compiled loops take it."""
+        return np.inf if self.deadline is None else self.deadline
+
+    def hurried(self) -> LayerTask:
+        """The task to judge by: itself, or few of its steps where the time is up before it began.
+
+        Loads to place by are those of the whole task.
+        """
+        if not self.expired():
+            return self
+        return replace(self, traffic=self.traffic.thinned(HURRIED_STEPS), in_haste=True)
 
     def fits(self, slots_GC: SlotArray) -> bool:
         """Whether slots keep to each device's slots and bytes in this layer."""
@@ -124,6 +140,7 @@ class LayerAnswer:
     bound: float                     # on the objective, over all plans, on the planning steps
     validation: Score | None
     truncated: bool = False
+    in_haste: bool = False           # judged on few steps: the time was up
 
 
 def judged(task: LayerTask, name: str, slots_GC: SlotArray) -> Candidate:
@@ -138,11 +155,13 @@ def answer_with(task: LayerTask, candidate: Candidate) -> LayerAnswer:
     bound = layer_bound(task)
     if task.traffic.validation is None:
         return LayerAnswer(
-            task.layer, candidate.slots_GC, candidate.name, candidate.decisive, bound, None
+            task.layer, candidate.slots_GC, candidate.name, candidate.decisive, bound, None,
+            in_haste=task.in_haste,
         )
     planning = score(task, candidate.slots_GC, task.traffic.planning)
     return LayerAnswer(
-        task.layer, candidate.slots_GC, candidate.name, planning, bound, candidate.decisive
+        task.layer, candidate.slots_GC, candidate.name, planning, bound, candidate.decisive,
+        in_haste=task.in_haste,
     )
 
 

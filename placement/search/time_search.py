@@ -78,7 +78,8 @@ def search_time(
     slots = int(np.asarray(space.slots_G).sum())
     tried = round(moves * max(FEWEST_MOVES, MOVES_PER_SLOT * slots))
     return improve_step_time(
-        space, device_times(task, load_WE), load_WE, start_GC, Schedule(tried, HOT, COLD),
+        space, device_times(task, load_WE), load_WE, start_GC,
+        Schedule(tried, HOT, COLD, task.until()),
         random_state(task.seed, task.layer, 4),
     ).best_GC
 

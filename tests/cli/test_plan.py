@@ -56,6 +56,19 @@ def test_a_trace_without_phases_is_not_planned_apart(run: Run, tmp_path: Path) -
     assert "does not tell prefill from decode" in err and "--phase all" in err
 
 
+@pytest.mark.parametrize("form", ["trace", "loads"])
+def test_a_time_limit_already_past_still_gives_a_plan(
+    run: Run, trace: Path, tmp_path: Path, form: str
+) -> None:
+    source, target = trace, tmp_path / "plan.json"
+    if form == "loads":
+        source = tmp_path / "loads.npz"
+        np.savez(source, load=np.arange(1, 33).reshape(2, 16) * 10**11)
+    code, out, _ = run("plan", source, "--time-limit", "1e-9", "-o", target, *SMALL)
+    assert code == 0 and "time limit fired: auto" in " ".join(out.split())
+    assert (Plan.load(target).replicas_LGE().sum(axis=1) >= 1).all()
+
+
 def test_a_budget_of_moves_is_kept(run: Run, trace: Path, tmp_path: Path) -> None:
     old_plan, after = tmp_path / "current.json", tmp_path / "after.json"
     run("plan", trace, "--method", "round_robin", "-o", old_plan, *SMALL)
@@ -196,3 +209,21 @@ def test_an_import_looks_at_its_target_first(run: Run, tmp_path: Path) -> None:
     code, _, err = run("plan-import", tmp_path / "none.json", "--format", "vllm_ascend", "-o",
                        tmp_path / "absent" / "p.json")
     assert code == 2 and "there is no folder" in err
+
+
+def test_routing_of_a_known_shape_is_offered_its_model(run: Run, tmp_path: Path) -> None:
+    """24 layers of 32 experts, top-4: gpt-oss-20b's. With sizes there is nothing to offer."""
+    save_trace(synth_trace(layers=24, experts=32, top_k=4, tokens=3000, request_tokens=50),
+               tmp_path / "like-gpt-oss")
+    asked = ("plan", tmp_path / "like-gpt-oss", "--method", "greedy", "--method", "contiguous",
+             "--step-tokens", 128, "--concurrency", 16)
+    _, out, _ = run(*asked)
+    headline = " ".join(out.split("\n\n")[0].split())
+    assert "this is balance, not time" in headline and "--model gpt-oss-20b" in headline
+    document = json.loads(run(*asked, "--json", "--model", "gpt-oss-20b")[1])
+    assert document["metric"] == "step_time_us" and "--model" not in document["verdict"]
+
+
+def test_routing_like_nobody_elses_is_offered_nothing(run: Run, trace: Path) -> None:
+    _, out, _ = run("plan", trace, "--method", "greedy", "--method", "contiguous", *SMALL)
+    assert "balance, not time" in out and "--model" not in out.split("\n\n")[0]

@@ -68,7 +68,7 @@ def learning_curve(
     alike). Raises InputError on a trace too short for two points.
     """
     if devices < 1:
-        raise UsageError(f"need devices >= 1; got {devices}")
+        raise UsageError(f"devices {devices} must be at least 1")
     splits = [_split(trace, seed + r) for r in range(_REPEATS)]
     available = min(len(plan) for plan, _ in splits)
     if available < 2 * _SMALLEST:
@@ -170,8 +170,9 @@ def _needed(
     design = np.stack([np.ones_like(root), root], axis=1) / root[:, None]
     (_, slope), *_ = np.linalg.lstsq(design, mean / root, rcond=None)
     needed = (max(0.0, float(slope)) * _DOUBLED / TOLERANCE) ** 2
-    # The last size may be short of twice the one before.
-    bought = float(mean[-2] - mean[-1]) * _DOUBLED / (1 - np.sqrt(sizes[-2] / sizes[-1]))
+    # The last size may be short of twice the one before; where it is more, the row speaks as it is.
+    short = _DOUBLED / (1 - np.sqrt(sizes[-2] / sizes[-1]))
+    bought = float(mean[-2] - mean[-1]) * max(1.0, short)
     if bought > TOLERANCE:
         needed = max(needed, 2.0 * trace_tokens)
     unit: int = 10 ** max(0, len(str(int(needed))) - 2)

@@ -8,27 +8,30 @@ question. Reads JSON and safetensors' headers only: knows nothing of torch or tr
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from .differences import experts_on_disk, layers_on_disk, size_on_disk, widths_on_disk
 from .draft import Draft, find_draft
-from .expert_size import ExpertFormats, Shape, size_on_disk
+from .expert_size import ExpertFormats, Shape
 from .families import Family, Kin, find_family
 from .fields import FIELDS, Config
 from .files import PARAMS, ModelFiles, find_files
-from .formats import FORMATS
 from .layer_ranges import MOST_LAYERS, parse_layers, written
-from .layers import listed_layers, ruled_layers
+from .layers import encoder_then_decoder, listed_layers, ruled_layers
 from .on_disk import DiskExperts, read_experts
+from .quantisation.formats import FORMATS
 
-BY_HAND = (
-    "describe the model yourself: ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, "
-    "intermediate=…, layer_indices=(…))"
+_SPEC = (
+    "ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, intermediate=…, layer_indices=(…))"
 )
+_JSON = "give sizes as JSON (`loadmaster example model` has one)"
+# What helps where a model cannot be read: in Python, and typed.
+BY_HAND = {"call": f"correct it, or describe the model yourself: {_SPEC}",
+           "command": f"correct it, or {_JSON}"}
 
 
 def checkpoint_fields(source: Path, moe_layers: str | None = None) -> dict[str, Any]:
@@ -46,8 +49,7 @@ def checkpoint_fields(source: Path, moe_layers: str | None = None) -> dict[str, 
         raise
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise InputError(
-            f"{files.path}: a field is written in a way that cannot be read ({error}); correct it, "
-            f"or {BY_HAND}"
+            f"{files.path}: a field is written in a way that cannot be read ({error})", **BY_HAND
         ) from error
 
 
@@ -78,13 +80,18 @@ class _Reading:
         experts = self._experts()
         hidden_layers = self._hidden_layers(family)
         disk = self._on_disk(hidden_layers, experts)
+        if disk is None:                        # nothing else can tell which is right
+            self.config.require_agreement("experts", str(self.where))
+        self.config.require_agreement("top_k", str(self.where))
         listed, layers = self._layers(kin, hidden_layers, experts, moe_layers, disk)
         total = max(hidden_layers or 0, layers[-1] + 1)
+        experts = self._number("experts", layers) or experts      # where a list gives each layer's
         top_k = self._required("top_k", self._number("top_k", layers) or family.top_k)
         hidden, intermediate = self._number("hidden", layers), self._number("intermediate", layers)
         if disk is not None:
-            experts = self._experts_on_disk(experts, layers, disk)
-            hidden, intermediate = self._widths_on_disk(hidden, intermediate, disk)
+            where = self.where.name
+            experts = experts_on_disk(experts, layers, disk, where, self.notes)
+            hidden, intermediate = widths_on_disk(hidden, intermediate, disk, where, self.notes)
         matrices = 3 if self._gated(kin, family) else 2
         formats = ExpertFormats(self.config, self.files, family, self.notes)
         shape = Shape(matrices, hidden or 0, intermediate or 0)
@@ -110,16 +117,14 @@ class _Reading:
     # --- how many ---------------------------------------------------------------------------
 
     def _experts(self) -> int:
-        self.config.require_agreement("experts", str(self.where))
-        self.config.require_agreement("top_k", str(self.where))
-        found = self.config.set_field("experts")
-        experts = None if found is None else self.config.number("experts", (), [])
+        experts = self.config.most("experts")
         if not experts or experts < 2 or self.config.get("enable_moe_block") is False:
             kind = next(iter(self.config.names()), "")
             raise InputError(
                 f"{self.where}: model_type {kind!r} is not a mixture of experts: none of "
-                f"{', '.join(FIELDS['experts'][:4])} or their kin says 2 or more; give an MoE "
-                f"checkpoint, or {BY_HAND}"
+                f"{', '.join(FIELDS['experts'][:4])} or their kin says 2 or more",
+                call=f"give an MoE checkpoint, or describe the model yourself: {_SPEC}",
+                command=f"give an MoE checkpoint, or {_JSON}",
             )
         return experts
 
@@ -142,8 +147,9 @@ class _Reading:
     def _required(self, quantity: str, number: int | None) -> int:
         if not number:
             raise InputError(
-                f"{self.where}: none of {', '.join(FIELDS[quantity][:4])} or their kin is set; add "
-                f"it, or {BY_HAND}"
+                f"{self.where}: none of {', '.join(FIELDS[quantity][:4])} or their kin is set",
+                call=f"add it, or describe the model yourself: {_SPEC}",
+                command=f"add it, or {_JSON}",
             )
         return number
 
@@ -191,7 +197,7 @@ class _Reading:
         if asked is not None:
             return (), self._asked(asked, hidden_layers)
         if kin is not None and kin.family.encoder_decoder:
-            return (), self._encoder_then_decoder()
+            return (), self._nonempty(encoder_then_decoder(self.config, self.notes))
         self._required("layers", hidden_layers or (1 if disk is not None else None))
         count = hidden_layers or max(disk.layers if disk else (0,)) + 1
         found = listed_layers(self.config, count, str(self.where))
@@ -200,11 +206,10 @@ class _Reading:
             found = ruled_layers(self.config, count, kin.family if kin is not None else None)
         layers = None if found is None else tuple(i for i in found[1] if i < count)
         if disk is not None:
-            return listed, self._layers_on_disk(layers, disk)
+            return listed, layers_on_disk(layers, disk, self.where.name, self.notes)
         if layers is None:
-            raise InputError(self._question(count, experts))
-        if not layers:
-            raise InputError(f"{self.where}: no layer is MoE by its own fields; {BY_HAND}")
+            raise self._question(count, experts)
+        self._nonempty(layers)
         if kin is not None and not kin.exact and found is not None and found[0] == "its family":
             self.notes.append(
                 f"layers: model_type {self.config.names()[0]!r} is not known; it is read as its "
@@ -213,46 +218,31 @@ class _Reading:
             )
         return listed, layers
 
+    def _nonempty(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if not layers:
+            raise InputError(f"{self.where}: no layer is MoE by its own fields", **BY_HAND)
+        return layers
+
     def _asked(self, asked: str, hidden_layers: int | None) -> tuple[int, ...]:
         layers = parse_layers(asked)
         if hidden_layers is not None and layers[-1] >= hidden_layers:
             raise InputError(
-                f"{self.where}: has layers 0 to {hidden_layers - 1}, --moe-layers {asked} names "
-                f"layer {layers[-1]}"
+                f"{self.where}: has layers 0 to {hidden_layers - 1}, not layer {layers[-1]}",
+                call=f"correct moe_layers={asked!r}", command=f"correct --moe-layers {asked}",
             )
         return layers
 
-    def _question(self, count: int, experts: int) -> str:
+    def _question(self, count: int, experts: int) -> InputError:
         kind = next(iter(self.config.names()), "")
         top_k = self.config.number("top_k", (), [])
-        return (
+        last = count - 1
+        ways = f"0-{last} for all, 3-{last} for all but three, 1-{last}/2 for every second"
+        return InputError(
             f"{self.where}: model_type {kind!r} is not known (it says {experts} experts, top-k "
-            f"{top_k}, {count} layers, but not which of them are MoE): say which with "
-            f"--moe-layers, as 0-{count - 1} for all or 3-{count - 1} for all but the first three "
-            f"(in Python moe_layers=…), or {BY_HAND}"
+            f"{top_k}, {count} layers, but not which of them are MoE)",
+            call=f"say which with moe_layers: {ways}; or describe the model yourself: {_SPEC}",
+            command=f"say which with --moe-layers: {ways}; or {_JSON}",
         )
-
-    def _encoder_then_decoder(self) -> tuple[int, ...]:
-        """The encoder's MoE layers, then the decoder's, numbered after the encoder's last."""
-        encoder = self.config.get("encoder_layers") or self.config.get("num_layers") or 0
-        decoder = self.config.get("decoder_layers") or self.config.get("num_decoder_layers")
-        decoder = encoder if decoder is None else decoder
-        layers = []
-        for side, count, before in (("encoder", encoder, 0), ("decoder", decoder, encoder)):
-            sparse = self.config.get(f"num_sparse_{side}_layers")
-            if sparse is None:                                   # NLLB: every so many-th
-                step = self.config.get(f"{side}_sparse_step") or 0
-                layers += [before + i for i in range(count) if step and (i + 1) % step == 0]
-            elif sparse:                                         # Switch: so many, from the second
-                step = max(count // sparse, 1)
-                layers += [before + i for i in range(count) if step == 1 or i % step == 1]
-        if not layers:
-            raise InputError(f"{self.where}: no layer is MoE by its own fields; {BY_HAND}")
-        self.notes.append(
-            f"layers: an encoder of {encoder} layers and a decoder of {decoder}; the decoder's are "
-            f"numbered from {encoder}"
-        )
-        return tuple(layers)
 
     # --- what lies on disk ------------------------------------------------------------------
 
@@ -265,51 +255,6 @@ class _Reading:
                 "configuration alone is taken"
             )
             return None
-
-    def _layers_on_disk(
-        self, said: tuple[int, ...] | None, disk: DiskExperts
-    ) -> tuple[int, ...]:
-        if said is not None and said != disk.layers:
-            self.notes.append(
-                f"layers: the weights on disk hold experts in {written(disk.layers)}, "
-                f"{self.where.name} says {written(said) or 'none'}; the weights decide"
-            )
-        return disk.layers
-
-    def _experts_on_disk(self, said: int, layers: Sequence[int], disk: DiskExperts) -> int:
-        counts = Counter(
-            len(disk.bytes_LE[layer]) for layer in layers if layer in disk.bytes_LE
-        )
-        if not counts:
-            return said
-        found = counts.most_common(1)[0][0]
-        if len(counts) > 1:
-            self.notes.append(
-                f"experts: layers on disk hold {min(counts)} to {max(counts)} of them; {found}, "
-                "that of most, is taken"
-            )
-        if found != said:
-            self.notes.append(
-                f"experts: the weights on disk hold {found} in a layer, {self.where.name} says "
-                f"{said}; the weights decide"
-            )
-        return found
-
-    def _widths_on_disk(
-        self, hidden: int | None, intermediate: int | None, disk: DiskExperts
-    ) -> tuple[int | None, int | None]:
-        found = disk.hidden_first
-        if found is None and disk.widths is not None and hidden in disk.widths:
-            others = disk.widths - {hidden}
-            found = (hidden, next(iter(others), hidden))
-        if found is None or found == (hidden, intermediate):
-            return hidden, intermediate
-        if hidden is not None and intermediate is not None:
-            self.notes.append(
-                f"widths: the experts on disk are {found[0]} x {found[1]}, {self.where.name} says "
-                f"{hidden} x {intermediate}; the weights decide"
-            )
-        return found
 
 
 def _draft_fields(

@@ -1,8 +1,7 @@
-"""How many bytes an expert takes, as the configuration says it and as the weights on disk have it.
+"""How many bytes an expert takes, as a configuration says it.
 
-The configuration gives every layer's matrices a format; what most layers have is the model's, and
-a note counts the others. Where weights lie on disk and differ, they decide. Knows formats and
-widths. Knows nothing of where either was found.
+Every layer's matrices have a format; what most layers have is the model's, and a note counts the
+others. Knows formats and widths. Knows nothing of where either was found, or of weights.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from dataclasses import dataclass
 from .families import Family
 from .fields import Config
 from .files import ModelFiles
-from .formats import FORMATS, ExpertBytes, WeightFormat
 from .layer_ranges import written
-from .module_names import Matrix
-from .on_disk import DiskExperts
-from .quantisers import UnknownFormatError
+from .quantisation.formats import FORMATS, ExpertBytes, WeightFormat
+from .quantisation.module_names import Matrix
+from .quantisation.quantisers import UnknownFormatError
 from .schemes import UNSAID, Scheme, read_schemes, stored_format
 
-_NEAR = 0.01                # per-tensor scales and types of scales differ by less
+UNKNOWN = "bytes per expert: unknown"
+NO_DTYPE = "bytes per expert: no dtype is given, 16 bits a weight are taken"
 
 Formats = tuple[WeightFormat | None, ...]       # of an expert's matrices; None: not quantised
 
@@ -53,8 +52,8 @@ class ExpertFormats:
             self.schemes = read_schemes(config, files)
         except UnknownFormatError as error:
             notes.append(
-                f"bytes per expert: unknown, for {error} is not known here, so there are neither "
-                "bytes nor times; a ModelSpec as JSON gives them (bytes_per_parameter)"
+                f"{UNKNOWN}, for {error} is not known here, so there are neither bytes nor times; "
+                "a ModelSpec as JSON gives them (bytes_per_parameter)"
             )
 
     def size(self, layers: Sequence[int], shape: Shape) -> ExpertBytes | None:
@@ -71,7 +70,7 @@ class ExpertFormats:
         counted = Counter(said.values()) or Counter([(None,) * shape.matrices])
         (most, many), *others = counted.most_common()
         if None in most and self.stored is None:
-            self.notes.append("bytes per expert: no dtype is given, 16 bits a weight are taken")
+            self.notes.append(NO_DTYPE)
         for other, fewer in others:
             self.notes.append(
                 f"bytes per expert: {fewer} of {len(layers)} layers keep their experts in "
@@ -122,33 +121,3 @@ class ExpertFormats:
 
     def _named(self, formats: Formats) -> str:
         return "/".join(dict.fromkeys(form.name for form in self._stored(formats)))
-
-
-def size_on_disk(
-    said: ExpertBytes | None, disk: DiskExperts, layers: Sequence[int], shape: Shape, where: str,
-    notes: list[str],
-) -> tuple[ExpertBytes | None, tuple[int, ...] | None]:
-    """An expert's bytes, from disk where they differ; and each expert's, where experts differ.
-
-    said: by the configuration, which `where` names. Differences are appended to `notes`.
-    """
-    held = Counter(disk.bytes_LE[layer] for layer in layers if layer in disk.bytes_LE)
-    if not held:
-        return said, None
-    found, many = held.most_common(1)[0]
-    if len(held) > 1:
-        notes.append(
-            f"bytes per expert: {held.total() - many} of {held.total()} layers hold experts of "
-            "another size on disk; that of most is taken for all"
-        )
-    if len(set(found)) > 1:
-        return said, found
-    if said is None:
-        return ExpertBytes.of_total(found[0], shape.parameters), None
-    total = said.total(shape.matrices, shape.hidden, shape.intermediate)
-    if abs(found[0] - total) <= _NEAR * total:
-        return said, None
-    notes.append(
-        f"bytes per expert: {found[0]} on disk, {total} by {where}; the weights decide"
-    )
-    return ExpertBytes.of_total(found[0], shape.parameters), None

@@ -44,6 +44,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     "shared width": (
         "shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim",
+        "share_expert_dims",
         "moe_shared_expert_intermediate_size", "shared_experts_intermediate_size",
     ),
     "groups": ("n_group", "num_expert_group", "num_expert_groups", "n_expert_groups"),
@@ -142,6 +143,15 @@ class Config:
                 f"{quantity}: {field} lists {numbers}; the first is taken, that of text tokens"
             )
         return numbers[0]
+
+    def most(self, quantity: str) -> int | None:
+        """The quantity, the largest where there are several. Raises ValueError on no number."""
+        found = self.set_field(quantity)
+        if found is None:
+            return None
+        field, value = found
+        values = value if isinstance(value, list) else [value]
+        return max((_whole(field, each) for each in values), default=None)
 
     def require_agreement(self, quantity: str, where: str) -> None:
         """Raise InputError where one part gives a quantity two values under two names."""

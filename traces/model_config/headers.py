@@ -7,14 +7,15 @@ tensor. Knows the format. Knows nothing of models.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from ...errors import InputError
 from ...foundation.documents import read_json
 
+_SINGLE = "model.safetensors"
 _LARGEST_HEADER = 256 * 2**20
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
@@ -24,8 +25,7 @@ _BITS = {
 }
 
 
-@dataclass(frozen=True)
-class TensorHeader:
+class TensorHeader(NamedTuple):
     """One tensor as a header lists it."""
 
     name: str
@@ -41,26 +41,35 @@ class TensorHeader:
 def read_headers(folder: Path, wanted: Callable[[str], bool]) -> Iterator[TensorHeader]:
     """The tensors in the folder's safetensors; none where it has no such files.
 
-    Where an index says which files hold wanted ones, no other is opened. Raises InputError naming a
-    file that is missing or whose header cannot be read.
+    Where files are missing, those that an index says hold wanted ones are enough. Raises InputError
+    naming a file that is not there then, or whose header cannot be read.
     """
     for path in _files(folder, wanted):
         yield from _header(path)
 
 
 def _files(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    # A folder may hold the same weights twice, in Mistral's layout too: transformers' come first.
+    indices = _plain_first(folder.glob("*.safetensors.index.json"))
     if not indices:
-        return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+        files = _plain_first(path for path in folder.glob("*.safetensors") if path.is_file())
+        return files[:1] if files and files[0].name == _SINGLE else files
     document = read_json(indices[0])
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict):
         raise InputError(f"{indices[0]}: not a safetensors index: it has no weight_map")
-    names = sorted({str(file) for tensor, file in weight_map.items() if wanted(str(tensor))})
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise InputError(f"{folder / name}: not there, though {indices[0].name} names it")
-    return [folder / name for name in names]
+    names = {str(name) for name in weight_map.values()}
+    there = {
+        name for name in names if Path(name).name == name and (folder / name).is_file()
+    }
+    for tensor, name in weight_map.items() if names != there else ():
+        if str(name) not in there and wanted(str(tensor)):
+            raise InputError(f"{folder / str(name)}: not there, though {indices[0].name} names it")
+    return [folder / name for name in sorted(there)]
+
+
+def _plain_first(paths: Iterable[Path]) -> list[Path]:
+    return sorted(paths, key=lambda path: (not path.name.startswith(_SINGLE), path.name))
 
 
 def _header(path: Path) -> Iterator[TensorHeader]:

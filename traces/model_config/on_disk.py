@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ...errors import InputError
 from .headers import TensorHeader, read_headers
-from .module_names import DRAFT, ELSEWHERE
+from .quantisation.module_names import DRAFT, ELSEWHERE
 
 _LAYER = re.compile(r"(?P<before>^|.*\.)(?:layers|h|blocks|decoder_layer)\.(?P<layer>\d+)\.")
 # All experts of a layer in one tensor, whose name does not say so.
@@ -52,6 +52,26 @@ def read_experts(
     for header in read_headers(folder, lambda name: _placed(name) is not None):
         found.take(header, hidden_layers)
     return found.whole(folder, num_experts)
+
+
+def dense_bytes(folder: Path, hidden_layers: int | None = None) -> int | None:
+    """Bytes of all tensors but routed experts and draft layers; None where there are no weights.
+
+    Raises InputError naming a file whose header cannot be read.
+    """
+    sizes = [
+        header.bytes for header in read_headers(folder, lambda _name: True)
+        if _placed(header.name) is None and not _drafts(header.name, hidden_layers)
+    ]
+    return sum(sizes) if sizes else None
+
+
+def _drafts(name: str, hidden_layers: int | None) -> bool:
+    """Whether a tensor is of layers that only guess tokens ahead."""
+    found = _LAYER.match(name)
+    if found is not None and hidden_layers is not None and int(found["layer"]) >= hidden_layers:
+        return True
+    return DRAFT.search(name) is not None
 
 
 class _Place(NamedTuple):

@@ -16,9 +16,9 @@ from typing import Any
 
 from .fields import Config
 from .files import ModelFiles
-from .formats import FORMATS, WeightFormat, format_named
-from .module_names import Matrix, layer_of, names_matrix
-from .quantisers import (
+from .quantisation.formats import FORMATS, WeightFormat, format_named
+from .quantisation.module_names import Matrix, layer_of, names_matrix
+from .quantisation.quantisers import (
     Document,
     UnknownFormatError,
     bits_format,
@@ -103,12 +103,12 @@ def read_schemes(config: Config, files: ModelFiles) -> list[Scheme]:
 
 def stored_format(config: Config) -> WeightFormat | None:
     """The format of what no quantiser touched: the configuration's dtype; None where silent."""
-    for key in ("dtype", "torch_dtype", "params_dtype"):
-        value = config.get(key)
-        if isinstance(value, dict):              # by part of the model
-            value = value.get("text_config") or value.get("") or next(iter(value.values()), None)
-        if isinstance(value, str) and value != "auto":
-            form = format_named(value)
+    for part in config.parts:
+        for key in ("dtype", "torch_dtype", "params_dtype"):
+            value = part.get(key)
+            if isinstance(value, dict):              # by part of the model
+                value = value.get("text_config") or value.get("")
+            form = format_named(value) if isinstance(value, str) else None
             if form is not None:
                 return form
     return None
@@ -201,6 +201,9 @@ def _scheme(document: Document, where: str, experts: _Own | None) -> Scheme | No
             form = format_of_group(group, document)
             rules += [Rule(str(target), form) for target in group.get("targets") or ("Linear",)]
         return Scheme(where, tuple(rules), None)
+    chosen = str(document.get("modules_in_block_to_quantize") or "experts")      # GPTQ
+    if "experts" not in chosen:
+        rules.append(Rule("*.experts.*", None))
     try:
         default = format_of_all(document)
     except UnknownFormatError:

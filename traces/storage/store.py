@@ -67,6 +67,17 @@ class TraceWriter:
             s.tokens for s in self.manifest.shards if _rank_of(s) == rank
         )
 
+    def refusal(self) -> str | None:
+        """Why nothing could be written now, as far as a look tells; None where nothing is wrong."""
+        for place in (self.folder, self._part):
+            if place is self._part and not place.exists():
+                continue
+            if not place.is_dir():
+                return f"{place}: is no folder any more"
+            if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+                return f"{place}: cannot be written to any more"
+        return None
+
     def append(self, trace: RoutingTrace) -> None:
         """Write the tokens of `trace` as shards of at most SHARD_TOKENS and commit each.
 

@@ -66,7 +66,7 @@ def run_demo(
     """
     say = progress or (lambda text, done, total: None)
     if ranks < 2:
-        raise UsageError(f"--ranks {ranks}: placement needs at least 2 ranks")
+        raise UsageError(f"ranks {ranks}: placement needs at least 2")
     folder = new_run_folder(out, "demo")
     try:
         return _in_folder(folder, ranks, seed, size, say)
@@ -114,7 +114,7 @@ def _in_folder(
         predicted=predicted(made.plan, before.trace, cluster, model, None),
         measured=measured(new.steps),
         gain=gain,
-        decode_verdict=_decode_verdict(
+        decode_verdict=decode_verdict(
             decode.table, measured_gain(old.decode_steps, new.decode_steps)
         ),
         decode_before=measured(old.decode_steps), decode_predicted=decode.figures,
@@ -240,7 +240,7 @@ def _decode_view(
     )
 
 
-def _decode_verdict(table: Comparison, gain: Gain) -> str:
+def decode_verdict(table: Comparison, gain: Gain) -> str:
     """A gain counts where other requests would show it, and where serving it live shows more than
     noise: steps that take milliseconds scatter more than a placement changes them."""
     row = table.row("auto")

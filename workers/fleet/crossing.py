@@ -65,7 +65,8 @@ def _raised(error: its.RayTaskError, where: str) -> LoadmasterError:
     if isinstance(cause, OSError) and cause.strerror:
         place = f"{cause.filename}: " if cause.filename else ""
         return LoadmasterError(f"{where}: {place}{cause.strerror}{_logs()}")
-    return LoadmasterError(f"{where}: {type(cause).__name__}: {_first_line(cause)}{_logs()}")
+    kind, said = type(cause).__name__, _first_line(cause)
+    return LoadmasterError(f"{where}: {said if said == kind else f'{kind}: {said}'}{_logs()}")
 
 
 def _first_line(error: BaseException) -> str:

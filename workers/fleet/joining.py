@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import LoadmasterError, UsageError
 
-ANSWER_S = 4.0
+ANSWER_S = 3.0
 _ASK = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 
 

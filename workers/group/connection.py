@@ -68,7 +68,8 @@ class Connection:
         if isinstance(error.cause, TimeoutError):
             return LoadmasterError(
                 f"group {self._group!r} did not get to {method!r} in the time it gives it: what "
-                "was asked may still happen; `status` shows the state of the group"
+                "was asked may still happen", call="`Group.status` shows the state of the group",
+                command="ask again; `loadmaster apply PLAN --dry-run` shows what is current",
             )
         return crossed(error, self._name)
 

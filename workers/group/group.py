@@ -135,6 +135,11 @@ class Group:
                 "CPU (0), on a GPU, or on a share of one"
             )
         spec = served_spec(model_dir, dtype)
+        if plan is None and ranks > spec.num_experts:
+            raise UsageError(
+                f"{ranks} ranks for {spec.num_experts} experts: without a plan that repeats some, "
+                f"at most {spec.num_experts} ranks hold any"
+            )
         plan = plan or contiguous(spec, ranks)
         if dispatch is not None:
             plan = with_dispatch(plan, dispatch)

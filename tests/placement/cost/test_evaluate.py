@@ -127,7 +127,7 @@ def test_the_dispatch_to_judge_under() -> None:
     assert resolve_dispatch("balanced", plan) == own          # a bare name keeps the parameters
     assert resolve_dispatch("even", plan) == DispatchSpec(policy="even")
     assert resolve_dispatch(DispatchSpec(), plan) == DispatchSpec()
-    with pytest.raises(UsageError, match="unknown dispatch policy"):
+    with pytest.raises(UsageError, match="unknown dispatch"):
         resolve_dispatch("odd", plan)
 
 

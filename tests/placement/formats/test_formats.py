@@ -89,8 +89,8 @@ def test_an_imported_plan_is_dispatched_as_its_engine_does(tmp_path: Path) -> No
         back = import_plan(tmp_path / f"plan{suffix}", format, num_devices=2, model=MODEL).plan
         policies[format] = back.dispatch.policy
     assert policies == {
-        "sglang": "sglang_static", "trtllm": "trtllm_round_robin", "vllm_ascend": "ascend_fixed",
-        "eplb": "even", "omni": "even",
+        "sglang": "sglang_static", "trtllm": "trtllm_round_robin", "vllm": "vllm_hash",
+        "vllm_ascend": "ascend_fixed", "eplb": "even", "omni": "even",
     }
 
 
@@ -189,7 +189,7 @@ def test_real_omni_plans_with_uneven_layers(tmp_path: Path) -> None:
 def test_uneven_slots_are_refused_and_the_nearest_plan_named(format: str, tmp_path: Path) -> None:
     path = tmp_path / f"plan{dict(FILES)[format]}"
     model = ModelSpec(num_layers=1, num_experts=4, top_k=1, layer_indices=(7,), total_layers=8)
-    remedy = r"Nearest plan \(2 each\): drop expert 0 from device 1 of MoE layer 0; .*--nearest"
+    remedy = r"Nearest plan \(2 each\): drop expert 0 from device 1 of MoE layer 0: nearest writes"
     with pytest.raises(InputError, match=remedy):
         export_plan(UNEVEN, format, path, model=model)
     assert not path.exists()
@@ -333,13 +333,13 @@ def test_a_plan_of_another_model_is_refused(format: str, suffix: str, tmp_path: 
 def test_numbers_that_the_file_lacks_or_contradicts(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     export_plan(TOY, "trtllm", path)
-    with pytest.raises(UsageError, match="--devices"):
+    with pytest.raises(UsageError, match="give num_devices"):
         import_plan(path, "trtllm")
     with pytest.raises(InputError, match="8 slots per layer do not divide over 3 devices"):
         import_plan(path, "trtllm", num_devices=3)
     with pytest.raises(UsageError, match="number of devices, 0, must lie"):
         import_plan(path, "trtllm", num_devices=0)
-    with pytest.raises(UsageError, match="leave --num-experts out"):
+    with pytest.raises(UsageError, match="leave num_experts out"):
         import_plan(path, "trtllm", num_devices=2, num_experts=5, model=MODEL)
     with pytest.raises(InputError, match="holds expert 5; a layer has experts 0 to 4"):
         import_plan(path, "trtllm", num_devices=2, num_experts=5)

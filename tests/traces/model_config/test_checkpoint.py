@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from benchmarks.oracles.built_models import FAMILIES, build
 from loadmaster.errors import InputError
@@ -37,6 +39,13 @@ def test_deepseek_v3_as_published(tmp_path: Path) -> None:
     scales = 3 * (7168 // 128) * (2048 // 128) * 4
     assert spec.bytes_per_expert_E()[0] == 3 * 7168 * 2048 + scales
     assert spec.activation_bytes == 2 and spec.flops_per_assignment == 6 * 7168 * 2048
+
+
+def test_a_model_keeps_the_fingerprint_that_plans_were_made_for(tmp_path: Path) -> None:
+    """Neither notes nor draft layers count; what was read before there were any is the same."""
+    before = ModelSpec.from_pretrained(write(tmp_path, **DEEPSEEK))
+    drafts = ModelSpec.from_pretrained(write(tmp_path, **DEEPSEEK, num_nextn_predict_layers=1))
+    assert before.digest() == drafts.digest() == "efb8850ab16bbdf2"
 
 
 def test_gpt_oss_as_published(tmp_path: Path) -> None:
@@ -115,7 +124,7 @@ def test_bytes_of_a_weight_follow_the_dtype_or_the_quantisation(
         (dict(model_type="llama", hidden_size=64), r"'llama' is not a mixture.*num_local_experts"),
         (dict(model_type="hunyuan_v1_moe", num_experts=1), "not a mixture"),
         (dict(model_type="brandnew", num_experts=64, num_experts_per_tok=6, num_hidden_layers=9),
-         r"'brandnew' is not known.*64 experts, top-k 6, 9 layers.*--moe-layers.*ModelSpec\("),
+         r"'brandnew' is not known.*64 experts, top-k 6, 9 layers.*moe_layers.*ModelSpec\("),
         (dict(model_type="mixtral", num_local_experts=8, num_hidden_layers=2),
          "num_experts_per_tok.*is set"),
         (dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=9,
@@ -163,6 +172,36 @@ def test_a_configuration_nested_too_deep_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a":' * 50_000)
     with pytest.raises(InputError, match="not JSON"):
         ModelSpec.from_pretrained(tmp_path)
+
+
+JUNK: list[Any] = [
+    None, True, -1, 0, 2**70, 1.5, float("nan"), float("inf"), "", "x", "3", "re:(", "[1]*3", "3,4",
+    [], [0], [1, 2], ["re:["], [None], [[1]], [True] * 61, {}, {"a": 1}, {"weights": None},
+]
+FIELDS = [
+    *DEEPSEEK, "moe_layer_freq", "mlp_layer_types", "moe_layers", "expert_dtype", "quantize", "moe",
+    "num_nextn_predict_layers", "mtp_config", "text_config", "architectures", "moe_layer_offset",
+    "expert_layer_period", "layers_block_type", "zero_expert_num", "num_layers", "mlp_only_layers",
+]
+QUANTISERS = [
+    "quant_method", "quant_algo", "weight_block_size", "config_groups", "quantized_layers", "bits",
+    "ignore", "dynamic", "extra_config", "global_quant_config", "group_size", "exclude_modules",
+]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(JUNK), max_size=3),
+       st.dictionaries(st.sampled_from(QUANTISERS), st.sampled_from(JUNK), max_size=3))
+@settings(max_examples=300, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_stands_in_a_field_it_is_read_or_refused_in_one_line(
+    tmp_path: Path, fields: dict[str, Any], inside: dict[str, Any]
+) -> None:
+    quantised = {"quantization_config": {"quant_method": "fp8"} | inside} if inside else {}
+    write(tmp_path, **(DEEPSEEK | quantised | fields))
+    try:
+        ModelSpec.from_pretrained(tmp_path).bytes_per_expert_E()
+    except InputError as error:
+        assert "\n" not in str(error) and str(error).startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize("change", [

@@ -107,6 +107,17 @@ def test_of_a_list_per_layer_most_decide_and_a_note_says_the_rest(write: Write) 
     )
 
 
+def test_experts_may_differ_from_layer_to_layer(write: Write) -> None:
+    """A pruned model: what most of its MoE layers have, of those alone."""
+    spec = ModelSpec.from_pretrained(write(SIZES | {
+        "num_local_experts": [1, 8, 6, 6], "mlp_layer_types": ["dense", *["sparse"] * 3]}))
+    assert (spec.num_layers, spec.num_experts) == (3, 6)
+    assert spec.notes == (
+        "experts: num_local_experts differs from layer to layer (6 to 8); 6, that of 2 of 3 "
+        "layers, is taken for all",
+    )
+
+
 def test_of_a_list_per_kind_of_token_the_first_is_texts(write: Write) -> None:
     spec = ModelSpec.from_pretrained(write(SIZES | {
         "num_local_experts": None, "moe_num_experts": [8, 8], "moe_intermediate_size": [48, 16]}))

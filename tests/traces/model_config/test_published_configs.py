@@ -15,6 +15,7 @@ from benchmarks.oracles.expert_tensors import (
     published_folder,
     second_reckoning,
 )
+from loadmaster.traces.catalogue import catalogue_model
 from loadmaster.traces.model_spec import ModelSpec
 
 EXPECTED = first_reckoning()
@@ -32,6 +33,10 @@ def figures(spec: ModelSpec) -> dict[str, int | None]:
         "intermediate": spec.intermediate, "shared": spec.num_shared_experts,
         "bytes": int(spec.bytes_per_expert_E()[0]),
     }
+
+
+def drafts(spec: ModelSpec) -> tuple[int, ...]:
+    return () if spec.draft_layers is None else spec.draft_layers.layer_indices
 
 
 def present(model: str) -> Path:
@@ -55,6 +60,21 @@ def test_a_published_configuration_is_read_right(model: str) -> None:
 def test_both_reckonings_agree(model: str) -> None:
     path = present(model)
     assert second_reckoning(path.parent, model) == EXPECTED[model]
+
+
+@published
+@pytest.mark.parametrize("model", EXPECTED)
+def test_the_catalogue_has_it_as_its_configuration_does(model: str) -> None:
+    """By the name it is published under; a format in the name does not tell its finest scales."""
+    read = ModelSpec.from_pretrained(present(model))
+    known = catalogue_model(model.replace("--", "/"))
+    bytes_, told = figures(known).pop("bytes"), figures(read).pop("bytes")
+    assert bytes_ == (pytest.approx(told, rel=5e-4) if known.notes else told)
+    assert figures(known) | {"bytes": told} == figures(read)
+    assert known.own_layer_indices() == read.own_layer_indices()
+    for same in ("total_layers", "num_expert_groups", "groups_per_token", "matrices_per_expert"):
+        assert getattr(known, same) == getattr(read, same), same
+    assert drafts(known) == drafts(read)
 
 
 @published

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loadmaster.traces.dense_weights import (
-    ModelShape,
-    dense_bytes_on_disk,
-    estimated_dense_bytes,
-)
+from loadmaster.errors import InputError
+from loadmaster.traces.model_config.dense_weights import ModelShape, estimated_dense_bytes
+from loadmaster.traces.model_config.on_disk import dense_bytes
 from loadmaster.traces.model_spec import ModelSpec
 
 DEEPSEEK_V3 = ModelShape(7168, 61, 58, 256, 2048, shared_experts=1, weight_bytes=1.0)
@@ -77,21 +75,15 @@ def test_headers_tell_it_exactly(tmp_path: Path) -> None:
         tmp_path, "model-2.safetensors", model__layers__0__mlp__shared_experts__up_proj__weight=20,
         model__layers__1__mlp__gate__weight=3, model__layers__2__self_attn__q_proj__weight=5000,
     )
-    assert dense_bytes_on_disk(tmp_path, layers=2) == 2 * (100 + 20 + 3)
-    assert dense_bytes_on_disk(tmp_path) == 2 * (100 + 20 + 3 + 5000)
+    assert dense_bytes(tmp_path, 2) == 2 * (100 + 20 + 3)
+    assert dense_bytes(tmp_path) == 2 * (100 + 20 + 3 + 5000)
 
 
-def test_weights_that_are_not_all_there_tell_nothing(tmp_path: Path) -> None:
-    weights(tmp_path, "model-1.safetensors", a=10)
-    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert dense_bytes_on_disk(tmp_path) is None
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"])
-def test_a_broken_header_tells_nothing(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "model.safetensors").write_bytes(content)
-    assert dense_bytes_on_disk(tmp_path) is None
+def test_no_weights_tell_nothing_and_broken_ones_are_named(tmp_path: Path) -> None:
+    assert dense_bytes(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        dense_bytes(tmp_path)
 
 
 def test_a_checkpoint_says_whether_it_is_an_estimate(tmp_path: Path) -> None:

@@ -145,7 +145,10 @@ def quark_format(document: Document) -> WeightFormat | None:
         weight = weight[-1] if weight else None
     if not isinstance(weight, dict):
         return None
-    form = required_format(weight.get("dtype"), "quark")
+    dtype = weight.get("dtype")
+    if dtype == "mx":
+        dtype = f"mx{weight.get('mx_element_dtype')}"
+    form = required_format(dtype, "quark")
     scheme = str(weight.get("qscheme") or "")
     if scheme == "per_group":
         return form.grouped(group_size(weight))

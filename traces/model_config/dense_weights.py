@@ -1,25 +1,18 @@
-"""How many bytes a model's weights take beside its routed experts: read off the files, or reckoned.
+"""How many bytes a model's weights should take beside its routed experts, by its widths.
 
-Attention, embeddings, dense layers, shared experts and routers. Safetensors headers say it exactly,
-expert by expert's name; without weights a configuration's widths give an estimate, and without that
-the widths of the experts alone. Knows names, shapes and formats. Reads headers, never weights.
+Attention, embeddings, dense layers, shared experts and routers: an estimate, from a configuration
+or from the experts' widths alone. Where weights are on disk, `on_disk.dense_bytes` counts them.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 VOCABULARY = 150_000         # where nobody says; models have 32,000 to 260,000
 ATTENTION_SQUARES = 4.0      # attention's weights in hidden², where no heads are known
-_LARGEST_HEADER = 100 << 20  # of a safetensors file, as its own library allows
 _NESTED = ("thinker_config", "text_config", "llm_config", "language_config", "attn_config")
-_ROUTED = re.compile(r"(^|\.)experts(\.|$)|\.(input|output)_linear\.weight$")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -34,46 +27,6 @@ class ModelShape:
     shared_experts: int = 0
     matrices: int = 3
     weight_bytes: float = 2.0
-
-
-def dense_bytes_on_disk(folder: Path, layers: int | None = None) -> int | None:
-    """Bytes of the tensors in a checkpoint's safetensors files that are not routed experts.
-
-    layers: the model's hidden layers; those beyond guess tokens ahead (MTP) and do not count. None
-    where there are no weights, not all of them, or their headers cannot be read.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-            files = [folder / name for name in sorted(named)]
-        if not files or not all(file.is_file() for file in files):
-            return None
-        tensors = [tensor for file in files for tensor in _tensors(file)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return sum(size for name, size in tensors if not _ROUTED.search(name) and _runs(name, layers))
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of every tensor that the file's header lists."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if not 0 < length <= _LARGEST_HEADER:
-            raise ValueError("no safetensors header")
-        header = json.loads(opened.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            yield name, last - first
-
-
-def _runs(name: str, layers: int | None) -> bool:
-    """Whether the tensor is of a layer that every step runs, or of none."""
-    found = _LAYER.search(name)
-    guesses = found is not None and layers is not None and int(found.group(1)) >= layers
-    return not guesses and not name.startswith(("mtp.", "model.mtp."))
 
 
 def estimated_dense_bytes(shape: ModelShape, config: Mapping[str, Any] | None = None) -> int:

@@ -50,6 +50,8 @@ INSIDE: dict[str, tuple[dict[str, Any], float]] = {
     "gptq, experts otherwise": (
         GPTQ | dict(dynamic={"-:.*attn.*": {}, "+:.*experts.*": dict(bits=8, group_size=64)}),
         1 + 3 / 64),
+    "gptq, attention alone": (
+        GPTQ | dict(modules_in_block_to_quantize=[["self_attn.q_proj"]]), PLAIN),
     "gptq, not the experts": (GPTQ | dict(dynamic={"-:.*mlp\\.experts.*": {}}), PLAIN),
     "awq": (dict(quant_method="awq", bits=4, group_size=64, zero_point=True), 0.5 + 2.5 / 64),
     "awq, not the experts": (
@@ -75,6 +77,11 @@ INSIDE: dict[str, tuple[dict[str, Any], float]] = {
         _type="Int4WeightOnlyConfig", _data=dict(group_size=128)))), INT4),
     "quark": (dict(quant_method="quark", global_quant_config=dict(
         weight=dict(dtype="fp4", qscheme="per_group", group_size=32)), exclude=["lm_head"]), MXFP4),
+    "quark, mx": (dict(quant_method="quark", global_quant_config=dict(weight=dict(
+        dtype="mx", mx_element_dtype="fp4", qscheme="per_group", group_size=32))), MXFP4),
+    "quark, two stages": (dict(quant_method="quark", global_quant_config=dict(weight=[
+        dict(dtype="fp8_e4m3", qscheme="per_tensor"),
+        dict(dtype="int4", qscheme="per_group", group_size=128)])), INT4),
     "quark, a tensor": (dict(quant_method="quark", global_quant_config=dict(
         weight=dict(dtype="fp8_e4m3", qscheme="per_tensor"))), FP8),
     "quark, experts otherwise": (dict(

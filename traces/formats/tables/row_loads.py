@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
-from ..model_spec import MOST_EXPERTS
-from .asked import Asked
-from .loads import loads_result
-from .result import LOADS_ONLY, NO_PHASE, ImportResult
+from ....errors import InputError
+from ...model_spec import MOST_EXPERTS
+from ..asked import Asked
+from ..cleaning.loads import loads_result
+from ..result import LOADS_ONLY, NO_PHASE, ImportResult
+from .ranks import rank_notes
 from .row_columns import Columns
 
 MOST_WINDOWS = 1_024         # beyond so many, neighbours are summed: memory stays bounded
-_RANK = re.compile(r"(?P<before>.*?rank[-_ ]?)(?P<rank>\d+)(?P<after>.*)", re.IGNORECASE)
 
 Rows = Iterable[tuple[str, Mapping[str, Any]]]
-
-
-def rank_files(path: Path) -> list[Path]:
-    """`path` and the files beside it that are named alike but for the number of the rank."""
-    match = _RANK.fullmatch(path.name)
-    if match is None:
-        return [path]
-    beside = [
-        (int(m["rank"]), other) for other in path.parent.iterdir()
-        if (m := _RANK.fullmatch(other.name)) and other.is_file()
-        and (m["before"], m["after"]) == (match["before"], match["after"])
-    ]
-    return [other for _, other in sorted(beside)]
 
 
 class _Counts:
@@ -93,7 +79,7 @@ def import_row_loads(
             load_WLE[w, layers.index(layer), list(held)] = list(held.values())
     return loads_result(
         load_WLE, asked, str(path), format="counts by row", axes="LE", numbers=tuple(layers),
-        notes=(*_rank_notes(path, [file for file, _ in files]),
+        notes=(*rank_notes(path, [file for file, _ in files]),
                *_notes(counts, listed, asked, columns)),
         cannot_tell=(*LOADS_ONLY, NO_PHASE), model_name=path.stem,
     )
@@ -101,6 +87,11 @@ def import_row_loads(
 
 def _notes(counts: _Counts, listed: bool, asked: Asked, columns: Columns) -> list[str]:
     said = []
+    if columns.wide:
+        said.append(
+            f"columns {columns.wide[0]} to {columns.wide[-1]} taken for the counts of one expert "
+            "each: name them topk_0, topk_1, … if they are a token's choices"
+        )
     if not listed and asked.experts() is None:
         said.append(
             f"{counts.experts} experts per layer, going by the largest id: --num-experts makes "
@@ -109,16 +100,3 @@ def _notes(counts: _Counts, listed: bool, asked: Asked, columns: Columns) -> lis
     if counts.width > 1:
         said.append(f"{counts.width} numbers of {columns.names['window']} together are a window")
     return said
-
-
-def _rank_notes(path: Path, files: list[Path]) -> list[str]:
-    if len(files) > 1:
-        shown = ", ".join(file.name for file in files[:4]) + (", …" if len(files) > 4 else "")
-        return [f"counts of {len(files)} ranks summed: {shown}"]
-    match = _RANK.fullmatch(path.name)
-    if match is None:
-        return []
-    return [
-        f"warning: by its name these are rank {int(match['rank'])}'s counts alone, and no other "
-        "rank's file lies beside it: put them there to sum all"
-    ]

@@ -6,11 +6,12 @@ rows become tokens or loads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import InputError
+from ....errors import InputError
 
 # What a column may be called, in lower case; the first that is there counts.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -26,6 +27,9 @@ NAMES: dict[str, tuple[str, ...]] = {
                "counts", "loads", "load", "logical_count", "logical_expert_load"),
     "window": ("iteration", "iter", "step", "window", "pass", "forward_pass_id"),
 }
+# One column per choice (or, where no column tells tokens apart, one per expert): topk_0, topk_1, …
+_WIDE = re.compile(r"(?P<what>expert|experts|expert_id|e|topk|top|choice|k)[_ ]?(?P<number>\d+)")
+_CHOICES = ("topk", "top", "choice", "k")
 _WHOLE_MOST = 2**53
 
 
@@ -34,6 +38,7 @@ class Columns:
     """The table's own name of each column that it has."""
 
     names: Mapping[str, str]
+    wide: tuple[str, ...] = ()       # the columns that together are `experts` or `counts`
 
     def __contains__(self, what: str) -> bool:
         return what in self.names
@@ -49,7 +54,7 @@ class Columns:
     def numbers(self, row: Mapping[str, Any], what: str, where: str) -> list[int]:
         """A list: JSON's own, or text as in "[3, 1]", "3 1" or "3;1". Raises InputError."""
         name = self.names[what]
-        value = row.get(name)
+        value = [row.get(part) for part in self.wide] if name in self.wide else row.get(name)
         if isinstance(value, str):
             value = value.strip().strip("[]()").replace(";", " ").replace(",", " ").split()
         if not isinstance(value, list) or not value:
@@ -64,12 +69,32 @@ def columns_of(fields: Mapping[str, Any] | list[str]) -> Columns:
         what: next(lower[name] for name in names if name in lower)
         for what, names in NAMES.items() if any(name in lower for name in names)
     }
+    wide = _wide(lower)
+    if wide and not {"expert", "experts", "count", "counts"} & set(found):
+        prefix = _WIDE.fullmatch(wide[0].strip().lower())
+        chosen = "token" in found or (prefix is not None and prefix["what"] in _CHOICES)
+        return Columns(found | {"experts" if chosen else "counts": wide[0]}, wide)
     if isinstance(fields, Mapping):
         for one, many in (("expert", "experts"), ("count", "counts")):
             for name, other, lists in ((one, many, True), (many, one, False)):
                 if name in found and _lists(fields[found[name]]) == lists:
                     found.setdefault(other, found.pop(name))
     return Columns(found)
+
+
+def _wide(lower: Mapping[str, str]) -> tuple[str, ...]:
+    """Columns of one name with the numbers 0, 1, … or 1, 2, …, in that order; at least two."""
+    groups: dict[str, dict[int, str]] = {}
+    for name, own in lower.items():
+        if match := _WIDE.fullmatch(name):
+            groups.setdefault(match["what"], {})[int(match["number"])] = own
+    for numbered in groups.values():
+        first = min(numbered)
+        if first <= 1 and len(numbered) > 1 and sorted(numbered) == list(
+            range(first, first + len(numbered))
+        ):
+            return tuple(numbered[number] for number in sorted(numbered))
+    return ()
 
 
 def _lists(value: Any) -> bool:
