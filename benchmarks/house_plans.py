@@ -64,6 +64,28 @@ MAY_DIFFER |= {
     name: "; ".join(filter(None, (MAY_DIFFER.get(name), _STEPS))) for name in _OF_STEPS
 }
 
+# `auto` scores what every other method would place, on fewer slots too, and keeps the best by the
+# steps that decide; ties go to fewer replicas, then moves. A method's own plan changes only where
+# its experts do not divide evenly (`contiguous`) or its dispatch is an engine's.
+_KNOWN = "auto knows the other methods' plans; ties go to fewer replicas (`layer_search.choose`)"
+_ENGINES = "the engines' rules as the engines have them (`dispatch/serving_engines.py`)"
+_BY_AUTO = (
+    "method_auto", "time_at_decode", "time_at_prefill", "time_on_uneven_devices",
+    "balance_on_uneven_devices", "balance_on_many_devices", "thorough_on_a_tiny_layer",
+    "experts_of_unequal_size", "traffic_per_rank", "traffic_per_node", "traffic_allgather",
+    "traffic_coherent", "dispatch_even", "dispatch_nearest", "dispatch_balanced",
+    "dispatch_fewest_active", "dispatch_sglang_dynamic", "dispatch_trtllm_round_robin",
+    "from_a_profile", "from_loads_alone", "scenarios_swept",
+)
+_BY_ENGINE = (
+    "dispatch_sglang_static", "dispatch_vllm_hash", "dispatch_ascend_fixed",
+    "one_plan_under_every_dispatch_and_payload",
+)
+MAY_DIFFER |= {
+    name: "; ".join(filter(None, (MAY_DIFFER.get(name), reason)))
+    for reason, names in ((_KNOWN, _BY_AUTO), (_ENGINES, _BY_ENGINE)) for name in names
+}
+
 # Values that are names (one word, before -> after), where a term of the field replaced another.
 RENAMED: dict[str, str] = {}
 

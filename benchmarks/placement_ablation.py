@@ -444,7 +444,9 @@ SCENARIOS: dict[str, Callable[[], Variant]] = {
         (planning_traffic, "_other_steps"): lambda *_: (),
     }),
     "no second order in overload": lambda: Variant({(layer_search, "BEND"): 0.0}),
-    "choice by held-back steps alone": lambda: Variant({(layer_search, "ROBUSTNESS_PRICE"): 0.0}),
+    "no other method's candidates": lambda: Variant({
+        (layer_search, "known_candidates"): _nothing,
+    }),
     "rounds as where transfers cost": lambda: Variant({
         (layer_search, "ROUNDS_BALANCE"): layer_search.ROUNDS,
         (layer_search, "FEWEST_BALANCE"): layer_search.FEWEST_FEW,

@@ -108,3 +108,18 @@ def test_devices_that_differ_keep_their_names() -> None:
         "h100", devices_per_node=2, slots_per_device=3, traffic="coherent", speeds=[1.0, 2.0]
     )
     assert not can_align(mixed)
+
+
+@pytest.mark.parametrize("method", ["auto", "eplb"])
+def test_evidence_under_sglangs_static_table_is_that_of_the_whole_plan(method: str) -> None:
+    """Its fair choices are drawn through all layers in turn: alone a layer would draw others."""
+    cluster = CLUSTER.with_traffic("return_home/per_expert")
+    found = plan(
+        TRACE, cluster, method=method, dispatch="sglang_static", steps=STEPS, effort="fast"
+    )
+    data = planning_steps(TRACE, STEPS)
+    assert data.planning is not None and data.validation is not None
+    for steps, told in (
+        (data.planning, found.evidence.objective), (data.validation, found.evidence.validation),
+    ):
+        assert evaluate(found.plan, TRACE, cluster, steps=steps).peak_mean == pytest.approx(told)

@@ -97,6 +97,33 @@ def test_auto_on_average_loads_is_not_worse_than_its_plan_for_another_dispatch()
     assert free.objective <= even.objective * (1 + 1e-4)
 
 
+def test_a_spare_slot_makes_no_plan_slower() -> None:
+    """Tokens sent once per rank, experts chosen together: best is one replica each, well placed."""
+    trace = synth_trace(
+        layers=1, experts=EXPERTS, top_k=TOP_K, tokens=4000, block_share=0.95, domains=3, seed=3
+    )
+    model = MODEL.model_copy(update={"num_layers": 1, "hidden": 2880, "intermediate": 2880})
+    cluster = CLUSTER.with_traffic("return_home/per_rank")
+    tight, spare = (
+        quick(trace, cluster.with_slots(slots), model=model).evidence.validation for slots in (2, 3)
+    )
+    assert tight is not None and spare is not None and spare <= tight * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_more_effort_on_a_small_layer_makes_no_plan_slower(seed: int) -> None:
+    trace = synth_trace(
+        layers=1, experts=EXPERTS, top_k=TOP_K, tokens=4000, domains=3, seed=seed
+    )
+    model = MODEL.model_copy(update={"num_layers": 1, "hidden": 4096, "intermediate": 14336})
+    cluster = Cluster.preset("h100", nodes=2, devices_per_node=2, slots_per_device=3)
+    fast, normal = (
+        quick(trace, cluster, model=model, effort=effort).evidence.validation
+        for effort in ("fast", "normal")
+    )
+    assert fast is not None and normal is not None and normal <= fast * (1 + 1e-4)
+
+
 def test_of_plans_that_tie_the_one_with_fewest_replicas_is_kept() -> None:
     """One device holds all tokens evenly whatever it holds; and flat loads need no replica."""
     flat = Profile.from_loads(np.full((LAYERS, EXPERTS), 1000))
