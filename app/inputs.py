@@ -31,24 +31,34 @@ def build_cluster(
     traffic: str,
     num_experts: int,
     oversubscription: float | None = None,
-) -> Cluster:
-    """The cluster the options describe."""
-    from ..placement.cluster import Cluster
+    reserved_bytes: int | None = None,
+    model: ModelSpec | None = None,
+) -> tuple[Cluster, tuple[str, ...]]:
+    """The cluster the options describe, and what to say of it.
 
+    Slots that nobody names are an even share of the experts and a quarter more, or what the
+    model leaves memory for.
+    """
+    from ..placement.cluster import Cluster
+    from ..placement.memory import default_slots
+
+    said = None
     if file is not None:
         cluster = Cluster.from_yaml(file)
     else:
-        if slots_per_device is None:
-            devices = max(nodes * devices_per_node, 1)
-            share = -(-num_experts // devices)
-            slots_per_device = share + max(1, round(share / 4))
+        share = -(-num_experts // max(nodes * devices_per_node, 1))
         cluster = Cluster.preset(
             preset, nodes=nodes, devices_per_node=devices_per_node,
-            slots_per_device=slots_per_device, traffic=traffic,
+            slots_per_device=share if slots_per_device is None else slots_per_device,
+            traffic=traffic,
         )
-    if oversubscription is None:
-        return cluster
-    return cluster.with_oversubscription(oversubscription)
+    cluster = cluster.with_reserved(reserved_bytes)
+    if file is None and slots_per_device is None:
+        slots, said = default_slots(share, cluster, model)
+        cluster = cluster.with_slots(slots)
+    if oversubscription is not None:
+        cluster = cluster.with_oversubscription(oversubscription)
+    return cluster, () if said is None else (said,)
 
 
 def build_sampler(tokens: int, concurrency: int, order: str, seed: int) -> StepSampler:
@@ -129,30 +139,48 @@ def model_notes(model: ModelSpec | None) -> tuple[str, ...]:
     return () if model is None else tuple(f"{model.name}: {note}" for note in model.notes)
 
 
-def read_routing(path: Path, num_experts: int | None = None) -> tuple[
-    RoutingTrace | Profile, tuple[str, ...]
-]:
-    """A stored trace, an array file or an engine's dump; and what its format cannot tell."""
+def read_routing(
+    path: Path, num_experts: int | None = None, *, model: ModelSpec | None = None,
+    axes: str | None = None, layers: str | None = None,
+) -> tuple[RoutingTrace | Profile, tuple[str, ...]]:
+    """A stored trace, an array file or an engine's dump; and what its format cannot tell.
+
+    model, axes, layers: which rows are which layers, where the file does not say.
+    """
     from ..traces.formats import import_any
 
-    found = import_any(path, num_experts=num_experts)
+    found = import_any(
+        path, num_experts=num_experts, model=model, axes=axes, layers=layer_numbers(layers)
+    )
     source = found.trace if found.trace is not None else found.profile
     assert source is not None
     missing = tuple(f"{found.format} does not tell {what}" for what in found.cannot_tell)
     return source, missing + found.notes
 
 
-def read_trace(path: Path, num_experts: int | None = None) -> tuple[RoutingTrace, tuple[str, ...]]:
+def read_trace(
+    path: Path, num_experts: int | None = None, *, model: ModelSpec | None = None
+) -> tuple[RoutingTrace, tuple[str, ...]]:
     """As `read_routing`; refuses a dump that holds loads only."""
     from ..traces.trace import RoutingTrace
 
-    source, notes = read_routing(path, num_experts)
+    source, notes = read_routing(path, num_experts, model=model)
     if not isinstance(source, RoutingTrace):
         raise InputError(
             f"{path}: holds average loads only, and steps need routing per token: give it to "
-            "`loadmaster plan`, which then plans for load only"
+            f"`loadmaster plan {path} --out plan.json`, which then plans for load only"
         )
     return source, notes
+
+
+def layer_numbers(text: str | None) -> tuple[int, ...] | None:
+    """Layers as a person names them, "3-60"; None where nobody did. Raises UsageError."""
+    from ..traces.model_config.layer_ranges import parse_layers
+
+    try:
+        return None if text is None else parse_layers(text)
+    except InputError as error:
+        raise UsageError(f"--layers: {error}") from None
 
 
 def require_new(path: Path | None) -> None:
@@ -222,6 +250,7 @@ def plans_cluster(
     traffic: str,
     routing: RoutingTrace,
     oversubscription: float | None = None,
+    reserved_bytes: int | None = None,
 ) -> Cluster:
     """The cluster the options describe; where they leave it open, one that the plans fill."""
     first = next(iter(plans.values()))
@@ -230,8 +259,8 @@ def plans_cluster(
     slots = max(plan.slots_per_device for plan in plans.values())
     return build_cluster(
         file, preset, nodes, devices_per_node, slots, traffic, routing.num_experts,
-        oversubscription,
-    )
+        oversubscription, reserved_bytes,
+    )[0]
 
 
 def load_plan(path: Path | None) -> Plan | None:

@@ -22,7 +22,7 @@ from loadmaster.simulator.serving.simulate import Serving, simulate
 from loadmaster.simulator.serving.step_time_bank import StepBank
 from loadmaster.simulator.serving.token_source import TokenSource
 from loadmaster.simulator.serving.workload import Workload, as_workload
-from loadmaster.traces.arrivals import load_arrivals
+from loadmaster.traces.arrival_files import load_arrivals
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.trace import RoutingTrace
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..placement.rebalancing.advise import Advice
     from ..placement.rebalancing.advise_loads import LoadAdvice
     from ..placement.rebalancing.switch_payback import Moving
+    from ..simulator.report.report import Report
     from ..traces.profile import Profile
     from ..traces.trace import RoutingTrace
 
@@ -31,8 +32,8 @@ def answer(
     notes: tuple[str, ...],
     *,
     json: bool,
-) -> None:
-    """Plan every part, write what was chosen, and say it."""
+) -> list[Report]:
+    """Plan every part, write what was chosen, and say it; a report of each part."""
     from ..errors import UsageError
     from ..placement.rebalancing.trial_plans import TimeLimit
     from ..traces.trace import RoutingTrace
@@ -43,8 +44,8 @@ def answer(
                 f"{path} holds average loads, which do not tell prefill from decode: leave --phase "
                 "out, or record a trace with phases"
             )
-        _answer_loads(source, targets[""], options | {"time_limit_s": time_limit}, notes, json=json)
-        return
+        limit = {"time_limit_s": time_limit}
+        return [_answer_loads(source, targets[""], options | limit, notes, json=json)]
     parts = _parts(path, source, targets)
     clock = TimeLimit.start(time_limit)
     answers: dict[str, Advice] = {}
@@ -63,6 +64,20 @@ def answer(
     if json:
         documents = {n: a.to_dict() | {"notes": [*a.notes, *notes]} for n, a in answers.items()}
         show.print_json(documents if phase == "apart" else next(iter(documents.values())))
+    return [_report(name, advice, parts[name], options, notes) for name, advice in answers.items()]
+
+
+def _report(
+    phase: str, advice: Advice, part: RoutingTrace, options: dict[str, Any], notes: tuple[str, ...]
+) -> Report:
+    from ..simulator.report.plan_report import plan_report, shown_plans
+    from ..simulator.report.views import views_of
+
+    cluster, dispatch = options["cluster"], options["dispatch"]
+    return plan_report(
+        advice, lambda: views_of(shown_plans(advice), part, cluster, dispatch), cluster, notes,
+        title=f"Plan for {phase}" if phase else "Plan",
+    )
 
 
 def _parts(
@@ -182,7 +197,7 @@ def _print_moves(results: dict[str, PlanResult]) -> None:
 
 def _print_written(name: str, target: Path | None) -> None:
     if target is not None:
-        show.out().print(f"wrote {name} to {target}", markup=False)
+        show.print_text(f"wrote {name} to {target}")
 
 
 # ---- average loads ----------------------------------------------------------------------------
@@ -191,9 +206,10 @@ def _print_written(name: str, target: Path | None) -> None:
 def _answer_loads(
     profile: Profile, target: Path | None, options: dict[str, Any], notes: tuple[str, ...], *,
     json: bool,
-) -> None:
+) -> Report:
     """A load-only dump: plans for average loads, judged on them alone."""
     from ..placement.rebalancing.advise_loads import advise_loads
+    from ..simulator.report.plan_report import loads_report
 
     unused = ("steps", "horizon_steps")         # loads have no steps to sample, nor times
     with _progress() as progress:
@@ -204,8 +220,9 @@ def _answer_loads(
         advice.plan.save(target)
     if json:
         show.print_json(advice.to_dict() | {"notes": [*advice.notes, *notes]})
-        return
-    _print_loads(advice, target, notes)
+    else:
+        _print_loads(advice, target, notes)
+    return loads_report(advice, profile.load_WLE.sum(axis=0), options["cluster"], notes)
 
 
 def _print_loads(advice: LoadAdvice, target: Path | None, notes: tuple[str, ...]) -> None:

@@ -85,7 +85,7 @@ def _switch(group: Group, wanted: PhasePlans, epoch: int) -> dict[str, Any]:
     try:
         report = group.apply(wanted.prefill, wanted.decode, epoch=epoch)
     except KeyboardInterrupt:
-        show.err().print(switch_outcome(group.status(), epoch), markup=False, soft_wrap=True)
+        show.print_line(switch_outcome(group.status(), epoch))
         raise typer.Exit(130) from None
     return {
         "epoch": report.epoch, "moves": len(report.moved), "move_bytes": report.moved_bytes,

@@ -9,6 +9,7 @@ import typer
 from ..app.inputs import build_cluster, build_sampler, model_notes, read_model, read_trace
 from . import options as opt
 from . import output as show
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
 from .serving_options import whole, within
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def cache(
         int, typer.Option(help="Steps to play, at most.", callback=whole("--max-steps", 1))
     ] = 200,
     num_experts: opt.NumExperts = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     seed: opt.Seed = 0,
     json: opt.Json = False,
 ) -> None:
@@ -53,13 +56,15 @@ def cache(
     from ..simulator.cache.compare import PREDICTORS, compare_caches
     from ..simulator.cache.expert_cache import CacheTier
     from ..simulator.cache.policies import POLICIES
+    from ..simulator.report.cache_report import cache_report
 
-    routing, notes = read_trace(trace, num_experts)
+    require_report_targets(report, report_png)
     spec = read_model(model, moe_layers)
+    routing, notes = read_trace(trace, num_experts, model=spec)
     notes += model_notes(spec)
     if spec is None or not spec.knows_sizes:
         raise UsageError(f"{model}: a cache needs the hidden and intermediate sizes")
-    place = build_cluster(None, preset, 1, 1, routing.num_experts, "return_home/per_expert",
+    place, _ = build_cluster(None, preset, 1, 1, routing.num_experts, "return_home/per_expert",
                           routing.num_experts)
     room = CacheTier.of(slots, spec, place, tier=tier, shared=shared)  # type: ignore[arg-type]
     policies, predictors = policy or POLICIES, predictor or PREDICTORS
@@ -70,6 +75,7 @@ def cache(
             accuracy=accuracy, steps=build_sampler(step_tokens, concurrency, order, seed),
             max_steps=max_steps, seed=seed, progress=lambda: bar.advance(task),
         )
+    write_reports([cache_report(table, notes)], report, report_png)
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})
     else:

@@ -48,7 +48,7 @@ def print_demo(result: DemoResult) -> None:
         ("the whole demo, s", result.seconds),
     ])
     show.print_notes(_notes(result))
-    show.out().print(f"run folder: {result.folder}", markup=False)
+    show.print_text(f"run folder: {result.folder}")
 
 
 def _rows(*columns: Any) -> list[tuple[Any, ...]]:

@@ -19,6 +19,7 @@ from ..app.inputs import (
 )
 from . import options as opt
 from . import output as show
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
 
 if TYPE_CHECKING:
     from ..placement.comparison.compare import Comparison
@@ -39,31 +40,40 @@ def evaluate(
     devices_per_node: opt.PlansDevicesPerNode = None,
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
+    reserve_bytes: opt.ReservedBytes = None,
     model: opt.ModelSource = None,
     moe_layers: opt.MoeLayers = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
     order: opt.Order = "interleaved",
     num_experts: opt.NumExperts = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     seed: opt.Seed = 0,
     json: opt.Json = False,
 ) -> None:
     """Judge plans on a trace, side by side on the same steps, with confidence bands."""
     from ..placement.comparison.compare import compare
+    from ..simulator.report.evaluate_report import evaluate_report, shown_names
+    from ..simulator.report.views import views_of
 
+    require_report_targets(report, report_png)
     named, reference = with_current(read_plans(plans), current)
     first = next(iter(named))
-    routing, notes = read_trace(trace, num_experts)
     spec = read_model(model, moe_layers)
+    routing, notes = read_trace(trace, num_experts, model=spec)
     notes += model_notes(spec)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
-                          oversubscription)
+                          oversubscription, reserve_bytes)
     table = compare(
         named, routing, place,
         steps=build_sampler(step_tokens, concurrency, order, 0),
         dispatch=dispatch, model=spec, seed=seed, current=reference,
     )
     table = replace(table, verdict=show.with_offer(table.verdict, routing, spec))
+    shown = {name: named[name] for name in shown_names(table)}
+    page = evaluate_report(table, lambda: views_of(shown, routing, place, dispatch), place, notes)
+    write_reports([page], report, report_png)
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})
     else:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 
 from ..workers.jobs.submit import print_result
+from .endings import interrupt_on_endings
 from .main import main
 
 
 def run() -> None:
     """Run the command line with this process's arguments; `out/` holds what is brought back."""
-    # A job that is stopped gets SIGTERM: as Ctrl-C, so that a verb ends what it has started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_endings()       # a job that is stopped gets SIGTERM
     try:
         main()
         code = 0

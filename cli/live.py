@@ -58,6 +58,6 @@ def submit(
             raise UsageError(f"{path} exists: name another file, or remove it first")
     result = send_job(address, context.args, inputs=send or (), outputs=fetch or ())
     for path in result.fetched:
-        show.err().print(f"fetched {path}", markup=False)
+        show.print_line(f"fetched {path}")
     if result.exit_code:
         raise typer.Exit(result.exit_code)

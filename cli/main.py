@@ -14,13 +14,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import LoadmasterError
+from ..errors import LoadmasterError, UsageError
 from ..foundation.version import VERSION
 from . import (
     apply,
     cache,
     calibrate,
     evaluate,
+    example,
     live,
     plan,
     plan_files,
@@ -30,7 +31,12 @@ from . import (
     trace,
     whatif,
 )
-from .output import ReaderGoneError
+from .endings import interrupted_on_endings
+from .output import ReaderGoneError, print_error
+from .spelling import spell_streams
+from .typed import as_typed
+
+INTERRUPTED = "interrupted; nothing half-written is left in place"
 
 
 class _Verbs(TyperGroup):
@@ -40,8 +46,7 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print("loadmaster: interrupted; nothing half-written is left in place",
-                  file=sys.stderr)
+            print_error(INTERRUPTED)
             raise typer.Exit(130) from None
         except ReaderGoneError:      # no failure; any other broken pipe is one
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,7 +66,7 @@ app = typer.Typer(
 app.add_typer(trace.app, name="trace")
 for verb in (
     plan.plan, evaluate.evaluate, plan_files.plan_show, plan_files.plan_diff,
-    plan_files.plan_export, plan_files.plan_import, plan_files.schema,
+    plan_files.plan_export, plan_files.plan_import, plan_files.schema, example.example,
     simulate.simulate, replay.replay, whatif.whatif, cache.cache, calibrate.calibrate,
     live.demo, run.run, apply.apply,
 ):
@@ -88,22 +93,42 @@ def _root(
 
 def main() -> None:
     """Run a verb; errors become one line and an exit code."""
+    spell_streams()
     try:
-        app()
-    except LoadmasterError as error:
-        print(f"loadmaster: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        with interrupted_on_endings():
+            app()
     except KeyboardInterrupt:
-        print("loadmaster: interrupted; nothing half-written is left in place", file=sys.stderr)
+        print_error(INTERRUPTED)
         sys.exit(130)
-    except OSError as error:  # a name too long, a disk gone: what no verb foresaw
+    except Exception as error:
+        found = _ours(error)
+        if found is None:
+            raise
+        print_error(_told(found))
+        sys.exit(found.exit_code)
+
+
+def _told(error: LoadmasterError) -> str:
+    """The error in the words of whoever typed the verb; one about a file keeps the file's own."""
+    if not isinstance(error, UsageError):
+        return error.typed
+    return as_typed(error.typed, typer.main.get_command(app), sys.argv[1:])
+
+
+def _ours(error: Exception) -> LoadmasterError | None:
+    """The error as one of ours; None for one that only a mistake in this code can raise."""
+    if isinstance(error, LoadmasterError):
+        return error
+    if isinstance(error, OSError):      # a name too long, a disk gone: what no verb foresaw
         place = f"{str(error.filename)[:200]}: " if error.filename else ""
-        print(f"loadmaster: {place}{error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
-    except MemoryError:
-        print("loadmaster: out of memory: use fewer tokens or a larger machine",
-              file=sys.stderr)
-        sys.exit(1)
+        return LoadmasterError(f"{place}{error.strerror or error}")
+    if isinstance(error, MemoryError):
+        return LoadmasterError("out of memory: use fewer tokens or a larger machine")
+    if type(error).__module__.startswith("ray."):
+        from ..workers.fleet.crossing import crossed
+
+        return crossed(error)
+    return None
 
 
 if __name__ == "__main__":

@@ -28,10 +28,20 @@ RoutingArgument = Annotated[
 NumExperts = Annotated[
     int | None, typer.Option(help="Experts per layer, where the file does not say.")
 ]
+Axes = Annotated[
+    str | None,
+    typer.Option(help="Axes of an array without a word on them: LE, WLE, EL and so on for loads (W "
+                 "windows, L layers, E experts), TLK or LTK for routing."),
+]
+Layers = Annotated[
+    str | None, typer.Option(help="The model's own numbers of the file's layers, as in 3-60.")
+]
 Seed = Annotated[int, typer.Option(help="Same inputs and seed, same result.", callback=_whole)]
 
 ClusterFile = Annotated[
-    Path | None, typer.Option("--cluster", help="Cluster file (YAML); instead of the sizes below.")
+    Path | None,
+    typer.Option("--cluster", help="Cluster file (YAML), instead of the sizes below: `loadmaster "
+                 "example cluster` has one."),
 ]
 Preset = Annotated[
     str, typer.Option(help="Hardware: h100, h200, b200, gb200, a100, pcie or cpu.")
@@ -50,6 +60,18 @@ Oversubscription = Annotated[
     typer.Option(help="Bandwidth of a node's NICs over what its spine carries: 2 for 2:1 "
                  "[default: nothing is oversubscribed, or as in the cluster file]."),
 ]
+def _bytes(size: int | None) -> int | None:
+    if size is not None and size < 0:
+        raise UsageError(f"--reserve-bytes {size} must be at least 0")
+    return size
+
+
+ReservedBytes = Annotated[
+    int | None,
+    typer.Option("--reserve-bytes", callback=_bytes,
+                 help="Of each device's memory, kept free of weights for KV cache, activations and "
+                 "the runtime [default: a tenth, or as in the cluster file]."),
+]
 TrafficMode = Annotated[
     str,
     typer.Option(
@@ -67,6 +89,11 @@ SizedModel = Annotated[
     Path,
     typer.Option("--model", help="A published model's name (gpt-oss-20b), a config.json or "
                  "params.json, a checkpoint's folder, or a ModelSpec as JSON: sizes make times."),
+]
+RowsModel = Annotated[
+    Path | None,
+    typer.Option("--model", help="A published model's name, a config.json or params.json, a "
+                 "checkpoint's folder, or a ModelSpec as JSON: which rows are MoE layers."),
 ]
 MoeLayers = Annotated[
     str | None,

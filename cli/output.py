@@ -9,11 +9,15 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+from .spelling import one_line, writable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.text import Text
 
     from ..traces.model_spec import ModelSpec
     from ..traces.profile import Profile
@@ -46,11 +50,27 @@ def err() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def print_error(text: str) -> None:
+    """What went wrong, as one line on stderr."""
+    print_line(f"loadmaster: {text}")
+
+
+def print_line(text: str) -> None:
+    """A line on stderr; nothing for an empty one. A terminal that is gone stops no work."""
+    if text:
+        with suppress(OSError):
+            print(one_line(text), file=sys.stderr, flush=True)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout; NaN and infinity become null. Raises ReaderGoneError."""
-    text = json.dumps(_plain(value), indent=2, sort_keys=False)
+    print_raw(json.dumps(_plain(value), indent=2, sort_keys=False) + "\n")
+
+
+def print_raw(text: str) -> None:
+    """Text for another program, on stdout as it is. Raises ReaderGoneError."""
     try:
-        print(text, flush=True)     # or a short one would break when Python ends
+        print(text, end="", flush=True)     # or a short one would break when Python ends
     except BrokenPipeError as error:
         raise ReaderGoneError from error
 
@@ -69,9 +89,14 @@ def _plain(value: Any) -> Any:
 
 def print_verdict(text: str) -> None:
     """The answer in one sentence."""
+    out().print(_shown(text, style="bold"))
+
+
+def _shown(text: str, style: str = "") -> Text:
+    """Spelled before a table makes room for it."""
     from rich.text import Text
 
-    out().print(Text(text, style="bold"))
+    return Text(writable(one_line(text), sys.stdout), style=style)
 
 
 def with_offer(verdict: str, source: RoutingTrace | Profile, model: ModelSpec | None) -> str:
@@ -94,20 +119,26 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     """A table: first column left, numbers right."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(title=_shown(title, "table.title") if title else None, box=box.SIMPLE_HEAD,
+                  title_justify="left", pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        first = index == 0
+        table.add_column(_shown(column), justify="left" if first else "right", no_wrap=first)
     for row in rows:
-        table.add_row(*(Text(figure(cell)) for cell in row))
+        table.add_row(*(_shown(figure(cell)) for cell in row))
     out().print(table)
+
+
+def print_text(text: str) -> None:
+    """A line of the answer that is neither its verdict nor a note."""
+    out().print(_shown(text))
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """What a reader must know besides the table, each printed once."""
     for note in dict.fromkeys(notes):
-        out().print(f"note: {note}", markup=False, style="dim")
+        out().print(_shown(f"note: {note}", style="dim"))
 
 
 def figure(value: Any, digits: int = 3) -> str:

@@ -18,6 +18,7 @@ from ..app.inputs import (
     require_target,
 )
 from . import options as opt
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
 
 PHASES = ("all", "prefill", "decode", "apart")
 
@@ -45,8 +46,8 @@ def plan(
         str | None,
         typer.Option(
             help="How tokens choose among replicas: even, nearest, balanced, fewest_active, or an "
-            "engine's own (sglang_static, sglang_dynamic, vllm_hash, trtllm_round_robin, "
-            "ascend_fixed) [default: that of --current, else balanced]."
+            "engine's own (sglang_static, sglang_dynamic, sglang_rows, vllm_hash, "
+            "trtllm_round_robin, ascend_fixed) [default: that of --current, else balanced]."
         ),
     ] = None,
     max_moves: Annotated[
@@ -73,31 +74,40 @@ def plan(
     slots_per_device: opt.SlotsPerDevice = None,
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
+    reserve_bytes: opt.ReservedBytes = None,
     model: opt.ModelSource = None,
     moe_layers: opt.MoeLayers = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
     order: opt.Order = "interleaved",
     num_experts: opt.NumExperts = None,
+    axes: opt.Axes = None,
+    layers: opt.Layers = None,
     address: opt.Address = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     seed: opt.Seed = 0,
     json: opt.Json = False,
 ) -> None:
     """Plan placement, replicas and dispatch; say what the plan is worth before anyone moves."""
+    from ..placement.memory import NOT_CHECKED
     from .advise import answer
 
     _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
     targets = _targets(out, phase)
+    require_report_targets(report, report_png)
     current_plan = load_plan(current)
-    source, notes = read_routing(trace, num_experts)
     spec = read_model(model, moe_layers)
+    source, notes = read_routing(trace, num_experts, model=spec, axes=axes, layers=layers)
     notes += model_notes(spec)
     own_dispatch: Any = "balanced" if current_plan is None else current_plan.dispatch
     if slots_per_device is None and current_plan is not None:
         slots_per_device = current_plan.slots_per_device
+    place, told = build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device, traffic,
+                                source.num_experts, oversubscription, reserve_bytes, spec)
+    notes += told if spec is not None and spec.knows_bytes else (NOT_CHECKED,)
     options: dict[str, Any] = {
-        "cluster": build_cluster(cluster, preset, nodes, devices_per_node, slots_per_device,
-                                 traffic, source.num_experts, oversubscription),
+        "cluster": place,
         "current": current_plan, "max_moves": max_moves, "max_bytes": max_bytes,
         "model": spec, "dispatch": dispatch or own_dispatch,
         "objective": objective, "effort": effort, "seed": seed,
@@ -105,7 +115,8 @@ def plan(
         "executor": build_executor(address),
         **({"methods": method} if method else {}),
     }
-    answer(trace, source, phase, targets, options, time_limit, notes, json=json)
+    reports = answer(trace, source, phase, targets, options, time_limit, notes, json=json)
+    write_reports(reports, report, report_png)
 
 
 def _check_asked(

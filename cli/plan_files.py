@@ -13,7 +13,7 @@ from .options import Json, ModelSource, MoeLayers, NumExperts
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file.")]
 EngineFormat = Annotated[
-    str, typer.Option("--format", help="sglang, trtllm, vllm_ascend, eplb or omni.")
+    str, typer.Option("--format", help="sglang, trtllm, vllm, vllm_ascend, eplb or omni.")
 ]
 
 

@@ -66,5 +66,5 @@ class PlainProgress:
     def _say(self, task: _Task) -> None:
         self._told = time.monotonic()
         passed = self._told - self._began
-        with suppress(BrokenPipeError):      # nobody looks on; the work goes on
+        with suppress(OSError):      # nobody looks on; the work goes on
             print(f"{task} ({passed:.0f} s)", file=self._file or sys.stderr, flush=True)

@@ -19,7 +19,8 @@ from ..app.inputs import (
 from ..app.serving import build_overlap
 from . import options as opt
 from . import output as show
-from .serving_options import Dispatch, OverlapName, whole
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
+from .serving_options import ArrivalsUnit, Dispatch, OverlapName, whole
 from .simulate_print import print_blame
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def replay(
         typer.Option(help="When requests came, .csv or .jsonl: the n-th row is the trace's n-th "
                      "request [default: nothing waits]."),
     ] = None,
+    arrivals_unit: ArrivalsUnit = None,
     overlap: OverlapName = "none",
     cluster: opt.ClusterFile = None,
     preset: opt.Preset = "h100",
@@ -47,6 +49,7 @@ def replay(
     devices_per_node: opt.PlansDevicesPerNode = None,
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
+    reserve_bytes: opt.ReservedBytes = None,
     step_tokens: opt.StepTokens = 512,
     concurrency: opt.Concurrency = 64,
     order: Annotated[
@@ -59,23 +62,30 @@ def replay(
                                  callback=whole("--max-steps", 1))
     ] = None,
     num_experts: opt.NumExperts = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     seed: opt.Seed = 0,
     json: opt.Json = False,
 ) -> None:
     """Play a recorded run's own steps under each plan: the same steps, so paired, with a clock."""
+    from ..simulator.report.replay_report import replay_report
     from ..simulator.serving.replay import arrivals_of
     from ..simulator.serving.replay import replay as play
-    from ..traces.arrivals import load_arrivals
+    from ..traces.arrival_files import load_arrivals
 
+    require_report_targets(report, report_png)
     named, reference = with_current(read_plans(plans), current)
-    routing, notes = read_trace(trace, num_experts)
     spec = read_model(model, moe_layers)
+    routing, notes = read_trace(trace, num_experts, model=spec)
     notes += model_notes(spec)
     assert spec is not None
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
-                          oversubscription)
+                          oversubscription, reserve_bytes)
     order = order or ("recorded" if routing.step is not None else "interleaved")
-    came = None if arrivals is None else arrivals_of(routing, load_arrivals(arrivals))
+    came = None
+    if arrivals is not None:
+        read = load_arrivals(arrivals, unit=arrivals_unit)
+        came, notes = arrivals_of(routing, read), (*notes, *read.notes)
     with show.progress_bar() as bar:
         bar.add_task("playing the steps under each plan", total=None)
         played = play(
@@ -83,6 +93,7 @@ def replay(
             steps=build_sampler(step_tokens, concurrency, order, 0), max_steps=max_steps,
             overlap=build_overlap(overlap), current=reference, seed=seed,
         )
+    write_reports([replay_report(played, notes)], report, report_png)
     if json:
         document = {"verdict": played.comparison.verdict} | played.to_dict()
         show.print_json(document | {"notes": [*notes, *_notes(played)]})

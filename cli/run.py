@@ -10,6 +10,7 @@ import typer
 
 from ..errors import LoadmasterError, UsageError
 from . import output as show
+from .endings import ignore_endings, interrupt_on_endings
 from .options import Address
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class _Advised:
 
         policy = Policy(CONTROLS[self._name], every_steps=self._every)  # type: ignore[arg-type]
         log = new_run_folder(self._out, "run") / "control.jsonl"
-        print_line(f"control {self._name}: every decision goes to {log}")
+        show.print_line(f"control {self._name}: every decision goes to {log}")
         return Controller(
             group, roomy_cluster(group.status(), self._slots),
             Control(policy, window_steps=self._window, advise_only=self._dry_run,
@@ -151,10 +152,7 @@ class _Advised:
 
 def _tell(entry: Entry) -> None:
     numbers = ", ".join(f"{k} {v:,.4g}" for k, v in entry.numbers.items())
-    show.err().print(
-        f"step {entry.step}: {entry.answer}: {entry.reason} ({numbers})", markup=False,
-        soft_wrap=True,
-    )
+    show.print_line(f"step {entry.step}: {entry.answer}: {entry.reason} ({numbers})")
 
 
 def _serve(group: Group, advised: _Advised, *, recording: bool, rule: CapacityRule | None) -> None:
@@ -162,11 +160,11 @@ def _serve(group: Group, advised: _Advised, *, recording: bool, rule: CapacityRu
     from ..workers.control.supervise import watch
 
     try:
-        _interruptible()
+        interrupt_on_endings()
         if recording:
             group.record(True)
         _greet(group)
-        watch(group, advised.controller(group))
+        watch(group, advised.controller(group), on_trouble=show.print_line)
     except KeyboardInterrupt:
         _ending(group, rule)
     except BaseException:
@@ -175,13 +173,11 @@ def _serve(group: Group, advised: _Advised, *, recording: bool, rule: CapacityRu
 
 
 def _ending(group: Group, rule: CapacityRule | None) -> None:
-    """End the group, whatever it can or cannot tell any more. A second SIGTERM changes nothing."""
-    import signal
-
+    """End the group, whatever it can or cannot tell any more. A second signal changes nothing."""
     from ..workers.group.connection import CoordinatorGoneError
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print_line(f"ending group {group.name!r}")
+    ignore_endings()
+    show.print_line(f"ending group {group.name!r}")
     try:
         _report(group, rule)
     finally:
@@ -196,12 +192,12 @@ def _greet(group: Group) -> None:
         f"{spec.num_experts} experts on {status['plan'].num_devices} ranks; Ctrl-C or SIGTERM "
         "ends it"
     )
-    show.err().print(
+    show.print_line(
         f"from another shell: loadmaster apply PLAN --name {group.name}; "
-        f"from Python: loadmaster.Group.find({group.name!r})", markup=False, soft_wrap=True,
+        f"from Python: loadmaster.Group.find({group.name!r})"
     )
     for note in status["notes"]:
-        show.err().print(f"note: {note}", markup=False, soft_wrap=True)
+        show.print_line(f"note: {note}")
 
 
 def _report(group: Group, rule: CapacityRule | None) -> None:
@@ -210,16 +206,10 @@ def _report(group: Group, rule: CapacityRule | None) -> None:
 
     try:
         if rule is not None:
-            print_line(capacity_report(group.measurements(), group.model_spec))
-        print_line(recording_report(group.end_recording()))
+            show.print_line(capacity_report(group.measurements(), group.model_spec))
+        show.print_line(recording_report(group.end_recording()))
     except LoadmasterError as error:
-        print_line(f"what was recorded is not known: {error}")
-
-
-def print_line(text: str) -> None:
-    """A line on stderr; nothing for an empty one."""
-    if text:
-        show.err().print(text, markup=False, soft_wrap=True)
+        show.print_line(f"what was recorded is not known: {error}")
 
 
 def _rule(name: str | None, factor: float | None) -> CapacityRule | None:
@@ -230,12 +220,3 @@ def _rule(name: str | None, factor: float | None) -> CapacityRule | None:
     if name is None or factor is None:
         raise UsageError("--capacity-rule and --capacity-factor go together: name both")
     return CapacityRule(name, factor)  # type: ignore[arg-type]
-
-
-def _interruptible() -> None:
-    """SIGTERM as Ctrl-C: the group is ended either way. Ray sets handlers of its own as it
-    starts, so this comes after."""
-    import signal
-
-    for ended_by in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ended_by, signal.default_int_handler)

@@ -47,7 +47,13 @@ def whole(option: str, low: int, high: int | None = None) -> Callable[[int], int
 
 
 ArrivalsFile = Annotated[
-    Path | None, typer.Option("--arrivals", help="Azure .csv or Mooncake .jsonl [default: Poisson]")
+    Path | None,
+    typer.Option("--arrivals", help="Azure, BurstGPT, Bailian, Mooncake or vidur trace (.csv, "
+                 ".jsonl), or lengths alone, ShareGPT's too [default: Poisson]."),
+]
+ArrivalsUnit = Annotated[
+    str | None,
+    typer.Option(help="Unit of the file's times: s, ms or us [default: its form's own]."),
 ]
 Requests = Annotated[
     int,
@@ -101,7 +107,8 @@ KvBytesPerToken = Annotated[
 ]
 OtherBytes = Annotated[
     int | None,
-    typer.Option(help="Weights other than experts on each device, with --kv-bytes-per-token.",
+    typer.Option(help="Weights other than experts on each device, with --kv-bytes-per-token "
+                 "[default: the model's].",
                  callback=whole("--other-bytes", 0)),
 ]
 Groups = Annotated[
@@ -118,7 +125,8 @@ OtherUsPerToken = Annotated[
 ]
 FaultsPath = Annotated[
     Path | None,
-    typer.Option("--faults", help="What goes wrong (YAML or JSON, see `schema faults`)."),
+    typer.Option("--faults", help="What goes wrong (YAML or JSON): `loadmaster example faults` has "
+                 "one."),
 ]
 PolicyName = Annotated[
     str | None,

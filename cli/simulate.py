@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,11 +20,10 @@ from ..app.serving import build_interventions, build_serving, build_slo, build_w
 from . import options as opt
 from . import output as show
 from . import serving_options as serve
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
 from .simulate_print import print_served
 
-if TYPE_CHECKING:
-    from ..simulator.report.views import PlanView
-    from ..simulator.serving.compare_served import Served
+MOST_SHOWN = 2               # plans whose loads and traffic a report draws
 
 
 def simulate(
@@ -34,6 +33,7 @@ def simulate(
     moe_layers: opt.MoeLayers = None,
     dispatch: serve.Dispatch = None,
     arrivals: serve.ArrivalsFile = None,
+    arrivals_unit: serve.ArrivalsUnit = None,
     requests: serve.Requests = 1000,
     rate: serve.Rate = 5.0,
     prompt_tokens: serve.PromptTokens = 1024,
@@ -57,7 +57,9 @@ def simulate(
     devices_per_node: opt.PlansDevicesPerNode = None,
     traffic: opt.TrafficMode = "return_home/per_expert",
     oversubscription: opt.Oversubscription = None,
-    report: Annotated[Path | None, typer.Option(help="HTML report to write.")] = None,
+    reserve_bytes: opt.ReservedBytes = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     trace_out: Annotated[
         Path | None, typer.Option(help="Chrome trace of the first plan (opens in Perfetto).")
     ] = None,
@@ -68,34 +70,40 @@ def simulate(
     from ..placement.cost.evaluate import resolve_dispatch
     from ..simulator.pricing.step_router import StepRouter
     from ..simulator.report.chrome_trace import write_chrome_trace
+    from ..simulator.report.simulate_report import simulate_report
     from ..simulator.report.views import views_of
     from ..simulator.serving.compare_served import serve_each
 
     require_targets(report, trace_out)
+    require_report_targets(report, report_png)
     slo = build_slo(slo_ttft_ms, slo_tpot_ms)
-    service = build_serving(step_tokens, max_requests, prefill, kv_bytes_per_token, other_bytes,
-                            groups, overlap, other_us_per_token)
     named = read_plans(plans)
-    routing, notes = read_trace(trace)
     spec = read_model(model, moe_layers)
+    routing, notes = read_trace(trace, model=spec)
     notes += model_notes(spec)
     assert spec is not None
+    service = build_serving(step_tokens, max_requests, prefill, kv_bytes_per_token, other_bytes,
+                            groups, overlap, other_us_per_token, spec)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
-                          oversubscription)
+                          oversubscription, reserve_bytes)
     interventions = build_interventions(faults, policy, every_steps, place, groups)
-    load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
+    load, told = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed,
+                                arrivals_unit)
+    notes = (*notes, *told)
     name, first = next(iter(named.items()))
     router = StepRouter(routing, place, spec, dispatch=resolve_dispatch(dispatch, first),
                         overlap=service.overlap)
-    views = [] if report is None else views_of(named, routing, place, dispatch)
     with show.progress_bar() as bar:
         task = bar.add_task("serving under each plan", total=len(named))
         served = serve_each(
             named, load, place, trace=routing, model=spec, dispatch=dispatch, serving=service,
             slo=slo, interventions=interventions, seed=seed, progress=lambda: bar.advance(task),
         )
-    if report is not None:
-        write_page(report, served, views)
+    shown = dict(list(named.items())[:MOST_SHOWN])
+    page = simulate_report(
+        served, lambda: views_of(shown, routing, place, dispatch), place, notes
+    )
+    write_reports([page], report, report_png)
     if trace_out is not None:
         with writing(trace_out):
             write_chrome_trace(trace_out, served.results[name], first, router)
@@ -104,17 +112,3 @@ def simulate(
     else:
         print_served(served, notes)
 
-
-def write_page(path: Path, served: Served, views: list[PlanView]) -> None:
-    """The HTML report."""
-    from ..simulator.report.page import render_report, write_report
-
-    page = render_report(
-        title="Loadmaster simulation", verdict=served.verdict, results=served.results,
-        views=views, notes=(
-            "loads and traffic: steps of 512 tokens, 64 requests in flight, from the trace",
-            *served.paired.notes,
-        ),
-    )
-    with writing(path):
-        write_report(path, page)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from . import output as show
-from .options import Json, NumExperts, Seed, TraceArgument
+from .options import Axes, Json, Layers, MoeLayers, NumExperts, RowsModel, Seed, TraceArgument
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
 
 app = typer.Typer(help="Get a trace, and see whether it is long enough.", no_args_is_help=True,
                   rich_markup_mode=None)
@@ -56,10 +57,7 @@ def record(
     except KeyboardInterrupt:
         if stood or not kept.exists():
             raise
-        show.err().print(
-            f"loadmaster: interrupted; {out} holds the whole steps recorded until then",
-            markup=False, soft_wrap=True,
-        )
+        show.print_error(f"interrupted; {out} holds the whole steps recorded until then")
         raise typer.Exit(130) from None
     if json:
         show.print_json({"trace": str(out), **vars(summary)})
@@ -69,40 +67,66 @@ def record(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="Array file, or an engine's dump.")],
+    source: Annotated[
+        Path, typer.Argument(help="File or folder: arrays, an engine's dump, responses, a table.")
+    ],
     out: Out,
     num_experts: NumExperts = None,
     key: Annotated[
         list[str] | None,
         typer.Option(help="Name of an array in the file, as in request=seq. May repeat."),
     ] = None,
+    model: RowsModel = None,
+    moe_layers: MoeLayers = None,
+    axes: Axes = None,
+    layers: Layers = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts a token chooses, where rows do not tell tokens "
+                                 "apart, or numbers have no shape.")
+    ] = None,
+    zero_experts: Annotated[
+        int | None, typer.Option(help="So many ids beyond the experts compute nothing; 0: none.")
+    ] = None,
+    drop_repeated: Annotated[
+        bool, typer.Option("--drop-repeated", help="Leave out tokens that share one route.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Bring [T, L, K] arrays, an SGLang recording or TensorRT-LLM statistics into our format."""
+    """Bring routing in other tools' files into our format: arrays, dumps, responses, tables."""
+    from ..app.inputs import layer_numbers, read_model
     from ..errors import InputError, UsageError
-    from ..traces.formats import import_any
+    from ..traces.formats import Asked, ImportResult, open_any
     from ..traces.storage.manifest import require_unused
-    from ..traces.storage.store import save_trace
+    from ..traces.storage.store import save_blocks, save_trace
 
     require_unused(out)
     keys = dict(pair.partition("=")[::2] for pair in key or ())
     if not all(keys.values()):
         raise UsageError("--key is written column=name, as in --key request=seq")
-    found = import_any(source, num_experts=num_experts, keys=keys or None)
-    if found.trace is None:
+    found = open_any(source, Asked(
+        num_experts, keys, axes, layer_numbers(layers), read_model(model, moe_layers), top_k,
+        zero_experts, drop_repeated,
+    ))
+    notes = found.notes
+    if not isinstance(found, ImportResult):
+        tokens, notes = found.routes.num_tokens, (*notes, *found.routes.notes)
+        save_blocks(found.routes.blocks(), out)
+    elif found.trace is not None:
+        tokens = found.trace.num_tokens
+        save_trace(found.trace, out)
+    else:
         raise InputError(
             f"{source}: {found.format} holds average loads only, which are no trace: give it to "
-            "`loadmaster plan` as it is"
+            f"`loadmaster plan {source}{' --axes ' + axes if axes else ''} --out plan.json` as it "
+            "is"
         )
-    save_trace(found.trace, out)
     if json:
-        show.print_json({"trace": str(out), "format": found.format,
-                         "tokens": found.trace.num_tokens, "cannot_tell": found.cannot_tell,
-                         "notes": found.notes})
+        show.print_json({"trace": str(out), "format": found.format, "tokens": tokens,
+                         "cannot_tell": found.cannot_tell, "notes": notes})
         return
-    show.print_verdict(f"imported {found.trace.num_tokens:,} tokens ({found.format}) to {out}")
+    show.print_verdict(f"imported {tokens:,} tokens ({found.format}) to {out}")
     show.print_notes([f"the format does not tell {what}" for what in found.cannot_tell])
-    show.print_notes(found.notes)
+    show.print_notes(notes)
 
 
 @app.command()
@@ -110,13 +134,20 @@ def info(
     trace: TraceArgument,
     devices: Annotated[int, typer.Option(help="Devices the learning curve packs for.")] = 8,
     num_experts: NumExperts = None,
+    axes: Axes = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     json: Json = False,
 ) -> None:
     """What a trace holds, and whether it is long enough to plan from."""
+    from ..simulator.report.trace_report import trace_report
     from ..traces.analysis.summary import trace_info
     from ..traces.formats import import_any
 
-    facts = trace_info(import_any(trace, num_experts=num_experts), devices=devices)
+    require_report_targets(report, report_png)
+    found = import_any(trace, num_experts=num_experts, axes=axes)
+    facts = trace_info(found, devices=devices)
+    write_reports([trace_report(facts)], report, report_png)
     if json:
         show.print_json(facts.to_dict())
         return

@@ -18,7 +18,15 @@ from ..app.inputs import (
 from ..app.serving import build_workload
 from . import output as show
 from .options import Address, Json, MoeLayers, RoutingArgument, Seed, SizedModel
-from .serving_options import ArrivalsFile, OutputTokens, PromptTokens, Rate, Requests
+from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
+from .serving_options import (
+    ArrivalsFile,
+    ArrivalsUnit,
+    OutputTokens,
+    PromptTokens,
+    Rate,
+    Requests,
+)
 
 if TYPE_CHECKING:
     from ..simulator.whatif.run import WhatIf
@@ -27,11 +35,12 @@ if TYPE_CHECKING:
 def whatif(
     trace: RoutingArgument,
     grid: Annotated[
-        Path, typer.Argument(help="Grid of scenarios (YAML, see `schema grid`): `base`, `axes`.")
+        Path, typer.Argument(help="Grid of scenarios (YAML): `loadmaster example grid` has one.")
     ],
     model: SizedModel,
     moe_layers: MoeLayers = None,
     arrivals: ArrivalsFile = None,
+    arrivals_unit: ArrivalsUnit = None,
     requests: Requests = 300,
     rate: Rate = 5.0,
     prompt_tokens: PromptTokens = 1024,
@@ -42,26 +51,32 @@ def whatif(
     out_csv: Annotated[Path | None, typer.Option("--csv", help="CSV to write.")] = None,
     rank_by: Annotated[str, typer.Option(help="Figure to rank by.")] = "latency_mean_us",
     address: Address = None,
+    report: ReportFile = None,
+    report_png: ReportPictures = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
     """Sweep scenarios: other devices, links, loads, methods, failures; ranked, with the front."""
     from ..errors import UsageError
     from ..foundation.atomic_file import replacing
+    from ..simulator.report.whatif_report import whatif_report
     from ..simulator.whatif.grid import Grid
     from ..simulator.whatif.run import FIGURES, Study, run_whatif
 
-    require_targets(out_csv)
+    require_targets(out_csv, report)
+    require_report_targets(report, report_png)
     if rank_by not in FIGURES:
         raise UsageError(f"--rank-by: no figure {rank_by!r}; there are: {', '.join(FIGURES)}")
     if out_csv is not None and resume is not None and out_csv.resolve() == resume.resolve():
         raise UsageError(f"{out_csv}: --csv and --resume name the same file: name two")
     scenarios = Grid.from_yaml(grid)
-    routing, notes = read_trace(trace)
     spec = read_model(model, moe_layers)
+    routing, notes = read_trace(trace, model=spec)
     notes += model_notes(spec)
     assert spec is not None
-    load = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed)
+    load, told = build_workload(arrivals, requests, rate, prompt_tokens, output_tokens, seed,
+                                arrivals_unit)
+    notes = (*notes, *told)
     study = Study(scenarios, routing, spec, load)
     with show.progress_bar() as bar:
         task = bar.add_task("scenarios", total=None)
@@ -72,6 +87,8 @@ def whatif(
     if out_csv is not None:
         with writing(out_csv), replacing(out_csv) as file:
             file.write(table.to_csv().encode())
+    page = whatif_report(table, tuple(scenarios.axes), rank_by, notes)
+    write_reports([page], report, report_png)
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})
     else:

@@ -176,6 +176,27 @@ def _prefetch(typing_context: Any, array: Any, first: Any, second: Any) -> Any:
 prefetch = cast(Callable[[Any, Any, Any], None], _prefetch)
 
 
+@intrinsic
+def _clock(typing_context: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, double = ir.IntType(64), ir.DoubleType()
+        time = cgutils.alloca_once(builder, ir.ArrayType(word, 2))      # seconds, nanoseconds
+        takes = ir.FunctionType(ir.IntType(32), [ir.IntType(32), time.type])
+        call = cgutils.get_or_insert_function(builder.module, takes, "clock_gettime")
+        builder.call(call, [ir.Constant(ir.IntType(32), 0), time])      # 0: the time of day
+        seconds, nanoseconds = (
+            builder.sitofp(builder.load(cgutils.gep_inbounds(builder, time, 0, i)), double)
+            for i in range(2)
+        )
+        return builder.fadd(seconds, builder.fmul(nanoseconds, ir.Constant(double, 1e-9)))
+
+    return numba.types.float64(), generate
+
+
+# In compiled code `clock()` is `time.time()`: loops that run for long keep a time limit by it.
+clock = cast(Callable[[], float], _clock)
+
+
 def random_state(seed: int, *stream: int) -> RandomState:
     """State for `next_random`; one independent stream per (seed, stream...)."""
     state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)

@@ -25,6 +25,7 @@ from .hardware import HardwareProfile
 PRESETS = ("h100", "h200", "b200", "gb200", "a100", "pcie", "cpu")
 
 MOST_DEVICES, MOST_SLOTS = 65_536, 32_767   # far beyond any cluster and any layer
+RESERVED_SHARE = 0.1         # of a device's memory, where nobody says: what engines leave as well
 
 TrafficMode = Literal["return_home", "allgather", "coherent"]
 Payload = Literal["per_expert", "per_rank", "per_node"]
@@ -83,6 +84,11 @@ class Cluster(BaseModel):
     devices: tuple[Device, ...] = Field(min_length=1, max_length=MOST_DEVICES)
     traffic: Traffic = Traffic()
     hardware: HardwareProfile
+    reserved_bytes: int | None = Field(
+        default=None, ge=0,
+        description="of each device's memory, kept free of weights for KV cache, activations and "
+        "the runtime; None = a tenth",
+    )
 
     @field_validator("traffic", mode="before")
     @classmethod
@@ -94,6 +100,15 @@ class Cluster(BaseModel):
         nodes = [d.node for d in self.devices]
         if nodes != sorted(nodes) or sorted(set(nodes)) != list(range(max(nodes) + 1)):
             raise ValueError("devices must be listed node by node, nodes counted 0, 1, 2, ...")
+        return self
+
+    @model_validator(mode="after")
+    def _reserve(self) -> Self:
+        if self.reserved_bytes is not None and self.reserved_bytes >= self.memory_bytes:
+            raise ValueError(
+                f"reserved_bytes {self.reserved_bytes:,} leave nothing of a device's "
+                f"{self.memory_bytes:,} bytes of memory: keep less free"
+            )
         return self
 
     # ---- making one -----------------------------------------------------------------------
@@ -182,6 +197,32 @@ class Cluster(BaseModel):
         """[G] relative speed."""
         return np.array([d.speed for d in self.devices], np.float64)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of each device."""
+        return self.hardware.memory_bytes
+
+    @property
+    def kept_free_bytes(self) -> int:
+        """Of that, what no weights may fill."""
+        if self.reserved_bytes is not None:
+            return self.reserved_bytes
+        return round(RESERVED_SHARE * self.memory_bytes)
+
+    def with_reserved(self, reserved_bytes: int | None) -> Self:
+        """The same cluster with so much of each device's memory kept free of weights; None = as is.
+
+        Raises UsageError where that leaves nothing.
+        """
+        if reserved_bytes is None:
+            return self
+        if not 0 <= reserved_bytes < self.memory_bytes:
+            raise UsageError(
+                f"reserved bytes {reserved_bytes:,} must lie in 0..{self.memory_bytes - 1:,}: a "
+                f"device has {self.memory_bytes:,} bytes of memory"
+            )
+        return self.model_copy(update={"reserved_bytes": reserved_bytes})
+
     def with_traffic(self, traffic: str) -> Self:
         """The same cluster under another traffic mode."""
         return self.model_copy(update={"traffic": Traffic.parse(traffic)})
@@ -210,8 +251,9 @@ class Cluster(BaseModel):
         return self.model_validate(self.model_dump() | {"devices": devices})
 
     def digest(self) -> str:
-        """Fingerprint of devices, traffic and hardware numbers; names do not count."""
-        text = self.model_dump_json(exclude={"name", "hardware"}) + self.hardware.digest()
+        """Fingerprint of devices, traffic and hardware numbers; names and reserves do not count."""
+        aside = {"name", "hardware", "reserved_bytes"}
+        text = self.model_dump_json(exclude=aside) + self.hardware.digest()
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

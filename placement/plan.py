@@ -265,7 +265,9 @@ class Plan:
             raise PlanError(str(error)) from error
         if not isinstance(data, dict) or data.get("format") != "loadmaster-plan":
             raise PlanError(
-                f"{where}: not a Loadmaster plan; `loadmaster plan-import` reads other engines'"
+                f"{where}: not a Loadmaster plan",
+                call="`placement.formats.import_plan` reads the engines' own",
+                command="`loadmaster plan-import` reads the engines' own",
             )
         if data.get("schema_version") != SCHEMA_VERSION:
             raise PlanError(

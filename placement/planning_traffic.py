@@ -29,6 +29,7 @@ FEW_IN_FLIGHT = 16          # a second set of steps has this many times fewer re
 LEAST_STEP = 32             # tokens
 MOST_PASSES = 8             # through the same tokens, each with another seed
 MOST_REQUESTS = 512         # whose loads shape the scenarios
+LOAD_TOTAL = 1 << 28        # units a layer's largest window of average loads is counted in
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class LayerTraffic:
     planning: Steps | None
     extra: tuple[Steps, ...]         # planning tokens again, in other steps to search on
     validation: Steps | None
-    load_WE: FloatArray | None       # average loads, where there is no trace
+    load_WE: FloatArray | None       # average loads in LOAD_TOTAL's units, where there is no trace
     num_experts: int
+    counted: float | None = None     # assignments a unit stands for, where loads are whole counts
 
     def planning_WE(self) -> FloatArray:
         """[W, E] tokens per planning step and expert."""
@@ -76,6 +78,16 @@ class LayerTraffic:
         load += np.bincount(cell.reshape(-1), minlength=load.size).reshape(load.shape)
         return load
 
+    def thinned(self, most: int) -> LayerTraffic:
+        """The same with so many steps of each part at most, spread over it."""
+        if self.load_WE is not None:
+            return replace(self, load_WE=self.load_WE[_thinned(0, len(self.load_WE), most)])
+        planning, validation = (
+            None if steps is None else steps.take(_thinned(0, len(steps), most))
+            for steps in (self.planning, self.validation)
+        )
+        return replace(self, planning=planning, validation=validation, extra=())
+
     def counts(self, steps: Steps) -> Int32Array:
         """[W, E] tokens per step and expert, whole numbers."""
         assert self.trace is not None
@@ -109,12 +121,14 @@ class PlanningSteps:
     layer_indices: tuple[int, ...]
     notes: tuple[str, ...] = ()
     summary: str = ""
+    counted_L: FloatArray | None = None      # see `LayerTraffic.counted`
 
     def layer(self, layer: int) -> LayerTraffic:
         """One layer's share."""
         if self.load_WLE is not None:
             loads = np.ascontiguousarray(self.load_WLE[:, layer], np.float64)
-            return LayerTraffic(None, None, (), None, loads, self.num_experts)
+            counted = None if self.counted_L is None else float(self.counted_L[layer])
+            return LayerTraffic(None, None, (), None, loads, self.num_experts, counted)
         assert self.trace is not None
         return LayerTraffic(
             one_layer(self.trace, layer), self.planning, self.extra, self.validation, None,
@@ -187,13 +201,35 @@ def _steps_of_trace(
 
 def _steps_of_loads(profile: Profile) -> PlanningSteps:
     """Average loads as steps, one per window; windows of any scale have equal weight."""
-    loads = np.asarray(profile.load_WLE, np.float64)
+    load_WLE, counted_L = in_units(np.asarray(profile.load_WLE, np.float64))
     return PlanningSteps(
-        None, None, (), None, loads, profile.num_experts, profile.num_layers,
+        None, None, (), None, load_WLE, profile.num_experts, profile.num_layers,
         profile.layer_indices,
         ("planned for load only: no steps, requests or homes were recorded",),
-        f"average loads in {profile.num_windows} windows",
+        f"average loads in {profile.num_windows} windows", counted_L,
     )
+
+
+def in_units(load_WLE: FloatArray) -> tuple[FloatArray, FloatArray | None]:
+    """(loads [W, L, E] of any size in like units, what a unit of each layer counts [L]).
+
+    A layer's largest window becomes LOAD_TOTAL, and every window a whole number of its own
+    LOAD_TOTAL-th parts: the same loads times any number become the same units, so they get the
+    same plan, and every rule of dispatch splits them without rounding. The second is None where
+    loads are not whole counts, whose noise would be known.
+    """
+    total_WL = load_WLE.sum(axis=2)
+    most_L = total_WL.max(axis=0)
+    share_WLE = load_WLE / np.where(total_WL > 0, total_WL, 1.0)[:, :, None]
+    part_WLE = np.rint(share_WLE * LOAD_TOTAL)
+    heaviest_WL = part_WLE.argmax(axis=2)[:, :, None]
+    off_WL = np.where(total_WL > 0, LOAD_TOTAL - part_WLE.sum(axis=2), 0.0)[:, :, None]
+    heaviest = np.take_along_axis(part_WLE, heaviest_WL, axis=2) + off_WL
+    np.put_along_axis(part_WLE, heaviest_WL, heaviest, axis=2)
+    # Single precision: two scales of the same loads differ in the last digit of a quotient.
+    size_WL = (total_WL / np.where(most_L > 0, most_L, 1.0)).astype(np.float32)
+    counted = (load_WLE == np.rint(load_WLE)).all()
+    return part_WLE * size_WL[:, :, None], most_L / LOAD_TOTAL if counted else None
 
 
 def _split_tokens(

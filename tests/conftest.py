@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before anything imports Triton: its kernels then run on the CPU, interpreted.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# How long an example takes says nothing of the code where processors are shared.
+settings.register_profile("loadmaster", deadline=None)
+settings.load_profile("loadmaster")
 
 # Tests of groups, tasks and jobs on Ray: they mostly wait.
 ON_RAY = tuple(f"tests/workers/{at}" for at in ("demo/", "fleet/", "group/", "jobs/", "test_cli"))

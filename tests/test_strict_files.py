@@ -19,7 +19,8 @@ from loadmaster.placement.plan import Plan
 from loadmaster.simulator.events.fault_file import read_faults
 from loadmaster.simulator.whatif.grid import Grid
 from loadmaster.simulator.whatif.resume import finished_cells
-from loadmaster.traces.arrivals import load_arrivals
+from loadmaster.traces.arrival_files import load_arrivals
+from loadmaster.traces.formats.asked import Asked
 from loadmaster.traces.formats.trtllm import import_statistics
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.storage.manifest import Manifest, read_manifest
@@ -189,4 +190,4 @@ def test_a_checkpoint_may_say_that_a_limit_is_infinite(tmp_path: Path) -> None:
 def test_statistics_say_their_counts_once(tmp_path: Path) -> None:
     (tmp_path / "meta_info.json").write_text('{"num_experts": 2, "num_experts": 4}')
     with pytest.raises(InputError, match="'num_experts' is given twice"):
-        import_statistics(tmp_path)
+        import_statistics(tmp_path, Asked())

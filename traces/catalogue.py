@@ -20,7 +20,7 @@ from .model_config.formats import FORMATS, ExpertBytes, WeightFormat, format_nam
 from .model_config.layer_ranges import parse_layers
 from .model_spec import DraftLayers, ModelSpec
 
-_FILE = Path(__file__).with_name("catalogue.yaml")
+CATALOGUE = Path(__file__).with_name("catalogue.yaml")
 # Words of a release's name that change neither its shape nor its weights' format.
 _RELEASE = re.compile(
     r"(instruct|thinking|chat|base|it|hf|pt|preview|mtp|dpo|sft|rl|\d{4}|\d{6}|v0\.\d)"
@@ -54,11 +54,6 @@ def catalogue_model(name: str) -> ModelSpec:
     )
 
 
-def catalogue_names() -> tuple[str, ...]:
-    """Every model's first name, in the order of the catalogue."""
-    return tuple(_facts())
-
-
 def models_of_shape(n_layers: int, n_experts: int, top_k: int) -> tuple[str, ...]:
     """The models with so many MoE layers, experts in each, and choices of a token."""
     return tuple(
@@ -86,7 +81,7 @@ def _release(rest: str) -> str | None:
 
 @cache
 def _facts() -> Mapping[str, Mapping[str, Any]]:
-    facts: dict[str, Mapping[str, Any]] = read_yaml(_FILE)
+    facts: dict[str, Mapping[str, Any]] = read_yaml(CATALOGUE)
     return facts
 
 

@@ -28,7 +28,8 @@ def load_trace(path: Path | str, *, verify: bool = True) -> RoutingTrace:
     result = import_any(path)
     if result.trace is None:
         raise InputError(
-            f"{path}: holds loads per expert, not routing per token; import it as a profile "
-            "(`loadmaster plan` takes it directly, and plans for load only)"
+            f"{path}: holds loads per expert, not routing per token",
+            call="plan from the profile that `import_any` finds in it",
+            command="`loadmaster plan` takes it directly, and plans for load only",
         )
     return result.trace

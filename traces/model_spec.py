@@ -16,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import InputError
 from ..foundation.documents import first_fault
 from .model_config.checkpoint import BY_HAND, checkpoint_fields
+from .model_config.dense_weights import ModelShape, estimated_dense_bytes
+from .model_config.files import ModelFiles, find_files
 from .model_config.layer_ranges import MOST_LAYERS
+from .model_config.on_disk import dense_bytes
 
 # Far beyond any model, and small enough that bytes and operations stay whole numbers.
 MOST_EXPERTS, MOST_WIDE, MOST_BYTES = 65_536, 2**24, 2**50
@@ -83,6 +86,14 @@ class ModelSpec(BaseModel):
     notes: tuple[str, ...] = Field(
         default=(), description="what was read with a doubt, each beside the figure it may change"
     )
+    dense_bytes: int | None = Field(
+        default=None, ge=0, le=MOST_BYTES,
+        description="weights beside the routed experts, as every device holds them; None = "
+        "estimated from the sizes",
+    )
+    dense_is_estimated: bool = Field(
+        default=False, description="dense_bytes was reckoned from a configuration's widths"
+    )
     other_time_us: float = Field(
         default=0.0, ge=0, description="time of a step outside the experts and their exchange"
     )
@@ -118,18 +129,18 @@ class ModelSpec(BaseModel):
         return self
 
     @classmethod
-    def from_pretrained(cls, source: Path | str, *, moe_layers: str | None = None) -> ModelSpec:
-        """The model in a checkpoint's folder, or of its config.json or params.json alone.
+    def from_pretrained(cls, folder: Path | str, *, moe_layers: str | None = None) -> ModelSpec:
+        """The model in a checkpoint's folder; or its config.json or params.json may be named.
 
         Where weights lie beside the configuration, their headers decide, and `notes` say where the
         two differ. moe_layers: "3-60", where the files do not say which layers are MoE. Raises
         InputError where the model is not MoE or cannot be understood, saying which fields were
         looked for and how to answer.
         """
-        path = Path(source)
+        path = Path(folder)
         fields = checkpoint_fields(path, moe_layers)
         try:
-            return cls(**fields)
+            return cls(**fields)._with_dense_weights(find_files(path))
         except ValidationError as error:
             named = path / "config.json" if path.is_dir() else path
             raise InputError(f"{named}: {first_fault(error)}; {BY_HAND}") from error
@@ -179,9 +190,36 @@ class ModelSpec(BaseModel):
         """[L] the model's own layer indices; 0..L-1 where not recorded."""
         return self.layer_indices or tuple(range(self.num_layers))
 
+    def dense_weights(self) -> tuple[int, bool] | None:
+        """(bytes beside the routed experts, whether that is an estimate); None = sizes unknown."""
+        if self.dense_bytes is not None:
+            return self.dense_bytes, self.dense_is_estimated
+        shape = self._shape()
+        return None if shape is None else (estimated_dense_bytes(shape), True)
+
+    def _with_dense_weights(self, files: ModelFiles) -> Self:
+        """The same with `dense_bytes` from the weights beside a configuration, or its widths."""
+        try:
+            found = dense_bytes(files.folder, self.total_layers)
+        except InputError:          # a note says so already: their experts were looked for first
+            found = None
+        estimated = found is None
+        if found is None and (shape := self._shape()) is not None:
+            found = estimated_dense_bytes(shape, files.config)
+        return self.model_copy(update={"dense_bytes": found, "dense_is_estimated": estimated})
+
+    def _shape(self) -> ModelShape | None:
+        if self.hidden is None or self.intermediate is None or not self.knows_sizes:
+            return None
+        return ModelShape(
+            self.hidden, self.total_layers or max(self.own_layer_indices()) + 1, self.num_layers,
+            self.num_experts, self.intermediate, self.num_shared_experts,
+            self.matrices_per_expert, self.bytes_per_parameter,
+        )
+
     def digest(self) -> str:
-        """Fingerprint of what a plan rests on: not the name, notes or draft layers."""
-        aside = {"name", "notes", "draft_layers"}
+        """Fingerprint of what a plan rests on: not the name, notes, drafts or other weights."""
+        aside = {"name", "notes", "draft_layers", "dense_bytes", "dense_is_estimated"}
         if self.weights_known:      # as models were fingerprinted before it could be unknown
             aside.add("weights_known")
         text = self.model_dump_json(exclude=aside)

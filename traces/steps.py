@@ -68,11 +68,12 @@ class StepSampler:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.concurrency < 1:
             raise UsageError(
-                f"a step needs tokens >= 1 and concurrency >= 1; got {self.tokens} and "
-                f"{self.concurrency}"
+                f"a step's tokens {self.tokens} and concurrency {self.concurrency} must both be "
+                "at least 1"
             )
-        if self.order not in ("interleaved", "recorded", "shuffled", "stored"):
-            raise UsageError(f"unknown step order {self.order!r}")
+        orders = ("interleaved", "recorded", "shuffled", "stored")
+        if self.order not in orders:
+            raise UsageError(f"unknown order {self.order!r}; there are: {', '.join(orders)}")
 
     def sample(self, trace: RoutingTrace, max_steps: int | None = None) -> Steps:
         """Cut the trace into steps; at most `max_steps` (the first ones).

@@ -27,7 +27,7 @@ MOST_UNNAMED_DOMAINS = 65_536
 # What a column may hold, where that is less than its dtype can.
 _RANGE = {"phase": (PREFILL, DECODE), "source": (0, 2**31 - 1), "domain": (0, 2**31 - 1)}
 
-_PER_TOKEN = ("gates", "k_of_token", "step", "request", "source", "phase", "domain")
+PER_TOKEN = ("gates", "k_of_token", "step", "request", "source", "phase", "domain")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class RoutingTrace:
         """Check everything once and build a trace.
 
         ids: integers [T, L, K] in [0, num_experts), one row per token, no expert twice in a
-        token's choice of a layer (not checked here: some models allow it).
+        token's choice of a layer (checked where foreign files are read, `formats/routes.py`).
         `domain` may be indices into `domain_names`, or strings.
         Raises InputError naming the column and the first bad place.
         """
@@ -169,7 +169,7 @@ class RoutingTrace:
     def select(self, tokens: IntArray | BoolArray) -> Self:
         """The trace of these tokens (indices or a mask [T]), in the order given."""
         taken: dict[str, Any] = {}
-        for name in _PER_TOKEN:
+        for name in PER_TOKEN:
             column = getattr(self, name)
             taken[name] = None if column is None else column[tokens]
         return dataclasses.replace(self, ids=self.ids[tokens], **taken)
@@ -227,7 +227,7 @@ class RoutingTrace:
         """Fingerprint of ids and every recorded column."""
         state = hashlib.sha256(repr((self.ids.shape, self.num_experts)).encode())
         state.update(np.ascontiguousarray(self.ids).view(np.uint8).data)
-        for name in _PER_TOKEN:
+        for name in PER_TOKEN:
             column = getattr(self, name)
             if column is not None:
                 state.update(name.encode())
@@ -263,11 +263,7 @@ def _checked_ids(
         raise InputError(f"ids {list(raw.shape)} hold no layer or no choice")
     checked = raw
     if k_of_token is not None:
-        k_TL = np.asarray(k_of_token)
-        if k_TL.dtype.kind not in "iu":
-            raise InputError(f"k_of_token must be whole numbers [T, L]; got {k_TL.dtype}")
-        if k_TL.shape != raw.shape[:2] or (k_TL > raw.shape[2]).any() or (k_TL < 0).any():
-            raise InputError(f"k_of_token must be [T, L] in 0..{raw.shape[2]}")
+        k_TL = checked_k(np.asarray(k_of_token), raw.shape)
         checked = np.where(np.arange(raw.shape[2]) < k_TL[:, :, None], raw, 0)
     if checked.size and (int(checked.max()) >= num_experts or int(checked.min()) < 0):
         t, layer, _ = np.argwhere((checked < 0) | (checked >= num_experts))[0]
@@ -276,6 +272,15 @@ def _checked_ids(
             f"[0, {num_experts}): wrong num_experts, or physical slots recorded as experts"
         )
     return checked.astype(id_dtype(num_experts), copy=False)
+
+
+def checked_k(k_TL: npt.NDArray[Any], shape_TLK: tuple[int, ...]) -> npt.NDArray[Any]:
+    """How many choices of each token and layer count. Raises InputError on what they cannot be."""
+    if k_TL.dtype.kind not in "iu":
+        raise InputError(f"k_of_token must be whole numbers [T, L]; got {k_TL.dtype}")
+    if k_TL.shape != shape_TLK[:2] or (k_TL > shape_TLK[2]).any() or (k_TL < 0).any():
+        raise InputError(f"k_of_token must be [T, L] in 0..{shape_TLK[2]}")
+    return k_TL
 
 
 def _layer_numbers(layer_indices: Sequence[int], layers: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ too little for that.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..cluster import Cluster
 from ..cost.evaluate import Evaluation
 from ..cost.overlap import Overlap
 from ..dispatch.quotas import default_slack
+from ..memory import memory_notes
 from ..plan import DispatchSpec, Plan
 from .intervals import CONFIDENCE
 from .per_step import Bench, Contest, hold_contest
@@ -127,13 +129,15 @@ def compare(
     max_steps: int | None = None,
     overlap: Overlap | None = None,
     executor: Executor | None = None,
+    time_left_s: float | None = None,
 ) -> Comparison:
     """Judge several plans on the same steps of one trace.
 
     plans: name -> plan; ties rank the reference first, then in the order given. current: the plan
     active, what the verdict is about; None = the first. dispatch None: each plan under its own.
     objective: what ranks, "time" (default with a model of known sizes) or "balance", with the
-    planner's balance_slack. Raises UsageError without plans or for an unknown `current`.
+    planner's balance_slack. time_left_s: where bands need steps redrawn and these take longer,
+    there are no bands. Raises UsageError without plans or for an unknown `current`.
     """
     if not plans:
         raise UsageError("compare needs at least one plan")
@@ -148,9 +152,14 @@ def compare(
     slack = default_slack(cluster) if balance_slack is None else balance_slack
     bench = Bench(trace, cluster, dispatch, model, sized and objective != "balance", overlap,
                   executor)
-    contest = hold_contest(bench, plans, steps, max_steps, slack, resamples, seed)
+    until = None if time_left_s is None else time.monotonic() + time_left_s
+    contest = hold_contest(bench, plans, steps, max_steps, slack, resamples, seed, until)
     table = _ranked(contest, reference)
-    return replace(table, notes=(*table.notes, *_promises(table, plans, trace, steps)))
+    memory = (
+        f"{n}: {x}" for n, plan in plans.items() for x in memory_notes(plan, cluster, model)
+    )
+    promises = _promises(table, plans, trace, steps)
+    return replace(table, notes=(*table.notes, *memory, *promises))
 
 
 def _promises(

@@ -5,6 +5,7 @@ Knows evaluations, steps and noise. Knows nothing of how plans were found or wha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,12 +21,16 @@ from ..cost.evaluate import Evaluation, check_model, check_slots, judge, resolve
 from ..cost.overlap import Overlap
 from ..cost.step_loads import StepLoads, check_fit, step_loads
 from ..cost.token_transfers import transfers_cost_bytes
+from ..cost.unplanned import filled_shape, unplanned_us_W
 from ..plan import DispatchSpec, Plan
 from .bootstrap import redraw
 from .intervals import band
 from .noise_band import StepMix, mean_noise, step_mix
 
 Noise = Callable[[FloatArray], "FloatArray | None"]
+
+
+FEWEST_DRAWN_STEPS = 50      # below which draws need not be made: they have a step each at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,11 @@ class Bench:
             expert_bytes_E=None if model is None else model.listed_bytes_E(),
             timed=model is not None,
         )
-        found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap)
+        rest_us_W = None if model is None else unplanned_us_W(
+            self.trace, steps, filled_shape(plan), self.cluster, spec, model, self.overlap, executor
+        )
+        found = judge(loads, self.cluster, spec, steps.notes, model=model, overlap=self.overlap,
+                      rest_us_W=rest_us_W)
         metric_W = found.step_time_us_W if self.timed else _mean_over_layers(found.peak_WL)
         assert metric_W is not None
         return found, metric_W, _transfers_W(loads, self.cluster)
@@ -147,10 +156,14 @@ class Bench:
 
 def hold_contest(
     bench: Bench, plans: dict[str, Plan], sampler: StepSampler, max_steps: int | None,
-    slack: float, resamples: int, seed: int,
+    slack: float, resamples: int, seed: int, until: float | None = None,
 ) -> Contest:
-    """Judge every plan on the sampler's steps; where those cannot tell noise, on redrawn ones."""
+    """Judge every plan on the sampler's steps; where those cannot tell noise, on redrawn ones.
+
+    until: time.monotonic() up to which there is time for those.
+    """
     steps = sampler.sample(bench.trace, max_steps)
+    began = time.monotonic()
     judged = [bench.judged(name, plan, steps, bench.executor) for name, plan in plans.items()]
     metric_PW = np.stack([metric_W for _, metric_W, _ in judged])
     transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
@@ -163,8 +176,11 @@ def hold_contest(
         return lambda weight_P: mean_noise(weight_P @ value_PW, mix, resamples, seed)
 
     noises = fitted(metric_PW), fitted(transfers_PW)
+    each = (time.monotonic() - began) / max(len(steps), 1)
+    left = None if until is None else (until - time.monotonic()) / each
     again = None if mix.tells else redrawn_noise(
-        bench, plans, sampler, steps, seed, metric_PW.mean(axis=1), transfers_PW.mean(axis=1)
+        bench, plans, sampler, steps, seed, (metric_PW.mean(axis=1), transfers_PW.mean(axis=1)),
+        left,
     )
     if again is not None:
         *drawn, resamples, requests = again
@@ -181,14 +197,17 @@ def hold_contest(
 
 def redrawn_noise(
     bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int,
-    metric_P: FloatArray, transfers_P: FloatArray,
+    mean_XP: tuple[FloatArray, FloatArray], most_steps: float | None = None,
 ) -> tuple[Noise, Noise, int, int] | None:
     """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap.
 
-    metric_P, transfers_P: each plan's means over the judged steps.
+    mean_XP: each plan's means of both over the judged steps. most_steps: for which there is time;
+    None where the draws have more.
     """
+    if most_steps is not None and most_steps < FEWEST_DRAWN_STEPS:
+        return None
     redrawn = redraw(bench.trace, sampler, steps, seed)
-    if redrawn is None:
+    if redrawn is None or (most_steps is not None and len(redrawn.steps) > most_steps):
         return None
     threads = bench.executor or LayerThreads()
     judged = [bench.judged(name, plan, redrawn.steps, threads) for name, plan in plans.items()]
@@ -199,7 +218,7 @@ def redrawn_noise(
         return lambda weight_P: redrawn.noise(weight_P @ value_PW, float(weight_P @ mean_P))
 
     return (
-        noise_of(metric_PW, metric_P), noise_of(transfers_PW, transfers_P), redrawn.draws,
+        noise_of(metric_PW, mean_XP[0]), noise_of(transfers_PW, mean_XP[1]), redrawn.draws,
         redrawn.requests,
     )
 

@@ -21,10 +21,12 @@ from ...traces.steps import Steps, StepSampler
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..dispatch.policies import policy_of
+from ..memory import memory_notes
 from ..plan import DispatchSpec, Plan
 from .overlap import Overlap
 from .step_cost import step_cost
 from .step_loads import StepLoads, step_loads
+from .unplanned import UNPLANNED_PRICED, filled_shape, layers_of, unplanned_layers, unplanned_us_W
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +99,11 @@ def evaluate(
         trace, sampled, plan, cluster, spec, expert_bytes_E=sizes, executor=executor,
         timed=model is not None,
     )
-    return judge(loads, cluster, spec, sampled.notes, model=model, overlap=overlap)
+    notes = (*sampled.notes, *memory_notes(plan, cluster, model))
+    rest_us_W = None if model is None else unplanned_us_W(
+        trace, sampled, filled_shape(plan), cluster, spec, model, overlap, executor
+    )
+    return judge(loads, cluster, spec, notes, model=model, overlap=overlap, rest_us_W=rest_us_W)
 
 
 def resolve_dispatch(dispatch: str | DispatchSpec | None, plan: Plan) -> DispatchSpec:
@@ -111,12 +117,8 @@ def resolve_dispatch(dispatch: str | DispatchSpec | None, plan: Plan) -> Dispatc
 
 
 def check_model(model: ModelSpec, plan: Plan) -> None:
-    """Whether the plan is for this model. Raises InputError."""
-    if (model.num_layers, model.num_experts) != (plan.num_layers, plan.num_experts):
-        raise InputError(
-            f"the model {model.name} has {model.num_layers} layers of {model.num_experts} experts, "
-            f"the plan {plan.num_layers} of {plan.num_experts}"
-        )
+    """Whether the plan is for this model, or for some of its layers. Raises InputError."""
+    unplanned_layers(model, layers_of(plan), plan.num_experts, "the plan")
     if plan.model_digest and plan.model_digest != model.digest():
         raise InputError(
             f"the plan was made for model {plan.model_digest}, this one is {model.digest()}: "
@@ -175,8 +177,9 @@ def judge(
     *,
     model: ModelSpec | None = None,
     overlap: Overlap | None = None,
+    rest_us_W: FloatArray | None = None,
 ) -> Evaluation:
-    """An Evaluation from loads already counted."""
+    """An Evaluation from loads already counted. rest_us_W: of layers the plan does not hold."""
     imbalance_WL = imbalance_of(loads.tokens_WLG, cluster)
     peak_WL = peak_of(loads.tokens_WLG, cluster)
     used = imbalance_WL[~np.isnan(imbalance_WL)]
@@ -186,10 +189,14 @@ def judge(
     if used.size < imbalance_WL.size:
         empty = imbalance_WL.size - used.size
         lines.append(f"{empty} of {imbalance_WL.size} (step, layer) cells had no tokens: left out")
-    cost = None
+    cost, step_us_W = None, None
     if model is not None and model.knows_sizes:
         cost = step_cost(loads, model, cluster, dispatch=spec, overlap=overlap)
         lines.extend(cost.notes)
+        step_us_W = cost.step_us_W
+        if rest_us_W is not None:
+            step_us_W = step_us_W + rest_us_W
+            lines.append(UNPLANNED_PRICED)
     token_layers = float(loads.tokens_W.sum()) * imbalance_WL.shape[1]
     node_copies = float(loads.nic_out_WLG.sum())
     layers_used = ~np.isnan(imbalance_WL).all(axis=0)
@@ -206,7 +213,7 @@ def judge(
         ) / token_layers,
         remote_node_copies_per_token=node_copies / token_layers,
         active_experts_per_device=float(loads.active_WLG.mean()),
-        step_time_us=None if cost is None else float(cost.step_us_W.mean()),
+        step_time_us=None if step_us_W is None else float(step_us_W.mean()),
         layer_time_us=None if cost is None else cost.layer_us_WL.mean(axis=0),
         imbalance_L=imbalance_L,
         steps=len(loads.tokens_W),
@@ -214,5 +221,5 @@ def judge(
         notes=tuple(lines),
         imbalance_WL=imbalance_WL,
         peak_WL=peak_WL,
-        step_time_us_W=None if cost is None else cost.step_us_W,
+        step_time_us_W=step_us_W,
     )

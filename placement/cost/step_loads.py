@@ -36,7 +36,8 @@ from ...foundation.parallel import Executor
 from ...traces.steps import Steps
 from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
-from ..dispatch.assignment import counts_gathers, layer_dispatch, route_steps
+from ..dispatch.assignment import counts_gathers, layer_dispatch, layers_draws, route_steps
+from ..dispatch.fair_choice import Draws
 from ..plan import DispatchSpec, Plan
 from .count_traffic import LayerCounts, count_layer
 
@@ -94,9 +95,10 @@ def step_loads(
         counted = _coherent(trace, steps, plan, from_A, cluster, spec, expert_bytes_E, timed)
     else:
         # Made one by one where nothing runs ahead: all layers' ids at once may not fit in memory.
+        draws_L = layers_draws(plan.slots, plan.num_experts, cluster, spec, plan.layer_indices)
         jobs = (
             LayerJob(_layer_ids(trace, steps, i), from_A, steps.offset, plan.slots[i],
-                     plan.num_experts)
+                     plan.num_experts, draws_L[i])
             for i in chosen
         )
         count = functools.partial(
@@ -133,6 +135,7 @@ class LayerJob:
     offset_W: IntArray                 # [W + 1]
     slots_GC: npt.NDArray[np.int16]
     num_experts: int
+    draws_GX: Draws | None             # of `sglang_static`, where the layers before left them
 
 
 def layer_loads(
@@ -144,7 +147,7 @@ def layer_loads(
     timed: bool = True,
 ) -> LayerCounts:
     """Route and count one layer: the inner loop of `step_loads`, for searches."""
-    layer = layer_dispatch(job.slots_GC, job.num_experts, cluster, spec)
+    layer = layer_dispatch(job.slots_GC, job.num_experts, cluster, spec, job.draws_GX)
     slot_AK = route_steps(layer, job.ids_AK, job.home_A, job.offset_W)
     return count_layer(
         slot_AK, job.home_A[:, None], job.offset_W, job.slots_GC, cluster, expert_bytes_E, timed,
@@ -179,8 +182,9 @@ def _coherent(
     """Layer after layer: each starts where the tokens ended up."""
     counted: list[LayerCounts] = []
     from_AX = home_A[:, None]
+    draws_L = layers_draws(plan.slots, plan.num_experts, cluster, spec, plan.layer_indices)
     for i, slots_GC in enumerate(plan.slots):
-        layer = layer_dispatch(slots_GC, plan.num_experts, cluster, spec)
+        layer = layer_dispatch(slots_GC, plan.num_experts, cluster, spec, draws_L[i])
         slot_AK = route_steps(layer, _layer_ids(trace, steps, i), home_A, steps.offset)
         counted.append(count_layer(
             slot_AK, from_AX, steps.offset, slots_GC, cluster, expert_bytes_E, timed,

@@ -12,10 +12,13 @@ all-gather after the first; whoever replays a trace makes them for all ranks at 
     ByExpert      assignments by expert; for most policies
     ByClass       by expert and the destinations its token visits anyway: `balanced` where a token
                   travels once per rank or node (deduplicated.py)
-    ByPosition    by slot: the engines' rules that see where a token is in its batch choose at
+    ByPosition    by slot: the engines' rules that see where a token is among its rank's choose at
                   once, and the counts only announce what is sent
+    ByRow         by slot, as if the rank's rows were the batch's first, and rows: how many rows lie
+                  before them, the counts of all ranks say
 
-Knows one layer at a time; every step is dispatched by itself. Knows nothing of tensors, of the
+Knows one layer at a time (`sglang_static` alone draws on from layer to layer, `layers_draws`);
+every step is dispatched by itself. Knows nothing of tensors, of the
 exchange or of time. Negative ids are left out everywhere.
 
 Axes: A tokens of all steps, T of one, K choices, G ranks, E experts, X counts of a rank, S slots.
@@ -24,6 +27,7 @@ Axes: A tokens of all steps, T of one, K choices, G ranks, E experts, X counts o
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -36,18 +40,23 @@ from ...foundation.compiled import compiled
 from ..cluster import Cluster
 from ..plan import DispatchSpec
 from .deduplicated import ClassTable, classify, place_classes, quotas_of_classes, split_classes
+from .fair_choice import Draws, first_draws
 from .policies import (
     BALANCED,
     OFFSET_BY_RANK,
+    SEED,
+    SGLANG_ROWS,
+    SGLANG_STATIC,
     SLACK,
     TRTLLM,
+    fixed_slots,
     parameter_vector,
     policy_of,
     sends_once,
     split_cell,
 )
 from .replica_table import ReplicaTable
-from .serving_engines import slots_by_position
+from .serving_engines import row_turns, slots_by_position, turned_places
 
 
 class Counted(NamedTuple):
@@ -88,18 +97,55 @@ def layer_dispatch(
     num_experts: int,
     cluster: Cluster,
     spec: DispatchSpec,
+    draws_GX: Draws | None = None,
 ) -> LayerDispatch:
-    """The dispatch of a layer with these slots. UsageError on an unknown policy or parameter."""
+    """The dispatch of a layer with these slots. UsageError on an unknown policy or parameter.
+
+    draws_GX: where the layers before it left the draws (`layers_draws`); None = a layer alone.
+    """
     table = ReplicaTable.of(slots_GC, num_experts)
     policy, parameters = policy_of(spec), parameter_vector(spec, cluster)
     if policy.code == BALANCED and sends_once(cluster):
         return ByClass(ClassTable.of(table, cluster), cluster.speed_G, float(parameters[SLACK]))
+    if policy.code == SGLANG_ROWS:
+        return ByRow(table, slots_GC.size)
     if policy.by_position:
         return ByPosition(
             table, cluster.num_devices, slots_GC.size, policy.code == TRTLLM,
             bool(parameters[OFFSET_BY_RANK]),
         )
-    return ByExpert(policy.code, table, cluster, slots_GC.size, parameters)
+    draws_GX = None if draws_GX is None else draws_GX.copy()
+    fixed_GE = fixed_slots(policy.code, table, cluster, parameters, draws_GX)
+    return ByExpert(policy.code, table, cluster, slots_GC.size, parameters, fixed_GE)
+
+
+def layers_draws(
+    slots_LGC: npt.NDArray[np.integer[Any]],
+    num_experts: int,
+    cluster: Cluster,
+    spec: DispatchSpec,
+    layer_indices: Sequence[int] = (),
+) -> list[Draws | None]:
+    """Where the draws of `sglang_static` stand before each layer of a plan; None: none are made.
+
+    layer_indices: the model's own; a layer that it has and the plan does not holds SGLang's default
+    row (expert s mod E in slot s), and draws too.
+    """
+    if policy_of(spec).code != SGLANG_STATIC:
+        return [None] * len(slots_LGC)
+    parameters, (_, devices, width) = parameter_vector(spec, cluster), slots_LGC.shape
+    default_GC = (np.arange(devices * width) % num_experts).reshape(devices, width)
+    draws_GX = first_draws(int(parameters[SEED]), devices)
+    place_of = {own: i for i, own in enumerate(layer_indices or range(len(slots_LGC)))}
+    found: list[Draws | None] = [None] * len(slots_LGC)
+    for own in range(max(place_of) + 1):
+        slots_GC = default_GC
+        if own in place_of:
+            slots_GC = slots_LGC[place_of[own]]
+            found[place_of[own]] = draws_GX.copy()
+        table = ReplicaTable.of(slots_GC, num_experts)
+        fixed_slots(SGLANG_STATIC, table, cluster, parameters, draws_GX)
+    return found
 
 
 def counts_gathered_first(num_experts: int, cluster: Cluster) -> int:
@@ -141,7 +187,7 @@ def route_steps(
     return slot_AK
 
 
-# ---- the three kinds ------------------------------------------------------------------------
+# ---- the four kinds -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +199,7 @@ class ByExpert:
     cluster: Cluster
     slots: int
     parameters: npt.NDArray[np.float64]
+    fixed_GE: Int32Array
 
     @property
     def start_E(self) -> Int32Array:
@@ -172,7 +219,7 @@ class ByExpert:
         quotas_GS = np.zeros((len(counts_GX), self.slots), np.int32)
         split_cell(
             self.policy, counts_GX, *self.table.arrays(), cluster.node_G, cluster.num_nodes,
-            cluster.speed_G, self.parameters, quotas_GS,
+            cluster.speed_G, self.parameters, self.fixed_GE, quotas_GS,
         )
         return quotas_GS
 
@@ -230,7 +277,7 @@ class ByClass:
 
 @dataclass(frozen=True, eq=False)
 class ByPosition:
-    """The engines' rules by position (`serving_engines.py`): slots first, counts of them after."""
+    """The engines' rules by a token's place among its rank's: slots first, counts of them after."""
 
     table: ReplicaTable
     devices: int
@@ -260,6 +307,44 @@ class ByPosition:
 
     def place(self, counted: Counted, split: Int32Array) -> Int32Array:
         return counted.choice_TK
+
+
+@dataclass(frozen=True, eq=False)
+class ByRow:
+    """`sglang_rows`: by a token's place in the whole batch, rank after rank."""
+
+    table: ReplicaTable
+    slots: int
+
+    @property
+    def start_E(self) -> Int32Array:
+        return self.table.start_unique_E
+
+    @property
+    def num_counts(self) -> int:
+        return len(self.table.slot_R) + 1
+
+    def count(self, ids_TK: Int32Array, home_T: Int32Array) -> Counted:
+        turn_TK = np.empty(ids_TK.shape, np.int32)
+        counts_GX = np.zeros((self.slots // self.table.slots_per_device, self.num_counts), np.int32)
+        row_turns(ids_TK, home_T, self.table.start_E, turn_TK, counts_GX)
+        return Counted(ids_TK, home_T, counts_GX, turn_TK)
+
+    def split(self, counts_GX: Int32Array) -> Int32Array:
+        slot_GR: Int32Array = self.table.slot_R[
+            turned_places(self.table.start_E, counts_GX[:, -1])
+        ]
+        return slot_GR
+
+    def quotas(self, counts_GX: Int32Array, split: Int32Array) -> Int32Array:
+        quotas_GS = np.zeros((len(counts_GX), self.slots), np.int32)
+        np.put_along_axis(quotas_GS, split.astype(np.int64), counts_GX[:, :-1], axis=1)
+        return quotas_GS
+
+    def place(self, counted: Counted, split: Int32Array) -> Int32Array:
+        turn_TK = counted.choice_TK
+        slot_TK = split[counted.home_T[:, None], np.maximum(turn_TK, 0)]
+        return np.asarray(np.where(turn_TK >= 0, slot_TK, -1), np.int32)
 
 
 # ---- compiled loops over tokens -------------------------------------------------------------

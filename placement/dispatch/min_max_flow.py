@@ -42,6 +42,7 @@ import numpy as np
 from ...foundation.compiled import compiled
 
 WATER_PASSES = 12
+ROUNDING = 1e-9              # relative, by which a level may be off
 ARC = 1
 COST = 1 << 20               # one unit of cost outweighs any number of arcs (G < 2^20)
 UNREACHED = 1 << 40
@@ -55,7 +56,8 @@ def caps_of(peak: float, slack: float, speed_G: Any, cap_G: Any) -> None:
     """Whole tokens each device may hold at level `peak`, or at peak·(1 + slack) if that is more."""
     for d in range(len(speed_G)):
         exact = peak * speed_G[d]
-        cap_G[d] = max(int(np.ceil(exact - 1e-9 * exact)), int(np.floor(exact * (1 + slack))))
+        rounded = int(np.ceil(exact - ROUNDING * exact))
+        cap_G[d] = max(rounded, int(np.floor(exact * (1 + slack))))
 
 
 @compiled
@@ -431,7 +433,8 @@ def flatten(
             if reached_G[d]:
                 load += load_G[d]
                 speed += speed_G[d]
-        peak = max(load / speed, peak)
+        # Where rounding to the caps hides the rise, still rise: of a billion tokens it is one.
+        peak = max(load / speed, peak * (1.0 + ROUNDING))
         caps_of(peak, slack, speed_G, cap_G)
 
 

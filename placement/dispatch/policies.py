@@ -13,13 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import UsageError
+from ...foundation.arrays import Int32Array
 from ...foundation.compiled import compiled
 from ..cluster import Cluster
 from ..plan import DispatchSpec
 from .balanced import split_balanced
 from .even_nearest import split_even, split_nearest
+from .fair_choice import Draws, first_draws
 from .fewest_active import split_fewest_active
+from .replica_table import ReplicaTable
 from .serving_engines import (
+    BY_ROW,
+    HASH,
+    ROUND_ROBIN,
     fixed_slots_ascend,
     fixed_slots_sglang,
     split_by_position,
@@ -28,7 +34,7 @@ from .serving_engines import (
 )
 
 EVEN, NEAREST, BALANCED, FEWEST_ACTIVE = 0, 1, 2, 3
-SGLANG_STATIC, SGLANG_DYNAMIC, VLLM_HASH, TRTLLM, ASCEND = 4, 5, 6, 7, 8
+SGLANG_STATIC, SGLANG_DYNAMIC, VLLM_HASH, TRTLLM, ASCEND, SGLANG_ROWS = 4, 5, 6, 7, 8, 9
 
 # Places in the parameter vector that compiled code reads.
 SLACK, SEED, OFFSET_BY_RANK, TENSOR_PARALLEL = 0, 1, 2, 3
@@ -58,6 +64,7 @@ POLICIES: dict[str, Policy] = {
         Policy("fewest_active", FEWEST_ACTIVE, True, False),
         Policy("sglang_static", SGLANG_STATIC, False, False, (("seed", SEED, 42),)),
         Policy("sglang_dynamic", SGLANG_DYNAMIC, False, False, (("seed", SEED, 0),)),
+        Policy("sglang_rows", SGLANG_ROWS, False, True),
         Policy("vllm_hash", VLLM_HASH, False, True),
         Policy("trtllm_round_robin", TRTLLM, False, True,
                (("offset_by_rank", OFFSET_BY_RANK, 0),)),
@@ -73,7 +80,7 @@ def policy_of(spec: DispatchSpec) -> Policy:
     policy = POLICIES.get(spec.policy)
     if policy is None:
         raise UsageError(
-            f"unknown dispatch policy {spec.policy!r}; there are: {', '.join(POLICIES)}"
+            f"unknown dispatch {spec.policy!r}; there are: {', '.join(POLICIES)}"
         )
     known = [name for name, _, _ in policy.parameters]
     for name in spec.parameters:
@@ -118,13 +125,42 @@ def parameter_vector(spec: DispatchSpec, cluster: Cluster) -> npt.NDArray[np.flo
     return vector
 
 
+def fixed_slots(
+    code: int,
+    table: ReplicaTable,
+    cluster: Cluster,
+    parameters: npt.NDArray[np.float64],
+    draws_GX: Draws | None = None,
+) -> Int32Array:
+    """[G, E] the slot each home rank always uses for each expert; [0, 0] under other policies.
+
+    draws_GX: where the ranks' draws stand, moved on; None = at the start.
+    """
+    if code == SGLANG_STATIC:
+        if draws_GX is None:
+            draws_GX = first_draws(int(parameters[SEED]), cluster.num_devices)
+        fixed_GE: Int32Array = fixed_slots_sglang(
+            table.start_E, table.slot_R, table.slots_per_device, cluster.node_G, draws_GX
+        )
+    elif code == ASCEND:
+        fixed_GE = fixed_slots_ascend(
+            cluster.num_devices, table.start_E, table.slot_R, int(parameters[TENSOR_PARALLEL])
+        )
+    else:
+        fixed_GE = np.zeros((0, 0), np.int32)
+    return fixed_GE
+
+
 @compiled
 def split_cell(
     code: int, counts_GE: Any, start_E: Any, slot_R: Any, start_unique_E: Any, slot_unique_R: Any,
-    slots_per_device: int, node_G: Any, nodes: int, speed_G: Any, parameters: Any, quotas_GS: Any,
+    slots_per_device: int, node_G: Any, nodes: int, speed_G: Any, parameters: Any, fixed_GE: Any,
+    quotas_GS: Any,
 ) -> None:
-    """Quotas of one step and layer under the policy with this code; quotas_GS comes in zero."""
-    homes = counts_GE.shape[0]
+    """Quotas of one step and layer under the policy with this code; quotas_GS comes in zero.
+
+    fixed_GE: what `fixed_slots` says.
+    """
     if code == EVEN:
         split_even(counts_GE, start_E, slot_R, quotas_GS)
     elif code == NEAREST:
@@ -135,15 +171,11 @@ def split_cell(
     elif code == FEWEST_ACTIVE:
         split_fewest_active(counts_GE, start_unique_E, slot_unique_R, slots_per_device, speed_G,
                             quotas_GS)
-    elif code == SGLANG_STATIC:
-        fixed_GE = fixed_slots_sglang(homes, start_E, slot_R, slots_per_device, node_G,
-                                      int(parameters[SEED]))
+    elif code in (SGLANG_STATIC, ASCEND):
         split_fixed(counts_GE, fixed_GE, quotas_GS)
     elif code == SGLANG_DYNAMIC:
         split_random(counts_GE, start_E, slot_R, int(parameters[SEED]), quotas_GS)
-    elif code == ASCEND:
-        fixed_GE = fixed_slots_ascend(homes, start_E, slot_R, int(parameters[TENSOR_PARALLEL]))
-        split_fixed(counts_GE, fixed_GE, quotas_GS)
     else:
-        split_by_position(counts_GE, start_E, slot_R, code == TRTLLM,
-                          parameters[OFFSET_BY_RANK] != 0, quotas_GS)
+        rule = ROUND_ROBIN if code == TRTLLM else BY_ROW if code == SGLANG_ROWS else HASH
+        split_by_position(rule, counts_GE, start_E, slot_R, parameters[OFFSET_BY_RANK] != 0,
+                          quotas_GS)

@@ -26,8 +26,14 @@ from .policies import (
     EVEN,
     FEWEST_ACTIVE,
     POLICIES,
+    SGLANG_DYNAMIC,
+    SGLANG_ROWS,
     SLACK,
+    TRTLLM,
+    VLLM_HASH,
+    Policy,
     default_slack,
+    fixed_slots,
     parameter_vector,
     policy_of,
     split_cell,
@@ -38,6 +44,9 @@ __all__ = [
     "POLICIES", "count_tokens", "default_slack", "device_tokens", "needs_all_counts", "route",
     "split",
 ]
+
+MOST_TOKENS = 1 << 53                               # beyond it floats skip whole numbers
+TOKEN_BY_TOKEN = (SGLANG_DYNAMIC, SGLANG_ROWS, VLLM_HASH, TRTLLM)   # rules that look at every token
 
 
 def needs_all_counts(spec: DispatchSpec) -> bool:
@@ -50,19 +59,22 @@ def split(
     slots_GC: npt.NDArray[np.integer[Any]],
     cluster: Cluster,
     spec: DispatchSpec,
-) -> Int32Array:
-    """Quotas [G, S] int32 of one step and layer: whole tokens from home rank to global slot.
+) -> IntArray | Int32Array:
+    """Quotas [G, S] of one step and layer: whole tokens from home rank to global slot.
 
     counts_GE: assignments by home rank and expert, >= 0. slots_GC: the layer's slots, -1 = empty;
     global slot s = g·C + c. Row sums per expert equal the counts. Ties are stated with each policy.
-    Raises InputError when an expert with tokens has no slot or shapes disagree.
+    int32 where the counts fit, else int64. Raises InputError when an expert with tokens has no
+    slot, shapes disagree, or there are more tokens than can be counted.
     """
-    counts = np.ascontiguousarray(counts_GE, np.int32)
+    policy = policy_of(spec)
+    counts = _whole_counts(counts_GE, policy)
     table = _table(counts, slots_GC, cluster)
-    quotas_GS = np.zeros((cluster.num_devices, slots_GC.size), np.int32)
+    quotas_GS = np.zeros((cluster.num_devices, slots_GC.size), counts.dtype)
+    parameters = parameter_vector(spec, cluster)
     split_cell(
-        policy_of(spec).code, counts, *table.arrays(), cluster.node_G, cluster.num_nodes,
-        cluster.speed_G, parameter_vector(spec, cluster), quotas_GS,
+        policy.code, counts, *table.arrays(), cluster.node_G, cluster.num_nodes, cluster.speed_G,
+        parameters, fixed_slots(policy.code, table, cluster, parameters), quotas_GS,
     )
     return quotas_GS
 
@@ -79,10 +91,10 @@ def device_tokens(
     `balanced` and `fewest_active` alone make sense, and locality plays no part. The numbers are
     those of `split`; under payloads that are sent once per rank or node, `step_loads` knows more.
     """
-    counts = np.ascontiguousarray(counts_WGE, np.int32)
+    policy = policy_of(spec)
+    counts = _whole_counts(counts_WGE, policy)
     if counts.ndim != 3:
         raise InputError(f"counts must be [steps, home ranks, experts]; got {list(counts.shape)}")
-    policy = policy_of(spec)
     homeless = counts.shape[1] == 1 and cluster.num_devices > 1
     if homeless and policy.code not in (EVEN, BALANCED, FEWEST_ACTIVE):
         raise UsageError(f"dispatch {policy.name} needs counts by home rank, [W, G, E]")
@@ -97,11 +109,12 @@ def device_tokens(
             tokens_WS,
         )
     else:
-        quotas_GS = np.empty((counts.shape[1], slots_GC.size), np.int32)
+        quotas_GS = np.empty((counts.shape[1], slots_GC.size), counts.dtype)
+        fixed_GE = fixed_slots(policy.code, table, cluster, parameters)
         for w in range(len(counts)):
             quotas_GS[:] = 0
             split_cell(policy.code, counts[w], *table.arrays(), cluster.node_G, nodes,
-                       cluster.speed_G, parameters, quotas_GS)
+                       cluster.speed_G, parameters, fixed_GE, quotas_GS)
             quotas_GS.sum(axis=0, out=tokens_WS[w])
     tokens_WGC = tokens_WS.reshape(len(counts), *slots_GC.shape)
     return tokens_WGC.sum(axis=2), (tokens_WGC > 0).sum(axis=2)
@@ -115,7 +128,7 @@ def route(
     spec: DispatchSpec,
     num_experts: int,
 ) -> Int32Array:
-    """Slot of every assignment of one step, [T, K] int32; see `assignment.py`.
+    """Slot of every assignment of one step of a layer alone, [T, K] int32; see `assignment.py`.
 
     Negative ids are left out.
     """
@@ -139,8 +152,32 @@ def count_tokens(
     return counts_GE
 
 
+def _whole_counts(
+    counts: npt.NDArray[np.integer[Any]], policy: Policy
+) -> IntArray | Int32Array:
+    """Counts as the compiled loops take them: int32 where all fit, else int64.
+
+    Raises InputError where they are negative, or too many for the rule or for whole numbers.
+    """
+    if np.asarray(counts).dtype == np.int32:
+        return np.ascontiguousarray(counts, np.int32)
+    least, most = int(np.min(counts, initial=0)), int(np.max(counts, initial=0))
+    if least < 0:
+        raise InputError(f"counts must be at least 0; there is {least}")
+    if most <= np.iinfo(np.int32).max:
+        return np.ascontiguousarray(counts, np.int32)
+    total = float(np.sum(counts, dtype=np.float64))
+    if policy.code in TOKEN_BY_TOKEN or total > MOST_TOKENS:
+        limit = np.iinfo(np.int32).max if policy.code in TOKEN_BY_TOKEN else MOST_TOKENS
+        raise InputError(
+            f"{total:.3g} tokens in a step are more than {policy.name} can split one by one "
+            f"(at most {limit:,}): scale the counts down"
+        )
+    return np.ascontiguousarray(counts, np.int64)
+
+
 def _table(
-    counts_XE: Int32Array,
+    counts_XE: IntArray | Int32Array,
     slots_GC: npt.NDArray[np.integer[Any]],
     cluster: Cluster,
     homeless: bool = False,

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import InputError, UsageError
+from ...traces.model_config.layer_ranges import written
 from ...traces.model_spec import ModelSpec
+from ..cost.unplanned import completed, layers_of
 from ..plan import Plan
-from . import eplb, omni, sglang, trtllm, vllm_ascend
+from . import eplb, omni, sglang, trtllm, vllm, vllm_ascend
 from .imported import ImportedPlan, Known
 from .nearest import nearest_plan
 
@@ -34,7 +36,7 @@ class _Format:
 
 _FORMATS = {
     "sglang": _Format(
-        "SGLang", sglang.read, sglang.write, (".json", ".pt"), ("sglang_static", "sglang_dynamic")
+        "SGLang", sglang.read, sglang.write, (".json", ".pt"), tuple(sglang.DISPATCH_OPTIONS)
     ),
     "trtllm": _Format(
         "TensorRT-LLM", trtllm.read, trtllm.write, (".yaml", ".yml"), ("trtllm_round_robin",)
@@ -43,6 +45,7 @@ _FORMATS = {
         "vllm-ascend", vllm_ascend.read, vllm_ascend.write, (".json",), ("ascend_fixed",),
         duplicates=False,
     ),
+    "vllm": _Format("vLLM", vllm.read, vllm.write, (".json",), ("vllm_hash",)),
     "eplb": _Format("EPLB", eplb.read, eplb.write, (".npz", ".pt")),
     "omni": _Format(
         "OmniPlacement", omni.read, omni.write, (".npy",), duplicates=False, uneven=True
@@ -72,11 +75,13 @@ def export_plan(
         raise UsageError(
             f"{path}: {kind.engine}'s plan ends in {' or '.join(kind.suffixes)}: name it so"
         )
-    _require_own_model(plan, model)
     notes: tuple[str, ...] = ()
+    if model is not None:
+        given, plan = plan, completed(plan, model)
+        notes = _completed_notes(given, plan)
     if nearest:
         given, plan = plan, nearest_plan(plan, duplicates=kind.duplicates, uneven=kind.uneven)
-        notes = _nearest_notes(given, plan)
+        notes += _nearest_notes(given, plan)
     try:
         notes += kind.write(plan, path, model)
     except OSError as error:
@@ -114,14 +119,14 @@ def _format(name: str) -> _Format:
     return _FORMATS[name]
 
 
-def _require_own_model(plan: Plan, model: ModelSpec | None) -> None:
-    if model is not None and (model.num_layers, model.num_experts) != (
-        plan.num_layers, plan.num_experts,
-    ):
-        raise InputError(
-            f"the model {model.name} has {model.num_layers} MoE layers of {model.num_experts} "
-            f"experts, the plan {plan.num_layers} of {plan.num_experts}: name the plan's model"
-        )
+def _completed_notes(given: Plan, written_plan: Plan) -> tuple[str, ...]:
+    added = sorted(set(written_plan.layer_indices) - set(layers_of(given)))
+    if written_plan is given or not added:
+        return ()
+    return (
+        f"the plan holds {given.num_layers} of the model's {written_plan.num_layers} MoE layers; "
+        f"{written(added)} get the engines' default layout",
+    )
 
 
 def _export_notes(plan: Plan, kind: _Format) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from ...errors import InputError
 from ..plan import Plan
 from .nearest import closed_up, even_steps
 
-_EXPORT_IT = "write that with --nearest (nearest=True)"
+_NEAREST = {"call": "nearest=True writes that", "command": "--nearest writes that"}
 
 
 def even_rows_LS(plan: Plan, engine: str) -> npt.NDArray[np.int64]:
@@ -24,7 +24,7 @@ def even_rows_LS(plan: Plan, engine: str) -> npt.NDArray[np.int64]:
     """
     filled_LG = (plan.slots >= 0).sum(axis=2)
     if filled_LG.min() != filled_LG.max():
-        raise InputError(_uneven(plan, filled_LG, engine))
+        raise _uneven(plan, filled_LG, engine)
     packed = closed_up(plan.slots.astype(np.int64))[:, :, : int(filled_LG[0, 0])]
     return packed.reshape(plan.num_layers, -1)
 
@@ -39,7 +39,7 @@ def refuse_duplicates(plan: Plan, engine: str, why: str) -> None:
     raise InputError(
         f"{engine} cannot hold an expert twice on one device: {why}; device {device} of "
         f"{layer_name(plan, layer)} holds expert {expert} twice{more}. Nearest plan: leave out "
-        f"the second replica, or another expert in its place: {_EXPORT_IT}"
+        "the second replica, or another expert in its place", **_NEAREST
     )
 
 
@@ -50,7 +50,7 @@ def layer_name(plan: Plan, layer: int) -> str:
     return f"MoE layer {layer}"
 
 
-def _uneven(plan: Plan, filled_LG: npt.NDArray[np.int64], engine: str) -> str:
+def _uneven(plan: Plan, filled_LG: npt.NDArray[np.int64], engine: str) -> InputError:
     sizes, times = np.unique(filled_LG, return_counts=True)
     usual = int(sizes[times.argmax()])
     odd = np.argwhere(filled_LG != usual)
@@ -69,9 +69,10 @@ def _uneven(plan: Plan, filled_LG: npt.NDArray[np.int64], engine: str) -> str:
         place = f"device {where} of {layer_name(plan, first)}"
         rest = f" and {total - count} elsewhere" if total > count else ""
         steps.append(f"fill {count} more slot{'s' * (count > 1)} of {place}{rest}")
-    return (
+    return InputError(
         f"{engine} needs the same number of filled slots on every device in every layer; device "
         f"{device} of {layer_name(plan, layer)} fills {filled_LG[layer, device]}, most fill "
-        f"{usual}{more}. Nearest plan ({target} each): {', '.join(steps)}; {_EXPORT_IT}, or plan "
-        f"with equal slots (--slots-per-device {target})"
+        f"{usual}{more}. Nearest plan ({target} each): {', '.join(steps)}",
+        call=f"{_NEAREST['call']}, or plan for {target} equal slots",
+        command=f"{_NEAREST['command']}, or plan with --slots-per-device {target}",
     )

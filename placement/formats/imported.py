@@ -14,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError, UsageError
+from ...traces.model_layers import (
+    LayerRows,
+    draft_layers,
+    layers_in_model,
+    rows_of_model,
+)
 from ...traces.model_spec import ModelSpec
+from ..cost.unplanned import layers_of
 from ..plan import DispatchSpec, Plan, Provenance
 
 MAX_EXPERTS = 32767
@@ -44,7 +51,8 @@ class Known:
         if self.model is not None and self.num_experts not in (None, self.model.num_experts):
             raise UsageError(
                 f"{self.num_experts} experts were asked for, but the model has "
-                f"{self.model.num_experts}: leave --num-experts out"
+                f"{self.model.num_experts}", call="leave num_experts out",
+                command="leave --num-experts out",
             )
 
     def devices(self, stated: int | None = None) -> int:
@@ -52,13 +60,14 @@ class Known:
         found = self.num_devices if stated is None else stated
         if found is None:
             raise UsageError(
-                f"{self.path}: this format does not say on how many devices its slots lie: give "
-                "the number (--devices)"
+                f"{self.path}: this format does not say on how many devices its slots lie",
+                call="give num_devices", command="give --devices",
             )
         if self.num_devices not in (None, found):
             raise UsageError(
-                f"{self.path}: is for {found} devices, not {self.num_devices}: leave --devices "
-                "out, or plan anew"
+                f"{self.path}: is for {found} devices, not {self.num_devices}",
+                call="leave num_devices out, or plan anew",
+                command="leave --devices out, or plan anew",
             )
         return found
 
@@ -79,15 +88,28 @@ class Known:
         )
 
     def layers(self, found: int) -> tuple[int, ...]:
-        """The model's own numbers of the `found` MoE layers; () without a model."""
+        """The model's own numbers of the `found` MoE layers, its draft layers perhaps behind them;
+        () without a model. Raises InputError where they are not as many.
+        """
         if self.model is None:
             return ()
-        if found != self.model.num_layers:
-            raise InputError(
-                f"{self.path}: holds {found} MoE layers, the model {self.model.name} has "
-                f"{self.model.num_layers}: it belongs to another model"
-            )
-        return self.model.own_layer_indices()
+        own, draft = self.model.own_layer_indices(), draft_layers(self.model)
+        for numbers in (own, own + draft):
+            if len(numbers) == found:
+                return numbers
+        raise InputError(
+            f"{self.path}: holds {found} MoE layers, the model {self.model.name} has "
+            f"{self.model.num_layers}: it belongs to another model"
+        )
+
+    def rows(self, found: int, numbers: Sequence[int] | None = None) -> LayerRows:
+        """Which of the file's rows are which of the model's layers. Raises InputError."""
+        if self.model is None:
+            return LayerRows(tuple(range(found)), tuple(numbers or range(found)))
+        try:
+            return rows_of_model(self.model, found, numbers)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
 
 
 def expert_ids(value: object, where: str) -> list[int]:
@@ -113,16 +135,27 @@ def shown(value: object) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def require_keys(document: object, needed: Sequence[str], where: str) -> dict[str, Any]:
-    """A mapping with exactly these keys. Raises InputError naming the first that is off."""
+def require_keys(
+    document: object, needed: Sequence[str], where: str, optional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A mapping with these keys and no others. Raises InputError naming the first that is off."""
+    found = require_mapping_with(document, needed, where)
+    known = (*needed, *optional)
+    for key in found:
+        if key not in known:
+            raise InputError(
+                f"{where}: the key {shown(key)} must go: the format has {', '.join(known)} alone"
+            )
+    return found
+
+
+def require_mapping_with(
+    document: object, needed: Sequence[str], where: str
+) -> dict[str, Any]:
+    """A mapping with these keys and any others. Raises InputError naming the first it lacks."""
     if not isinstance(document, dict):
         raise InputError(f"{where}: must be a mapping with {', '.join(needed)}; is "
                          f"{shown(document)}")
-    for key in document:
-        if key not in needed:
-            raise InputError(
-                f"{where}: the key {shown(key)} must go: the format has {', '.join(needed)} alone"
-            )
     for key in needed:
         if key not in document:
             raise InputError(f"{where}: lacks the key {key!r}")
@@ -146,8 +179,9 @@ def split_rows(
             )
     if usual % num_devices:
         raise InputError(
-            f"{path}: {usual} slots per layer do not divide over {num_devices} devices: check "
-            "--devices against the engine's number of ranks"
+            f"{path}: {usual} slots per layer do not divide over {num_devices} devices",
+            call="num_devices is the engine's number of ranks",
+            command="--devices is the engine's number of ranks",
         )
     return np.array(rows, np.int64).reshape(len(rows), num_devices, -1)
 
@@ -203,16 +237,12 @@ def model_layers(plan: Plan, model: ModelSpec | None) -> tuple[tuple[int, ...] |
     named = named_layers(plan)
     if model is None:
         return named or None, []
-    if not named or model.layer_indices is None:
-        layers = named or model.own_layer_indices()
-        moved = not named and layers != tuple(range(plan.num_layers))
-        return layers, (
-            [f"layers are taken to be the model's MoE layers, {layers[0]} to {layers[-1]}"]
-            if moved else []
-        )
-    if named != model.layer_indices:
-        raise InputError(
-            f"the plan is for layers {named[0]}..{named[-1]}, the model's MoE layers are "
-            f"{model.layer_indices[0]}..{model.layer_indices[-1]}: it belongs to another model"
-        )
-    return named, []
+    try:
+        layers = layers_in_model(model, layers_of(plan))
+    except InputError as error:
+        raise InputError(f"the plan's {error}") from None
+    moved = not named and layers != tuple(range(plan.num_layers))
+    return layers, (
+        [f"layers are taken to be the model's MoE layers, {layers[0]} to {layers[-1]}"]
+        if moved else []
+    )

@@ -14,6 +14,8 @@ import numpy as np
 from ...errors import InputError, UsageError
 from ...foundation.atomic_file import replacing
 from ...foundation.documents import read_json
+from ...traces.model_config.layer_ranges import written
+from ...traces.model_layers import LayerRows, draft_layers, hidden_layers
 from ...traces.model_spec import ModelSpec
 from ..plan import Plan
 from .array_files import read_pt, whole_array
@@ -30,6 +32,12 @@ from .imported import (
 )
 
 KEY = "physical_to_logical_map"
+# What makes SGLang choose among replicas as a policy says; static is what it does unasked.
+DISPATCH_OPTIONS = {
+    "sglang_static": "--ep-dispatch-algorithm static and an all-to-all backend",
+    "sglang_dynamic": "--ep-dispatch-algorithm dynamic and an all-to-all backend",
+    "sglang_rows": "--ep-dispatch-algorithm dynamic --moe-a2a-backend none",
+}
 
 
 def read(known: Known) -> ImportedPlan:
@@ -41,12 +49,12 @@ def read(known: Known) -> ImportedPlan:
     ]
     slots = split_rows(rows, names, known.devices(), known.path)
     num_experts, notes = known.experts(int(slots.max()))
-    moe = _moe_rows(known, len(rows))
+    moe = known.rows(len(rows))
     plan = build_plan(
-        known, slots[list(moe)], num_experts, [names[layer] for layer in moe], moe,
+        known, slots[list(moe.rows)], num_experts, [names[row] for row in moe.rows], moe.layers,
         engine="sglang", dispatch="sglang_static",
     )
-    return ImportedPlan(plan, notes + _dense_notes(rows, moe, num_experts, known.model))
+    return ImportedPlan(plan, notes + _row_notes(rows, moe, num_experts, known.model))
 
 
 def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
@@ -55,16 +63,19 @@ def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
     if model is None or model.total_layers is None:
         raise UsageError(
             "SGLang's file has a row for every hidden layer, dense ones too, and a plan knows "
-            "MoE layers only: name the model (--model; a ModelSpec by hand needs total_layers)"
+            "MoE layers only", call="name the model (model=ModelSpec, with total_layers)",
+            command="name the model with --model (one by hand needs total_layers)",
         )
     layers, notes = model_layers(plan, model)
-    if layers is None or max(layers) >= model.total_layers:
+    drafted = set(draft_layers(model)) & set(layers or ())
+    total = max(drafted) + 1 if drafted else model.total_layers
+    if layers is None or max(layers) >= total:
         raise UsageError(
             f"the plan's layers do not fit total_layers {model.total_layers} of {model.name}: "
             "correct the ModelSpec"
         )
     slots = rows_LS.shape[1]
-    table = np.tile(np.arange(slots) % plan.num_experts, (model.total_layers, 1))
+    table = np.tile(np.arange(slots) % plan.num_experts, (total, 1))
     table[list(layers)] = rows_LS
     with replacing(path) as file:
         if path.suffix == ".pt":
@@ -73,17 +84,25 @@ def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
             torch.save({KEY: torch.from_numpy(table)}, file)
         else:
             file.write((json.dumps({KEY: table.tolist()}) + "\n").encode())
-    return (
+    start = (
         f"start SGLang on {plan.num_devices} ranks with --init-expert-location {path} "
-        f"--ep-num-redundant-experts {slots - plan.num_experts}", *notes,
+        f"--ep-num-redundant-experts {slots - plan.num_experts}"
     )
+    option = DISPATCH_OPTIONS.get(plan.dispatch.policy) if slots > plan.num_experts else None
+    return (f"{start} {option}" if option else start, *notes)
 
 
 def _table(path: Path) -> list[object]:
     document = read_pt(path) if path.suffix == ".pt" else read_json(path)
     if isinstance(document, dict) and KEY not in document and "logical_count" in document:
         raise InputError(
-            f"{path}: holds loads (logical_count), not a plan: give it to `loadmaster plan`"
+            f"{path}: holds loads (logical_count), not a plan: `loadmaster plan {path} --out "
+            "plan.json` makes one from them"
+        )
+    if isinstance(document, list) and document:
+        raise InputError(
+            f"{path}: must be a mapping with {KEY}; is a list without it, as vLLM's plans are: "
+            "--format vllm reads it"
         )
     table = require_keys(document, [KEY], str(path))[KEY]
     if path.suffix == ".pt":
@@ -93,28 +112,21 @@ def _table(path: Path) -> list[object]:
     return table
 
 
-def _moe_rows(known: Known, found: int) -> tuple[int, ...]:
-    if known.model is None:
-        return tuple(range(found))
-    layers = known.model.own_layer_indices()
-    total = known.model.total_layers or max(layers) + 1
-    if found != total:
-        raise InputError(
-            f"{known.path}: has {found} rows, the model {known.model.name} has {total} hidden "
-            "layers; SGLang wants a row for each, dense ones too"
-        )
-    return layers
-
-
-def _dense_notes(
-    rows: list[list[int]], moe: tuple[int, ...], num_experts: int, model: ModelSpec | None
+def _row_notes(
+    rows: list[list[int]], moe: LayerRows, num_experts: int, model: ModelSpec | None
 ) -> tuple[str, ...]:
     if model is not None:
-        dense = sorted(set(range(len(rows))) - set(moe))
-        return (f"rows of dense layers, left out: {', '.join(map(str, dense))}",) if dense else ()
+        if len(rows) < hidden_layers(model):
+            return (*moe.notes, (
+                f"{len(rows)} rows, taken by position for the model's MoE layers "
+                f"{written(moe.layers)}; SGLang itself wants a row for each of the "
+                f"{hidden_layers(model)} hidden layers: `loadmaster plan-export --format sglang` "
+                "writes such a file"
+            ))
+        return moe.notes
     default = [
         str(layer) for layer, row in enumerate(rows)
         if row == [slot % num_experts for slot in range(len(row))]
     ]
-    hint = f"; SGLang's default fills layer {', '.join(default)}, perhaps dense" if default else ""
-    return (f"every row is taken for a MoE layer{hint}: --model tells which are",)
+    said = f"; SGLang's default fills layer {', '.join(default)}, perhaps dense" if default else ""
+    return (f"every row is taken for a MoE layer{said}: --model tells which are",)

@@ -1,7 +1,7 @@
-"""TensorRT-LLM's plan: the load balancer's YAML with exactly three keys.
+"""TensorRT-LLM's plan: the load balancer's YAML, strict about its keys.
 
-Keys of initial_global_assignments are model layer indices of MoE layers; slot j is on rank
-j // (num_slots / ranks).
+Keys of initial_global_assignments are model layer indices of MoE layers, draft layers' too; slot j
+is on rank j // (num_slots / ranks). What the engine defaults may be absent.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from ...errors import InputError, UsageError
 from ...foundation.atomic_file import replacing
 from ...foundation.documents import read_yaml
+from ...traces.model_layers import draft_layers
 from ...traces.model_spec import ModelSpec
 from ..plan import Plan
 from .even_rows import even_rows_LS
@@ -26,20 +27,28 @@ from .imported import (
 )
 
 ASSIGNMENTS, UPDATES, SLOTS = "initial_global_assignments", "layer_updates_per_iter", "num_slots"
+MODE, OTHER = "mode", ("auxiliary_sms",)     # of newer engines
 
 
 def read(known: Known) -> ImportedPlan:
     """Raises InputError on a key too many, a list that is not num_slots long, a missing layer."""
     path = known.path
     document = read_yaml(path)
-    if isinstance(document, dict) and SLOTS in document and ASSIGNMENTS not in document:
+    if isinstance(document, dict) and document.get(ASSIGNMENTS) is None and (
+        SLOTS in document or UPDATES in document
+    ):
         raise InputError(
-            f"{path}: has no {ASSIGNMENTS}: TensorRT-LLM then places experts itself, and there "
-            "is no plan to import"
+            f"{path}: has no {ASSIGNMENTS}: TensorRT-LLM then places experts itself, and there is "
+            "no plan to import: plan from its statistics, `loadmaster plan FOLDER --out plan.json`"
         )
-    document = require_keys(document, (ASSIGNMENTS, UPDATES, SLOTS), str(path))
+    document = require_keys(document, (ASSIGNMENTS, SLOTS), str(path), (UPDATES, MODE, *OTHER))
     num_slots = _whole(document[SLOTS], 1, f"{path}: {SLOTS}")
-    updates = _whole(document[UPDATES], 0, f"{path}: {UPDATES}")
+    updates = _whole(document.get(UPDATES, 0), 0, f"{path}: {UPDATES}")
+    if document.get(MODE, "standard") != "standard":
+        raise InputError(
+            f"{path}: {MODE} {shown(document[MODE])} takes no plan, TensorRT-LLM then refuses "
+            f"{ASSIGNMENTS}: set it to standard"
+        )
     table = _table(path, document[ASSIGNMENTS])
     for layer, row in table.items():
         if len(row) != num_slots:
@@ -47,7 +56,7 @@ def read(known: Known) -> ImportedPlan:
                 f"{path}: layer {layer} lists {len(row)} slots, {SLOTS} says {num_slots}: every "
                 "slot of every layer needs an expert"
             )
-    layers = _layers(known, table)
+    layers, said = _layers(known, table)
     names = [f"layer {layer}" for layer in layers]
     slots = split_rows([table[layer] for layer in layers], names, known.devices(), path)
     num_experts, notes = known.experts(int(slots.max()))
@@ -56,7 +65,7 @@ def read(known: Known) -> ImportedPlan:
     )
     if updates:
         notes += (f"{UPDATES} is {updates}: TensorRT-LLM starts from this plan and changes it",)
-    return ImportedPlan(plan, notes)
+    return ImportedPlan(plan, notes + said)
 
 
 def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
@@ -66,7 +75,8 @@ def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
     if layers is None:
         raise UsageError(
             "TensorRT-LLM names layers by the model's own index, and this plan counts MoE layers "
-            "from 0: name the model (--model)"
+            "from 0", call="name the model (model=ModelSpec)",
+            command="name the model with --model",
         )
     lines = [f"{ASSIGNMENTS}:"]
     lines += [f"  {layer}: {row}" for layer, row in zip(layers, rows_LS.tolist(), strict=True)]
@@ -79,15 +89,21 @@ def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
     )
 
 
-def _layers(known: Known, table: dict[int, list[int]]) -> tuple[int, ...]:
-    """The model's MoE layers, each of which must be there; without a model all in the file."""
-    layers = known.model.own_layer_indices() if known.model else tuple(sorted(table))
-    for layer in sorted(set(layers) ^ set(table)):
-        fault = "is no MoE layer of the model" if layer in table else "is missing"
-        raise InputError(
-            f"{known.path}: layer {layer} {fault}: TensorRT-LLM wants each MoE layer once"
-        )
-    return layers
+def _layers(
+    known: Known, table: dict[int, list[int]]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The file's layers, and notes; the model's MoE layers must all be among them."""
+    layers = tuple(sorted(table))
+    if known.model is None:
+        return layers, ()
+    own, draft = known.model.own_layer_indices(), draft_layers(known.model)
+    for layer in sorted(set(own) ^ set(table)):
+        if layer in own or layer not in draft:
+            fault = "is missing" if layer in own else "is no MoE layer of the model"
+            raise InputError(
+                f"{known.path}: layer {layer} {fault}: TensorRT-LLM wants each MoE layer once"
+            )
+    return layers, known.rows(len(layers), layers).notes
 
 
 def _table(path: Path, value: object) -> dict[int, list[int]]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ...errors import InputError
 from ...foundation.arrays import IntArray
 from ...traces.model_spec import ModelSpec
+from ..cost.unplanned import layers_of, unplanned_layers
 from ..formats.imported import named_layers
 from ..plan import Plan
 from .describe import Row, dispatch_text, layer_names, layer_range, merged_rows
@@ -146,11 +147,7 @@ def _expert_bytes(plan: Plan, model: ModelSpec | None) -> IntArray | None:
     """[E], or None where no model gives sizes."""
     if model is None or not model.knows_bytes:
         return None
-    if (model.num_layers, model.num_experts) != (plan.num_layers, plan.num_experts):
-        raise InputError(
-            f"the model {model.name} has {model.num_layers} MoE layers of {model.num_experts} "
-            f"experts, the plans {plan.num_layers} of {plan.num_experts}: name the plans' model"
-        )
+    unplanned_layers(model, layers_of(plan), plan.num_experts, "the plans")
     return model.bytes_per_expert_E()
 
 

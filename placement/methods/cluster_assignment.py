@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from ...foundation.arrays import FloatArray, IntArray
-from ...foundation.compiled import compiled
+from ...foundation.compiled import clock, compiled
 
 Worst = Literal["max", "sum"]
 
@@ -71,21 +71,28 @@ def place_clusters(
     With one cluster per device and layer the program's cost couples neighbouring layers only:
     V_{l+1}(q) = min_p V_l(p) + cost_l(p, q) over permutations p, q of clusters to devices. Above
     six devices: assignment descent from several starts, then pair swaps under the true objective.
-    deadline: time.time() after which no further start is begun (the first always is).
+    deadline: time.time() after which the best so far is taken, at least clusters by number.
     """
-    devices = len(weight_GG)
+    devices, until = len(weight_GG), np.inf if deadline is None else deadline
     if devices <= EXACT_DEVICES:
-        return _viterbi(traffic_LCC, weight_GG, worst), True
-    return _descend(traffic_LCC, weight_GG, worst, seed, deadline), False
+        exact = _viterbi(traffic_LCC, weight_GG, worst, until)
+        if exact is not None:
+            return exact, True
+    return _descend(traffic_LCC, weight_GG, worst, seed, until), False
 
 
-def _viterbi(traffic_LCC: FloatArray, weight_GG: FloatArray, worst: Worst) -> IntArray:
+def _viterbi(
+    traffic_LCC: FloatArray, weight_GG: FloatArray, worst: Worst, until: float
+) -> IntArray | None:
+    """The best of all; None where the time is up before it is known."""
     clusters = traffic_LCC.shape[1] if len(traffic_LCC) else len(weight_GG)
     states = np.array(list(itertools.permutations(range(clusters))), np.int64)   # [P, C]
     layers = len(traffic_LCC) + 1
     value_P = np.zeros(len(states))
     came_LP = np.zeros((layers, len(states)), np.int64)
     for layer in range(layers - 1):
+        if time.time() > until:
+            return None
         cost_PQ = _transition_costs(traffic_LCC[layer], weight_GG, states, worst)
         whole = value_P[:, None] + cost_PQ
         came_LP[layer + 1] = np.argmin(whole, axis=0)      # ties: the first permutation
@@ -113,8 +120,7 @@ def _transition_costs(
 
 
 def _descend(
-    traffic_LCC: FloatArray, weight_GG: FloatArray, worst: Worst, seed: int,
-    deadline: float | None,
+    traffic_LCC: FloatArray, weight_GG: FloatArray, worst: Worst, seed: int, until: float
 ) -> IntArray:
     layers, devices = len(traffic_LCC) + 1, len(weight_GG)
     rng = np.random.default_rng(seed)
@@ -124,10 +130,10 @@ def _descend(
     ]
     best, best_cost = starts[0], np.inf
     for start in starts:
-        if np.isfinite(best_cost) and deadline is not None and time.time() > deadline:
+        if np.isfinite(best_cost) and time.time() > until:
             break
-        device_LC = _assignment_sweeps(traffic_LCC, weight_GG, start)
-        _pair_swaps(traffic_LCC, weight_GG, device_LC, worst == "max")
+        device_LC = _assignment_sweeps(traffic_LCC, weight_GG, start, until)
+        _pair_swaps(traffic_LCC, weight_GG, device_LC, worst == "max", until)
         cost = chain_cost(traffic_LCC, device_LC, weight_GG, worst)
         if cost < best_cost:
             best, best_cost = device_LC, cost
@@ -135,7 +141,7 @@ def _descend(
 
 
 def _assignment_sweeps(
-    traffic_LCC: FloatArray, weight_GG: FloatArray, device_LC: IntArray
+    traffic_LCC: FloatArray, weight_GG: FloatArray, device_LC: IntArray, until: float
 ) -> IntArray:
     """With its neighbours fixed, a layer of the sum objective is a linear assignment problem."""
     device_LC = device_LC.copy()
@@ -143,6 +149,8 @@ def _assignment_sweeps(
     cost = chain_cost(traffic_LCC, device_LC, weight_GG, "sum")
     while True:
         for layer in (*range(layers), *range(layers - 2, -1, -1)):
+            if time.time() > until:
+                return device_LC
             price_CG = np.zeros((device_LC.shape[1], len(weight_GG)))
             if layer > 0:
                 price_CG += traffic_LCC[layer - 1].T @ weight_GG[device_LC[layer - 1]]
@@ -156,7 +164,9 @@ def _assignment_sweeps(
 
 
 @compiled
-def _pair_swaps(traffic_LCC: Any, weight_GG: Any, device_LC: Any, maximum: bool) -> None:
+def _pair_swaps(
+    traffic_LCC: Any, weight_GG: Any, device_LC: Any, maximum: bool, until: float
+) -> None:
     """Exchange two clusters of a layer while the true objective falls. Changes device_LC."""
     layers, clusters = device_LC.shape
     improved = True
@@ -165,6 +175,8 @@ def _pair_swaps(traffic_LCC: Any, weight_GG: Any, device_LC: Any, maximum: bool)
         for layer in range(layers):
             before = _around(traffic_LCC, weight_GG, device_LC, layer, maximum)
             for a in range(clusters):
+                if until < np.inf and clock() > until:
+                    return
                 for b in range(a + 1, clusters):
                     first, second = device_LC[layer, a], device_LC[layer, b]
                     device_LC[layer, a], device_LC[layer, b] = second, first

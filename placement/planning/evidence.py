@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...foundation.arrays import FloatArray
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
 from ..cost.lower_bounds import checked_gap
 from ..cost.token_transfers import transfers_cost_bytes
+from ..cost.unplanned import unplanned_us_W
 from ..dispatch.policies import NEAREST_RULES
 from ..dispatch.quotas import needs_all_counts
 from ..plan import DispatchSpec, Evidence, LayerEvidence
 from ..planning_traffic import PlanningSteps
-from ..search.layer_task import LayerAnswer
+from ..search.layer_task import HURRIED_STEPS, LayerAnswer
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,19 @@ def evidence_of(
             )
         )
     other_us = settings.model.other_time_us if name == "time" and settings.model else 0.0
+    rest_us = _unplanned_us(answers, data, settings) if name == "time" else np.zeros(2)
     sums = np.array([[x.objective, x.bound] for x in layers])
-    objective, bound = sums.sum(axis=0) + other_us if name == "time" else sums.mean(axis=0)
+    objective, bound = (
+        sums.sum(axis=0) + other_us + rest_us if name == "time" else sums.mean(axis=0)
+    )
     bound, gap = checked_gap(float(objective), float(bound), "plan")
     checks = [a.validation.objective(name) for a in answers if a.validation is not None]
     validation = None
     if checks:
-        validation = float(np.sum(checks)) + other_us if name == "time" else float(np.mean(checks))
+        validation = (
+            float(np.sum(checks)) + other_us + float(rest_us[0]) if name == "time"
+            else float(np.mean(checks))
+        )
     return Evidence(
         objective_name=name, objective=float(objective), bound=bound, gap=gap,
         validation=validation, layers=tuple(layers), steps=data.summary,
@@ -69,6 +77,25 @@ def evidence_of(
         notes=(*data.notes, *notes, *notes_on(answers, data, settings)),
         copies=float(np.mean([a.planning.transfers for a in answers])) if counted else None,
     )
+
+
+def _unplanned_us(
+    answers: list[LayerAnswer], data: PlanningSteps, settings: Settings
+) -> FloatArray:
+    """[2] what the model's layers that the trace lacks add: under this plan, and at least."""
+    model, devices = settings.model, settings.cluster.num_devices
+    if model is None or data.trace is None or data.planning is None:
+        return np.zeros(2)
+    filled = max(int((a.slots_GC >= 0).sum(axis=1).max()) for a in answers)
+    fewest = -(-data.num_experts // devices)
+    found = [
+        unplanned_us_W(
+            data.trace, data.planning, (data.num_layers, devices, slots), settings.cluster,
+            settings.dispatch, model,
+        ) for slots in (filled, fewest)
+    ]
+    held, least = (0.0 if us_W is None else float(us_W.mean()) for us_W in found)
+    return np.array([held, min(held, least)])
 
 
 BOUND_KINDS = {
@@ -108,6 +135,12 @@ def notes_on(
         notes.append(
             f"no expert has a replica: dispatch even makes the same choices as "
             f"{settings.dispatch.policy} and need not gather counts in every layer"
+        )
+    hurried = sum(a.in_haste for a in answers)
+    if hurried:
+        notes.append(
+            f"the time limit left {hurried} of {len(answers)} layers judged on at most "
+            f"{HURRIED_STEPS} steps"
         )
     unused = [a.layer for a in answers if not data.layer(a.layer).planning_WE().any()]
     if unused:

@@ -20,6 +20,7 @@ from ...errors import InfeasibleError
 from ...foundation.arrays import FloatArray, IntArray
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
+from ..memory import NOT_COUNTED, limits_G
 from ..methods.replicate import lightest_heaviest_replica, share_slots_between_layers
 from ..plan import Plan
 
@@ -43,14 +44,10 @@ def capacity_per_layer(
     """
     layers, experts = load_LE.shape
     slots_LG = np.tile(cluster.slots_G, (layers, 1))
-    memory = [d.expert_memory_bytes for d in cluster.devices]
-    if all(own is None for own in memory):
-        return LayerCapacity(slots_LG)
     if model is None or not model.knows_bytes:
-        return LayerCapacity(
-            slots_LG, notes=("expert_memory_bytes not counted: give the model, for its sizes",)
-        )
-    memory_G = np.array([np.inf if own is None else own for own in memory])
+        own = any(d.expert_memory_bytes is not None for d in cluster.devices)
+        return LayerCapacity(slots_LG, notes=(NOT_COUNTED,) if own else ())
+    memory_G = limits_G(cluster, model, current)
     size_E = model.bytes_per_expert_E().astype(np.float64)
     if (memory_G >= layers * cluster.slots_G * size_E.max()).all():
         return LayerCapacity(slots_LG)
@@ -58,8 +55,8 @@ def capacity_per_layer(
     if short > 0:
         raise InfeasibleError(
             f"{layers} layers of {experts} experts take {layers * size_E.sum():,.0f} bytes; the "
-            f"devices' expert_memory_bytes hold {memory_G.sum():,.0f}: {short:,.0f} short; add "
-            "devices or memory"
+            f"devices' memory holds {memory_G.sum():,.0f}: {short:,.0f} short; add devices or "
+            "memory"
         )
     if size_E.min() < size_E.max():
         capacity_LG = _bytes_of_layers(memory_G, size_E, layers, current)

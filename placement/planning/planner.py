@@ -9,8 +9,9 @@ Knows nothing of Ray, files or printing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -25,25 +26,25 @@ from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..cost.evaluate import check_slots
 from ..cost.lower_bounds import checked_gap
+from ..cost.unplanned import unplanned_layers, unplanned_note
 from ..dispatch.policies import policy_of
 from ..dispatch.quotas import default_slack
-from ..methods.affinity import affinity
+from ..memory import limits_G, plan_bytes_G, require_slots_fit
 from ..methods.baselines import LAYER_METHODS, require_capacity
-from ..methods.moetuner import moetuner
-from ..methods.whole_model import Method, PlacedModel, whole_model
+from ..methods.whole_model import PlacedModel
 from ..plan import DispatchSpec, Evidence, Plan, Provenance
 from ..planning_traffic import MOST_STEPS, MOST_TIMED_STEPS, PlanningSteps, planning_steps
+from ..search.known_candidates import complete, known_candidates
 from ..search.layer_search import EFFORTS
 from ..search.layer_task import LayerAnswer, LayerTask, answer_with, judged
 from ..search.milp_refine import search_and_polish
 from .evidence import Settings, evidence_of
-from .layer_alignment import linked, stacked
+from .known_plans import WHOLE_MODEL_METHODS, Progress, known_plans, place_model
 from .layer_capacity import LayerCapacity, capacity_per_layer
+from .linked_layers import layers_linked, linked, stacked
 
-WHOLE_MODEL_METHODS: dict[str, Method] = {"affinity": affinity, "moetuner": moetuner}
+EMPTY: Mapping[str, SlotArray] = MappingProxyType({})
 METHODS = (*LAYER_METHODS, *WHOLE_MODEL_METHODS, "auto")
-
-Progress = Callable[[int, int, float], None]     # layers done, layers, gap so far
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,14 @@ def plan(
         cluster, method, objective, dispatch, model, balance_slack, seed, effort, time_limit_s
     )
     require_capacity(trace.num_experts, cluster.slots_G)
+    fitting = require_slots_fit(cluster, model, current)
     data = planning_steps(trace, steps, most_steps=most_steps(settings))
-    _check_model(settings, data)
+    unplanned = check_model(settings, data)
     if current is not None:
         check_current(current, data, cluster)
     capacities = capacity_of_layers(data, settings)
-    tasks = layer_tasks(data, settings, capacities, current)
+    known = known_plans(data, settings) if method == "auto" else {}
+    tasks = layer_tasks(data, settings, capacities, current, known)
     work: Callable[[LayerTask], LayerAnswer]
     placed: PlacedModel | None = None
     if method in WHOLE_MODEL_METHODS:
@@ -110,29 +113,20 @@ def plan(
     else:
         work = search_and_polish if method == "auto" else Baseline(method)
     answers = run_layers(work, tasks, data.num_layers, executor, progress)
-    notes = capacities.notes if placed is None else (*capacities.notes, *placed.notes)
-    if cluster.traffic.mode == "coherent":
-        answers, more = linked(answers, data, settings, align=method == "auto" and not current)
+    notes = (
+        *fitting, *unplanned, *capacities.notes, *(() if placed is None else placed.notes),
+    )
+    if layers_linked(settings):
+        again = list(layer_tasks(data, settings, capacities, current, known))
+        others = other_answers(again, executor) if method == "auto" else []
+        answers, more = linked(
+            [answers, *others], data, settings, align=method == "auto" and not current
+        )
         notes = (*notes, *more)
     evidence = evidence_of(answers, data, settings, notes)
     made = assemble(answers, data, settings, method, trace_digest(trace), evidence)
     truncated = any(a.truncated for a in answers) or (placed is not None and placed.truncated)
     return PlanResult(made, evidence, time.perf_counter() - started, truncated)
-
-
-def place_model(
-    method: str, data: PlanningSteps, settings: Settings, progress: Progress | None
-) -> PlacedModel:
-    """All layers by a method that places them together."""
-    model = whole_model(
-        data, settings.cluster, method, settings.seed, settings.effort, settings.deadline
-    )
-
-    def done(layers: int, gap: float) -> None:
-        if progress is not None:
-            progress(layers, data.num_layers, gap)
-
-    return WHOLE_MODEL_METHODS[method](model, done)
 
 
 @dataclass(frozen=True)
@@ -143,7 +137,8 @@ class Judge:
     slots_LGC: SlotArray
 
     def __call__(self, task: LayerTask) -> LayerAnswer:
-        return answer_with(task, judged(task, self.method, self.slots_LGC[task.layer]))
+        judge = task.hurried()
+        return answer_with(judge, judged(judge, self.method, self.slots_LGC[task.layer]))
 
 
 @dataclass(frozen=True)
@@ -153,8 +148,29 @@ class Baseline:
     method: str
 
     def __call__(self, task: LayerTask) -> LayerAnswer:
-        slots_GC = LAYER_METHODS[self.method](task.loads())
-        return answer_with(task, judged(task, self.method, slots_GC))
+        slots_GC, judge = LAYER_METHODS[self.method](task.loads()), task.hurried()
+        return answer_with(judge, judged(judge, self.method, slots_GC))
+
+
+def other_answers(tasks: list[LayerTask], executor: Executor | None) -> list[list[LayerAnswer]]:
+    """What whole plans of the other methods are worth, and the current one: for `auto`, where
+    layers are linked. Under a time limit only the current one."""
+    plans: dict[str, list[SlotArray]] = {}
+    if tasks[0].deadline is None:
+        for task in tasks:
+            for name, slots_GC in known_candidates(task, task.loads()):
+                plans.setdefault(name, []).append(slots_GC)
+    if all(task.start_GC is not None for task in tasks):
+        plans["current"] = [task.start_GC for task in tasks if task.start_GC is not None]
+    found = []
+    for name, slots_L in plans.items():
+        if len(slots_L) == len(tasks) and all(
+            task.fits(slots_GC) and complete(slots_GC, task.traffic.num_experts)
+            for task, slots_GC in zip(tasks, slots_L, strict=True)
+        ):
+            judge = Judge(name, stacked(slots_L))
+            found.append(run_layers(judge, tasks, len(tasks), executor, None))
+    return found
 
 
 def capacity_of_layers(
@@ -163,14 +179,15 @@ def capacity_of_layers(
     """Slots and bytes of each layer; loads are counted only where memory may be the limit."""
     cluster, shape = settings.cluster, (data.num_layers, data.num_experts)
     load_LE = np.zeros(shape)
-    if any(device.expert_memory_bytes is not None for device in cluster.devices):
+    if np.isfinite(limits_G(cluster, settings.model, current)).any():
         for layer in range(data.num_layers):
             load_LE[layer] = data.layer(layer).planning_WE().mean(axis=0)
     return capacity_per_layer(load_LE, cluster, settings.model, current)
 
 
 def layer_tasks(
-    data: PlanningSteps, settings: Settings, capacities: LayerCapacity, current: Plan | None = None
+    data: PlanningSteps, settings: Settings, capacities: LayerCapacity,
+    current: Plan | None = None, known: Mapping[str, SlotArray] = EMPTY,
 ) -> Iterator[LayerTask]:
     """One job per layer, made as they are asked for."""
     for layer in range(data.num_layers):
@@ -181,6 +198,7 @@ def layer_tasks(
             cluster=settings.cluster, dispatch=settings.dispatch, objective=settings.objective,
             model=settings.model, slack=settings.slack, seed=settings.seed,
             effort=settings.effort, deadline=settings.deadline,
+            known=tuple((name, slots_LGC[layer]) for name, slots_LGC in known.items()),
             start_GC=None if current is None else current.slots[layer],
         )
 
@@ -237,7 +255,7 @@ def _check_memory(made: Plan, settings: Settings) -> None:
     model = settings.model
     if model is None or not model.knows_bytes:
         return
-    held_G = made.replicas_LGE().sum(axis=0) @ model.bytes_per_expert_E()
+    held_G = plan_bytes_G(made, model)
     for g, device in enumerate(settings.cluster.devices):
         if device.expert_memory_bytes is not None and held_G[g] > device.expert_memory_bytes:
             raise InfeasibleError(
@@ -281,8 +299,9 @@ def resolve_settings(
             raise UsageError(f"unknown {what} {value!r}; there are: {', '.join(known)}")
     if objective == "time" and not sized:
         raise UsageError(
-            "objective time needs the model's hidden and intermediate sizes: give the model "
-            "(model=ModelSpec; --model), or use objective balance"
+            "objective time needs the model's hidden and intermediate sizes",
+            call="give model=ModelSpec that has them, or use objective balance",
+            command="name the model with --model, or use --objective balance",
         )
     slack = default_slack(cluster) if slack is None else slack
     if not 0.0 <= slack < 1.0:
@@ -300,20 +319,23 @@ def most_steps(settings: Settings) -> int:
     return MOST_TIMED_STEPS if settings.objective == "time" else MOST_STEPS
 
 
-def _check_model(settings: Settings, data: PlanningSteps) -> None:
+def check_model(settings: Settings, data: PlanningSteps) -> tuple[str, ...]:
+    """A note on the model's layers that the trace lacks.
+
+    Raises InputError where trace and model do not belong together, UsageError where loads shall
+    tell time.
+    """
     model = settings.model
+    missing = unplanned_layers(model, data.layer_indices, data.num_experts, "the trace")
     if model is None:
-        return
-    if (model.num_layers, model.num_experts) != (data.num_layers, data.num_experts):
-        raise InputError(
-            f"the model {model.name} has {model.num_layers} layers of {model.num_experts} experts, "
-            f"the trace {data.num_layers} of {data.num_experts}: they do not belong together"
-        )
-    if settings.objective == "time" and data.trace is None:
+        return ()
+    timed = settings.objective == "time"
+    if timed and data.trace is None:
         raise UsageError(
             "average loads cannot tell time per step: record a trace of tokens, or use objective "
             "balance"
         )
+    return unplanned_note(missing, data.num_layers, timed=timed)
 
 
 def check_current(current: Plan, data: PlanningSteps, cluster: Cluster) -> None:

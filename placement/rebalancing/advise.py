@@ -19,6 +19,7 @@ from ...traces.trace import RoutingTrace
 from ..cluster import Cluster
 from ..comparison.compare import Comparison, ComparisonRow, compare, step_times
 from ..comparison.promise import with_promise
+from ..comparison.steps_in_time import steps_in_time
 from ..comparison.verdict import deciding, metric_text, verdict_of
 from ..cost.evaluate import check_slots
 from ..held_back import ADVICE_SHARE
@@ -26,9 +27,10 @@ from ..plan import DispatchSpec, Plan
 from ..planning.planner import PlanResult
 from .one_more_slot import one_more_slot
 from .switch_payback import HORIZON_STEPS, Moving, price_moves
-from .trial_plans import REBALANCE, USUAL_METHODS, attempt
+from .trial_plans import REBALANCE, USUAL_METHODS, TimeLimit, attempt
 
 CURRENT = "current"
+PLANNING_SHARE = 0.75        # of a time limit; the rest is for judging
 # A gain below this is not worth moved experts, nor memory for replicas, that nothing prices.
 LEAST_GAIN_PERCENT = 1.0
 
@@ -107,6 +109,7 @@ def advise(
     objective: str | None = None,
     balance_slack: float | None = None,
     seed: int = 0,
+    time_limit_s: float | None = None,
     **options: Any,
 ) -> Advice:
     """Plan by every method on 70 % of the requests, judge on the rest, choose.
@@ -116,8 +119,9 @@ def advise(
     its place. Where moves, or memory for more replicas, have no price, a gain below
     LEAST_GAIN_PERCENT does not pay for them. The plan chosen carries what was found of it, its
     promise. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
-    `current`. `options` go to `attempt` (effort, executor, progress, time_limit_s). Judged where
-    planned, which the verdict says, where the trace is too short to hold requests back. Raises
+    `current`. `options` go to `attempt` (effort, executor, progress). time_limit_s: of planning and
+    judging together; the plans are the best so far, and judged on as many steps as it leaves.
+    Judged where planned, which the verdict says, where too short to hold requests back. Raises
     UsageError on a budget without `current`, InfeasibleError where no method finds a plan.
     """
     if current is not None:
@@ -125,17 +129,23 @@ def advise(
     planning, judging, judged_on = hold_back(trace, steps, seed)
     asked: dict[str, Any] = dict(dispatch=dispatch, steps=steps, model=model, seed=seed,
                                  objective=objective, balance_slack=balance_slack)
-    tried = attempt(planning, cluster, methods, current, (max_moves, max_bytes), **asked, **options)
+    clock = TimeLimit.start(time_limit_s)
+    tried = attempt(planning, cluster, methods, current, (max_moves, max_bytes),
+                    time_limit_s=clock.part(PLANNING_SHARE), **asked, **options)
     plans = {} if current is None else {CURRENT: current}
     plans |= {name: result.plan for name, result in tried.results.items()}
     reference = CURRENT if current is not None else _reference(plans)
-    table = compare(plans, judging, cluster, current=reference, **asked)
+    most = steps_in_time(plans, judging, cluster, steps, dispatch, model, clock.share())
+    if most is not None:
+        judged_on += f", the first {most} of them: the time limit left no more"
+    table = compare(plans, judging, cluster, current=reference, max_steps=most,
+                    time_left_s=clock.share(), **asked)
     moving = {} if current is None else _moving(table, plans, cluster, model)
     if judging is trace:
         chosen, verdict = _judged_where_planned(table)
     else:
         chosen, verdict = _choice(table, plans, moving, horizon_steps)
-    if chosen == reference:
+    if chosen == reference and most is None:        # there is time
         verdict += one_more_slot(table, chosen, planning, judging, cluster, asked)
     plans[chosen] = _promised(plans[chosen], table, chosen, steps, judging, trace)
     return Advice(verdict, chosen, table, tried.results, plans, judged_on, tried.cannot, moving,

@@ -23,6 +23,7 @@ from .move_budget import sent
 LEVELS = (0.5, 1.0, 2.0)         # times an even share of the budget, tried in each layer
 SURE = 2.0                       # standard errors that a gain must exceed
 FEWEST_COUNTS = 16.0             # mean load below which thinning says nothing
+MOST_COUNTS = 1e12               # and above which it changes nothing that is seen
 ROUNDING = 1e-9                  # of the budget: prices are added up in different orders
 
 
@@ -65,6 +66,8 @@ class Climb:
     def __call__(self) -> BudgetSweep:
         task = self.task
         assert task.start_GC is not None and task.move_price_E is not None
+        if task.expired():
+            return _stays(task.start_GC)
         halves, counting = (self.halves, 0.0) if self.halves else _thinned(task)
         budgets = budgets_of(task.move_price_E, task.layers)
         slots_FK, price_FK, cost_FKW, wide_FK = [], [], [], []
@@ -88,6 +91,14 @@ class Climb:
             budgets, tuple(slots_FK), np.array(price_FK), tuple(cost_FKW), np.array(wide_FK),
             counting,
         )
+
+
+def _stays(slots_GC: SlotArray) -> BudgetSweep:
+    """A layer whose time was up before it began: it offers no moves."""
+    nothing = np.zeros((2, 1))
+    return BudgetSweep(
+        (0.0,), ((slots_GC,), (slots_GC,)), nothing, (nothing[:1], nothing[:1]), nothing, 0.0
+    )
 
 
 def judged_on(task: LayerTask, slots_GC: SlotArray) -> tuple[FloatArray, float]:
@@ -118,18 +129,19 @@ def _thinned(task: LayerTask) -> tuple[tuple[LayerTraffic, LayerTraffic], float]
 
     Of whole counts every token goes to one half or the other by a fair coin, which makes the
     halves independent samples. Other loads tell nothing of their noise: both halves are all there
-    is, and every gain counts as significant.
+    is, and every gain counts as significant. So do counts so large that theirs is nothing.
     """
-    loads = task.traffic.load_WE
+    loads, unit = task.traffic.load_WE, task.traffic.counted
     assert loads is not None
-    if not ((loads == np.rint(loads)).all() and loads.mean() >= FEWEST_COUNTS):
+    if unit is None or not FEWEST_COUNTS <= loads.mean() * unit <= MOST_COUNTS:
         return (task.traffic, task.traffic), 0.0
+    counts = np.rint(loads * unit)
     rng = np.random.default_rng([task.seed, task.layer, 2])
-    first = rng.binomial(loads.astype(np.int64), 0.5).astype(np.float64)
+    first = rng.binomial(counts.astype(np.int64), 0.5).astype(np.float64)
     first_part, second_part = (
-        replace(task.traffic, load_WE=part) for part in (first, loads - first)
+        replace(task.traffic, load_WE=part / unit) for part in (first, counts - first)
     )
-    per_device = float((loads - first).sum(axis=1).mean()) / task.cluster.num_devices
+    per_device = float((counts - first).sum(axis=1).mean()) / task.cluster.num_devices
     return (first_part, second_part), 1.0 / float(np.sqrt(max(per_device, 1.0)))
 
 
@@ -216,7 +228,12 @@ class Redraw:
 
 
 def redrawn_gain(work: Redraw) -> FloatArray:
-    """[W] gain of the change in each step of all draws; 0 in steps without tokens."""
+    """[W] gain of the change in each step of all draws; 0 in steps without tokens.
+
+    NaN alone: there is no time left to tell.
+    """
+    if work.task.expired():
+        return np.full(1, np.nan)
     steps = work.redrawn.steps
     task = replace(work.task, traffic=replace(work.traffic, planning=steps))
     assert task.start_GC is not None

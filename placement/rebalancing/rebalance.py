@@ -25,6 +25,7 @@ from ..cluster import Cluster
 from ..comparison.cross_validation import Half, request_halves
 from ..cost.evaluate import evaluate
 from ..cost.step_cost import move_cost
+from ..memory import require_slots_fit
 from ..plan import DispatchSpec, Plan
 from ..planning.evidence import Settings, evidence_of
 from ..planning.planner import (
@@ -32,13 +33,14 @@ from ..planning.planner import (
     assemble,
     capacity_of_layers,
     check_current,
+    check_model,
     layer_tasks,
     resolve_settings,
     trace_digest,
 )
 from ..planning_traffic import PlanningSteps, planning_steps
 from ..search.layer_search import search_from, within_slots
-from ..search.layer_task import LayerAnswer, LayerTask, answer_with, judged
+from ..search.layer_task import HURRIED_STEPS, LayerAnswer, LayerTask, answer_with, judged
 from .budget_sweep import (
     BudgetSweep,
     Climb,
@@ -90,7 +92,9 @@ def rebalance(
         cluster, "auto", objective, current.dispatch if dispatch is None else dispatch, model,
         balance_slack, seed, effort, time_limit_s,
     )
+    fitting = require_slots_fit(cluster, model, current)
     data = planning_steps(new_trace, steps)
+    unplanned = check_model(settings, data)
     check_current(current, data, cluster)
     fitted = _fitted(current, cluster)
     budget = Budget.of(current, model, max_moves, max_bytes)
@@ -105,7 +109,7 @@ def rebalance(
     answers = _within(list(run.map(_finish, last)), tasks, budget, gain_L)
     return _result(
         current, answers, gain_L, data, settings, trace_digest(new_trace), started,
-        (*capacities.notes, *notes),
+        (*fitting, *unplanned, *capacities.notes, *notes),
     )
 
 
@@ -125,8 +129,12 @@ def _allowances(
         halves = request_halves(data.trace, sampler, tasks[0].seed)
         if halves is None:
             return stay, [0.0] * len(tasks), (TOO_FEW,)
+    until = _half_way(tasks[0].deadline)
     works = (
-        Climb(t, halves and (halves[0].data.layer(t.layer), halves[1].data.layer(t.layer)))
+        Climb(
+            replace(t, deadline=until),
+            halves and (halves[0].data.layer(t.layer), halves[1].data.layer(t.layer)),
+        )
         for t in tasks
     )
     sweeps = list(run.map(climb, works))
@@ -146,6 +154,11 @@ def _allowances(
     return allowances(sweeps, levels), gain_L, ()
 
 
+def _half_way(deadline: float | None) -> float | None:
+    """When trying budgets must end, so that there is time to tell gains from chance and to move."""
+    return None if deadline is None else time.time() + (deadline - time.time()) / 2
+
+
 def _request_error(
     tasks: list[LayerTask], sweeps: list[BudgetSweep], half: int, level_L: list[int],
     judging: Half,
@@ -157,6 +170,8 @@ def _request_error(
         for t, x, k in zip(tasks, sweeps, level_L, strict=True) if k
     )
     gain_W = sum(run.map(redrawn_gain, works), np.zeros(1))
+    if np.isnan(gain_W).any():
+        return np.inf               # the time was up: what cannot be told from chance is none
     if len(gain_W) < 2:
         return 0.0
     return float(np.std(judging.redrawn.noise(gain_W), ddof=1))
@@ -172,9 +187,10 @@ def _finish(last: _LastSearch) -> LayerAnswer:
     """The layer searched on everything within its budget, experts that stay kept in their slots."""
     task = last.task
     assert task.start_GC is not None
-    stands = judged(task, "current", task.start_GC)
-    if last.most is None:
-        return answer_with(task, stands)
+    judge = task.hurried()
+    stands = judged(judge, "current", task.start_GC)
+    if last.most is None or judge.in_haste:
+        return answer_with(judge, stands)
     found = search_from(replace(task, move_budget=last.most), task.start_GC)
     moved = judged(task, "rebalance", keep_slots(task.start_GC, found))
     name = task.objective
@@ -247,6 +263,8 @@ def pay_back(
 ) -> float | None:
     """Steps after which the transfer is earned back; None where time is unknown or never."""
     model, steps = settings.model, data.validation or data.planning
+    if steps is not None and settings.deadline is not None and time.time() > settings.deadline:
+        steps = steps.take(np.arange(min(HURRIED_STEPS, len(steps))))
     if model is None or not model.knows_sizes or data.trace is None or steps is None:
         return None
     if not moves:

@@ -11,13 +11,8 @@ import numpy as np
 
 from ...errors import InfeasibleError
 from ...foundation.arrays import FloatArray, IntArray, SlotArray
+from ..memory import held_bytes_G
 from ..plan import EMPTY
-
-
-def device_bytes(slots_LGC: SlotArray, size_E: IntArray) -> IntArray:
-    """[G] bytes of the experts that each device holds over all layers."""
-    held_LGC = np.where(slots_LGC >= 0, size_E[np.maximum(slots_LGC, 0)], 0)
-    return np.asarray(held_LGC.sum(axis=(0, 2)), np.int64)
 
 
 def cover_within(
@@ -36,7 +31,7 @@ def cover_within(
     layers, devices, _ = slots.shape
     replicas_LE = np.stack([np.bincount(x[x >= 0], minlength=len(size_E)) for x in slots])
     orphans = np.argwhere(replicas_LE == 0)
-    left_G = most_G - device_bytes(slots, size_E)
+    left_G = most_G - held_bytes_G(slots, size_E)
     short = layers * int(size_E.sum()) - most_G.sum()
     if short > 0:
         raise InfeasibleError(

@@ -19,10 +19,9 @@ from ...errors import InfeasibleError
 from ...foundation.arrays import IntArray, SlotArray
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
+from ..memory import NOT_COUNTED, held_bytes_G
 from ..plan import EMPTY, Plan, Provenance
-from .spare_memory import cover_within, device_bytes
-
-NOT_COUNTED = "expert_memory_bytes not counted: give the model, for its sizes"
+from .spare_memory import cover_within
 
 
 def survivors_plan(
@@ -48,7 +47,7 @@ def survivors_plan(
     if model is not None and model.knows_bytes:
         most_G = np.array([np.inf if own is None else own for own in memory])
         size_E = model.bytes_per_expert_E()
-        if (device_bytes(slots[:, alive], size_E) > most_G).any():
+        if (held_bytes_G(slots[:, alive], size_E) > most_G).any():
             held_LGC = np.full_like(slots[:, alive], EMPTY)
             held_LGC[:, :, : plan.slots_per_device] = plan.slots[:, alive]
             slots[:, alive] = cover_within(held_LGC, cluster.slots_G[alive], size_E, most_G, alive)

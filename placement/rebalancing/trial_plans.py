@@ -24,6 +24,7 @@ from .rebalance import rebalance
 USUAL_METHODS = ("auto", "eplb", "greedy", "contiguous")
 REBALANCE = "rebalance"
 LEAST_S = 1e-3               # what a method gets when the time is up: it answers with its start
+QUICK_PIECES = 8             # methods that only pack get a like part of the time left, to judge by
 
 MethodProgress = Callable[[str, int, int, float | None], None]   # method, done, of, gap so far
 Source = RoutingTrace | Profile
@@ -46,7 +47,8 @@ def try_methods(
     progress: MethodProgress | None = None,
     **options: Any,
 ) -> Attempts:
-    """Plan by every method. Those that search share what the others leave of the time.
+    """Plan by every method. Those that search share what the others, quickly judged, leave of the
+    time.
 
     options go to `plan`. Raises UsageError on an unknown method, InfeasibleError where none can.
     """
@@ -61,7 +63,7 @@ def try_methods(
     clock = TimeLimit.start(time_limit_s)
     searching = [name for name in names if name not in LAYER_METHODS]
     for name in [*(n for n in names if n in LAYER_METHODS), *searching]:
-        sharing = len(searching) - searching.index(name) if name in searching else 1
+        sharing = len(searching) - searching.index(name) if name in searching else QUICK_PIECES
         try:
             results[name] = plan(
                 source, cluster, method=name, time_limit_s=clock.share(sharing),
@@ -84,7 +86,9 @@ def attempt(
     if budget == (None, None):
         return try_methods(source, cluster, methods, current=current, **options)
     if current is None:
-        raise UsageError("a budget of moves counts them away from a plan: name the current one")
+        raise UsageError("a budget of moves counts them away from a plan",
+                         call="name the current one (current=Plan)",
+                         command="name the current one with --current")
     return try_rebalance(
         current, source, cluster, max_moves=budget[0], max_bytes=budget[1], **options
     )
@@ -118,6 +122,11 @@ class TimeLimit:
         if limit_s is not None and not limit_s > 0:
             raise UsageError(f"time_limit_s {limit_s} must be above 0")
         return cls(None if limit_s is None else time.monotonic() + limit_s)
+
+    def part(self, share: float) -> float | None:
+        """Seconds for a part of what is left."""
+        left = self.share()
+        return None if left is None else max(LEAST_S, share * left)
 
     def share(self, pieces: int = 1) -> float | None:
         """Seconds for the next of so many pieces that are still to do."""

@@ -13,22 +13,27 @@ from ...foundation.arrays import FloatArray, SlotArray
 from ..cluster import Cluster
 from ..dispatch.quotas import device_tokens
 from ..plan import DispatchSpec
+from ..planning_traffic import LOAD_TOTAL
+
+# Rules that give every replica of an expert the same part of its tokens, on average.
+ALIKE_ON_AVERAGE = ("even", "sglang_dynamic", "vllm_hash", "trtllm_round_robin")
 
 
 def fluid_tokens_WG(
     load_WE: FloatArray, slots_GC: SlotArray, cluster: Cluster, dispatch: DispatchSpec
 ) -> FloatArray:
-    """[W, G] tokens of every device under average loads, which are not whole tokens.
+    """[W, G] tokens of every device under average loads of any size, which are not whole tokens.
 
-    `even` is exact; other policies are judged on the loads scaled to about a million tokens.
+    Rules that share alike on average are exact; others split each window as LOAD_TOTAL tokens.
     """
-    if dispatch.policy == "even":
+    if dispatch.policy in ALIKE_ON_AVERAGE:
         return np.stack([even_device_load(load_E, slots_GC) for load_E in load_WE])
-    total = float(load_WE.sum(axis=1).max(initial=0.0))
-    scale = 1.0 if total <= 0 else max(1.0, 2.0**20 / total)
-    counts = np.rint(load_WE * scale).astype(np.int32)
+    total_W = load_WE.sum(axis=1)
+    scale_W = LOAD_TOTAL / np.where(total_W > 0, total_W, 1.0)
+    counts = np.rint(load_WE * scale_W[:, None]).astype(np.int32)
     by_home = spread_over_homes(counts, cluster.num_devices)
-    return device_tokens(by_home, slots_GC, cluster, dispatch)[0].astype(np.float64)
+    tokens_WG = device_tokens(by_home, slots_GC, cluster, dispatch)[0]
+    return np.asarray(tokens_WG / scale_W[:, None], np.float64)
 
 
 def even_device_load(load_E: FloatArray, slots_GC: SlotArray) -> FloatArray:

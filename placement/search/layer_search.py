@@ -28,14 +28,21 @@ from ...errors import InfeasibleError, InputError
 from ...foundation.arrays import SlotArray
 from ...foundation.compiled import random_state
 from ..cost.token_transfers import TransferModel, no_transfers, transfer_model
-from ..dispatch.policies import NEAREST_RULES
-from ..methods.baselines import LayerLoads, contiguous, greedy, lpt_swap
+from ..dispatch.policies import NEAREST_RULES, TENSOR_PARALLEL, parameter_vector
+from ..methods.baselines import LayerLoads, greedy, lpt_swap
 from .annealing.annealer import Found, Overload, Schedule, SearchSpace, search_space
 from .annealing.even_average import improve_average
 from .annealing.exact_balance import MOST_DEVICES, improve_exact_balance
-from .annealing.fixed_shares import improve_fixed_shares
+from .annealing.fixed_shares import FIRST_NEAR, IN_TURN, NEAREST, improve_fixed_shares
 from .annealing.water_filled import improve_water_filled
-from .layer_task import Candidate, LayerAnswer, LayerTask, answer_with, judged
+from .known_candidates import (
+    complete,
+    known_candidates,
+    widened,
+    with_fewer_slots,
+    without_duplicates,
+)
+from .layer_task import Candidate, LayerAnswer, LayerTask, answer_with, best_of, judged
 from .scenarios import home_rows, request_kinds, search_rows
 from .time_search import time_candidates
 
@@ -55,7 +62,6 @@ SCENARIOS_FEW, SCENARIOS_MANY = 192, 48   # fresh rows of each kind, each round:
 SCENARIOS_TRANSFERS = 48     # the same where transfers cost: more would ask for useless capacity
 HOT, COLD = 3e-3, 3e-5       # temperatures, in units of imbalance
 BEND = 1.0                   # weight of squared overload: the tail counts more
-ROBUSTNESS_PRICE = 0.005     # imbalance at home that robustness may cost
 TRANSFER_TOKENS = 4_096          # tokens whose transfers are counted while searching
 # Price of one transfer per token against overload: a search each on few devices, one on many.
 TRANSFER_WEIGHTS_FEW, TRANSFER_WEIGHT = (1.0, 2.0, 4.0), 0.3
@@ -64,15 +70,19 @@ TRANSFER_WEIGHTS_FEW, TRANSFER_WEIGHT = (1.0, 2.0, 4.0), 0.3
 def search_layer(task: LayerTask) -> LayerAnswer:
     """Search one layer and choose among its candidates by the steps held back."""
     candidates: list[Candidate] = []
-    truncated = False
+    truncated, judge = False, task.hurried()
+    seen: set[bytes] = set()
     for name, slots in _candidates(task):
+        if slots.tobytes() in seen or not complete(slots, task.traffic.num_experts):
+            continue
+        seen.add(slots.tobytes())
         if not task.fits(slots):
             continue
-        candidates.append(judged(task, name, slots))
+        candidates.append(judged(judge, name, slots))
         if task.expired():
             truncated = True
             break
-    return replace(answer_with(task, choose(task, candidates)), truncated=truncated)
+    return replace(answer_with(judge, choose(task, candidates)), truncated=truncated)
 
 
 def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
@@ -87,17 +97,6 @@ def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
     if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
         return _average(task, loads, start_GC)
     return _by_rows(task, loads, start_GC, TRANSFER_WEIGHT if task.counts_transfers else 0.0)
-
-
-def without_duplicates(slots_GC: SlotArray) -> SlotArray:
-    """Second and further replicas of an expert on one device become empty slots."""
-    slots_GC = slots_GC.copy()
-    for row in slots_GC:
-        _, first = np.unique(row, return_index=True)
-        again = np.ones(len(row), bool)
-        again[first] = False
-        row[again] = -1
-    return slots_GC
 
 
 def within_slots(
@@ -124,24 +123,24 @@ def within_slots(
 
 
 def choose(task: LayerTask, candidates: list[Candidate]) -> Candidate:
-    """The best candidate; see the objective in `plan`.
-
-    time: the least. balance: the lowest peak, where a searched placement may cost ROBUSTNESS_PRICE
-    at home; where transfers cost bytes, the fewest transfers among those within slack.
-    """
-    if task.objective == "time":
-        return min(candidates, key=lambda c: c.decisive.objective("time"))
-    least = min(c.decisive.peak for c in candidates)
-    if task.counts_transfers:
-        near = [c for c in candidates if c.decisive.peak <= least + task.slack]
-        return min(near, key=lambda c: (c.decisive.transfers, c.decisive.peak))
-    for candidate in candidates:
-        if candidate.name == SEARCHED and candidate.decisive.peak <= least + ROBUSTNESS_PRICE:
-            return candidate
-    return min(candidates, key=lambda c: c.decisive.peak)
+    """The best candidate (`best_of`); of those that tie, the one with fewest replicas, then with
+    fewest experts moved from where they are, then a searched one: it knows other traffic too."""
+    sizes = [
+        (int((c.slots_GC >= 0).sum()), _moves(task, c.slots_GC), not c.name.startswith("search"))
+        for c in candidates
+    ]
+    return candidates[best_of(
+        [c.decisive for c in candidates], sizes,
+        task.objective, task.slack if task.counts_transfers else None,
+    )]
 
 
-SEARCHED = "search"
+def _moves(task: LayerTask, slots_GC: SlotArray) -> int:
+    """Experts that devices would have to be sent; 0 where nothing is there yet."""
+    if task.start_GC is None:
+        return 0
+    rows = zip(task.start_GC, slots_GC, strict=True)
+    return sum(len(np.setdiff1d(after[after >= 0], before)) for before, after in rows)
 
 
 def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
@@ -154,13 +153,13 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
     start = starts[0][1]
     if not loads.load_WE.any():
         return                       # a layer nobody used: any placement is as good
-    if task.objective == "time":
-        yield "contiguous", contiguous(loads)
-    if task.traffic.load_WE is not None and task.dispatch.policy != "balanced":
-        yield SEARCHED, _average(task, loads, start)
-        return
+    yield from known_candidates(task, loads)
+    if task.traffic.load_WE is not None:
+        yield "search, average loads", _average(task, loads, start)
+        if task.dispatch.policy != "balanced":
+            return
     found = _by_rows(task, loads, start, 0.0)
-    yield SEARCHED, found
+    yield "search", found
     if task.counts_transfers:
         few = loads.devices <= MOST_DEVICES
         for weight in TRANSFER_WEIGHTS_FEW if few else (TRANSFER_WEIGHT,):
@@ -187,42 +186,24 @@ def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
 
 
 def _with_fewer_replicas(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
-    """The same with slots left empty: a replica costs weight reads, and under some engines' rules
-    it takes few tokens but disturbs the rest."""
-    experts, slots = loads.experts, int(loads.usable_slots_G().sum())
-    for share in (0.5, 0.25, 0.0):
-        keep = experts + round(share * (slots - experts))
-        if keep >= slots:
-            continue
-        fewer = replace(loads, slots_G=_trimmed(loads.slots_G, keep))
+    """Searched with slots left empty: under a rule that is blind to load a replica takes few tokens
+    but disturbs the rest."""
+    slots = int(loads.usable_slots_G().sum())
+    for keep, fewer in with_fewer_slots(loads):
         part = replace(task, slots_G=fewer.slots_G)
         try:
             start = lpt_swap(fewer)
         except InfeasibleError:          # memory needs more slots than these
             return
-        yield f"lpt_swap, {keep} of {slots} slots", _widened(start, loads.most_slots)
         found = _by_rows(part, fewer, start, 0.0)
-        yield f"search, {keep} of {slots} slots", _widened(found, loads.most_slots)
-
-
-def _trimmed(slots_G: npt.NDArray[np.int64], keep: int) -> npt.NDArray[np.int64]:
-    """Fewer slots, taken one by one from the device with most (ties: the last)."""
-    slots = slots_G.copy()
-    while int(slots.sum()) > keep:
-        slots[len(slots) - 1 - int(np.argmax(slots[::-1]))] -= 1
-    return slots
-
-
-def _widened(slots_GC: SlotArray, width: int) -> SlotArray:
-    wide = np.full((len(slots_GC), width), -1, np.int16)
-    wide[:, : slots_GC.shape[1]] = slots_GC
-    return wide
+        yield f"search, {keep} of {slots} slots", widened(found, loads.most_slots)
 
 
 def _average(task: LayerTask, loads: LayerLoads, start_GC: SlotArray) -> SlotArray:
     moves = round(MOVES_PER_SLOT_AVERAGE * int(loads.slots_G.sum()) * EFFORTS[task.effort])
     return improve_average(
-        _space(task, loads), start_GC, loads.load_E, moves, random_state(task.seed, task.layer)
+        _space(task, loads), start_GC, loads.load_E, moves, random_state(task.seed, task.layer),
+        task.until(),
     )
 
 
@@ -254,7 +235,7 @@ def _by_rows(
             home, kinds, scenarios * (3 if last else 1), float(loads.speed_G.sum()), rng
         )
         schedule = Schedule(
-            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1])
+            moves, float(heat[turn]), float(COLD / 10 if last else heat[turn + 1]), task.until()
         )
         found = improve(
             space, rows.load_WE, rows.weight_W, found_GC, schedule, Overload(BEND, free),
@@ -295,8 +276,11 @@ def _improver(task: LayerTask, few: bool) -> Improve:
     if task.dispatch.policy in ("balanced", "fewest_active"):
         return improve_exact_balance if few else improve_water_filled
     if task.dispatch.policy in NEAREST_RULES:
-        first = task.dispatch.policy == "sglang_static"
-        return partial(improve_fixed_shares, node_G=task.cluster.node_G, first_near=first)
+        rule = FIRST_NEAR if task.dispatch.policy == "sglang_static" else NEAREST
+        return partial(improve_fixed_shares, rule=rule, node_G=task.cluster.node_G)
+    if task.dispatch.policy == "ascend_fixed":
+        tensor_parallel = int(parameter_vector(task.dispatch, task.cluster)[TENSOR_PARALLEL])
+        return partial(improve_fixed_shares, rule=IN_TURN, tensor_parallel=tensor_parallel)
     return improve_fixed_shares
 
 

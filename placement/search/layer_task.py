@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,15 @@ from ..cluster import Cluster
 from ..cost.evaluate import imbalance_of, peak_of
 from ..cost.lower_bounds import balance_bound_W, most_replicas, time_bound_us
 from ..cost.step_cost import step_cost
-from ..cost.step_loads import step_loads
+from ..cost.step_loads import StepLoads, step_loads
 from ..cost.token_transfers import transfers_cost_bytes
 from ..dispatch.quotas import count_tokens
 from ..methods.baselines import LayerLoads
 from ..plan import DispatchSpec, Plan
 from ..planning_traffic import LayerTraffic
 from .balance_score import fluid_tokens_WG, mean_over_steps
+
+HURRIED_STEPS = 4            # judged on, of each kind, where the time limit has fired
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,11 @@ class LayerTask:
     seed: int
     effort: str
     deadline: float | None = None        # time.time() after which only cheap work is begun
+    known: tuple[tuple[str, SlotArray], ...] = ()    # other candidates, by name
     start_GC: SlotArray | None = None    # the current plan's slots, also a candidate
     move_budget: float | None = None     # most that moves away from it may cost; None = free
     move_price_E: FloatArray | None = None   # cost of sending each expert; None = 1
+    in_haste: bool = False               # few steps are left to judge by, see `hurried`
 
     def loads(self) -> LayerLoads:
         """What the load-only methods see."""
@@ -63,6 +68,19 @@ class LayerTask:
     def expired(self) -> bool:
         """Whether the time limit has fired."""
         return self.deadline is not None and time.time() > self.deadline
+
+    def until(self) -> float:
+        """The deadline as compiled loops take it."""
+        return np.inf if self.deadline is None else self.deadline
+
+    def hurried(self) -> LayerTask:
+        """The task to judge by: itself, or few of its steps where the time is up before it began.
+
+        Loads to place by are those of the whole task.
+        """
+        if not self.expired():
+            return self
+        return replace(self, traffic=self.traffic.thinned(HURRIED_STEPS), in_haste=True)
 
     def fits(self, slots_GC: SlotArray) -> bool:
         """Whether slots keep to each device's slots and bytes in this layer."""
@@ -122,6 +140,7 @@ class LayerAnswer:
     bound: float                     # on the objective, over all plans, on the planning steps
     validation: Score | None
     truncated: bool = False
+    in_haste: bool = False           # judged on few steps: the time was up
 
 
 def judged(task: LayerTask, name: str, slots_GC: SlotArray) -> Candidate:
@@ -136,22 +155,58 @@ def answer_with(task: LayerTask, candidate: Candidate) -> LayerAnswer:
     bound = layer_bound(task)
     if task.traffic.validation is None:
         return LayerAnswer(
-            task.layer, candidate.slots_GC, candidate.name, candidate.decisive, bound, None
+            task.layer, candidate.slots_GC, candidate.name, candidate.decisive, bound, None,
+            in_haste=task.in_haste,
         )
     planning = score(task, candidate.slots_GC, task.traffic.planning)
     return LayerAnswer(
-        task.layer, candidate.slots_GC, candidate.name, planning, bound, candidate.decisive
+        task.layer, candidate.slots_GC, candidate.name, planning, bound, candidate.decisive,
+        in_haste=task.in_haste,
     )
 
 
 def score(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> Score:
     """What slots are worth on these steps (the average loads where there is no trace)."""
     tokens, transfers, time_us_W = _measured(task, slots_GC, steps)
+    return score_of(tokens, transfers, task.cluster, time_us_W)
+
+
+def score_of(
+    tokens_WG: FloatArray, transfers: float, cluster: Cluster, time_us_W: FloatArray | None
+) -> Score:
+    """A layer's score from what its devices computed in every step."""
     return Score(
-        mean_over_steps(peak_of(tokens[:, None], task.cluster)[:, 0]),
-        mean_over_steps(imbalance_of(tokens[:, None], task.cluster)[:, 0]),
+        mean_over_steps(peak_of(tokens_WG[:, None], cluster)[:, 0]),
+        mean_over_steps(imbalance_of(tokens_WG[:, None], cluster)[:, 0]),
         transfers, None if time_us_W is None else float(time_us_W.mean()),
     )
+
+
+TIE = 1e-4   # of the least objective, and transfers per token
+
+
+def best_of(
+    scores: Sequence[Score], sizes: Sequence[tuple[int, ...]], objective: str, slack: float | None
+) -> int:
+    """The best of several placements; see the objective in `plan`.
+
+    time: the least. balance: the lowest peak; where transfers cost bytes (slack, else None), the
+    fewest transfers among those within slack of it. Of those that tie, the one of least size.
+    """
+    value = [score.objective(objective) for score in scores]
+    priced, least = slack is not None and objective != "time", min(value)
+    reach = TIE * least + (slack if priced and slack is not None else 0.0)
+    near = [i for i, one in enumerate(value) if one <= least + reach]
+    if priced:
+        fewest = min(scores[i].transfers for i in near)
+        near = [i for i in near if scores[i].transfers <= fewest + TIE]
+    return min(near, key=lambda i: (*sizes[i], value[i]))
+
+
+def crossing_transfers(loads: StepLoads, cluster: Cluster, layer: int) -> float:
+    """Remote transfers per token in one layer; between nodes if there are any."""
+    crossing = loads.nvlink_out_WLG if cluster.num_nodes == 1 else loads.nic_out_WLG
+    return float(crossing[:, layer].sum() / max(loads.tokens_W.sum(), 1))
 
 
 def objective_W(task: LayerTask, slots_GC: SlotArray, steps: Steps | None) -> FloatArray:
@@ -180,11 +235,8 @@ def _measured(
         time_us_W = step_cost(
             loads, task.model, cluster, dispatch=task.dispatch
         ).layer_us_WL[:, 0]
-    crossing = loads.nvlink_out_WLG if cluster.num_nodes == 1 else loads.nic_out_WLG
     return (
-        loads.tokens_WLG[:, 0].astype(np.float64),
-        float(crossing.sum() / max(loads.tokens_W.sum(), 1)),
-        time_us_W,
+        loads.tokens_WLG[:, 0].astype(np.float64), crossing_transfers(loads, cluster, 0), time_us_W
     )
 
 

@@ -22,7 +22,7 @@ from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
 from ..dispatch.quotas import needs_all_counts
 from ..hardware import interpolate
-from ..methods.baselines import LayerLoads, eplb_global
+from ..methods.baselines import LayerLoads
 from ..methods.pack import pack_heaviest_first
 from ..methods.replicate import replicas_by_load
 from ..plan import DispatchSpec
@@ -30,6 +30,7 @@ from ..planning_traffic import MOST_STEPS
 from .annealing.annealer import Schedule, SearchSpace
 from .annealing.step_time import DeviceTimes, improve_step_time
 from .annealing.token_split import ALIKE, LEVEL, ONE
+from .known_candidates import complete, widened
 from .layer_task import LayerTask, score
 
 RULES = {"balanced": LEVEL, "fewest_active": ONE}   # all others: equal shares, or nearly so
@@ -46,8 +47,6 @@ def time_candidates(
     balanced_GC: what a search for balance found, the other place to start from. moves: 1 = normal
     effort.
     """
-    if len(set(loads.slots_G.tolist())) == 1 and loads.capacity_G is None:
-        yield "eplb", eplb_global(loads)
     slots = int(loads.usable_slots_G().sum())
     packed: list[tuple[float, str, SlotArray]] = []
     for share in SPARE_SHARES:
@@ -79,7 +78,8 @@ def search_time(
     slots = int(np.asarray(space.slots_G).sum())
     tried = round(moves * max(FEWEST_MOVES, MOVES_PER_SLOT * slots))
     return improve_step_time(
-        space, device_times(task, load_WE), load_WE, start_GC, Schedule(tried, HOT, COLD),
+        space, device_times(task, load_WE), load_WE, start_GC,
+        Schedule(tried, HOT, COLD, task.until()),
         random_state(task.seed, task.layer, 4),
     ).best_GC
 
@@ -91,11 +91,11 @@ def packed_by_load(loads: LayerLoads, keep: int) -> SlotArray | None:
     """
     slots_G = slots_by_speed(loads, keep)
     replicas_E = replicas_by_load(loads.load_E, keep, int((slots_G > 0).sum()))
-    slots_GC = _widened(pack_heaviest_first(
+    slots_GC = widened(pack_heaviest_first(
         loads.load_E, replicas_E, slots_G, loads.speed_G, size_E=loads.size_E,
         capacity_G=loads.capacity_G
     ), loads.most_slots)
-    return slots_GC if _complete(slots_GC, loads.experts) else None
+    return slots_GC if complete(slots_GC, loads.experts) else None
 
 
 def slots_by_speed(loads: LayerLoads, keep: int) -> npt.NDArray[np.int64]:
@@ -116,17 +116,7 @@ def packed_by_time(task: LayerTask, loads: LayerLoads) -> SlotArray | None:
         mean_us_E(device_times(task, load_WE), load_WE), replicas_E, loads.slots_G, loads.speed_G,
         size_E=loads.size_E, capacity_G=loads.capacity_G,
     )
-    return slots_GC if _complete(slots_GC, loads.experts) else None
-
-
-def _complete(slots_GC: SlotArray, experts: int) -> bool:
-    return len(np.unique(slots_GC[slots_GC >= 0])) == experts
-
-
-def _widened(slots_GC: SlotArray, width: int) -> SlotArray:
-    wide = np.full((len(slots_GC), width), -1, np.int16)
-    wide[:, : slots_GC.shape[1]] = slots_GC
-    return wide
+    return slots_GC if complete(slots_GC, loads.experts) else None
 
 
 def mean_us_E(times: DeviceTimes, load_WE: FloatArray) -> FloatArray:

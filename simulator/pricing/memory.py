@@ -1,4 +1,4 @@
-"""What expert replicas leave for the KV cache.
+"""What expert replicas leave for the KV cache; whether they fit at all is `placement/memory.py`'s.
 
 Knows bytes. Knows nothing of requests or time.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import InfeasibleError, UsageError
 from ...placement.cluster import Cluster
+from ...placement.memory import plan_bytes_G, require_plan_fits
 from ...placement.plan import Plan
 from ...traces.model_spec import ModelSpec
 
@@ -38,26 +38,6 @@ class MemorySpec:
             )
 
 
-def expert_bytes_G(plan: Plan, model: ModelSpec) -> npt.NDArray[np.int64]:
-    """[G] bytes of the expert weights that the plan keeps on each device, all layers."""
-    bytes_E = model.bytes_per_expert_E()
-    replicas_GE = plan.replicas_LGE().sum(axis=0)
-    held: npt.NDArray[np.int64] = replicas_GE @ bytes_E
-    return held
-
-
-def require_experts_fit(plan: Plan, cluster: Cluster, model: ModelSpec) -> None:
-    """Raises InfeasibleError naming the first device whose memory the plan's experts exceed."""
-    for g, held in enumerate(expert_bytes_G(plan, model).tolist()):
-        own, whole = cluster.devices[g].expert_memory_bytes, cluster.hardware.memory_bytes
-        name, most = ("memory_bytes", whole) if own is None else ("expert_memory_bytes", own)
-        if held > most:
-            raise InfeasibleError(
-                f"device {g}: the plan's experts need {held:,} bytes, {name} allows {most:,}: use "
-                "fewer slots or more devices"
-            )
-
-
 def kv_tokens_per_device(
     plan: Plan, cluster: Cluster, model: ModelSpec, memory: MemorySpec
 ) -> tuple[int, ...]:
@@ -65,9 +45,9 @@ def kv_tokens_per_device(
 
     Raises InfeasibleError when a device cannot even hold its experts.
     """
-    require_experts_fit(plan, cluster, model)
-    limit = round(cluster.hardware.memory_bytes * memory.usable)
-    held_G = expert_bytes_G(plan, model)
+    require_plan_fits(plan, cluster, model)
+    limit = round(cluster.memory_bytes * memory.usable)
+    held_G = plan_bytes_G(plan, model)
     free_G = limit - memory.other_bytes - held_G
     if (free_G < 0).any():
         g = int(np.argmin(free_G))

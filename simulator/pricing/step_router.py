@@ -24,13 +24,13 @@ from ...placement.cost.overlap import Overlap
 from ...placement.cost.step_cost import PORTS as COST_PORTS
 from ...placement.cost.step_cost import step_cost
 from ...placement.cost.step_loads import StepLoads, check_fit, step_loads
+from ...placement.memory import require_plan_fits
 from ...placement.plan import DispatchSpec, Plan
 from ...traces.model_spec import ModelSpec
 from ...traces.steps import Steps
 from ...traces.trace import RoutingTrace
 from .even_bulk import bulk_loads, counts_in_bulk
 from .measured_range import below_measured
-from .memory import require_experts_fit
 from .step_composition import Composition
 
 PORTS = COST_PORTS[:4]    # of a device; spines are a node's
@@ -99,7 +99,8 @@ class StepRouter:
         if (model.num_layers, model.num_experts) != (trace.num_layers, trace.num_experts):
             raise InputError(
                 f"model: {model.num_layers} layers of {model.num_experts} experts, the trace has "
-                f"{trace.num_layers} of {trace.num_experts}: they are of different models"
+                f"{trace.num_layers} of {trace.num_experts}: they are of different models, or the "
+                "trace holds some layers only, which `loadmaster evaluate --model` prices"
             )
         self.trace, self.cluster, self.model = trace, cluster, model
         self.dispatch, self.overlap = dispatch, overlap
@@ -113,7 +114,7 @@ class StepRouter:
         check_fit(self.trace, plan, self.cluster)
         check_model(self.model, plan)
         check_slots(plan, self.cluster, "the plan")
-        require_experts_fit(plan, self.cluster, self.model)
+        require_plan_fits(plan, self.cluster, self.model)
 
     def loads(
         self, steps: Sequence[Composition], plan: Plan, dispatch: DispatchSpec | None = None

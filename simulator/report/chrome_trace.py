@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from ...foundation.arrays import FloatArray
+from ...foundation.atomic_file import replacing
 from ...placement.cost.step_cost import StepCost, step_cost
 from ...placement.cost.step_loads import StepLoads
 from ...placement.plan import Plan
 from ..pricing.step_router import MIRROR, PORTS, StepRouter, copy_us, port_transfers
 from ..serving.result import SimulationResult
-from .page import write_report
 
 STEPS, DEVICES, LINKS = 1, 2, 3
 MOST_STEPS, MOST_DETAILS = 20_000, 60_000    # events, so that a browser still opens the file
@@ -58,7 +58,8 @@ def write_chrome_trace(
 ) -> None:
     """Write the events as one JSON file, whole or not at all."""
     trace = {"traceEvents": chrome_events(result, plan, router), "displayTimeUnit": "ms"}
-    write_report(path, json.dumps(trace, separators=(",", ":")))
+    with replacing(Path(path)) as file:
+        file.write(json.dumps(trace, separators=(",", ":")).encode())
 
 
 def _details(

@@ -58,7 +58,8 @@ def plan_views(
 
 
 def views_of(
-    plans: dict[str, Plan], routing: RoutingTrace, cluster: Cluster, dispatch: str | None
+    plans: dict[str, Plan], routing: RoutingTrace, cluster: Cluster,
+    dispatch: str | DispatchSpec | None,
 ) -> list[PlanView]:
     """Each plan's loads and traffic, under the dispatch it serves with."""
     return [

@@ -17,6 +17,7 @@ from ...errors import UsageError
 from ...placement.cluster import Cluster
 from ...placement.cost.evaluate import resolve_dispatch
 from ...placement.cost.overlap import Overlap
+from ...placement.memory import memory_notes
 from ...placement.plan import DispatchSpec, Plan
 from ...traces.model_spec import ModelSpec
 from ...traces.trace import RoutingTrace
@@ -139,7 +140,7 @@ def simulate(
         requests, timer, limits, num_devices=cluster.num_devices, groups=serving.groups
     )
     run = Run(loop, active, router, source, timer, seed)
-    run.notes.extend(source.notes)
+    run.notes.extend((*source.notes, *memory_notes(plan, cluster, model)))
     for intervention in interventions:
         intervention.start(run)
     loop.run()

@@ -93,8 +93,11 @@ class Workload:
 
     @classmethod
     def from_arrivals(cls, arrivals: ArrivalsLike) -> Self:
-        """From an arrival file or process of `traces/arrivals.py`."""
-        return cls.from_arrays(arrivals.time_us, arrivals.prompt_tokens, arrivals.output_tokens)
+        """From an arrival file or process of `traces/`; a length of 0 is served as one token."""
+        return cls.from_arrays(
+            arrivals.time_us, np.maximum(arrivals.prompt_tokens, 1),
+            np.maximum(arrivals.output_tokens, 1),
+        )
 
     def __len__(self) -> int:
         return len(self.arrival_ns)

@@ -37,6 +37,9 @@ class Scenario(BaseModel):
     nvlink: float = Field(default=1.0, gt=0, description="times the preset's NVLink rate")
     nic: float = Field(default=1.0, gt=0, description="times the preset's network rate")
     oversubscription: float | None = Field(default=None, ge=1, description="of a node's spine")
+    reserved_bytes: int | None = Field(
+        default=None, ge=0, description="of each device's memory, kept free of weights"
+    )
     load: float = Field(default=1.0, gt=0, description="times the workload's rate")
     method: str = "eplb"
     dispatch: str = "balanced"

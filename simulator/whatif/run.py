@@ -23,10 +23,11 @@ from ...foundation.parallel import Executor
 from ...placement.cluster import Cluster
 from ...placement.cost.overlap import Overlap
 from ...placement.held_back import EVEN_SHARE
+from ...placement.memory import plan_bytes_G
 from ...placement.planning.planner import plan as make_plan
 from ...traces.model_spec import ModelSpec
 from ...traces.trace import RoutingTrace
-from ..pricing.memory import MemorySpec, expert_bytes_G
+from ..pricing.memory import MemorySpec
 from ..serving.batching import BatchLimits
 from ..serving.result import SimulationResult, Slo
 from ..serving.simulate import Serving, simulate
@@ -213,7 +214,7 @@ def _serve(study: Study, scenario: Scenario) -> tuple[SimulationResult, int]:
         slo=None if slo is None else Slo(slo.ttft_us, slo.tpot_us),
         interventions=study.grid.interventions(scenario),
     )
-    return result, int(expert_bytes_G(plan, study.model).max())
+    return result, int(plan_bytes_G(plan, study.model).max())
 
 
 def _figures(
@@ -248,6 +249,7 @@ def _cluster(scenario: Scenario, trace: RoutingTrace) -> Cluster:
             "nic_bytes_per_s": link.nic_bytes_per_s * scenario.nic,
         })
     cluster = cluster.model_copy(update={"hardware": cluster.hardware.model_copy(update=links)})
+    cluster = cluster.with_reserved(scenario.reserved_bytes)
     if scenario.oversubscription is None:
         return cluster
     return cluster.with_oversubscription(scenario.oversubscription)

@@ -127,7 +127,7 @@ def test_trace_verbs_make_import_and_describe(run: Run, tmp_path: Path) -> None:
                "--tokens", 5000)[0] == 0
     code, out, _ = run("trace", "info", made, "--json")
     assert code == 0 and json.loads(out)["tokens"] == 5000
-    ids = np.random.default_rng(0).integers(0, 8, (600, 2, 2))
+    ids = np.random.default_rng(0).random((600, 2, 8)).argsort(axis=2)[:, :, :2]
     np.savez(tmp_path / "ids.npz", ids=ids, request=np.arange(600) // 20)
     imported = tmp_path / "imported"
     code, out, _ = run("trace", "import", tmp_path / "ids.npz", "--num-experts", 8, "--out",

@@ -71,7 +71,7 @@ def test_requests_wait_for_their_arrival(replay, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "code", "said"), [
     (("--max-steps", 0), 2, "--max-steps 0"),
-    (("--order", "luck"), 2, "unknown step order"),
+    (("--order", "luck"), 2, "unknown --order 'luck'; there are: interleaved"),
     (("--dispatch", "dice"), 2, "balanced"),
     (("--overlap", "luck"), 2, "pipeline"),
     (("--step-tokens", 0), 2, "tokens"),

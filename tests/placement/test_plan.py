@@ -111,7 +111,7 @@ def test_a_failed_write_leaves_the_old_file(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "other"}, "not a Loadmaster plan; `loadmaster plan-import`"),
+        ({"format": "other"}, "not a Loadmaster plan: `placement.formats.import_plan`"),
         ({"schema_version": 99}, "plan schema 99, this version reads 1: upgrade loadmaster"),
         ({"num_experts": "many"}, "plan.json: num_experts"),
         ({"surprise": 1}, "plan.json: surprise"),

@@ -98,6 +98,22 @@ def test_a_broken_group_ends_the_watch_with_its_reason() -> None:
         watch(Broken(), poll_s=0.0)
 
 
+def test_trouble_is_told_once_while_the_group_serves_on() -> None:
+    troubles = iter(["", "t: cannot be written", "t: cannot be written", "", "", "disk full"])
+
+    class Troubled:
+        def status(self) -> dict[str, Any]:
+            found = next(troubles, None)
+            return {"broken": "" if found is not None else "ended", "recording": True,
+                    "recording_trouble": found or ""}
+
+    told: list[str] = []
+    with pytest.raises(LoadmasterError, match="ended"):
+        watch(Troubled(), poll_s=0.0, on_trouble=told.append)
+    assert told == ["recording: t: cannot be written", "recording: can be written again",
+                    "recording: disk full"]
+
+
 def test_a_group_says_what_its_recording_lost() -> None:
     parts = [
         RecordingSummary(100, 2, 0, 0, 0, None),

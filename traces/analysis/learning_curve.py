@@ -68,7 +68,7 @@ def learning_curve(
     alike). Raises InputError on a trace too short for two points.
     """
     if devices < 1:
-        raise UsageError(f"need devices >= 1; got {devices}")
+        raise UsageError(f"devices {devices} must be at least 1")
     splits = [_split(trace, seed + r) for r in range(_REPEATS)]
     available = min(len(plan) for plan, _ in splits)
     if available < 2 * _SMALLEST:

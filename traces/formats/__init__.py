@@ -1,7 +1,8 @@
-"""Routing and loads in other tools' files: one module per format, import only.
+"""Routing and loads in other tools' files: one module per form, import only.
 
-`import_any` recognises the format by what lies at the path. Every importer says what its format
-cannot tell.
+`import_any` recognises the form by what lies at the path. Every importer says what its form cannot
+tell; `routes` and `loads` clean what they find, and say what they did. `open_any` leaves long
+streams on disk, for whoever writes them on.
 """
 
 from __future__ import annotations
@@ -10,59 +11,70 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import InputError, naming
+from ..model_spec import ModelSpec
 from ..storage.manifest import MANIFEST_NAME
 from ..storage.store import open_trace
-from .arrays import SUFFIXES, import_arrays
-from .result import ImportResult
-from .sglang import import_recorder
-from .trtllm import META, import_statistics
+from .arrays import SUFFIXES
+from .asked import Asked
+from .recognise import import_file, import_folder
+from .result import ImportResult, RoutesResult
 
-__all__ = ["ImportResult", "import_any", "import_arrays", "import_recorder", "import_statistics"]
+__all__ = ["Asked", "ImportResult", "RoutesResult", "import_any", "open_any"]
 
 
 def import_any(
-    path: Path | str, *, num_experts: int | None = None, keys: Mapping[str, str] | None = None
+    path: Path | str, *, num_experts: int | None = None, keys: Mapping[str, str] | None = None,
+    axes: str | None = None, layers: tuple[int, ...] | None = None,
+    model: ModelSpec | None = None, top_k: int | None = None, zero_experts: int | None = None,
+    drop_repeated: bool = False,
 ) -> ImportResult:
-    """Import whatever lies at `path`: arrays, an SGLang recording, TensorRT-LLM statistics.
+    """Import whatever lies at `path`: arrays, dumps, recordings, responses, tables, histories.
 
-    A stored trace is opened as it is. num_experts and keys are for arrays (see `import_arrays`).
-    Raises InputError naming the formats there are when none fits, or where what was found has
-    another number of experts than the one given, or no arrays to be named by keys.
+    A stored trace is opened as it is. num_experts: E. keys: the file's own name for a column of
+    `arrays.KEYS`. axes: of an array, as in "WLE". layers: the model's own numbers of its rows.
+    model: which rows are MoE layers. top_k: K, where rows do not tell tokens apart. zero_experts:
+    how many ids beyond E stand for experts that compute nothing. drop_repeated: leave out tokens
+    that all take one route. Raises InputError naming the forms there are when none fits, and where
+    what was found contradicts what was said.
     """
+    found = open_any(path, Asked(
+        num_experts, dict(keys or {}), axes, layers, model, top_k, zero_experts, drop_repeated,
+    ))
+    return found.whole() if isinstance(found, RoutesResult) else found
+
+
+def open_any(path: Path | str, asked: Asked) -> ImportResult | RoutesResult:
+    """As `import_any`; a stream of routes stays on disk."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if not (path.is_file() or path.is_dir()):
         raise InputError(f"{path}: is neither a file nor a folder: save what it gives to a file")
     with naming(path):
-        found = _import(path, num_experts, keys)
+        if path.is_dir() and (path / MANIFEST_NAME).exists():
+            found: ImportResult | RoutesResult = ImportResult(
+                format="stored trace", trace=open_trace(path).read()
+            )
+        else:
+            found = import_folder(path, asked) if path.is_dir() else import_file(path, asked)
+        _require_as_said(found, path, asked)
+    return found
+
+
+def _require_as_said(
+    found: ImportResult | RoutesResult, path: Path, asked: Asked
+) -> None:
+    if isinstance(found, RoutesResult):
+        experts: int | None = found.routes.num_experts
+    else:
         source = found.trace if found.trace is not None else found.profile
-        if num_experts is not None and source is not None and source.num_experts != num_experts:
-            raise InputError(
-                f"holds {source.num_experts} experts per layer, {num_experts} were given: leave "
-                "--num-experts (num_experts) out"
-            )
-        if keys and path.suffix not in SUFFIXES:
-            raise InputError(
-                f"--key (keys) names arrays of a file ({', '.join(SUFFIXES)}): leave it out"
-            )
-        return found
-
-
-def _import(path: Path, num_experts: int | None, keys: Mapping[str, str] | None) -> ImportResult:
-    if path.is_dir():
-        if (path / MANIFEST_NAME).exists():
-            return ImportResult(format="stored trace", trace=open_trace(path).read())
-        if (path / META).exists():
-            return import_statistics(path)
-        if any(path.glob("*.pt")):
-            return import_recorder(path)
-    elif path.suffix in SUFFIXES:
-        return import_arrays(path, num_experts=num_experts, keys=keys)
-    elif path.suffix == ".pt":
-        return import_recorder(path)
-    raise InputError(
-        f"{path}: not recognised; known are a stored trace (folder with {MANIFEST_NAME}), arrays "
-        f"({', '.join(SUFFIXES)}), SGLang recorder files (.pt, or a folder of them), and "
-        f"TensorRT-LLM statistics (folder with {META})"
-    )
+        experts = None if source is None else source.num_experts
+    if asked.num_experts is not None and experts not in (None, asked.num_experts):
+        raise InputError(
+            f"holds {experts} experts per layer, {asked.num_experts} were given: leave "
+            "--num-experts (num_experts) out"
+        )
+    if asked.keys and path.suffix not in (*SUFFIXES, ".pt"):
+        raise InputError(
+            f"--key (keys) names arrays of a file ({', '.join(SUFFIXES)}, .pt): leave it out"
+        )

@@ -1,7 +1,8 @@
-"""Routing as plain arrays: .npy, .npz or .safetensors holding ids [T, L, K].
+"""Arrays by name: .npy, .npz, .safetensors, and tensors in a .pt, as routing or as loads.
 
-What vLLM and SGLang return per request (routed experts), saved by a script, has this form. Arrays
-of loads ([L, E] or [W, L, E]) under a load key become a profile. Never unpickles.
+What vLLM and SGLang return per request (routed experts), saved by a script, has this form; so have
+counts that a script took from a balancer. A name tells routing from loads; a lone array is told by
+its shape and kind, with a word. Never unpickles.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from ...errors import InputError
-from ..profile import Profile
-from ..trace import RoutingTrace
-from .result import LOADS_ONLY, ImportResult
+from .asked import LOAD_AXES, Asked
+from .loads import loads_result
+from .result import NO_HOMES, NO_PHASE, NO_REQUESTS, NO_STEPS, ImportResult
+from .routes import FoundRoutes, clean_routes
+from .tensors import as_array
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
 
 # Names under which a column is looked for when none is given; the first that is there counts.
 KEYS: dict[str, tuple[str, ...]] = {
-    "ids": ("ids", "topk_ids", "routed_experts", "expert_ids", "experts"),
+    "ids": ("ids", "topk_ids", "routed_experts", "expert_ids", "experts", "selected_experts"),
     "gates": ("gates", "weights", "topk_weights"),
     "k_of_token": ("k_of_token",),
     "step": ("step", "steps"),
@@ -33,60 +36,89 @@ KEYS: dict[str, tuple[str, ...]] = {
     "domain_names": ("domain_names", "domains"),
     "layer_indices": ("layer_indices", "layers"),
     "num_experts": ("num_experts", "n_experts"),
-    "load": ("logical_count", "load", "loads", "expert_load"),
+    "load": ("logical_count", "load", "loads", "expert_load", "expert_counts", "expert_count",
+             "tokens_per_expert", "logical_expert_load"),
 }
+# Of an engine's own making, so that its axes are known.
+DEFINED_LOADS = ("logical_count",)
+ALONE = "arr_0"             # what numpy calls an array without a name
 _MEANING = {
-    "step": "which tokens ran in one step: steps are made by interleaving requests",
-    "request": "requests: blocks of 256 tokens stand for them",
-    "source": "home ranks: request index modulo ranks stands for them",
-    "phase": "prefill or decode",
-    "domain": "domains",
-    "gates": "gate weights",
+    "step": NO_STEPS, "request": NO_REQUESTS, "source": NO_HOMES, "phase": NO_PHASE,
+    "domain": "domains", "gates": "gate weights",
 }
 
 
-def import_arrays(
-    path: Path, *, num_experts: int | None = None, keys: Mapping[str, str] | None = None
-) -> ImportResult:
-    """Read ids [T, L, K] and the columns stored with them.
+def import_arrays(path: Path, asked: Asked) -> ImportResult:
+    """Read ids [T, L, K] and the columns stored with them, or loads.
 
-    keys: the file's own name for a column of KEYS, where it is not one of the usual ones.
-    num_experts: E; needed unless the file says it. An .npy holds ids alone.
     Raises InputError on a missing or ambiguous key, wrong shapes, or ids out of range.
     """
-    wanted = _checked_keys(keys)
     with _opened(path) as arrays:
-        found = {column: _key(path, arrays, column, wanted.get(column)) for column in KEYS}
-        data = {c: arrays[k] for c, k in found.items() if k is not None}
+        return import_named(path, arrays, asked)
+
+
+def import_named(path: Path, arrays: Mapping[str, Any], asked: Asked) -> ImportResult:
+    """Arrays that some file holds by name; "" names one that has none."""
+    wanted = _checked_keys(asked.keys)
+    found = {column: _key(path, arrays, column, wanted.get(column)) for column in KEYS}
+    notes = tuple(f"{c} read from {k!r}" for c, k in found.items() if k and c != k)
+    if found["ids"] is None and found["load"] is None:
+        lone = [name for name in arrays if name in ("", ALONE)]
+        if not lone:
+            raise InputError(
+                f"{path}: holds {sorted(arrays)} but no ids; name the array of ids [T, L, K] with "
+                "--key ids=NAME (keys={'ids': …}), or of loads with --key load=NAME"
+            )
+        kind = "load" if _is_loads(arrays[lone[0]], asked) else "ids"
+        found[kind] = lone[0]
+    data = {c: arrays[k] for c, k in found.items() if k is not None}
     if "ids" not in data:
-        if "load" in data:
-            return _loads(path, data)
-        raise InputError(
-            f"{path}: holds {sorted(arrays)} but no ids; name the array of ids [T, L, K] with "
-            "--key ids=NAME (keys={'ids': …})"
-        )
-    experts = _num_experts(path, data, num_experts)
-    columns = {c: data.get(c) for c in ("gates", "k_of_token", *_MEANING) if c in data}
-    trace = RoutingTrace.from_arrays(
-        data["ids"], num_experts=experts, model_name=path.stem,
-        domain_names=[str(n) for n in np.atleast_1d(data.get("domain_names", []))],
-        layer_indices=_layer_indices(path, data),
-        **columns,
-    )
-    if trace.num_tokens == 0:
-        raise InputError(f"{path}: holds no tokens: save it again, while traffic runs")
-    absent = [text for column, text in _MEANING.items() if column not in data]
+        return _loads(path, data, found["load"] or "", asked, notes)
+    return _routes(path, data, asked, notes)
+
+
+def _is_loads(array: Any, asked: Asked) -> bool:
+    """Whether an array without a name holds loads: it has fractions, or two axes, or was said to.
+    """
+    found = as_array(array, "the array")
+    return asked.axes in LOAD_AXES or found.ndim == 2 or found.dtype.kind == "f"
+
+
+def _routes(
+    path: Path, data: dict[str, Any], asked: Asked, notes: tuple[str, ...]
+) -> ImportResult:
+    columns = {c: data[c] for c in ("gates", "k_of_token", *_MEANING) if c in data}
+    ids = np.asarray(data["ids"])
+    if ids.ndim == 1 and ids.dtype.kind in "iu":
+        ids = ids.reshape(-1, *asked.token_shape(ids.size, "ids"))
+    clean = clean_routes(FoundRoutes(
+        ids, columns, _layer_indices(path, data), _stored_experts(path, data),
+        tuple(str(n) for n in np.atleast_1d(data.get("domain_names", []))), path.stem,
+    ), asked)
     return ImportResult(
-        format=f"arrays ({path.suffix})", trace=trace, cannot_tell=tuple(absent),
-        notes=tuple(f"{c} read from {k!r}" for c, k in found.items() if k and c != k),
+        format=f"arrays ({path.suffix})", trace=clean.whole(), notes=(*notes, *clean.notes),
+        cannot_tell=tuple(text for column, text in _MEANING.items() if column not in data),
     )
 
 
-def _checked_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
-    unknown = sorted(set(keys or ()) - set(KEYS))
+def _loads(
+    path: Path, data: dict[str, Any], name: str, asked: Asked, notes: tuple[str, ...]
+) -> ImportResult:
+    loads = np.asarray(data["load"]) if not hasattr(data["load"], "detach") else data["load"]
+    if isinstance(loads, np.ndarray) and loads.dtype.kind not in "fiu":
+        raise InputError(f"loads must be numbers; got {loads.dtype}")
+    return loads_result(
+        loads, asked, name or str(path), format=f"loads ({path.suffix})",
+        axes="LE" if name in DEFINED_LOADS else None, numbers=_layer_indices(path, data),
+        model_name=path.stem, notes=notes,
+    )
+
+
+def _checked_keys(keys: Mapping[str, str]) -> dict[str, str]:
+    unknown = sorted(set(keys) - set(KEYS))
     if unknown:
         raise InputError(f"unknown column {unknown} in keys; there are {', '.join(KEYS)}")
-    return dict(keys or {})
+    return dict(keys)
 
 
 def _key(path: Path, arrays: Mapping[str, Any], column: str, given: str | None) -> str | None:
@@ -99,29 +131,22 @@ def _key(path: Path, arrays: Mapping[str, Any], column: str, given: str | None) 
     return next((name for name in KEYS[column] if name in arrays), None)
 
 
-def _num_experts(path: Path, data: Mapping[str, Any], given: int | None) -> int:
-    stored = None
-    if "num_experts" in data:
-        found = np.asarray(data["num_experts"])
-        if found.size != 1 or found.dtype.kind not in "iu":
-            raise InputError(
-                f"{path}: num_experts must be one whole number, is {found.dtype} "
-                f"{list(found.shape)}: save it as one"
-            )
-        stored = int(found.reshape(-1)[0])
-    if given is not None and stored is not None and given != stored:
-        raise InputError(f"{path}: says {stored} experts, {given} were given: leave one out")
-    experts = given if given is not None else stored
-    if experts is None:
+def _stored_experts(path: Path, data: Mapping[str, Any]) -> int | None:
+    if "num_experts" not in data:
+        return None
+    found = np.asarray(data["num_experts"])
+    if found.size != 1 or found.dtype.kind not in "iu":
         raise InputError(
-            f"{path}: does not say how many experts a layer has, and the largest id need not be "
-            "the last expert: give --num-experts (num_experts)"
+            f"{path}: num_experts must be one whole number, is {found.dtype} "
+            f"{list(found.shape)}: save it as one"
         )
-    return experts
+    return int(found.reshape(-1)[0])
 
 
-def _layer_indices(path: Path, data: Mapping[str, Any]) -> tuple[int, ...]:
-    found = np.asarray(data.get("layer_indices", np.empty(0, np.int64)))
+def _layer_indices(path: Path, data: Mapping[str, Any]) -> tuple[int, ...] | None:
+    if "layer_indices" not in data:
+        return None
+    found = np.asarray(data["layer_indices"])
     if found.ndim > 1 or found.dtype.kind not in "iu":
         raise InputError(
             f"{path}: layer_indices must be whole numbers [L], is {found.dtype} "
@@ -130,13 +155,10 @@ def _layer_indices(path: Path, data: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.atleast_1d(found))
 
 
-def _loads(path: Path, data: Mapping[str, Any]) -> ImportResult:
-    indices = _layer_indices(path, data)
-    profile = Profile.from_loads(data["load"], layer_indices=indices, model_name=path.stem)
-    return ImportResult(
-        format=f"loads ({path.suffix})", profile=profile,
-        cannot_tell=("how many experts a token chooses: K is taken as 1", *LOADS_ONLY),
-    )
+def read_mapped(path: Path) -> Any:
+    """The array of an .npy file, mapped. Raises InputError on a broken file, or a pickle."""
+    with _opened(path) as arrays:
+        return arrays[""]
 
 
 @contextmanager
@@ -153,7 +175,7 @@ def _opened(path: Path) -> Iterator[Mapping[str, Any]]:
                 yield _Archive(tuple(archive.files), archive.__getitem__)
         else:
             # Mapped, a header that lies about the shape is an error instead of a huge allocation.
-            yield {"ids": np.array(np.load(path, mmap_mode="r"))}
+            yield {"": np.load(path, mmap_mode="r")}
     except InputError:
         raise
     except Exception as error:  # numpy and safetensors raise many kinds on a broken file

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...errors import InputError
 from ..profile import Profile
 from ..trace import RoutingTrace
+from .routes import CleanRoutes
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,29 @@ class ImportResult:
         return self.profile
 
 
+@dataclass(frozen=True)
+class RoutesResult:
+    """Routing that lies on disk, cleaned, and not yet in memory."""
+
+    format: str
+    routes: CleanRoutes
+    cannot_tell: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def whole(self) -> ImportResult:
+        """All of it, in memory."""
+        return ImportResult(
+            self.format, trace=self.routes.whole(), cannot_tell=self.cannot_tell,
+            notes=(*self.notes, *self.routes.notes),
+        )
+
+
 LOADS_ONLY = (
     "which experts a token chose together: planning is for load only, without affinity",
     "how load varies from step to step: steps are average loads",
     "requests, so the noise of the loads is not known",
 )
+NO_STEPS = "which tokens ran in one step: steps are made by interleaving requests"
+NO_REQUESTS = "requests: blocks of 256 tokens stand for them"
+NO_HOMES = "home ranks: request index modulo ranks stands for them"
+NO_PHASE = "prefill or decode"

@@ -8,8 +8,6 @@ back, and nothing in the file shows that it does. Files are read with weights_on
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,59 +16,44 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ..model_spec import MOST_EXPERTS
-from ..profile import Profile
-from .result import LOADS_ONLY, ImportResult
+from .asked import Asked
+from .loads import loads_result
+from .result import LOADS_ONLY, NO_PHASE, ImportResult
 from .sglang_tokens import import_tokens
 from .tensors import as_array, as_whole
+
+Dumps = list[tuple[Path, dict[str, Any]]]
 
 _REBALANCE = (
     "whether the placement changed while recording: slots are mapped to experts by the last map"
 )
 
 
-def import_recorder(path: Path) -> ImportResult:
-    """One recorder file, or a folder with the files of all ranks of one recording.
+def is_recorder(dump: Any) -> bool:
+    """Whether a .pt file holds what the recorder writes."""
+    return isinstance(dump, dict) and ("logical_count" in dump or "records" in dump)
 
-    Raises InputError on files of several kinds or maps, unreadable files, slots out of range.
+
+def import_recorder(path: Path, dumps: Dumps, asked: Asked) -> ImportResult:
+    """The recorder's files of all ranks of one recording; path: the file or folder they are in.
+
+    Raises InputError on files of several kinds or maps, slots out of range.
     """
-    files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"{path}: holds no .pt file of SGLang's recorder")
-    dumps = [(file, _load(file)) for file in files]
     kinds = {_kind(file, dump) for file, dump in dumps}
     if len(kinds) > 1:
         raise InputError(f"{path}: mixes recordings of kinds {sorted(kinds)}: give one of them")
     kind = kinds.pop()
     if kind == "stat":
-        return _import_stat(dumps)
+        return _import_stat(dumps, asked)
     map_LS = _common_map(dumps)
     if kind == "per_pass":
-        return _import_passes(path, dumps, map_LS)
-    result = import_tokens(path, [(file, dump["records"]) for file, dump in dumps], map_LS)
+        return _import_passes(path, dumps, map_LS, asked)
+    files = [(file, dump["records"]) for file, dump in dumps]
+    result = import_tokens(path, files, map_LS, asked)
     return ImportResult(
         result.format, trace=result.trace, notes=result.notes,
         cannot_tell=(*result.cannot_tell, _REBALANCE),
     )
-
-
-def _load(path: Path) -> dict[str, Any]:
-    import torch
-
-    try:
-        dump = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path}: cannot be read without unpickling code, which is never done: no recorder "
-            "wrote it so; record it again"
-        ) from error
-    except Exception as error:  # torch raises many kinds on a broken or hostile file
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: cannot be read as a recorder's file ({text}): copy or record it again"
-        ) from error
-    if not isinstance(dump, dict):
-        raise InputError(f"{path}: holds a {type(dump).__name__}, not a recorder's dictionary")
-    return dump
 
 
 def _kind(path: Path, dump: dict[str, Any]) -> str:
@@ -92,7 +75,7 @@ def _kind(path: Path, dump: dict[str, Any]) -> str:
     )
 
 
-def _import_stat(dumps: list[tuple[Path, dict[str, Any]]]) -> ImportResult:
+def _import_stat(dumps: Dumps, asked: Asked) -> ImportResult:
     """The buffer is a ring: its rows are in no known order, so they are summed to one window."""
     if len(dumps) > 1:
         raise InputError(
@@ -100,27 +83,26 @@ def _import_stat(dumps: list[tuple[Path, dict[str, Any]]]) -> ImportResult:
             f"{[p.name for p, _ in dumps][:4]}"
         )
     path, dump = dumps[0]
-    count = as_array(dump["logical_count"], f"{path}: logical_count")
+    return import_logical_count(path, dump["logical_count"], "SGLang stat", asked)
+
+
+def import_logical_count(path: Path, value: Any, format: str, asked: Asked) -> ImportResult:
+    """SGLang's logical_count, whatever file it is in: [L, E], or [buffer, L, E]."""
+    count = as_array(value, f"{path}: logical_count")
     if count.ndim not in (2, 3):
         raise InputError(
             f"{path}: logical_count {list(count.shape)} is not [layers, experts] or "
             "[buffer, layers, experts]"
         )
     load_LE = count.sum(axis=0, dtype=np.float64) if count.ndim == 3 else count
-    layers = _layers_with_load(path, load_LE)
-    return ImportResult(
-        format="SGLang stat",
-        profile=Profile.from_loads(load_LE[layers], layer_indices=tuple(layers)),
-        cannot_tell=(
-            "how many experts a token chooses: K is taken as 1", *LOADS_ONLY, "prefill or decode",
-            "the order of its buffer rows, which wrap around",
-        ),
-        notes=_dense_note(len(load_LE), layers),
+    return loads_result(
+        load_LE, asked, f"{path}: logical_count", format=format, axes="LE",
+        cannot_tell=(*LOADS_ONLY, NO_PHASE, "the order of its buffer rows, which wrap around"),
     )
 
 
 def _import_passes(
-    path: Path, dumps: list[tuple[Path, dict[str, Any]]], map_LS: npt.NDArray[np.int64]
+    path: Path, dumps: Dumps, map_LS: npt.NDArray[np.int64], asked: Asked
 ) -> ImportResult:
     """Ranks are summed per forward pass; every pass is a window."""
     experts = int(map_LS.max()) + 1
@@ -142,20 +124,14 @@ def _import_passes(
     order = sorted(number for number, load in by_pass.items() if load.any())
     if not order:
         raise InputError(f"{path}: no forward pass holds a token")
-    load_WLE = np.stack([by_pass[number] for number in order])
-    layers = _layers_with_load(path, load_WLE.sum(axis=0))
-    return ImportResult(
-        format="SGLang per_pass",
-        profile=Profile.from_loads(load_WLE[:, layers], layer_indices=tuple(layers)),
-        cannot_tell=(
-            "how many experts a token chooses: K is taken as 1", *LOADS_ONLY, "prefill or decode",
-            _REBALANCE,
-        ),
-        notes=(f"{len(order)} passes of {len(dumps)} files", *_dense_note(len(map_LS), layers)),
+    return loads_result(
+        np.stack([by_pass[number] for number in order]), asked, str(path), format="SGLang per_pass",
+        axes="LE", notes=(f"{len(order)} passes of {len(dumps)} files",),
+        cannot_tell=(*LOADS_ONLY, NO_PHASE, _REBALANCE),
     )
 
 
-def _common_map(dumps: list[tuple[Path, dict[str, Any]]]) -> npt.NDArray[np.int64]:
+def _common_map(dumps: Dumps) -> npt.NDArray[np.int64]:
     """[L, S] expert of each slot, which must be the same in all files."""
     first_path, first = dumps[0]
     name = "last_physical_to_logical_map"
@@ -174,15 +150,3 @@ def _common_map(dumps: list[tuple[Path, dict[str, Any]]]) -> npt.NDArray[np.int6
                 "changed between them; record again without rebalancing"
             )
     return map_LS.astype(np.int64)
-
-
-def _layers_with_load(path: Path, load_LE: npt.NDArray[Any]) -> list[int]:
-    layers = [int(i) for i in np.flatnonzero(load_LE.sum(axis=1))]
-    if not layers:
-        raise InputError(f"{path}: all counts are zero: record while traffic runs")
-    return layers
-
-
-def _dense_note(total: int, layers: Iterable[int]) -> tuple[str, ...]:
-    dense = sorted(set(range(total)) - set(layers))
-    return (f"layers {dense} hold no counts and are taken as dense",) if dense else ()

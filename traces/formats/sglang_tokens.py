@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import InputError
-from ..trace import DECODE, PREFILL, RoutingTrace
-from .result import ImportResult
+from ..trace import DECODE, PREFILL
+from .asked import Asked
+from .result import NO_REQUESTS, ImportResult
+from .routes import PADDING, FoundRoutes, clean_routes
 from .tensors import as_array, as_whole
 
 # SGLang's forward modes as numbers.
@@ -22,7 +24,7 @@ Records = list[dict[str, Any]]
 
 
 def import_tokens(
-    path: Path, files: list[tuple[Path, Records]], map_LS: npt.NDArray[np.int64]
+    path: Path, files: list[tuple[Path, Records]], map_LS: npt.NDArray[np.int64], asked: Asked
 ) -> ImportResult:
     """All tokens of all files, by forward pass, then rank. Steps are forward passes.
 
@@ -39,30 +41,26 @@ def import_tokens(
     experts = int(map_LS.max()) + 1
     unknown_phase = any(record.phase_T is None for record in records)
     slots_LTK = np.concatenate([r.slots_LTK for r in records], axis=1)
-    routed = (slots_LTK >= 0).any(axis=(1, 2))
-    ids_LTK, k_LT = _experts(slots_LTK[routed], map_LS[routed])
-    layers = np.flatnonzero(routed)
     sizes = [r.slots_LTK.shape[1] for r in records]
-    top_k = int(k_LT.max())
-    trace = RoutingTrace.from_arrays(
-        ids_LTK[:, :, :top_k].transpose(1, 0, 2), num_experts=experts,
-        k_of_token=None if (k_LT == top_k).all() else k_LT.T,
-        step=np.repeat([r.step for r in records], sizes),
-        source=np.repeat([r.rank for r in records], sizes),
-        phase=None if unknown_phase else np.concatenate([r.phase_T for r in records]),
-        layer_indices=[int(i) for i in layers],
-    )
+    clean = clean_routes(FoundRoutes(
+        _experts(slots_LTK, map_LS).transpose(1, 0, 2), num_experts=experts,
+        columns={
+            "step": np.repeat([r.step for r in records], sizes),
+            "source": np.repeat([r.rank for r in records], sizes),
+            "phase": None if unknown_phase else np.concatenate([r.phase_T for r in records]),
+        },
+    ), asked)
     notes = [f"{len(records)} records of {len(files)} files"]
     if alike:
         notes.append(f"all {len(ranks)} ranks recorded the same tokens: those of one are kept")
     return ImportResult(
-        format="SGLang per_token", trace=trace, notes=tuple(notes),
-        cannot_tell=_cannot_tell(top_k, unknown_phase),
+        format="SGLang per_token", trace=clean.whole(), notes=(*notes, *clean.notes),
+        cannot_tell=_cannot_tell(clean.top_k, unknown_phase),
     )
 
 
 def _cannot_tell(top_k: int, unknown_phase: bool) -> tuple[str, ...]:
-    absent = ["requests: blocks of 256 tokens stand for them", "gate weights", "domains"]
+    absent = [NO_REQUESTS, "gate weights", "domains"]
     if top_k == _RECORDED_K:
         absent.append("choices beyond the eighth: a model with a larger top-k is cut to 8")
     if unknown_phase:
@@ -140,14 +138,10 @@ def _slots(
 
 def _experts(
     slots_LTK: npt.NDArray[np.int64], map_LS: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
-    """Experts [L, T, K] with each token's choices first, and how many it made [L, T]."""
-    chosen = slots_LTK >= 0
-    first = np.argsort(~chosen, axis=2, kind="stable")
-    slots = np.take_along_axis(slots_LTK, first, axis=2)
+) -> npt.NDArray[np.int64]:
+    """Experts [L, T, K], PADDING where there was no choice."""
     layer = np.arange(len(map_LS))[:, None, None]
-    experts = np.where(slots >= 0, map_LS[layer, np.maximum(slots, 0)], 0)
-    return experts, chosen.sum(axis=2).astype(np.uint8)
+    return np.where(slots_LTK >= 0, map_LS[layer, np.maximum(slots_LTK, 0)], PADDING)
 
 
 def _numbers(record: dict[str, Any], name: str, where: str) -> npt.NDArray[Any]:

@@ -15,14 +15,15 @@ import numpy.typing as npt
 
 from ...errors import InputError
 from ...foundation.documents import read_json
-from ..profile import Profile
-from .result import LOADS_ONLY, ImportResult
+from .asked import Asked
+from .loads import loads_result
+from .result import LOADS_ONLY, NO_PHASE, ImportResult
 
 META = "meta_info.json"
 _RANK = re.compile(r"rank(\d+)\.safetensors")
 
 
-def import_statistics(folder: Path) -> ImportResult:
+def import_statistics(folder: Path, asked: Asked) -> ImportResult:
     """Sum the ranks and make every iteration a window. Layers keep the model's own indices.
 
     Raises InputError where ranks, iterations or layers are missing, or a count has a wrong shape.
@@ -48,19 +49,11 @@ def import_statistics(folder: Path) -> ImportResult:
     iterations, layers = _axes(folder, keys)
     shape = (len(iterations), len(layers), experts)
     load_WLE = np.stack([by_key[key] for key in keys]).reshape(shape)
-    quiet = load_WLE.sum(axis=(1, 2)) == 0
-    if quiet.all():
-        raise InputError(f"{folder}: all counts are zero: record while traffic runs")
-    return ImportResult(
-        format="TensorRT-LLM statistics",
-        profile=Profile.from_loads(
-            load_WLE[~quiet], top_k=top_k, layer_indices=layers, model_name=folder.name
-        ),
-        cannot_tell=(*LOADS_ONLY, "prefill or decode", "which rank a token came from"),
-        notes=(
-            f"iterations {iterations[0]} to {iterations[-1]} of {len(files)} ranks",
-            *([f"{int(quiet.sum())} iterations without tokens left out"] if quiet.any() else []),
-        ),
+    return loads_result(
+        load_WLE, asked, str(folder), format="TensorRT-LLM statistics", axes="LE", numbers=layers,
+        top_k=top_k, model_name=folder.name,
+        cannot_tell=(*LOADS_ONLY, NO_PHASE, "which rank a token came from"),
+        notes=(f"iterations {iterations[0]} to {iterations[-1]} of {len(files)} ranks",),
     )
 
 

@@ -8,29 +8,27 @@ question. Reads JSON and safetensors' headers only: knows nothing of torch or tr
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from .differences import experts_on_disk, layers_on_disk, size_on_disk, widths_on_disk
 from .draft import Draft, find_draft
+from .expert_size import ExpertFormats, Shape
 from .families import Family, Kin, find_family
 from .fields import FIELDS, Config
-from .files import ModelFiles, find_files
-from .formats import FORMATS, ExpertBytes, WeightFormat
+from .files import PARAMS, ModelFiles, find_files
+from .formats import FORMATS
 from .layer_ranges import MOST_LAYERS, parse_layers, written
-from .layers import listed_layers, ruled_layers
-from .module_names import Matrix
+from .layers import encoder_then_decoder, listed_layers, ruled_layers
 from .on_disk import DiskExperts, read_experts
-from .quantisation import UNSAID, Scheme, UnknownFormatError, read_schemes, stored_format
 
 BY_HAND = (
     "describe the model yourself: ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, "
     "intermediate=…, layer_indices=(…))"
 )
-_NEAR = 0.01                # per-tensor scales and types of scales differ by less
 
 
 def checkpoint_fields(source: Path, moe_layers: str | None = None) -> dict[str, Any]:
@@ -74,36 +72,41 @@ class _Reading:
     def fields(self, moe_layers: str | None) -> dict[str, Any]:
         """Everything a ModelSpec keeps of this model."""
         kin = find_family(self.config.names())
+        if kin is None and self.where.name.endswith(PARAMS):       # Mistral's own layout
+            kin = Kin(Family(), PARAMS, exact=True)
         family = kin.family if kin is not None else Family()
         experts = self._experts()
-        hidden_layers = self._hidden_layers()
+        hidden_layers = self._hidden_layers(family)
         disk = self._on_disk(hidden_layers, experts)
         listed, layers = self._layers(kin, hidden_layers, experts, moe_layers, disk)
         total = max(hidden_layers or 0, layers[-1] + 1)
+        experts = self._number("experts", layers) or experts      # where a list gives each layer's
         top_k = self._required("top_k", self._number("top_k", layers) or family.top_k)
         hidden, intermediate = self._number("hidden", layers), self._number("intermediate", layers)
         if disk is not None:
-            experts = self._experts_on_disk(experts, layers, disk)
-            hidden, intermediate = self._widths_on_disk(hidden, intermediate, disk)
+            where = self.where.name
+            experts = experts_on_disk(experts, layers, disk, where, self.notes)
+            hidden, intermediate = widths_on_disk(hidden, intermediate, disk, where, self.notes)
         matrices = 3 if self._gated(kin, family) else 2
-        size = self._bytes(layers, family, matrices, hidden, intermediate)
-        sizes, each = self._bytes_on_disk(size, layers, matrices, hidden, intermediate, disk)
+        formats = ExpertFormats(self.config, self.files, family, self.notes)
+        shape = Shape(matrices, hidden or 0, intermediate or 0)
+        size, each = formats.size(layers, shape), None
+        if disk is not None and shape.parameters:
+            size, each = size_on_disk(size, disk, layers, shape, self.where.name, self.notes)
         draft = find_draft(self.config, total, family, listed)
         groups = self._number("groups", layers) or 1
         self._note_zero_experts(experts)
         return dict(
             name=self.files.name, num_layers=len(layers), num_experts=experts, top_k=top_k,
             hidden=hidden, intermediate=intermediate, matrices_per_expert=matrices,
-            bytes_per_parameter=sizes.bytes_per_parameter if sizes else 2.0,
-            scale_bytes_per_expert=sizes.scale_bytes if sizes else 0,
-            activation_bytes=self._activation_bytes(),
+            bytes_per_parameter=size.bytes_per_parameter if size else 2.0,
+            scale_bytes_per_expert=size.scale_bytes if size else 0,
+            activation_bytes=min(4.0, max(2.0, (formats.stored or FORMATS["bf16"]).bits / 8)),
             num_shared_experts=self._shared(layers, family), num_expert_groups=groups,
             groups_per_token=self._groups_per_token(groups, layers),
             layer_indices=layers, total_layers=total, expert_bytes=each,
-            draft_layers=self._draft_fields(
-                draft, family, (experts, top_k, hidden, intermediate, matrices)
-            ),
-            weights_known=sizes is not None or each is not None, notes=tuple(self.notes),
+            draft_layers=_draft_fields(draft, experts, top_k, shape, formats, disk),
+            weights_known=size is not None or each is not None, notes=tuple(self.notes),
         )
 
     # --- how many ---------------------------------------------------------------------------
@@ -111,8 +114,7 @@ class _Reading:
     def _experts(self) -> int:
         self.config.require_agreement("experts", str(self.where))
         self.config.require_agreement("top_k", str(self.where))
-        found = self.config.set_field("experts")
-        experts = None if found is None else self.config.number("experts", (), [])
+        experts = self.config.most("experts")
         if not experts or experts < 2 or self.config.get("enable_moe_block") is False:
             kind = next(iter(self.config.names()), "")
             raise InputError(
@@ -122,8 +124,8 @@ class _Reading:
             )
         return experts
 
-    def _hidden_layers(self) -> int | None:
-        layers = self._number("layers", ())
+    def _hidden_layers(self, family: Family) -> int | None:
+        layers = self.config.get(family.layers) or self._number("layers", ())
         if layers is None:
             kinds = self.config.get("layers_block_type") or self.config.get(
                 "hybrid_override_pattern"
@@ -190,7 +192,7 @@ class _Reading:
         if asked is not None:
             return (), self._asked(asked, hidden_layers)
         if kin is not None and kin.family.encoder_decoder:
-            return (), self._encoder_then_decoder()
+            return (), self._nonempty(encoder_then_decoder(self.config, self.notes))
         self._required("layers", hidden_layers or (1 if disk is not None else None))
         count = hidden_layers or max(disk.layers if disk else (0,)) + 1
         found = listed_layers(self.config, count, str(self.where))
@@ -199,11 +201,10 @@ class _Reading:
             found = ruled_layers(self.config, count, kin.family if kin is not None else None)
         layers = None if found is None else tuple(i for i in found[1] if i < count)
         if disk is not None:
-            return listed, self._layers_on_disk(layers, disk)
+            return listed, layers_on_disk(layers, disk, self.where.name, self.notes)
         if layers is None:
             raise InputError(self._question(count, experts))
-        if not layers:
-            raise InputError(f"{self.where}: no layer is MoE by its own fields; {BY_HAND}")
+        self._nonempty(layers)
         if kin is not None and not kin.exact and found is not None and found[0] == "its family":
             self.notes.append(
                 f"layers: model_type {self.config.names()[0]!r} is not known; it is read as its "
@@ -211,6 +212,11 @@ class _Reading:
                 "otherwise"
             )
         return listed, layers
+
+    def _nonempty(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if not layers:
+            raise InputError(f"{self.where}: no layer is MoE by its own fields; {BY_HAND}")
+        return layers
 
     def _asked(self, asked: str, hidden_layers: int | None) -> tuple[int, ...]:
         layers = parse_layers(asked)
@@ -231,129 +237,6 @@ class _Reading:
             f"(in Python moe_layers=…), or {BY_HAND}"
         )
 
-    def _encoder_then_decoder(self) -> tuple[int, ...]:
-        """The encoder's MoE layers, then the decoder's, numbered after the encoder's last."""
-        encoder = self.config.get("encoder_layers") or self.config.get("num_layers") or 0
-        decoder = self.config.get("decoder_layers") or self.config.get("num_decoder_layers")
-        decoder = encoder if decoder is None else decoder
-        layers = []
-        for side, count, before in (("encoder", encoder, 0), ("decoder", decoder, encoder)):
-            sparse = self.config.get(f"num_sparse_{side}_layers")
-            if sparse is None:                                   # NLLB: every so many-th
-                step = self.config.get(f"{side}_sparse_step") or 0
-                layers += [before + i for i in range(count) if step and (i + 1) % step == 0]
-            elif sparse:                                         # Switch: so many, from the second
-                step = max(count // sparse, 1)
-                layers += [before + i for i in range(count) if step == 1 or i % step == 1]
-        if not layers:
-            raise InputError(f"{self.where}: no layer is MoE by its own fields; {BY_HAND}")
-        self.notes.append(
-            f"layers: an encoder of {encoder} layers and a decoder of {decoder}; the decoder's are "
-            f"numbered from {encoder}"
-        )
-        return tuple(layers)
-
-    # --- how many bytes ---------------------------------------------------------------------
-
-    def _bytes(
-        self, layers: Sequence[int], family: Family, matrices: int, hidden: int | None,
-        intermediate: int | None,
-    ) -> ExpertBytes | None:
-        """Bytes of an expert as most layers keep it; None where their format is not known."""
-        try:
-            schemes = read_schemes(self.config, self.files)
-        except UnknownFormatError as error:
-            self.notes.append(
-                f"bytes per expert: unknown, for {error} is not known here, so there are neither "
-                "bytes nor times; a ModelSpec as JSON gives them (bytes_per_parameter)"
-            )
-            return None
-        by_layer = {
-            layer: self._formats(schemes, family, matrices, layer) for layer in layers
-        }
-        said = {layer: forms for layer, forms in by_layer.items() if forms is not None}
-        if said and len(said) < len(layers):
-            self.notes.append(
-                f"bytes per expert: the format is given for the experts of layers "
-                f"{written(tuple(said))} only; the others are taken to be alike"
-            )
-        counted = Counter(said.values()) or Counter([(None,) * matrices])
-        (most, many), *others = counted.most_common()
-        if any(form is None for form in most) and stored_format(self.config) is None:
-            self.notes.append("bytes per expert: no dtype is given, 16 bits a weight are taken")
-        formats = self._stored(most)
-        for other, fewer in others:
-            kept = self._stored(other)
-            self.notes.append(
-                f"bytes per expert: {fewer} of {len(layers)} layers keep their experts in "
-                f"{_named(kept)}; {_named(formats)}, that of {many}, is taken for all"
-            )
-        biased = family.biases and self._bias_bytes(most)
-        return ExpertBytes.of(formats, hidden or 0, intermediate or 0, biased or 0)
-
-    def _formats(
-        self, schemes: Sequence[Scheme], family: Family, matrices: int, layer: int,
-        draft: bool = False,
-    ) -> tuple[WeightFormat | None, ...] | None:
-        """The formats of a layer's matrices by the first document that says any; None: unsaid."""
-        answers: list[tuple[str, tuple[WeightFormat | None, ...]]] = []
-        for scheme in schemes:
-            forms = tuple(
-                scheme.format_of(Matrix(layer, which, 0, family.blocks, draft))
-                for which in range(3 - matrices, 3)
-            )
-            if any(form is not UNSAID for form in forms):
-                answers.append((
-                    scheme.where, tuple(None if form is UNSAID else form for form in forms)
-                ))
-        if not answers:
-            return None
-        (where, first), *others = answers
-        for other, forms in others if not draft else ():
-            note = (
-                f"bytes per expert: {where} says {_named(self._stored(first))}, {other} "
-                f"{_named(self._stored(forms))}; the first is taken"
-            )
-            if forms != first and note not in self.notes:
-                self.notes.append(note)
-        return first
-
-    def _stored(self, formats: Sequence[WeightFormat | None]) -> list[WeightFormat]:
-        plain = stored_format(self.config) or FORMATS["bf16"]
-        return [form or plain for form in formats]
-
-    def _bias_bytes(self, formats: Sequence[WeightFormat | None]) -> int:
-        """Bytes of one bias: as stored, 16 bits beside quantised weights."""
-        if all(form is None for form in formats):
-            return round(self._stored(formats)[0].bits / 8)
-        return 2
-
-    def _activation_bytes(self) -> float:
-        plain = stored_format(self.config) or FORMATS["bf16"]
-        return min(4.0, max(2.0, plain.bits / 8))
-
-    def _draft_fields(
-        self, draft: Draft | None, family: Family,
-        like: tuple[int, int, int | None, int | None, int],
-    ) -> dict[str, Any] | None:
-        if draft is None:
-            return None
-        experts, top_k, hidden, intermediate, matrices = like
-        own = None
-        try:
-            schemes = read_schemes(self.config, self.files)
-        except UnknownFormatError:
-            schemes = []
-        width = draft.intermediate or intermediate
-        if hidden and width and schemes:
-            formats = self._formats(schemes, family, matrices, draft.layer_indices[0], draft=True)
-            size = ExpertBytes.of(self._stored(formats or (None,) * matrices), hidden, width)
-            own = size.total(matrices, hidden, width)
-        return dict(
-            layer_indices=draft.layer_indices, num_experts=draft.num_experts or experts,
-            top_k=draft.top_k or min(top_k, draft.num_experts or experts), bytes_per_expert=own,
-        )
-
     # --- what lies on disk ------------------------------------------------------------------
 
     def _on_disk(self, hidden_layers: int | None, experts: int) -> DiskExperts | None:
@@ -366,80 +249,23 @@ class _Reading:
             )
             return None
 
-    def _layers_on_disk(
-        self, said: tuple[int, ...] | None, disk: DiskExperts
-    ) -> tuple[int, ...]:
-        if said is not None and said != disk.layers:
-            self.notes.append(
-                f"layers: the weights on disk hold experts in {written(disk.layers)}, "
-                f"{self.where.name} says {written(said) or 'none'}; the weights decide"
-            )
-        return disk.layers
 
-    def _experts_on_disk(self, said: int, layers: Sequence[int], disk: DiskExperts) -> int:
-        counts = Counter(
-            len(disk.bytes_LE[layer]) for layer in layers if layer in disk.bytes_LE
-        )
-        if not counts:
-            return said
-        found = counts.most_common(1)[0][0]
-        if len(counts) > 1:
-            self.notes.append(
-                f"experts: layers on disk hold {min(counts)} to {max(counts)} of them; {found}, "
-                "that of most, is taken"
-            )
-        if found != said:
-            self.notes.append(
-                f"experts: the weights on disk hold {found} in a layer, {self.where.name} says "
-                f"{said}; the weights decide"
-            )
-        return found
-
-    def _widths_on_disk(
-        self, hidden: int | None, intermediate: int | None, disk: DiskExperts
-    ) -> tuple[int | None, int | None]:
-        found = disk.hidden_first
-        if found is None and disk.widths is not None and hidden in disk.widths:
-            others = disk.widths - {hidden}
-            found = (hidden, next(iter(others), hidden))
-        if found is None or found == (hidden, intermediate):
-            return hidden, intermediate
-        if hidden is not None and intermediate is not None:
-            self.notes.append(
-                f"widths: the experts on disk are {found[0]} x {found[1]}, {self.where.name} says "
-                f"{hidden} x {intermediate}; the weights decide"
-            )
-        return found
-
-    def _bytes_on_disk(
-        self, said: ExpertBytes | None, layers: Sequence[int], matrices: int, hidden: int | None,
-        intermediate: int | None, disk: DiskExperts | None,
-    ) -> tuple[ExpertBytes | None, tuple[int, ...] | None]:
-        """An expert's bytes, from disk where it differs; and each one's, where experts differ."""
-        held = Counter(
-            disk.bytes_LE[layer] for layer in layers if disk and layer in disk.bytes_LE
-        )
-        if disk is None or not held or not hidden or not intermediate:
-            return said, None
-        found, many = held.most_common(1)[0]
-        if len(held) > 1:
-            self.notes.append(
-                f"bytes per expert: {len(layers) - many} of {len(layers)} layers hold experts of "
-                "another size on disk; that of most is taken for all"
-            )
-        parameters = matrices * hidden * intermediate
-        total = said.total(matrices, hidden, intermediate) if said is not None else None
-        if len(set(found)) > 1:
-            return said, found
-        if total is None or abs(found[0] - total) > _NEAR * total:
-            if total is not None:
-                self.notes.append(
-                    f"bytes per expert: {found[0]} on disk, {total} by {self.where.name}; the "
-                    "weights decide"
-                )
-            return ExpertBytes.of_total(found[0], parameters), None
-        return said, None
-
-
-def _named(formats: Sequence[WeightFormat]) -> str:
-    return "/".join(dict.fromkeys(form.name for form in formats))
+def _draft_fields(
+    draft: Draft | None, experts: int, top_k: int, shape: Shape, formats: ExpertFormats,
+    disk: DiskExperts | None,
+) -> dict[str, Any] | None:
+    """Of draft layers whose experts are like the others but for what they have of their own."""
+    if draft is None:
+        return None
+    own = draft.num_experts or experts
+    width = draft.intermediate or shape.intermediate
+    held = next(iter(disk.draft_bytes_LE.values()), ()) if disk is not None else ()
+    size = None
+    if held:
+        own, size = len(held), max(held)
+    elif shape.hidden and width:
+        size = formats.draft_size(draft.layer_indices[0], replace(shape, intermediate=width))
+    return dict(
+        layer_indices=draft.layer_indices, num_experts=own,
+        top_k=draft.top_k or min(top_k, own), bytes_per_expert=size,
+    )

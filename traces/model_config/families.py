@@ -29,6 +29,7 @@ class Family:
     top_k: int | None = None
     blocks: tuple[str, ...] = BLOCKS     # what may stand before "experts" in a module's name
     dense_draft: bool = False            # MTP layers have no experts
+    layers: str = ""                     # the field that counts layers, where another misleads
     encoder_decoder: bool = False
 
 
@@ -42,14 +43,16 @@ FAMILIES: dict[str, Family] = {
          "lara_mini", "mellum", "minimax", "minimax_text_01", "minimax_m1", "minimax_m2",
          "minimax_m3_vl_text", "minimax_m3", "mixtral", "muse_spark_text", "olmoe", "phimoe",
          "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe_text", "qwen3_vl_moe_text",
-         "qwen3_5_moe_text", "qwen4_exp_text", "smallthinker", "solar_open", "zaya",
+         "qwen3_5_moe_text", "qwen4_exp_text", "smallthinker", "minicpm", "solar_open", "zaya",
          "deepseek_v4", "grok1", "grok_1", "xverse", "skywork_moe", "arctic"),
         _EVERY,
     ),
     "dbrx": Family(blocks=("ffn",)),
     **dict.fromkeys(("gemma4_text", "diffusion_gemma_text"), Family(blocks=("", "moe"))),
     **dict.fromkeys(("gpt_oss", "openai_privacy_filter"), Family(biases=True)),
-    **dict.fromkeys(("longcat_flash", "longcat_flash_ngram"), Family(dense_draft=True)),
+    **dict.fromkeys(
+        ("longcat_flash", "longcat_flash_ngram"), Family(dense_draft=True, layers="num_layers"),
+    ),
     **dict.fromkeys(
         ("deepseek", "deepseek_v2", "dots1", "mistral4", "unlimited_ocr_text",
          "deepseek_ocr2_text", "cohere2_moe", "bailing_moe", "bailing_moe_v2", "llada2_moe",
@@ -73,7 +76,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("step3p5", "step3p7"), Family(3, dense_draft=True)),
     "flint": Family(dense=(0, 1)),
     "jamba": Family(every=(2, 1)),
-    "ernie4_5_moe": _FIRST,
+    "ernie4_5_moe": Family(1, dense_draft=True),
     "llama4_text": Family(shared=1, blocks=("feed_forward",)),
     "nemotron_h": Family(only_listed=True, gated=False, blocks=("mixer",)),
     "switch_transformers": Family(gated=False, top_k=1, encoder_decoder=True),

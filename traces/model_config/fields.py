@@ -6,6 +6,7 @@ names of fields. Knows nothing of families, files or bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     "shared width": (
         "shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim",
+        "share_expert_dims",
         "moe_shared_expert_intermediate_size", "shared_experts_intermediate_size",
     ),
     "groups": ("n_group", "num_expert_group", "num_expert_groups", "n_expert_groups"),
@@ -97,11 +99,16 @@ class Config:
         return tuple(str(name) for name in (*types, *built) if name)
 
     def set_field(self, quantity: str, prefix: str = "") -> tuple[str, Any] | None:
-        """The first of the quantity's fields that is set, and its value."""
+        """The first of the quantity's fields that is set, and its value.
+
+        Raises ValueError where that is a number written as text.
+        """
         for part, moe in zip(self.parts, self.moe_parts, strict=True):
             aliases = FIELDS[quantity] + (_INSIDE_MOE_PART.get(quantity, ()) if moe else ())
             for alias in aliases:
                 value = part.get(prefix + alias)
+                if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
+                    raise ValueError(f"{prefix + alias} is the text {value!r}, not a number")
                 if isinstance(value, (int, float, list)) and not isinstance(value, bool):
                     return prefix + alias, value
         return None
@@ -136,6 +143,15 @@ class Config:
                 f"{quantity}: {field} lists {numbers}; the first is taken, that of text tokens"
             )
         return numbers[0]
+
+    def most(self, quantity: str) -> int | None:
+        """The quantity, the largest where there are several. Raises ValueError on no number."""
+        found = self.set_field(quantity)
+        if found is None:
+            return None
+        field, value = found
+        values = value if isinstance(value, list) else [value]
+        return max((_whole(field, each) for each in values), default=None)
 
     def require_agreement(self, quantity: str, where: str) -> None:
         """Raise InputError where one part gives a quantity two values under two names."""

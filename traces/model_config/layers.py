@@ -36,12 +36,13 @@ _DENSE_FIRST = (
     "first_k_dense_replace", "num_dense_layers", "n_dense_layers", "n_dense_first_layers",
     "num_dense_first_layers", "first_num_dense_layers", "num_first_dense_layers",
     "moe_layer_num_skipped", "moe_layer_start_index", "dense_prefix_layers",
+    "first_k_dense_layers",
 )
 # Every how many-th layer is MoE: those whose number, counted from 0 or from 1, is a multiple.
-_EVERY_FROM_0 = ("moe_layer_freq", "route_every_n", "moe_every_n_layer", "moe_every_n_layers")
+_EVERY_FROM_0 = ("moe_layer_freq", "route_every_n", "moe_every_n_layer")
 _EVERY_FROM_1 = (
     "decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval",
-    "moe_layer_frequency",
+    "moe_layer_frequency", "moe_every_n_layers",
 )
 _WORDS = re.compile(r"(moe|sparse|expert|mlp|ffn)")
 
@@ -86,10 +87,15 @@ def ruled_layers(
             if period == 0 and counted_from == 0:
                 raise ValueError(f"{said[-1]} 0 repeats no layer")
             rules.append(_every(period or 1, counted_from))
+    offset = config.get("moe_layer_offset")
+    if isinstance(offset, int) and len(rules) == 1:        # counted from that layer on
+        said.append("moe_layer_offset")
+        shifted = rules.pop()
+        rules.append(lambda i: i >= offset and shifted(i - offset))
     if config.get("expert_layer_period") is not None:
         said.append("expert_layer_period")
-        period, offset = config.get("expert_layer_period"), config.get("expert_layer_offset", 0)
-        rules.append(lambda i: i % period == offset)
+        each, at = config.get("expert_layer_period"), config.get("expert_layer_offset", 0)
+        rules.append(_every(each, -at))
     if family is None and not said:
         return None
     like = family or Family()
@@ -97,7 +103,7 @@ def ruled_layers(
         return "no list", ()
     if not rules and like.every is not None:
         each, at = like.every
-        rules.append(lambda i: i % each == at)
+        rules.append(_every(each, -at))
     first = like.dense_first if first is None else first
     left_out = set(dense) if "mlp_only_layers" in said else {*dense, *like.dense}
     end = layers if last in (None, -1) else min(int(last) + 1, layers)
@@ -105,6 +111,29 @@ def ruled_layers(
         i for i in range(first, end) if i not in left_out and all(rule(i) for rule in rules)
     )
     return ", ".join(said) or "its family", chosen
+
+
+def encoder_then_decoder(config: Config, notes: list[str]) -> tuple[int, ...]:
+    """The encoder's MoE layers, then the decoder's, numbered after the encoder's last."""
+    encoder = config.get("encoder_layers") or config.get("num_layers") or 0
+    decoder = config.get("decoder_layers") or config.get("num_decoder_layers")
+    decoder = encoder if decoder is None else decoder
+    if not 0 <= encoder + decoder <= MOST_LAYERS or min(encoder, decoder) < 0:
+        raise ValueError(f"an encoder of {encoder} layers and a decoder of {decoder}")
+    layers: list[int] = []
+    for side, count, before in (("encoder", encoder, 0), ("decoder", decoder, encoder)):
+        sparse = config.get(f"num_sparse_{side}_layers")
+        if sparse is None:                                   # NLLB: every so many-th
+            step = config.get(f"{side}_sparse_step") or 0
+            layers += [before + i for i in range(count) if step and (i + 1) % step == 0]
+        elif sparse:                                         # Switch: so many, from the second
+            step = max(count // sparse, 1)
+            layers += [before + i for i in range(count) if step == 1 or i % step == 1]
+    notes.append(
+        f"layers: an encoder of {encoder} layers and a decoder of {decoder}; the decoder's are "
+        f"numbered from {encoder}"
+    )
+    return tuple(layers)
 
 
 def _every(period: int, counted_from: int) -> Callable[[int], bool]:

@@ -18,7 +18,8 @@ MATRICES: tuple[tuple[str, ...], ...] = (
 )
 _BEFORE = ("model.", "", "language_model.model.", "model.language_model.", "backbone.")
 _LAYER = re.compile(r"(^|.*\.)(layers|h|blocks)\.")
-_OTHER = re.compile(r"mtp|nextn|draft|eagle|visi|visual|vit|audio|tower|encoder|talker")
+DRAFT = re.compile(r"mtp|nextn|draft|eagle")
+ELSEWHERE = re.compile(r"visi|visual|vit|audio|tower|encoder|talker")     # not the language model
 _CLASS = re.compile(r"[A-Z]\w*")
 _REGULAR = re.compile(r"[\\^$()|]")
 
@@ -45,12 +46,12 @@ def names_matrix(pattern: str, matrix: Matrix) -> bool:
     """Whether the pattern means this matrix: by its name, or by what it is a part of."""
     if pattern.startswith("re:"):
         return _by_regular_expression(pattern.removeprefix("re:"), matrix)
-    if _REGULAR.search(pattern):
+    if _REGULAR.search(pattern) or pattern.startswith(".*"):
         return _by_regular_expression(pattern, matrix)
     if "*" in pattern or "?" in pattern:
         return _by_glob(pattern, matrix)
     if _CLASS.fullmatch(pattern):
-        return pattern == "Linear" or "Expert" in pattern or "MoE" in pattern
+        return pattern == "Linear" or re.search(r"Expert|Mo[eE](Block)?$", pattern) is not None
     return _by_part(pattern, matrix)
 
 
@@ -58,14 +59,14 @@ def _by_part(pattern: str, matrix: Matrix) -> bool:
     """A whole name, its beginning, or whole words inside it."""
     place, rest = _placed(pattern)
     if place is None:
-        if _OTHER.search(pattern):
+        if DRAFT.search(pattern) or ELSEWHERE.search(pattern):
             return matrix.draft and re.fullmatch(r"(model\.)?mtp(\.\d+)?", pattern) is not None
         inside = f".{pattern}."
         return any(inside in f".layers.{matrix.layer}.{name}." for name in matrix.names())
     number, _, tail = rest.partition(".")
     if matrix.draft and "mtp" in place:
         number = str(matrix.layer)          # counted from the first draft layer there
-    elif _OTHER.search(place):
+    elif DRAFT.search(place) or ELSEWHERE.search(place):
         return False
     if number != str(matrix.layer):
         return False

@@ -7,33 +7,20 @@ configurations: whoever reads both says where they differ.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ...errors import InputError
-from ...foundation.documents import read_json
+from .headers import TensorHeader, read_headers
+from .module_names import DRAFT, ELSEWHERE
 
-_LARGEST_HEADER = 256 * 2**20
-_LAYER = r"(?P<before>^|.*\.)(?:layers|h|blocks|decoder_layer)\.(?P<layer>\d+)\."
-_NAMES = (
-    # one tensor an expert, or all experts stacked: ...experts.7.w1.weight, ...experts.gate_up_proj
-    re.compile(_LAYER + r"(?:.*\.)?experts\.(?:(?P<expert>\d+)\.)?(?P<tensor>.+)$"),
-    re.compile(_LAYER + r"block_sparse_moe\.(?P<tensor>(?:input|output)_linear\..+)$"),
-    re.compile(_LAYER + r"moe\.(?P<tensor>(?:gate|up|down)_proj\..+)$"),
-)
-_DRAFT = re.compile(r"(^|\.)(mtp|nextn|draft)")
+_LAYER = re.compile(r"(?P<before>^|.*\.)(?:layers|h|blocks|decoder_layer)\.(?P<layer>\d+)\.")
+# All experts of a layer in one tensor, whose name does not say so.
+_STACKED = re.compile(r"(block_sparse_moe\.(input|output)_linear|moe\.(gate|up|down)_proj)\.")
 _DOWN = re.compile(r"(^|\.)(down_proj|w2|output_linear)(\.weight)?$")
-_BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8,
-    "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
-    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
-    "F4_E2M1": 4,
-}
 _WHOLE_WEIGHTS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")     # one element a weight
 
 
@@ -61,14 +48,63 @@ def read_experts(
     says, to tell experts stacked in one matrix apart. Raises InputError naming a file
     whose header cannot be read or a layer whose experts are not all there.
     """
-    files = _files(folder)
-    if not files:
-        return None
     found = _Found()
-    for path in files:
-        for name, entry in _header(path):
-            found.take(name, entry, hidden_layers)
+    for header in read_headers(folder, lambda name: _placed(name) is not None):
+        found.take(header, hidden_layers)
     return found.whole(folder, num_experts)
+
+
+def dense_bytes(folder: Path, hidden_layers: int | None = None) -> int | None:
+    """Bytes of all tensors but routed experts and draft layers; None where there are no weights.
+
+    Raises InputError naming a file whose header cannot be read.
+    """
+    sizes = [
+        header.bytes for header in read_headers(folder, lambda _name: True)
+        if _placed(header.name) is None and not _drafts(header.name, hidden_layers)
+    ]
+    return sum(sizes) if sizes else None
+
+
+def _drafts(name: str, hidden_layers: int | None) -> bool:
+    """Whether a tensor is of layers that only guess tokens ahead."""
+    found = _LAYER.match(name)
+    if found is not None and hidden_layers is not None and int(found["layer"]) >= hidden_layers:
+        return True
+    return DRAFT.search(name) is not None
+
+
+class _Place(NamedTuple):
+    """Whose tensor it is: a layer's, of one expert or (None) of all, and what the rest says."""
+
+    layer: int
+    draft: bool
+    expert: int | None
+    tensor: str
+
+
+def _placed(name: str) -> _Place | None:
+    """The place of a tensor of routed experts by its name; None: it is another's."""
+    before, mark, rest = name.rpartition("experts.")
+    if mark and (not before or before.endswith(".")):
+        number, _, tensor = rest.partition(".")
+        expert = int(number) if number.isdigit() else None
+        tensor = tensor if expert is not None else rest
+    elif found := _STACKED.search(name):
+        before, expert, tensor = name[: found.start()], None, name[found.start():]
+    else:
+        return None
+    layer = _layer_of(before)
+    return None if layer is None else _Place(*layer, expert, tensor)
+
+
+@cache
+def _layer_of(before: str) -> tuple[int, bool] | None:
+    """The layer that a name's beginning means, and whether it is a draft layer by that."""
+    found = _LAYER.match(before)
+    if found is None or ELSEWHERE.search(found["before"]):
+        return None
+    return int(found["layer"]), DRAFT.search(found["before"]) is not None
 
 
 class _Found:
@@ -79,27 +115,23 @@ class _Found:
         self.stacked: dict[tuple[bool, int], list[tuple[int, int]]] = {}   # (leading axis, bytes)
         self.widths: set[tuple[bool, int, int]] = set()     # (one expert's, outputs, inputs)
 
-    def take(self, name: str, entry: dict[str, Any], hidden_layers: int | None) -> None:
+    def take(self, header: TensorHeader, hidden_layers: int | None) -> None:
         """Count the tensor, if it is of routed experts."""
-        match = next((found for form in _NAMES if (found := form.match(name))), None)
-        if match is None or "encoder." in match["before"]:
+        place = _placed(header.name)
+        if place is None:
             return
-        layer = int(match["layer"])
-        draft = bool(_DRAFT.search(match["before"]))
-        draft = draft or (hidden_layers is not None and layer >= hidden_layers)
-        shape = [int(size) for size in entry["shape"]]
-        size = (prod(shape) * _BITS[entry["dtype"]] + 7) // 8
-        expert = match.groupdict().get("expert")
-        if expert is not None:
-            experts = self.alone.setdefault((draft, layer), {})
-            experts[int(expert)] = experts.get(int(expert), 0) + size
-        elif shape:
-            self.stacked.setdefault((draft, layer), []).append((shape[0], size))
-        if not draft and _DOWN.search(match["tensor"]) and entry["dtype"] in _WHOLE_WEIGHTS:
-            if expert is not None and len(shape) == 2:
-                self.widths.add((True, *shape))             # type: ignore[arg-type]
-            elif expert is None and len(shape) == 3:
-                self.widths.add((False, *shape[1:]))        # type: ignore[arg-type]
+        draft = place.draft or (hidden_layers is not None and place.layer >= hidden_layers)
+        at, alone = (draft, place.layer), place.expert is not None
+        if place.expert is not None:
+            experts = self.alone.setdefault(at, {})
+            experts[place.expert] = experts.get(place.expert, 0) + header.bytes
+        elif header.shape:
+            self.stacked.setdefault(at, []).append((header.shape[0], header.bytes))
+        if draft or header.dtype not in _WHOLE_WEIGHTS or not _DOWN.search(place.tensor):
+            return
+        if len(header.shape) == (2 if alone else 3):
+            outputs, inputs = header.shape[-2:]
+            self.widths.add((alone, outputs, inputs))
 
     def whole(self, folder: Path, num_experts: int | None) -> DiskExperts | None:
         """Everything found, checked to be complete."""
@@ -129,41 +161,3 @@ def _experts_of(stacked: list[tuple[int, int]], said: int | None) -> int:
     if said and axis != said and axis % said == 0 and all(a % said == 0 for a, _ in stacked):
         return said
     return axis
-
-
-def _files(folder: Path) -> list[Path]:
-    """The safetensors that an index names, else all there are; raises where one is missing."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        document = read_json(indices[0])
-        weight_map = document.get("weight_map") if isinstance(document, dict) else None
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{indices[0]}: not a safetensors index: it has no weight_map")
-        names = sorted({
-            str(file) for tensor, file in weight_map.items()
-            if any(form.match(str(tensor)) for form in _NAMES)
-        })
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise InputError(f"{folder / name}: not there, though {indices[0].name} names it")
-        return [folder / name for name in names]
-    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-
-
-def _header(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= min(_LARGEST_HEADER, path.stat().st_size - 8):
-                raise ValueError("its header is longer than the file")
-            text = file.read(size).decode("utf-8")
-        header = json.loads(text)
-        for name, entry in header.items():
-            if name != "__metadata__":
-                if entry["dtype"] not in _BITS:
-                    raise ValueError(f"{name} has the type {entry['dtype']!r}")
-                yield name, entry
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not a whole safetensors file: {error}") from error

@@ -92,6 +92,8 @@ def record_model(
             done, total = 0, sum(len(p.tokens) for p in prompts)
             for batch in _batches(prompts, step_tokens):
                 run.serve(batch)
+                if recorder.failure is not None:
+                    break
                 done += sum(len(p.tokens) for p in batch)
                 if progress is not None:
                     progress(done, total)
@@ -202,12 +204,28 @@ def _load(folder: Path, dtype: str, device: str) -> Any:
 
     try:
         with quiet_transformers():
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except Exception as error:  # transformers raises whatever the files provoke
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{folder}: transformers cannot load it: {text}") from error
-    loaded: Any = model
-    return loaded.eval().to(torch.device(device))
+    model, info = loaded
+    _require_all_read(folder, info)
+    return model.eval().to(torch.device(device))
+
+
+def _require_all_read(folder: Path, info: dict[str, Any]) -> None:
+    """Raises InputError where transformers would compute with noise in place of a tensor."""
+    for key, held, wanted in sorted(info["mismatched_keys"], key=lambda found: str(found[0])):
+        raise InputError(
+            f"{folder}: tensor {key} has shape {list(held)}, by config.json it is {list(wanted)}: "
+            "the two are not of one model, put its own config.json beside the weights"
+        )
+    for key in sorted(info["missing_keys"]):
+        raise InputError(
+            f"{folder}: tensor {key} is missing from the checkpoint: download or save it again"
+        )
 
 
 @contextlib.contextmanager

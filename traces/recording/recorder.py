@@ -109,6 +109,18 @@ class Recorder:
         """Why recording stopped; None while it works."""
         return None if self._background is None else self._background.failure
 
+    @property
+    def trouble(self) -> str | None:
+        """What keeps tokens from the disk: a failure for good, or a folder that refuses now."""
+        if self._background is None or self._closed:
+            return None
+        if self.failure is not None:
+            return f"{self.failure}; nothing more is recorded"
+        refusal = self._background.refusal
+        return refusal and (
+            f"{refusal}; what is recorded waits in memory, and is lost unless that changes"
+        )
+
     def begin_step(
         self,
         step: int,

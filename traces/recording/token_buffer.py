@@ -6,6 +6,7 @@ Knows buffers of one recording and its folder. Knows nothing of steps, layers' o
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..storage.manifest import Manifest
 from ..storage.store import TraceWriter
 from ..trace import RoutingTrace, id_dtype
 
+LOOK_EVERY_S = 1.0
 _log = logging.getLogger(__name__)
 _DTYPES = {"step": np.int64, "request": np.int64, "source": np.int32, "phase": np.uint8,
            "domain": np.int32}
@@ -66,6 +68,15 @@ class BackgroundWriter:
         self._writer = writer
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="trace-writer")
         self._pending: Future[None] | None = None
+        self._refusal: str | None = None
+        self._looked = -LOOK_EVERY_S
+
+    @property
+    def refusal(self) -> str | None:
+        """Why a buffer handed over now would be lost; looked at now and then."""
+        if time.monotonic() - self._looked >= LOOK_EVERY_S:
+            self._looked, self._refusal = time.monotonic(), self._writer.refusal()
+        return self._refusal
 
     def hand_over(self, buffer: TokenBuffer, domain_names: tuple[str, ...]) -> None:
         """Write this buffer; it must not be touched until the next `wait` or `hand_over`."""

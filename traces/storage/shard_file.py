@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -110,7 +111,8 @@ def read_shard(
     for column in columns:
         names += [gates_column(layer) for layer in layers] if column == "gates" else [column]
     try:
-        table = pq.read_table(path, columns=names, use_threads=False, partitioning=None)
+        with _readable(path) as source:
+            table = pq.read_table(source, columns=names, use_threads=False, partitioning=None)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet shard: {_one_line(error)}") from error
     missing = sorted(set(names) - set(table.column_names))
@@ -134,6 +136,15 @@ def read_shard(
         else:
             out[column] = table.column(column).to_numpy()
     return out
+
+
+def _readable(path: Path) -> AbstractContextManager[Any]:
+    """The path; the open file where its name is bytes that are no text, which Arrow cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return path.open("rb")
+    return nullcontext(path)
 
 
 def _binary(values_TK: npt.NDArray[Any], dtype: np.dtype[Any]) -> pa.Array:

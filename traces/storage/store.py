@@ -11,9 +11,10 @@ nothing of models, devices or how routing was obtained.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,6 +66,17 @@ class TraceWriter:
         self.tokens = sum(
             s.tokens for s in self.manifest.shards if _rank_of(s) == rank
         )
+
+    def refusal(self) -> str | None:
+        """Why nothing could be written now, as far as a look tells; None where nothing is wrong."""
+        for place in (self.folder, self._part):
+            if place is self._part and not place.exists():
+                continue
+            if not place.is_dir():
+                return f"{place}: is no folder any more"
+            if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+                return f"{place}: cannot be written to any more"
+        return None
 
     def append(self, trace: RoutingTrace) -> None:
         """Write the tokens of `trace` as shards of at most SHARD_TOKENS and commit each.
@@ -193,21 +205,31 @@ def save_trace(
 
     Raises UsageError where the folder exists and is not empty.
     """
+    return save_blocks(iter((trace,)), folder, model=model, plan_at_capture=plan_at_capture)
+
+
+def save_blocks(
+    blocks: Iterator[RoutingTrace], folder: Path | str, *, model: ModelSpec | None = None,
+    plan_at_capture: str | None = None,
+) -> Manifest:
+    """As `save_trace`, of a trace that comes in parts, alike in all but their tokens."""
     folder = Path(folder)
     require_unused(folder)
-    manifest = Manifest(
-        model_name=trace.model_name or (model.name if model else ""),
-        num_layers=trace.num_layers, num_experts=trace.num_experts, top_k=trace.top_k,
-        layer_indices=trace.layer_indices, model=model, plan_at_capture=plan_at_capture,
-        columns=tuple(c for c in PER_TOKEN_COLUMNS if getattr(trace, c) is not None),
-        domain_names=trace.domain_names,
-    )
     temporary = folder.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{folder.name}"
+    first = next(blocks)
+    manifest = Manifest(
+        model_name=first.model_name or (model.name if model else ""),
+        num_layers=first.num_layers, num_experts=first.num_experts, top_k=first.top_k,
+        layer_indices=first.layer_indices, model=model, plan_at_capture=plan_at_capture,
+        columns=tuple(c for c in PER_TOKEN_COLUMNS if getattr(first, c) is not None),
+        domain_names=first.domain_names,
+    )
     try:
         temporary.mkdir(parents=True)   # here, so that an error names the folder asked for
         create_manifest(temporary, manifest)
         writer = TraceWriter(temporary)
-        writer.append(trace)
+        for block in itertools.chain((first,), blocks):
+            writer.append(block)
         os.replace(temporary, folder)
         sync_folder(folder.parent)
     except OSError as error:

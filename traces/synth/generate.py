@@ -158,19 +158,20 @@ def _check(
 ) -> None:
     if not (1 <= layers <= MOST_LAYERS and 1 <= experts <= MOST_EXPERTS):
         raise UsageError(
-            f"need 1..{MOST_LAYERS} layers of 1..{MOST_EXPERTS} experts; got {layers} layers of "
-            f"{experts}"
+            f"layers {layers} must lie in [1, {MOST_LAYERS}], experts {experts} in "
+            f"[1, {MOST_EXPERTS}]"
         )
     if not 1 <= top_k <= experts or tokens < 1 or domains < 1:
         raise UsageError(
-            f"need 1 <= top_k <= experts, tokens >= 1 and domains >= 1; got top_k {top_k}, "
-            f"{experts} experts, {tokens} tokens, {domains} domains"
+            f"top_k {top_k} must lie in [1, {experts}], the number of experts; tokens {tokens} "
+            f"and domains {domains} must be at least 1"
         )
     if blocks is not None and not 1 <= blocks <= experts:
         raise UsageError(f"blocks {blocks} must lie in [1, {experts}], the number of experts")
     if not all(0.0 <= share <= 1.0 for share in shares):
         raise UsageError(
-            f"block_share, affinity, persistence and prompt_share must lie in [0, 1]; got {shares}"
+            "block_share {}, affinity {}, persistence {} and prompt_share {} must lie in "
+            "[0, 1]".format(*shares)
         )
 
 

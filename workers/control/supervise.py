@@ -7,7 +7,7 @@ Knows a group's status, measurements and recordings. Starts and stops nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from ...errors import LoadmasterError, UsageError
@@ -28,13 +28,23 @@ class Watched(Protocol):
     def status(self) -> dict[str, Any]: ...
 
 
-def watch(group: Watched, controller: Controller | None = None, *, poll_s: float = POLL_S
-          ) -> NoReturn:
-    """Until interrupted, or until the group serves no more: then LoadmasterError says why."""
+def watch(
+    group: Watched, controller: Controller | None = None, *, poll_s: float = POLL_S,
+    on_trouble: Callable[[str], None] = lambda text: None,
+) -> NoReturn:
+    """Until interrupted, or until the group serves no more: then LoadmasterError says why.
+
+    on_trouble: called once with each thing that goes wrong while serving goes on, and once it is
+    over.
+    """
+    trouble = ""
     while True:
-        broken = group.status()["broken"]
-        if broken:
-            raise LoadmasterError(f"the group does not serve any more: {broken}")
+        status = group.status()
+        if status["broken"]:
+            raise LoadmasterError(f"the group does not serve any more: {status['broken']}")
+        before, trouble = trouble, status.get("recording_trouble", "")
+        if trouble != before and (trouble or status["recording"]):
+            on_trouble(f"recording: {trouble or 'can be written again'}")
         if controller is not None and controller.due():
             controller.tick()
         else:

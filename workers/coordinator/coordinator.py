@@ -63,6 +63,7 @@ class Coordinator:
         self._last_phase = DECODE
         self._switches = Switches(step_tokens=settings.limits.step_tokens)
         self._recoveries: list[Recovered] = []
+        self._recording_trouble = ""
         self._failures = 0
         self._boundary = Boundary(self._changed)
         self._stopping = False
@@ -230,6 +231,7 @@ class Coordinator:
                 "requests": len(self._scheduler.requests),
                 "step_tokens": self._scheduler.limits.step_tokens,
                 "recording": self._switches.recording,
+                "recording_trouble": self._recording_trouble,
                 "switching": self._active.switching,
                 "committing": self._active.committing,
                 "pids": self._fleet.pids,
@@ -329,6 +331,8 @@ class Coordinator:
         switching = self._active.switching
         with self._changed:
             self._failures = 0
+            told = [r.recording_trouble for r in results if r.recording_trouble]
+            self._recording_trouble = told[0] if told else ""
             self._scheduler.finish_step(chunks_G, results)
             self._book.keep_outputs(results)
             if any(chunks_G):

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING
 
 from ...placement.cluster import Cluster
 from ...placement.plan import Plan
-from ...simulator.report.page import Table, render_report, write_report
-from ...simulator.report.views import plan_views
+from ...simulator.report.blame_parts import blame_table, layer_tables, time_picture
+from ...simulator.report.compared_parts import load_picture, traffic_picture
+from ...simulator.report.page import write_page
+from ...simulator.report.report import Report, Table
+from ...simulator.report.simulate_report import latency_picture
+from ...simulator.report.views import PlanView, plan_views
 from ...traces.steps import RECORDED
 from ...traces.storage.store import save_trace
 from ...traces.trace import RoutingTrace
@@ -32,18 +36,31 @@ def leave(
         made.save(folder / f"{name}.plan.json")
     (folder / "cluster.yaml").write_text(cluster.to_yaml(), encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
-    page = render_report(
-        title="Loadmaster demo", verdict=result.verdict, results=result.simulated,
-        views=plan_views(plans, judged, cluster, steps=RECORDED),
-        tables=[
+    write_page(folder / "report.html", demo_report(
+        result, plan_views(plans, judged, cluster, steps=RECORDED), cluster,
+    ))
+
+
+def demo_report(result: DemoResult, views: list[PlanView], cluster: Cluster) -> Report:
+    """Before, predicted, measured; then the same requests simulated under both plans."""
+    blames = {name: run.blame for name, run in result.simulated.items()}
+    return Report(
+        title="Loadmaster demo", verdict=result.verdict,
+        tables=(
             _table("Prefill", result.before, result.predicted, result.measured),
             _table("Decode", result.decode_before, result.decode_predicted,
                    result.decode_measured),
-        ],
-        notes=(result.decode_verdict,
-               "loads and traffic: the recorded steps replayed under each plan"),
+            blame_table(blames), *layer_tables(blames),
+        ),
+        judged_on=("measured in turns: the same prompts under each plan, plans switched live",
+                   "loads and traffic: the recorded steps replayed under each plan"),
+        notes=tuple(dict.fromkeys((
+            result.decode_verdict, *(n for r in result.simulated.values() for n in r.notes),
+        ))),
+        document=result.to_dict(),
+        draw=lambda: (load_picture(views), latency_picture(result.simulated),
+                      time_picture(blames), traffic_picture(views, cluster)),
     )
-    write_report(folder / "report.html", page)
 
 
 def _table(title: str, *columns: Figures) -> Table:

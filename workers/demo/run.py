@@ -66,7 +66,7 @@ def run_demo(
     """
     say = progress or (lambda text, done, total: None)
     if ranks < 2:
-        raise UsageError(f"--ranks {ranks}: placement needs at least 2 ranks")
+        raise UsageError(f"ranks {ranks}: placement needs at least 2")
     folder = new_run_folder(out, "demo")
     try:
         return _in_folder(folder, ranks, seed, size, say)

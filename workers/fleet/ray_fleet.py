@@ -10,24 +10,26 @@ import importlib
 import logging
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
 
-from ...errors import LoadmasterError, UsageError
+from ...errors import LoadmasterError
+from ...foundation.hangups import hangups_held_back
 from ...foundation.quiet import quiet_ray
 from ..protocol.settings import RankSettings
+from .crossing import crossed
 from .fleet import OverdueError, RankLostError
+from .joining import require_cluster
 
 # Ray declares few of its types.
 ray: Any = importlib.import_module("ray")
@@ -44,22 +46,17 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     on this machine that ends with this process.
 
     A new cluster listens on the loopback address and requires a token (Ray makes one, or takes
-    RAY_AUTH_TOKEN). Raises UsageError for another machine's address without token authentication.
+    RAY_AUTH_TOKEN). Raises UsageError for an address or a token that cannot be, and within seconds
+    NothingAnswersError where no cluster is.
     """
     if ray.is_initialized():
         return
-    if address is not None and not _on_this_machine(address):
-        mode = os.environ.get("RAY_AUTH_MODE", "disabled")
-        if mode != "token":
-            raise UsageError(
-                f"{address}: RAY_AUTH_MODE is {mode!r}: another machine's cluster is used with "
-                "token authentication only; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-            )
     quiet_ray()
     if address is None:
-        _start_here(num_cpus)
+        with hangups_held_back():
+            _start_here(num_cpus)
     else:
-        _join(address)
+        _join(require_cluster(address))
 
 
 def _start_here(num_cpus: int | None) -> None:
@@ -75,26 +72,21 @@ def _start_here(num_cpus: int | None) -> None:
                 _node_ip_address=LOOPBACK,
             )
             return
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             ray.shutdown()      # what came up of it
             if attempt == _START_ATTEMPTS - 1:
-                raise LoadmasterError(
-                    f"Ray does not start on this machine: {str(error).splitlines()[0]}"
-                ) from error
+                raise crossed(error, "starting Ray on this machine") from error
 
 
 def _join(address: str) -> None:
     """Join a cluster. Ray uses the token it finds only where it looks for the address itself."""
     before = os.environ.get("RAY_ADDRESS")
-    if address != "auto":
-        os.environ["RAY_ADDRESS"] = address
+    os.environ["RAY_ADDRESS"] = address
     try:
         ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False,
                  logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise LoadmasterError(
-            f"no Ray cluster at {address}: {str(error).splitlines()[0]}"
-        ) from error
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise crossed(error, f"joining the Ray cluster at {address}") from error
     finally:
         if before is None:
             os.environ.pop("RAY_ADDRESS", None)
@@ -105,19 +97,6 @@ def _join(address: str) -> None:
 def cluster_address() -> str:
     """Where others can join the cluster that this process is connected to."""
     return str(ray.get_runtime_context().gcs_address)
-
-
-def _on_this_machine(address: str) -> bool:
-    """Whether the address names this machine: only such a one can be bound here."""
-    host = address.rsplit("://", 1)[-1].rsplit(":", 1)[0]
-    if host in ("auto", "local", "localhost", LOOPBACK, "[::1]"):
-        return True
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            return False
-    return True
 
 
 class RankProcess:
@@ -333,7 +312,7 @@ class RayFleet:
         for answer in ended:
             try:
                 _fetch(answer)
-            except (LoadmasterError, RayTaskError) as error:
+            except LoadmasterError as error:
                 raised.append(error)
         return raised
 
@@ -413,9 +392,8 @@ def _fetch(answer: Any) -> None:
         raise RankLostError((), f"a rank's process died: {reason}") from error
     except GetTimeoutError as error:
         raise RankLostError((), "an answer was announced but never came") from error
-    except RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, LoadmasterError) else error from None
+    except RayError as error:
+        raise crossed(error, "a rank") from error
 
 
 def _end_process(pid: int) -> None:

@@ -13,10 +13,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from ...errors import LoadmasterError
 from ..coordinator.request_registry import RequestState, UnknownRequestError
+from ..fleet.crossing import crossed
 from ..protocol.step_messages import ReplayedRouting
 
 # Ray declares few of its types.
@@ -46,29 +53,35 @@ class Connection:
         try:
             return ray.get(getattr(self._actor, method).remote(*args, **options))
         except RayTaskError as error:
-            raise self._cause(method, error) from None
+            raise self._cause(method, error) from error
         except RayActorError as error:
             raise self._lost(error) from error
+        except RayError as error:
+            raise crossed(error, self._name) from error
 
-    def _cause(self, method: str, error: RayTaskError) -> Exception:
+    @property
+    def _name(self) -> str:
+        return f"the coordinator of group {self._group!r}"
+
+    def _cause(self, method: str, error: RayTaskError) -> LoadmasterError:
         """What went wrong there, as its caller should see it."""
-        cause = error.cause
-        if isinstance(cause, TimeoutError) and not isinstance(cause, LoadmasterError):
+        if isinstance(error.cause, TimeoutError):
             return LoadmasterError(
                 f"group {self._group!r} did not get to {method!r} in the time it gives it: what "
-                "was asked may still happen; `status` shows the state of the group"
+                "was asked may still happen", call="`Group.status` shows the state of the group",
+                command="ask again; `loadmaster apply PLAN --dry-run` shows what is current",
             )
-        return cause if isinstance(cause, LoadmasterError) else error
+        return crossed(error, self._name)
 
     def _lost(self, error: RayActorError) -> CoordinatorLostError:
+        if isinstance(error, ActorDiedError) and error.actor_init_failed:
+            return CoordinatorGoneError(crossed(error, self._name).what)
         if isinstance(error, ActorDiedError):
             return CoordinatorGoneError(
-                f"the coordinator of group {self._group!r} is dead and will not come back: the "
+                f"{self._name} is dead and will not come back: the "
                 f"group was stopped or killed ({str(error).splitlines()[0]})"
             )
-        return CoordinatorLostError(
-            f"the coordinator of group {self._group!r} died: {str(error).splitlines()[0]}"
-        )
+        return CoordinatorLostError(f"{self._name} died: {str(error).splitlines()[0]}")
 
     def ask_again(self, method: str, *args: Any, **options: Any) -> Any:
         """Call something that changes nothing, again if the coordinator dies, until it is back."""
@@ -92,10 +105,8 @@ class Connection:
                 raise self._lost(error) from error
             except (RayActorError, GetTimeoutError):
                 time.sleep(0.5)
-            except RayTaskError as error:
-                if isinstance(error.cause, LoadmasterError):
-                    raise error.cause from None
-                raise
+            except RayError as error:
+                raise crossed(error, self._name) from error
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from ..coordinator.journal import Journal, journal_lock
 from ..coordinator.metrics import RayMetrics
 from ..coordinator.request_registry import RequestState
 from ..coordinator.step_log import Measurements
+from ..fleet.joining import NothingAnswersError
 from ..fleet.ray_fleet import NAMESPACE, RayFleet, cluster_address, connect, end_group
 from ..protocol.phase_plans import PhasePlans
 from ..protocol.plan_switch import ApplyReport, check_plans
@@ -134,6 +135,11 @@ class Group:
                 "CPU (0), on a GPU, or on a share of one"
             )
         spec = served_spec(model_dir, dtype)
+        if plan is None and ranks > spec.num_experts:
+            raise UsageError(
+                f"{ranks} ranks for {spec.num_experts} experts: without a plan that repeats some, "
+                f"at most {spec.num_experts} ranks hold any"
+            )
         plan = plan or contiguous(spec, ranks)
         if dispatch is not None:
             plan = with_dispatch(plan, dispatch)
@@ -198,17 +204,14 @@ class Group:
 
         address: its Ray cluster; None = the one joined already, or the one noted on this machine.
         """
-        if not ray.is_initialized():
-            address = address or run_folder.read_address(name)
-            if address is None:
-                raise UsageError(
-                    f"no group named {name!r} was started on this machine: `loadmaster run` "
-                    "starts one; name its cluster's address if it runs elsewhere"
-                )
-        connect(address)
+        if not ray.is_initialized() and address is None:
+            _connect_as_noted(name)
+        else:
+            connect(address)
         actor = _find(name)
         if actor is None:
-            raise UsageError(f"no group named {name!r} is running: `loadmaster run` starts one")
+            raise UsageError(f"no group named {name!r} is running", call="Group.start starts one",
+                             command=f"`loadmaster run --name {name}` starts one")
         return cls(name, actor)
 
     # ---- serving ---------------------------------------------------------------------------
@@ -452,6 +455,26 @@ def _this_node() -> Any:
     scheduling = importlib.import_module("ray.util.scheduling_strategies")
     node = ray.get_runtime_context().get_node_id()
     return scheduling.NodeAffinitySchedulingStrategy(node, soft=False)
+
+
+def _connect_as_noted(name: str) -> None:
+    """To the cluster that the group was started on from this machine."""
+    address = run_folder.read_address(name)
+    if address is None:
+        raise UsageError(
+            f"no group named {name!r} was started on this machine",
+            call="Group.start starts one; name its cluster's address= if it runs elsewhere",
+            command=f"`loadmaster run --name {name}` starts one; name its cluster with --address "
+            "if it runs elsewhere",
+        )
+    try:
+        connect(address)
+    except NothingAnswersError as error:
+        raise LoadmasterError(
+            f"group {name!r} ran at {address}, where nothing answers any more: it was killed",
+            call=f"Group.start(name={name!r}) starts it again and clears the old address",
+            command=f"`loadmaster run --name {name}` starts it again and clears the old address",
+        ) from error
 
 
 def _find(name: str) -> Any:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ..fleet.crossing import crossed
 from ..fleet.ray_fleet import connect
 
 # Ray declares few of its types.
@@ -60,5 +61,5 @@ def _call(function: Callable[[Any], Any], item: Any) -> Any:
 def _result(answer: Any) -> Any:
     try:
         return ray.get(answer)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except ray.exceptions.RayError as error:
+        raise crossed(error, "a task on the cluster") from error

@@ -8,6 +8,7 @@ Results come back through the job's log, marked, so that nothing but the job API
 from __future__ import annotations
 
 import base64
+import http.client
 import importlib
 import io
 import os
@@ -16,13 +17,20 @@ import shutil
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError, RayError
+
 from ...errors import LoadmasterError, UsageError
+from ..fleet.crossing import crossed
+from ..fleet.joining import ANSWER_S, NothingAnswersError, require_token, token_refused
 
 RESULT_MARK = "LOADMASTER-RESULT "
 _LINE_BYTES = 60_000
@@ -88,20 +96,41 @@ def _joining(arguments: Sequence[str]) -> list[str]:
 
 
 def _client(address: str) -> Any:
-    host = address.rsplit("://", 1)[-1].rsplit(":", 1)[0]
-    local = host in ("127.0.0.1", "localhost")
-    if not local and os.environ.get("RAY_AUTH_MODE") != "token":
-        raise UsageError(
-            f"{address}: another machine's cluster is used with token authentication only; set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-        )
+    require_token(address, _host(address))
+    _require_dashboard(address)
     jobs: Any = importlib.import_module("ray.job_submission")
     try:
         return jobs.JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise LoadmasterError(
-            f"no Ray dashboard answers at {address}: {_first_line(error)}"
+    except AuthenticationError as error:
+        raise token_refused(address) from error
+    except (OSError, RuntimeError, RayError) as error:
+        raise crossed(error, f"no Ray dashboard answers at {address}") from error
+
+
+def _require_dashboard(address: str) -> None:
+    """Raises NothingAnswersError within seconds; Ray's own client waits without end."""
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=ANSWER_S).close()
+    except urllib.error.HTTPError:
+        return          # it is there; what it thinks of our token comes next
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise NothingAnswersError(
+            f"no Ray dashboard answers at {address} ({reason}): check that the cluster runs, and "
+            "that this is the address `ray start --head` printed for its dashboard"
         ) from error
+
+
+def _host(address: str) -> str:
+    """The address's host. Raises UsageError for what is no dashboard's address."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if not host or not port or not address.startswith(("http://", "https://")):
+        raise UsageError(f"{address!r} is no address of a dashboard: http://HOST:PORT")
+    return host
 
 
 def _send(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:

@@ -54,6 +54,7 @@ class Tables:
     slots_PLGC: tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]    # by phase
     dispatch_P: tuple[DispatchSpec, DispatchSpec]
     num_experts: int
+    layer_indices: tuple[int, ...] = ()      # the model's own; () = not known
 
     @classmethod
     def of(cls, plans: PhasePlans | Plan, epoch: int) -> Tables:
@@ -65,6 +66,7 @@ class Tables:
             (pair[0].slots, pair[1].slots),
             (pair[0].dispatch, pair[1].dispatch),
             pair[0].num_experts,
+            pair[0].layer_indices,
         )
 
     def experts_of(self, rank: int) -> list[list[int]]:

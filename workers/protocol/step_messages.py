@@ -76,6 +76,7 @@ class StepResult:
     peak_L: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     staged: tuple[tuple[int, int], ...] = ()        # (layer, expert) that arrived whole and right
     corrupted: tuple[tuple[int, int], ...] = ()     # arrived wrong and were thrown away
+    recording_trouble: str = ""       # what keeps recorded tokens from the disk
     stage_us: float = 0.0             # of wall_us, what moving experts and switching took
     cpu_us: float = 0.0               # of the whole process
     wall_us: float = 0.0

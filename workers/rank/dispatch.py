@@ -17,7 +17,12 @@ from torch import Tensor
 
 from ...errors import InputError, LoadmasterError
 from ...placement.cluster import Cluster
-from ...placement.dispatch.assignment import LayerDispatch, counts_gathered_first, layer_dispatch
+from ...placement.dispatch.assignment import (
+    LayerDispatch,
+    counts_gathered_first,
+    layer_dispatch,
+    layers_draws,
+)
 from ..protocol.phase_plans import Tables
 from .exchange import Exchange, agree
 
@@ -37,6 +42,10 @@ class LiveDispatch:
         self._exchange, self._tables, self._cluster = exchange, tables, cluster
         self._first = counts_gathered_first(tables.num_experts, cluster)
         self._layers: dict[tuple[int, int], LayerDispatch] = {}
+        self._draws_PL = tuple(
+            layers_draws(slots, tables.num_experts, cluster, spec, tables.layer_indices)
+            for slots, spec in zip(tables.slots_PLGC, tables.dispatch_P, strict=True)
+        )
 
     def assign(self, layer: int, phase: int, step: int, ids_TK: Tensor) -> Dispatched:
         """Slots for this rank's choices; every rank must call this at once.
@@ -69,6 +78,6 @@ class LiveDispatch:
         if (layer, phase) not in self._layers:
             self._layers[layer, phase] = layer_dispatch(
                 self._tables.slots_PLGC[phase][layer], self._tables.num_experts, self._cluster,
-                self._tables.dispatch_P[phase],
+                self._tables.dispatch_P[phase], self._draws_PL[phase][layer],
             )
         return self._layers[layer, phase]

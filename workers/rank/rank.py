@@ -326,6 +326,7 @@ class Rank:
             peak_L=measures.peak_L,
             staged=tuple(staged),
             corrupted=tuple(corrupted),
+            recording_trouble=self._recording_trouble(work),
             stage_us=(time.perf_counter_ns() - moving + switched - committing) / 1e3,
             cpu_us=(time.process_time_ns() - cpu) / 1e3,
             wall_us=(time.perf_counter_ns() - wall) / 1e3,
@@ -445,6 +446,13 @@ class Rank:
         lost += sum(len(chunk.tokens) for chunk in work.chunks)
         self._refused = RecordingSummary(0, 0, 0, 0, lost, failure)
         return False
+
+    def _recording_trouble(self, work: StepWork) -> str:
+        if not work.record:
+            return ""
+        refused = None if self._refused is None else self._refused.failure
+        found = refused if self._recorder is None else self._recorder.trouble
+        return found or ""
 
     def _begin_recording(self, work: StepWork) -> Recorder | None:
         if not work.record or not work.chunks:

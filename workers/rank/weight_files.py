@@ -46,16 +46,21 @@ class TensorFiles:
         except SafetensorError as error:
             raise self._damaged(key, error) from error
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A tensor's shape, from its file's header."""
+        return tuple(self._handle(key).get_slice(key).get_shape())
+
+    def misfit(self, key: str, fault: str) -> InputError:
+        """What to say of a tensor that is not as the config makes it."""
+        return InputError(
+            f"{self.directory / self._file_of[key]}: {fault}: the two are not of one model, put "
+            "its own config.json beside the weights"
+        )
+
     def read_row(self, key: str, row: int) -> Tensor:
         """Row `row` of a stacked tensor, with its leading axis kept: [1, ...]; reads no other."""
         try:
-            part = self._handle(key).get_slice(key)
-            rows = part.get_shape()[0]
-            if not 0 <= row < rows:
-                raise InputError(
-                    f"{self.directory}: {key} holds {rows} experts, expert {row} is not there"
-                )
-            return part[row : row + 1]  # type: ignore[no-any-return]
+            return self._handle(key).get_slice(key)[row : row + 1]  # type: ignore[no-any-return]
         except SafetensorError as error:
             raise self._damaged(key, error) from error
 
@@ -128,6 +133,7 @@ class ExpertIndex:
 
         self._files = files
         self._model = model
+        self._meta: dict[str, Tensor] = model.state_dict()
         transforms = get_model_conversion_mapping(model)
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._renamings: list[Any] = [t for t in transforms if not isinstance(t, WeightConverter)]
@@ -139,23 +145,33 @@ class ExpertIndex:
         # stacked parameter -> [(converter's source pattern, expert or None, key)]
         self._parts: dict[str, list[tuple[str | None, int | None, str]]] = {}
         self.dense_keys: list[str] = []
-        meta = model.state_dict()
-        for key in files.names:
-            self._place(key, meta)
+        renamed = [(key, *self._place(key)) for key in files.names]
         self._refuse_quantised()
+        for key, target, pattern in renamed:
+            if pattern is None and target in self._meta:
+                self._require_fit(key, tuple(self._meta[target].shape))
 
-    def _place(self, key: str, meta: dict[str, Tensor]) -> None:
+    def _require_fit(self, key: str, wanted: tuple[int, ...]) -> None:
+        held = self._files.shape(key)
+        if held != wanted:
+            raise self._files.misfit(
+                key, f"tensor {key} has shape {list(held)}, by config.json it is {list(wanted)}"
+            )
+
+    def _place(self, key: str) -> tuple[str, str | None]:
+        """The parameter that the tensor belongs to, and what converts it, None: nothing."""
         from transformers.core_model_loading import rename_source_key
 
         target, pattern = rename_source_key(
-            key, self._renamings, self._converters, self._model.base_model_prefix, meta
+            key, self._renamings, self._converters, self._model.base_model_prefix, self._meta
         )
         if target not in self._parameters:
             self.dense_keys.append(key)
-            return
+            return target, pattern
         number = _EXPERT_NUMBER.search(key)
         expert = int(number.group(1)) if number else None
         self._parts.setdefault(target, []).append((pattern, expert, key))
+        return target, pattern
 
     def _refuse_quantised(self) -> None:
         for key in self.dense_keys:
@@ -166,16 +182,24 @@ class ExpertIndex:
                 )
 
     def require_complete(self, experts: int) -> None:
-        """Raise InputError naming the first expert tensor that the files do not hold."""
+        """Raise InputError naming the first expert tensor that the files do not hold, or hold
+        beyond these."""
         for parameter in self._parameters:
             parts = self._parts.get(parameter, [])
+            for _, number, key in parts:
+                held = self._files.shape(key)[0] if number is None else number + 1
+                if held > experts or (number is None and held < experts):
+                    raise self._files.misfit(
+                        key, f"tensor {key} is of {held} experts or more, by config.json there are "
+                        f"{experts}"
+                    )
             stacked = any(expert is None for _, expert, _ in parts)
-            held = {(pattern, expert) for pattern, expert, _ in parts}
+            present = {(pattern, expert) for pattern, expert, _ in parts}
             patterns = {pattern for pattern, _, _ in parts}
             wanted = patterns if stacked else self._source_patterns(parameter, patterns)
             for pattern in sorted(wanted, key=str):
                 for expert in [None] if stacked else range(experts):
-                    if (pattern, expert) not in held:
+                    if (pattern, expert) not in present:
                         where = parameter if expert is None else f"expert {expert} of {parameter}"
                         raise InputError(
                             f"{self._files.directory}: {where} is missing from the checkpoint "
@@ -208,7 +232,22 @@ class ExpertIndex:
             )
         if None in by_pattern:
             return by_pattern[None][0]
-        return self._convert(parameter, by_pattern)
+        keys = [key for _, number, key in self._parts[parameter] if number in (None, expert)]
+        wanted = tuple(self._meta[parameter].shape[1:])
+        try:
+            made = self._convert(parameter, by_pattern)
+        except (RuntimeError, IndexError) as error:
+            raise self._unlike(keys, wanted) from error
+        if tuple(made.shape) != wanted:
+            raise self._unlike(keys, wanted)
+        return made
+
+    def _unlike(self, keys: list[str], wanted: tuple[int, ...]) -> InputError:
+        """What to say of tensors that together do not become what the config makes of them."""
+        held = ", ".join(f"{key} {list(self._files.shape(key))}" for key in keys)
+        return self._files.misfit(
+            keys[0], f"tensors {held} do not make the {list(wanted)} of config.json"
+        )
 
     def _convert(self, parameter: str, by_pattern: dict[str | None, Tensor]) -> Tensor:
         """Run the converter that claims these patterns on a stack of this one expert."""

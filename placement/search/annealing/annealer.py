@@ -30,6 +30,7 @@ import numpy.typing as npt
 from ....foundation.arrays import FloatArray, SlotArray
 from ....foundation.compiled import (
     RandomState,
+    clock,
     compiled,
     compiled_generic,
     compiled_part,
@@ -62,11 +63,15 @@ class SearchSpace(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """`moves` tried while the temperature falls geometrically from `hot` to `cold`."""
+    """`moves` tried while the temperature falls geometrically from `hot` to `cold`.
+
+    deadline: time.time() after which no further move is tried.
+    """
 
     moves: int
     hot: float
     cold: float
+    deadline: float = np.inf
 
 
 class Moves(NamedTuple):
@@ -231,7 +236,7 @@ def anneal(
     filled_GC = np.arange(slots_GC.shape[1]) < slots_G[:, None]
     held = _hold(space, slots_GC[filled_GC].astype(np.int64))
     if descend:
-        _descend(space, objective, held, weight_W)
+        _descend(space, objective, held, weight_W, schedule.deadline)
     cost, best_S = _anneal(
         space, objective, held, weight_W, moves, schedule, transfers, state
     )
@@ -273,6 +278,12 @@ def _hold(space: SearchSpace, expert_S: npt.NDArray[np.int64]) -> Held:
     return Held(expert_S, slot_ER, replicas_E, device_S, start_G, free_G)
 
 
+@compiled_part_inline
+def past(deadline: float) -> bool:
+    """Whether the time is up; without a limit the clock is not looked at."""
+    return deadline < np.inf and clock() > deadline
+
+
 @compiled
 def _anneal(
     space: SearchSpace, objective: Any, held: Held, weight_W: Any, moves: Moves,
@@ -294,7 +305,7 @@ def _anneal(
     cooling = (schedule.cold / schedule.hot) ** (1.0 / max(schedule.moves - 1, 1))
     temperature = schedule.hot
     for _ in range(schedule.moves):
-        if best_cost <= moves.enough:
+        if best_cost <= moves.enough or past(schedule.deadline):
             break
         temperature *= cooling
         change = _propose(objective, held, moves, order_W, state)
@@ -347,7 +358,9 @@ def _anneal(
 
 
 @compiled
-def _descend(space: SearchSpace, objective: Any, held: Held, weight_W: Any) -> None:
+def _descend(
+    space: SearchSpace, objective: Any, held: Held, weight_W: Any, deadline: float
+) -> None:
     """Take the move with most gain per price, again and again, while one helps and fits.
 
     Looked at: for the experts of the most loaded device of the dearest sample, an exchange with any
@@ -363,6 +376,8 @@ def _descend(space: SearchSpace, objective: Any, held: Held, weight_W: Any) -> N
             e1 = held.expert_S[s1]
             if e1 < 0:
                 continue
+            if past(deadline):
+                return
             for s2 in range(len(held.expert_S)):
                 g2, e2 = held.device_S[s2], held.expert_S[s2]
                 for change in (Change(s1, g1, e1, s2, g2, e2), Change(s2, g2, e2, -1, -1, e1)):

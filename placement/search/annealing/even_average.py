@@ -46,7 +46,8 @@ class EvenAverage(NamedTuple):
 
 
 def improve_average(
-    space: SearchSpace, slots_GC: SlotArray, load_E: FloatArray, moves: int, state: RandomState
+    space: SearchSpace, slots_GC: SlotArray, load_E: FloatArray, moves: int, state: RandomState,
+    deadline: float = np.inf,
 ) -> SlotArray:
     """Anneal one layer's slots on its average loads."""
     total, devices = float(np.sum(load_E)), len(slots_GC)
@@ -57,7 +58,8 @@ def improve_average(
     budgeted = len(space.current_EG) > 0
     return anneal(
         space, objective, np.ones(1), slots_GC, MOVES._replace(enough=ENOUGH * devices),
-        Schedule(moves, BUDGET_HOT if budgeted else HOT, COLD), no_transfers(devices), state,
+        Schedule(moves, BUDGET_HOT if budgeted else HOT, COLD, deadline),
+        no_transfers(devices), state,
         descend=budgeted,
     ).best_GC
 

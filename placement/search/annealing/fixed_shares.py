@@ -2,9 +2,12 @@
 
 `even` and most engines' rules split an expert's tokens over all its replicas equally, or nearly so
 over many tokens; `nearest` sends each home rank's tokens to the replicas nearest to it, equally;
-SGLang's static table to the first replica in the node, so that further ones there serve their own
-rank alone. Either way a device gets a share of the expert that depends on who holds it, a sample's
-load is a sum of shares, and a move changes the shares of the touched experts.
+SGLang's static table to the one on the rank, else to the first in its node where others lie
+elsewhere, else to a fair choice; vllm-ascend's to the replica whose turn the rank is, so that three
+replicas serve 3, 3 and 2 of eight ranks. Either way a device gets a share of the expert that
+depends on who holds it, a sample's load is a sum of shares, and a move changes the shares of the
+touched experts. A fair choice counts as equal shares: who draws which replica depends on every
+expert before, which no search can know.
 
 Knows loads per sample and expert, devices and their nodes. Homes count as spread evenly.
 """
@@ -38,8 +41,16 @@ from .annealer import (
     try_sample,
 )
 
-ALIKE, NEAREST, FIRST_NEAR = 0, 1, 2       # how replicas share
+ALIKE, NEAREST, FIRST_NEAR, IN_TURN = 0, 1, 2, 3       # how replicas share
 MOVES = Moves(aimed=0.4, dearest=8, exchanged=0.7)
+
+
+class Sharing(NamedTuple):
+    """A rule, and what it looks at."""
+
+    rule: int
+    node_G: Any
+    tensor_parallel: int       # ranks that are one data-parallel rank; 1 = every rank is one
 
 
 class FixedShares(NamedTuple):
@@ -48,8 +59,7 @@ class FixedShares(NamedTuple):
     load_WE: Any        # [W, E]
     speed_G: Any
     overload: Overload
-    rule: int
-    node_G: Any
+    rule: Sharing
     share_EG: Any       # [E, G] part of an expert's tokens that each device computes
     load_WG: Any        # [W, G]
     tried_WG: Any
@@ -67,19 +77,22 @@ def improve_fixed_shares(
     transfers: TransferModel,
     state: RandomState,
     *,
+    rule: int = ALIKE,
     node_G: npt.NDArray[np.int64] | None = None,
-    first_near: bool = False,
+    tensor_parallel: int = 1,
 ) -> Found:
-    """Anneal one layer's slots where replicas share equally (node_G None) or nearest first.
+    """Anneal one layer's slots where replicas share as a rule says.
 
     load_WE [W, E]: every sample scaled so that perfect balance is 1 (its sum is the speeds' sum).
-    first_near: of several replicas in a node that the home rank does not hold, the first serves.
+    node_G: where the rule asks what is near; None = one node.
     """
     (samples, experts), devices = load_WE.shape, len(slots_GC)
     objective = FixedShares(
         np.ascontiguousarray(load_WE, np.float64), space.speed_G, overload,
-        ALIKE if node_G is None else FIRST_NEAR if first_near else NEAREST,
-        np.zeros(devices, np.int64) if node_G is None else np.asarray(node_G, np.int64),
+        Sharing(
+            rule, np.zeros(devices, np.int64) if node_G is None else np.asarray(node_G, np.int64),
+            tensor_parallel,
+        ),
         np.zeros((experts, devices)), np.zeros((samples, devices)), np.zeros((samples, devices)),
         np.zeros((2, devices)), np.zeros((2, devices)),
     )
@@ -89,7 +102,7 @@ def improve_fixed_shares(
 @begin.of(FixedShares)
 def _begin(objective: FixedShares, held: Held, cost_W: Any) -> None:
     for e in range(len(objective.share_EG)):
-        _shares(held, e, objective.rule, objective.node_G, objective.share_EG[e])
+        _shares(held, e, objective.rule, objective.share_EG[e])
     for w in range(len(cost_W)):
         for e in range(len(objective.share_EG)):
             for g in range(len(objective.speed_G)):
@@ -100,10 +113,10 @@ def _begin(objective: FixedShares, held: Held, cost_W: Any) -> None:
 @prepare.of(FixedShares)
 def _prepare(objective: FixedShares, held: Held, change: Change) -> None:
     if change.e1 >= 0:
-        _shares(held, change.e1, objective.rule, objective.node_G, objective.share_XG[0])
+        _shares(held, change.e1, objective.rule, objective.share_XG[0])
         _less(objective.share_XG[0], objective.share_EG[change.e1], objective.change_XG[0])
     if change.e2 >= 0:
-        _shares(held, change.e2, objective.rule, objective.node_G, objective.share_XG[1])
+        _shares(held, change.e2, objective.rule, objective.share_XG[1])
         _less(objective.share_XG[1], objective.share_EG[change.e2], objective.change_XG[1])
 
 
@@ -151,15 +164,23 @@ def _less(after_G: Any, before_G: Any, change_G: Any) -> None:
 
 
 @compiled_part
-def _shares(held: Held, e: int, rule: int, node_G: Any, share_G: Any) -> None:
+def _shares(held: Held, e: int, sharing: Sharing, share_G: Any) -> None:
     """[G] the part of an expert's tokens each device computes; sums to 1."""
-    devices, replicas, slot_R = len(share_G), held.replicas_E[e], held.slot_ER[e]
-    for g in range(devices):
+    for g in range(len(share_G)):
         share_G[g] = 0.0
-    if rule == ALIKE:
+    if sharing.rule == ALIKE:
+        replicas, slot_R = held.replicas_E[e], held.slot_ER[e]
         for r in range(replicas):
             share_G[held.device_S[slot_R[r]]] = 1.0 / replicas
-        return
+    elif sharing.rule == IN_TURN:
+        _shares_in_turn(held, e, sharing.tensor_parallel, share_G)
+    else:
+        _shares_near(held, e, sharing.rule, sharing.node_G, share_G)
+
+
+@compiled_part
+def _shares_near(held: Held, e: int, rule: int, node_G: Any, share_G: Any) -> None:
+    devices, replicas, slot_R = len(share_G), held.replicas_E[e], held.slot_ER[e]
     for home in range(devices):
         near, first, at_home = 0, devices, False
         for r in range(replicas):
@@ -170,10 +191,28 @@ def _shares(held: Held, e: int, rule: int, node_G: Any, share_G: Any) -> None:
                 first = min(first, g)
         if at_home:
             share_G[home] += 1.0 / devices
-        elif near > 0 and rule == FIRST_NEAR:
+        elif rule == FIRST_NEAR and 0 < near < replicas:
             share_G[first] += 1.0 / devices
         else:
+            # All, or under `nearest` those in the node: in one node that is the same.
+            serving = near if near > 0 else replicas
             for r in range(replicas):
                 g = held.device_S[slot_R[r]]
                 if near == 0 or node_G[g] == node_G[home]:
-                    share_G[g] += 1.0 / devices / (near if near > 0 else replicas)
+                    share_G[g] += 1.0 / devices / serving
+
+
+@compiled_part
+def _shares_in_turn(held: Held, e: int, tensor_parallel: int, share_G: Any) -> None:
+    devices, replicas, slot_R = len(share_G), held.replicas_E[e], held.slot_ER[e]
+    for r in range(replicas):
+        place = 0                      # among the expert's slots
+        for other in range(replicas):
+            place += slot_R[other] < slot_R[r]
+        served = 0
+        for home in range(devices):
+            turn = home
+            if tensor_parallel > 1:
+                turn = home % tensor_parallel + home // tensor_parallel + e
+            served += turn % replicas == place
+        share_G[held.device_S[slot_R[r]]] += served / devices

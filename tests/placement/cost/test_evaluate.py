@@ -113,7 +113,7 @@ def test_time_comes_with_a_model() -> None:
     heavy = evaluate(CONTIGUOUS, TWO, PLACE, steps=STORED, model=sizes)
     assert heavy.step_time_us is not None and heavy.step_time_us > result.step_time_us
     other = model.model_copy(update={"num_layers": 2})
-    with pytest.raises(InputError, match="the model model has 2 layers"):
+    with pytest.raises(InputError, match="the model model has 2 MoE layers"):
         evaluate(CONTIGUOUS, TWO, PLACE, steps=STORED, model=other)
     made_for = Plan(slots=CONTIGUOUS.slots, num_experts=4, model_digest="0123")
     with pytest.raises(InputError, match="plan again for this model"):
@@ -127,7 +127,7 @@ def test_the_dispatch_to_judge_under() -> None:
     assert resolve_dispatch("balanced", plan) == own          # a bare name keeps the parameters
     assert resolve_dispatch("even", plan) == DispatchSpec(policy="even")
     assert resolve_dispatch(DispatchSpec(), plan) == DispatchSpec()
-    with pytest.raises(UsageError, match="unknown dispatch policy"):
+    with pytest.raises(UsageError, match="unknown dispatch"):
         resolve_dispatch("odd", plan)
 
 

@@ -154,7 +154,7 @@ def test_nearest_prefers_its_rank_then_its_node() -> None:
 
 def test_unknown_policies_and_parameters_are_named() -> None:
     slots, counts = np.array([[0], [0]]), np.ones((2, 1), int)
-    with pytest.raises(UsageError, match="unknown dispatch policy 'best'"):
+    with pytest.raises(UsageError, match="unknown dispatch 'best'"):
         split(counts, slots, cluster(), spec("best"))
     with pytest.raises(UsageError, match="balanced has no parameter 'seed'; it takes: slack"):
         split(counts, slots, cluster(), spec("balanced", seed=1))

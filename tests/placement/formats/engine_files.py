@@ -17,8 +17,8 @@ from loadmaster.traces.model_spec import ModelSpec
 PLANS = Path(__file__).resolve().parents[4] / "shared" / "data" / "plans"
 needs_plans = pytest.mark.skipif(not PLANS.is_dir(), reason=f"plan files not present: {PLANS}")
 
-FILES = [("sglang", ".json"), ("sglang", ".pt"), ("trtllm", ".yaml"), ("vllm_ascend", ".json"),
-         ("eplb", ".npz"), ("eplb", ".pt"), ("omni", ".npy")]
+FILES = [("sglang", ".json"), ("sglang", ".pt"), ("trtllm", ".yaml"), ("vllm", ".json"),
+         ("vllm_ascend", ".json"), ("eplb", ".npz"), ("eplb", ".pt"), ("omni", ".npy")]
 
 # Layer 0 is dense; 6 experts on 2 ranks of 4 slots.
 MODEL = ModelSpec(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loadmaster.errors import InputError, UsageError
 from loadmaster.placement.formats import FORMATS, export_plan, import_plan, nearest_plan
-from loadmaster.placement.plan import Plan
+from loadmaster.placement.plan import DispatchSpec, Plan
 from loadmaster.traces.model_spec import ModelSpec
 
 from .engine_files import (
@@ -89,8 +89,8 @@ def test_an_imported_plan_is_dispatched_as_its_engine_does(tmp_path: Path) -> No
         back = import_plan(tmp_path / f"plan{suffix}", format, num_devices=2, model=MODEL).plan
         policies[format] = back.dispatch.policy
     assert policies == {
-        "sglang": "sglang_static", "trtllm": "trtllm_round_robin", "vllm_ascend": "ascend_fixed",
-        "eplb": "even", "omni": "even",
+        "sglang": "sglang_static", "trtllm": "trtllm_round_robin", "vllm": "vllm_hash",
+        "vllm_ascend": "ascend_fixed", "eplb": "even", "omni": "even",
     }
 
 
@@ -189,7 +189,7 @@ def test_real_omni_plans_with_uneven_layers(tmp_path: Path) -> None:
 def test_uneven_slots_are_refused_and_the_nearest_plan_named(format: str, tmp_path: Path) -> None:
     path = tmp_path / f"plan{dict(FILES)[format]}"
     model = ModelSpec(num_layers=1, num_experts=4, top_k=1, layer_indices=(7,), total_layers=8)
-    remedy = r"Nearest plan \(2 each\): drop expert 0 from device 1 of MoE layer 0; .*--nearest"
+    remedy = r"Nearest plan \(2 each\): drop expert 0 from device 1 of MoE layer 0: nearest=True"
     with pytest.raises(InputError, match=remedy):
         export_plan(UNEVEN, format, path, model=model)
     assert not path.exists()
@@ -267,6 +267,20 @@ def test_a_plan_for_another_dispatch_says_how_to_judge_it(tmp_path: Path) -> Non
     assert any("--dispatch trtllm_round_robin" in note for note in notes)
 
 
+@pytest.mark.parametrize(("policy", "option"), [
+    ("sglang_static", "static and an all-to-all backend"),
+    ("sglang_rows", "dynamic --moe-a2a-backend none"), ("even", None),
+])
+def test_sglang_is_started_with_the_plans_dispatch(
+    tmp_path: Path, policy: str, option: str | None
+) -> None:
+    plan = Plan(slots=TOY.slots, num_experts=TOY.num_experts, dispatch=DispatchSpec(policy=policy))
+    start = export_plan(plan, "sglang", tmp_path / "plan.json", model=MODEL)[0]
+    assert start.endswith(f"--ep-dispatch-algorithm {option}") if option else (
+        "--ep-dispatch-algorithm" not in start
+    )
+
+
 # ---- layers of the model ----------------------------------------------------------------------
 
 
@@ -276,7 +290,7 @@ def test_sglang_needs_to_know_every_hidden_layer(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="row for every hidden layer"):
             export_plan(TOY, "sglang", path, model=model)
     export_plan(TOY, "sglang", path, model=MODEL)
-    with pytest.raises(InputError, match="has 3 rows, the model toy has 5 hidden layers"):
+    with pytest.raises(InputError, match=r"holds 3 rows; toy has 2 MoE layers \(1-2\) of 5 hidden"):
         import_plan(path, "sglang", num_devices=2,
                     model=MODEL.model_copy(update={"total_layers": 5}))
     found = import_plan(path, "sglang", num_devices=2)
@@ -319,13 +333,13 @@ def test_a_plan_of_another_model_is_refused(format: str, suffix: str, tmp_path: 
 def test_numbers_that_the_file_lacks_or_contradicts(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     export_plan(TOY, "trtllm", path)
-    with pytest.raises(UsageError, match="--devices"):
+    with pytest.raises(UsageError, match="give num_devices"):
         import_plan(path, "trtllm")
     with pytest.raises(InputError, match="8 slots per layer do not divide over 3 devices"):
         import_plan(path, "trtllm", num_devices=3)
     with pytest.raises(UsageError, match="number of devices, 0, must lie"):
         import_plan(path, "trtllm", num_devices=0)
-    with pytest.raises(UsageError, match="leave --num-experts out"):
+    with pytest.raises(UsageError, match="leave num_experts out"):
         import_plan(path, "trtllm", num_devices=2, num_experts=5, model=MODEL)
     with pytest.raises(InputError, match="holds expert 5; a layer has experts 0 to 4"):
         import_plan(path, "trtllm", num_devices=2, num_experts=5)
@@ -336,7 +350,7 @@ def test_numbers_that_the_file_lacks_or_contradicts(tmp_path: Path) -> None:
 
 def test_formats_and_endings_are_named(tmp_path: Path) -> None:
     for call in (export_plan, import_plan):
-        arguments = (TOY, "vllm", tmp_path / "x") if call is export_plan else (tmp_path, "vllm")
+        arguments = (TOY, "what", tmp_path / "x") if call is export_plan else (tmp_path, "what")
         with pytest.raises(UsageError, match=", ".join(FORMATS)):
             call(*arguments)
     with pytest.raises(UsageError, match=r"ends in \.npz or \.pt"):

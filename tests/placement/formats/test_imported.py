@@ -32,7 +32,7 @@ def test_a_plan_that_counts_from_0_takes_the_models_layers_with_a_note() -> None
 
 def test_plan_and_model_that_agree_need_no_note_and_others_are_refused() -> None:
     assert model_layers(TOLD, model(3, 4)) == ((3, 4), [])
-    with pytest.raises(InputError, match=r"for layers 3\.\.4, .* are 5\.\.6: .* another model"):
+    with pytest.raises(InputError, match="layers 3-4 are not MoE layers of model, 5-6"):
         model_layers(TOLD, model(5, 6))
 
 
@@ -45,7 +45,7 @@ def test_the_number_of_devices_is_the_files_or_else_the_callers() -> None:
     assert known(num_devices=8).devices() == 8
     with pytest.raises(UsageError, match="is for 4 devices, not 8"):
         known(num_devices=8).devices(4)
-    with pytest.raises(UsageError, match=r"give the number \(--devices\)"):
+    with pytest.raises(UsageError, match="give num_devices"):
         known().devices()
 
 

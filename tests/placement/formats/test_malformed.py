@@ -50,7 +50,8 @@ BALANCER = "initial_global_assignments: %s\nlayer_updates_per_iter: 0\nnum_slots
     ("trtllm", BALANCER % "{3: [0, .nan]}", "layer 3, slot 1: nan is no expert id"),
     ("trtllm", BALANCER % f"{{3: [0, 0x{'f' * 5000}]}}", "a number beyond 64 bits"),
     ("trtllm", (BALANCER % "{3: [0, 1]}") + "ep_size: 2", "'ep_size' must go"),
-    ("trtllm", "initial_global_assignments: {3: [0, 1]}\nnum_slots: 2", "lacks the key"),
+    ("trtllm", "initial_global_assignments: {3: [0, 1]}", "lacks the key 'num_slots'"),
+    ("trtllm", (BALANCER % "{3: [0, 1]}") + "mode: per_iteration", "takes no plan"),
     ("trtllm", (BALANCER % "{3: [0, 1]}").replace("2", "two"), "num_slots: must be a whole"),
     ("vllm_ascend", '{"moe_layer_count": 0, "layer_list": []}', "layer_list must be a list"),
     ("vllm_ascend", '{"moe_layer_count": 2, "layer_list": [{}]}', "moe_layer_count is 2, but"),
@@ -70,8 +71,8 @@ Edit = Callable[[Any], Any]
 
 
 @pytest.mark.parametrize(("edit", "message"), [
-    (lambda layers: layers[1]["device_list"].reverse(), "layer 1, device 0: device_id is 1 at"),
-    (lambda layers: layers[0].update(layer_id=5), "layer 0: layer_id is 5 at position 0"),
+    (lambda layers: layers[1]["device_list"].reverse(), "layer 1: device_id is 0 at position 1"),
+    (lambda layers: layers[0].update(layer_id=5), "layer_id is 1 at position 1, after 5"),
     (lambda layers: layers[1]["device_list"].pop(), "device_count is 2, but device_list holds 1"),
     (lambda layers: layers[0]["device_list"][1]["device_expert"].pop(),
      "layer 0, device 1 holds 3 experts, device 0 holds 4"),
@@ -127,7 +128,7 @@ def test_omni_values_and_shapes(array: npt.NDArray[Any], message: str, tmp_path:
 
 
 @pytest.mark.parametrize(("format", "suffix"), FILES)
-@pytest.mark.parametrize("keep", [0, 3, 90])
+@pytest.mark.parametrize("keep", [0, 3, 40])
 def test_a_file_cut_short_is_refused(format: str, suffix: str, keep: int, tmp_path: Path) -> None:
     path = tmp_path / f"plan{suffix}"
     export_plan(TOY, format, path, model=MODEL)

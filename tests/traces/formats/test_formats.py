@@ -61,7 +61,7 @@ def test_names_of_ones_own_are_given(make_trace: Any, tmp_path: Path) -> None:
         import_any(tmp_path / "log.safetensors", num_experts=8, keys={"ids": "x"})
     with pytest.raises(InputError, match="unknown column"):
         import_any(tmp_path / "log.safetensors", num_experts=8, keys={"colour": "x"})
-    with pytest.raises(InputError, match="no ids; name the array"):
+    with pytest.raises(InputError, match="no ids: name the array"):
         import_any(tmp_path / "log.safetensors", num_experts=8)
 
 
@@ -69,14 +69,14 @@ def test_an_npy_holds_ids_alone_and_needs_the_number_of_experts(
     make_trace: Any, tmp_path: Path
 ) -> None:
     """The largest id need not be the last expert, so E is never guessed."""
-    np.save(tmp_path / "ids.npy", make_trace().ids.astype(np.int64))
+    np.save(tmp_path / "ids.npy", make_trace(full=False).ids.astype(np.int64))
     assert trace_of(import_any(tmp_path / "ids.npy", num_experts=8)).num_experts == 8
-    with pytest.raises(InputError, match="give --num-experts"):
+    with pytest.raises(InputError, match="give num_experts"):
         import_any(tmp_path / "ids.npy")
     with pytest.raises(InputError, match="K=2 experts but a layer has only E=1"):
         import_any(tmp_path / "ids.npy", num_experts=1)
     np.savez(tmp_path / "both.npz", ids=make_trace().ids, n_experts=8)
-    with pytest.raises(InputError, match="says 8 experts, 9 were given"):
+    with pytest.raises(InputError, match="the file says 8, --num-experts says 9"):
         import_any(tmp_path / "both.npz", num_experts=9)
 
 
@@ -137,7 +137,8 @@ SOUND: dict[str, Any] = {
         ({"num_experts": np.nan}, "num_experts must be one whole number"),
         ({"num_experts": np.array([8, 16])}, "num_experts must be one whole number"),
         ({"ids": np.empty((0, 2, 2), int)}, "holds no tokens"),
-        ({"ids": np.full((TOKENS, 2, 2), -1)}, "not all in"),
+        ({"ids": np.full((TOKENS, 2, 2), -1)}, "no layer routes"),
+        ({"ids": np.tile([[0, 1], [2, -2]], (TOKENS, 1, 1))}, "not all in"),
     ],
 )
 def test_a_column_that_cannot_be_is_refused_not_changed(
@@ -214,7 +215,7 @@ def test_stat_is_one_sum_over_its_ring_buffer(tmp_path: Path) -> None:
     assert result.profile.load_WLE.tolist() == [[[2, 3, 4, 5, 6, 7]] * 2]
     assert result.profile.layer_indices == (1, 2)
     assert "wrap around" in " ".join(result.cannot_tell)
-    assert result.notes == ("layers [0] hold no counts and are taken as dense",)
+    assert result.notes == ("layers 0 hold no counts and are taken as dense",)
     with pytest.raises(InputError, match="loads per expert, not routing per token"):
         load_trace(tmp_path / "expert_distribution_recorder_1.pt")
 
@@ -319,10 +320,10 @@ def test_sglang_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bad\.pt.*without unpickling"):
         import_any(bad)
     torch.save([1, 2], bad)
-    with pytest.raises(InputError, match="not a recorder's dictionary"):
+    with pytest.raises(InputError, match="neither SGLang's recording nor tensors by name"):
         import_any(bad)
     torch.save({"weights": 1}, bad)
-    with pytest.raises(InputError, match="none of SGLang's"):
+    with pytest.raises(InputError, match=r"holds \['weights'\] but no ids"):
         import_any(bad)
     save_tokens(bad)
     with pytest.raises(InputError, match="no forward pass"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from loadmaster.errors import InputError, UsageError
 from loadmaster.traces.load import load_trace
@@ -73,6 +76,24 @@ def test_generated_tokens_are_decode_steps_of_their_requests(
     assert np.bincount(trace.step).tolist() == [8, 2, 2, 2]
     assert trace.phase.tolist() == [0] * 8 + [1] * 6
     assert trace.request[8:].tolist() == [0, 1] * 3
+
+
+def test_weights_that_do_not_fit_the_config_are_refused_and_nothing_is_made_up(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    fields = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(fields | {"hidden_size": 64}))
+    with pytest.raises(InputError, match=r"tensor \S+ has shape \[.*config.json it is \[.*64"):
+        record_model(other, TEXTS, tmp_path / "t", request_tokens=16, step_tokens=32)
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    (other / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        record_model(other, TEXTS, tmp_path / "t", request_tokens=16, step_tokens=32)
+    assert not (tmp_path / "t").exists()
 
 
 def test_gates_come_along_and_requests_may_stay_away(checkpoint: Path, tmp_path: Path) -> None:

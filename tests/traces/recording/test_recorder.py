@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from loadmaster.errors import InputError, LoadmasterError, UsageError
 from loadmaster.traces.load import load_trace
 from loadmaster.traces.merge import concatenate
 from loadmaster.traces.model_spec import ModelSpec
+from loadmaster.traces.recording import token_buffer
 from loadmaster.traces.recording.recorder import Recorder
 from loadmaster.traces.storage.manifest import read_manifest
 from loadmaster.traces.storage.shard_file import read_shard
@@ -289,12 +294,67 @@ def test_a_disk_error_ends_the_recording_and_not_the_server(
     assert np.array_equal(load_trace(tmp_path / "t").ids, kept)
 
 
+def test_a_folder_that_turns_read_only_is_said_before_anything_is_lost(
+    spec: ModelSpec, anyones: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is, where it can be written again in time."""
+    monkeypatch.setattr(token_buffer, "LOOK_EVERY_S", 0.0)
+    recorder = Recorder(anyones / "t", spec, buffer_tokens=1000)
+    kept = [feed(recorder, 0, 5)]
+    assert recorder.trouble is None
+    with read_only(anyones / "t"):
+        kept.append(feed(recorder, 1, 5))
+        assert "t: cannot be written to any more; what is recorded waits" in str(recorder.trouble)
+    assert recorder.trouble is None
+    assert recorder.close().lost_tokens == 0
+    assert np.array_equal(load_trace(anyones / "t").ids, np.concatenate(kept))
+
+
+def test_a_folder_that_stays_read_only_ends_the_recording_and_says_so_at_once(
+    spec: ModelSpec, anyones: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_buffer, "LOOK_EVERY_S", 0.0)
+    recorder = Recorder(anyones / "t", spec, buffer_tokens=10)
+    feed(recorder, 0, 10)
+    with read_only(anyones / "t"):
+        for step in range(1, 4):                # hands the first ten tokens to the writer
+            feed(recorder, step, 10)
+        assert "nothing more is recorded" in (recorder.trouble or "")
+        summary = recorder.close()
+    assert summary.tokens + summary.lost_tokens == 40 and summary.lost_tokens >= 30
+    assert "ermission denied" in (summary.failure or "")
+
+
+@pytest.fixture
+def anyones() -> Iterator[Path]:
+    """A folder that whoever the process becomes may look into."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """The folder refuses writes meanwhile; root, whom no permission stops, becomes somebody."""
+    root = os.geteuid() == 0
+    folder.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
 def no_space(writer: TraceWriter, trace: object) -> None:
     raise LoadmasterError("cannot write: no space left on device")
 
 
 FULL_DISK = """
 import resource, signal, sys, numpy as np
+from loadmaster.traces.recording import token_buffer
 from loadmaster.traces.recording.recorder import Recorder
 from loadmaster.traces.model_spec import ModelSpec
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from loadmaster.traces.recording import token_buffer
 from loadmaster.traces.storage import store
 from loadmaster.workers.coordinator.coordinator import Coordinator
 
@@ -37,6 +38,27 @@ def test_serving_goes_on_and_the_group_says_what_was_lost(
     assert group.status()["recoveries"] == []
 
 
+def test_a_folder_that_goes_away_is_said_while_serving_and_what_waits_is_kept(
+    start_threads: Callable[..., Coordinator], checkpoint: Callable[[str], Path],
+    random_prompts: Make, serve: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_buffer, "LOOK_EVERY_S", 0.0)
+    prompts = random_prompts(4, 6)
+    group = start_threads(checkpoint("qwen3_moe"), record_to=tmp_path / "trace")
+    group.configure(recording=True)
+    want = serve(group, prompts, 6)
+    assert group.status()["recording_trouble"] == ""
+    (tmp_path / "trace").rename(tmp_path / "away")
+    assert serve(group, prompts, 6) == want
+    assert "trace: is no folder any more" in group.status()["recording_trouble"]
+    (tmp_path / "away").rename(tmp_path / "trace")
+    assert serve(group, prompts, 6) == want
+    assert group.status()["recording_trouble"] == ""
+    told = group.end_recording()
+    assert sum(s.lost_tokens for s in told) == 0
+    assert sum(s.tokens for s in told) == 3 * sum(len(p) + 5 for p in prompts)
+
+
 def test_a_trace_that_cannot_be_begun_does_not_stop_serving(
     start_threads: Callable[..., Coordinator], checkpoint: Callable[[str], Path],
     random_prompts: Make, serve: Make, tmp_path: Path,
@@ -47,6 +69,7 @@ def test_a_trace_that_cannot_be_begun_does_not_stop_serving(
     group = start_threads(checkpoint("qwen3_moe"), record_to=tmp_path / "trace")
     group.configure(recording=True)
     serve(group, prompts, 6)
+    assert "trace" in group.status()["recording_trouble"]
     told = [s for s in group.end_recording() if s is not None]
     assert sum(s.lost_tokens for s in told) == sum(len(p) + 5 for p in prompts)
     assert all(s.failure and "trace" in s.failure for s in told)

@@ -196,7 +196,7 @@ def test_a_policy_that_means_nothing_is_refused_before_it_is_served(
     spec = served_spec(checkpoint("qwen3_moe"), "bfloat16")
     plans = PhasePlans.both(shuffled_plan(spec, 0))
     for dispatch, message in (
-        (DispatchSpec(policy="best"), "unknown dispatch policy 'best'"),
+        (DispatchSpec(policy="best"), "unknown dispatch 'best'"),
         (DispatchSpec(parameters={"slack": -1.0}), "slack -1.0 is too small"),
     ):
         wanted = Plan(slots=plans.prefill.slots, num_experts=spec.num_experts, dispatch=dispatch)

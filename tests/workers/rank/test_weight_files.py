@@ -198,9 +198,29 @@ def test_quantised_experts_are_refused(checkpoint: Get, tmp_path: Path) -> None:
         MoeCheckpoint(directory)
 
 
-def test_a_config_that_names_more_experts_than_the_file_is_refused(
-    checkpoint: Get, tmp_path: Path
+@pytest.mark.parametrize(("architecture", "config", "said"), [
+    # stacked experts: their own tensors tell
+    ("gpt_oss", {"num_local_experts": 16},
+     r"experts\.down_proj has shape \[8, .*config.json it is \[16, "),
+    ("gpt_oss", {"num_local_experts": 4}, r"has shape \[8, .* it is \[4, "),
+    # an expert each: more of them than the config knows
+    ("qwen3_moe", {"num_local_experts": 4}, r"gate.weight has shape \[8, 64\].*\[4, 64\]"),
+    ("mixtral", {"hidden_size": 32}, r"has shape \[.*64.*\], by config.json it is \[.*32"),
+    ("qwen3_moe", {"vocab_size": 128}, r"lm_head.weight has shape \[256, 64\].*\[128, 64\]"),
+    ("deepseek_v3", {"kv_lora_rank": 8}, r"kv_.*has shape "),
+])
+def test_tensors_that_do_not_fit_the_config_are_named_with_shapes_and_file(
+    checkpoint: Get, tmp_path: Path, architecture: str, config: dict[str, int], said: str
 ) -> None:
-    directory = altered(checkpoint("gpt_oss"), tmp_path / "x", num_local_experts=16)
-    with pytest.raises(InputError, match=r"holds 8 experts, expert 9 is not there"):
-        MoeCheckpoint(directory).read_expert(0, 9, torch.bfloat16)
+    directory = altered(checkpoint(architecture), tmp_path / "x", **config)
+    with pytest.raises(InputError, match=rf"x/model\.safetensors: .*{said}") as caught:
+        MoeCheckpoint(directory)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_experts_whose_parts_do_not_fit_together_are_named(checkpoint: Get, tmp_path: Path) -> None:
+    """The config's width of experts is another: nothing but the experts' own tensors tells."""
+    directory = altered(checkpoint("qwen3_moe"), tmp_path / "x", moe_intermediate_size=16)
+    with pytest.raises(InputError, match=r"model.safetensors: tensors .*gate_proj.weight "
+                                         r"\[32, 64\].* do not make the \[32, 64\]"):
+        MoeCheckpoint(directory).read_expert(0, 0, torch.bfloat16)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from loadmaster.foundation.compiled import random_state
+from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.cost.token_transfers import no_transfers
+from loadmaster.placement.dispatch.quotas import split
+from loadmaster.placement.plan import DispatchSpec
 from loadmaster.placement.search.annealing.annealer import (
     Found,
     Overload,
@@ -19,7 +23,12 @@ from loadmaster.placement.search.annealing.annealer import (
     search_space,
 )
 from loadmaster.placement.search.annealing.exact_balance import improve_exact_balance
-from loadmaster.placement.search.annealing.fixed_shares import improve_fixed_shares
+from loadmaster.placement.search.annealing.fixed_shares import (
+    FIRST_NEAR,
+    IN_TURN,
+    NEAREST,
+    improve_fixed_shares,
+)
 from loadmaster.placement.search.annealing.step_time import DeviceTimes, improve_step_time
 from loadmaster.placement.search.annealing.token_split import ALIKE, LEVEL, ONE
 from loadmaster.placement.search.annealing.water_filled import improve_water_filled
@@ -58,13 +67,18 @@ def by_time(rule: int, slots_GC: SlotArray, moves: int) -> Found:
     )
 
 
+def in_nodes(rule: int) -> Callable[..., Found]:
+    return partial(improve_fixed_shares, rule=rule, node_G=np.array([0, 0, 1, 1]))
+
+
 EXACT_SUMS: dict[str, Search] = {
     "exact": lambda s, n: by_samples(improve_exact_balance, s, n),
     "alike": lambda s, n: by_samples(improve_fixed_shares, s, n),
-    "nearest": lambda s, n: by_samples(
-        lambda *a: improve_fixed_shares(*a, node_G=np.array([0, 0, 1, 1])), s, n),
-    "first near": lambda s, n: by_samples(
-        lambda *a: improve_fixed_shares(*a, node_G=np.array([0, 0, 1, 1]), first_near=True), s, n),
+    "nearest": lambda s, n: by_samples(in_nodes(NEAREST), s, n),
+    "first near": lambda s, n: by_samples(in_nodes(FIRST_NEAR), s, n),
+    "in turn": lambda s, n: by_samples(partial(improve_fixed_shares, rule=IN_TURN), s, n),
+    "in turn, tensor parallel": lambda s, n: by_samples(
+        partial(improve_fixed_shares, rule=IN_TURN, tensor_parallel=2), s, n),
     "time, alike": lambda s, n: by_time(ALIKE, s, n),
 }
 KEPT_SPLITS: dict[str, Search] = {
@@ -109,3 +123,32 @@ def test_the_exact_split_is_the_heaviest_set_of_devices() -> None:
     assert by_samples(improve_exact_balance, START_GC, 0).cost == pytest.approx(cost, rel=1e-5)
     water_filled = by_samples(improve_water_filled, START_GC, 0).cost
     assert water_filled >= cost * (1 - 1e-9) and water_filled == pytest.approx(cost, rel=0.05)
+
+
+@pytest.mark.parametrize("policy", ["even", "nearest", "sglang_static", "ascend_fixed"])
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_shares_are_what_the_dispatch_sends(policy: str, nodes: int) -> None:
+    """A peak by shares is the peak of the quotas where every rank has as many tokens of an expert.
+
+    SGLang's fair choice is drawn: where one replica is near enough to each rank nothing is.
+    """
+    slots_GC = START_GC if nodes > 1 or policy != "sglang_static" else np.array(
+        [[0, 1, 2], [0, 4, 5], [0, 7, 8], [0, 3, 6]], np.int16)
+    cluster = Cluster.preset(
+        "h100", nodes=nodes, devices_per_node=DEVICES // nodes, slots_per_device=3
+    )
+    rules = {
+        "even": {}, "nearest": {"rule": NEAREST, "node_G": cluster.node_G},
+        "sglang_static": {"rule": FIRST_NEAR, "node_G": cluster.node_G},
+        "ascend_fixed": {"rule": IN_TURN},
+    }
+    tokens_E = np.arange(1, 1 + EXPERTS) * 12
+    counts_GE = np.tile(tokens_E // DEVICES, (DEVICES, 1))
+    quotas_GS = split(counts_GE, slots_GC, cluster, DispatchSpec(policy=policy))
+    peak = quotas_GS.sum(axis=0).reshape(DEVICES, 3).sum(axis=1).max() / tokens_E.sum() * DEVICES
+    cost = improve_fixed_shares(
+        search_space(np.full(DEVICES, 3), np.ones(DEVICES), EXPERTS),
+        tokens_E[None] / tokens_E.sum() * DEVICES, np.ones(1), slots_GC, Schedule(0, 1e-2, 1e-4),
+        BALANCE, no_transfers(DEVICES), random_state(0, 0), **rules[policy],
+    ).cost
+    assert cost == pytest.approx((peak - 1) + (peak - 1) ** 2)

@@ -10,7 +10,7 @@ import pytest
 from loadmaster.placement.cluster import Cluster
 from loadmaster.placement.cost.evaluate import evaluate
 from loadmaster.placement.methods.whole_model import WholeModel, transition_prices
-from loadmaster.placement.planning.layer_alignment import aligned, can_align
+from loadmaster.placement.planning.linked_layers import aligned, can_align
 from loadmaster.placement.planning.planner import plan
 from loadmaster.placement.planning_traffic import MOST_TIMED_STEPS, planning_steps
 from loadmaster.traces.model_spec import ModelSpec
