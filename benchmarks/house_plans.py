@@ -63,6 +63,11 @@ _OF_STEPS = (
 MAY_DIFFER |= {
     name: "; ".join(filter(None, (MAY_DIFFER.get(name), _STEPS))) for name in _OF_STEPS
 }
+_PROMISE = "evidence has a promise now, None where nobody judged the plan"
+MAY_DIFFER |= {
+    name: "; ".join(filter(None, (MAY_DIFFER.get(name), _PROMISE)))
+    for name in ("from_loads_alone", "beside_a_standing_plan")
+}
 
 # Values that are names (one word, before -> after), where a term of the field replaced another.
 RENAMED: dict[str, str] = {}
