@@ -63,7 +63,7 @@ _OF_STEPS = (
 MAY_DIFFER |= {
     name: "; ".join(filter(None, (MAY_DIFFER.get(name), _STEPS))) for name in _OF_STEPS
 }
-_PROMISE = "evidence has a promise now, None where nobody judged the plan"
+_PROMISE = "evidence has a promise now, None where nobody judged the plan; loads in finer units"
 MAY_DIFFER |= {
     name: "; ".join(filter(None, (MAY_DIFFER.get(name), _PROMISE)))
     for name in ("from_loads_alone", "beside_a_standing_plan")
