@@ -1,13 +1,16 @@
 """Errors a user may see. Each message says what is wrong, where, and what to do.
 
-What to do depends on who asks: a function's caller passes an argument, whoever typed a verb types
-another. An error may carry both, `call` and `command`; its text ends with the caller's, and
-`typed` with the other. Knows nothing of any floor; every floor may raise these. `cli/main.py` turns
-them into one line on stderr and the exit code below, so a user's mistake never ends in a traceback.
+Written are options, as whoever typed a verb types them: `--num-experts`; `typed` is that text. A
+function's caller reads parameters instead: `str` says num_experts, and leaves alone what stands in
+backticks, which is a whole command. Where what helps one does not help the other, an error carries
+both, `call` and `command`. Knows nothing of any floor; every floor may raise these. `cli/main.py`
+turns them into one line on stderr and the exit code below, so a user's mistake never ends in a
+traceback.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +32,7 @@ class LoadmasterError(Exception):
         return str(self.args[0]) if self.args else ""
 
     def __str__(self) -> str:
-        return _with(self.what, self.call or self.command)
+        return _with(as_parameters(self.what), self.call or as_parameters(self.command))
 
     @property
     def typed(self) -> str:
@@ -41,9 +44,31 @@ class LoadmasterError(Exception):
         return type(self)(f"{place}: {self.what}", call=self.call, command=self.command)
 
 
+# Options whose parameter has another name, in the functions that they go to.
+_PARAMETERS = {"key": "keys", "devices": "num_devices", "arrivals-unit": "unit",
+               "rate": "rate_per_s"}
+_OPTION = re.compile(
+    r"(?:^|(?<=[\s(]))--([a-z][a-z0-9-]*[a-z0-9])(?: ([A-Z]{2,3}|\d+(?:[,-]\d+)*)(?![\w-]))?"
+)
+
+
+def as_parameters(text: str) -> str:
+    """The command line's options as the parameters they are in Python, `--top-k 4` as top_k=4;
+    what stands in backticks is a command and stays."""
+    def parameter(found: re.Match[str]) -> str:
+        option, value = found[1], found[2]
+        name = _PARAMETERS.get(option, option.replace("-", "_"))
+        if value is None:
+            return name
+        return f"{name}={value if value.isdecimal() else repr(value)}"
+
+    parts = text.split("`")
+    parts[::2] = [_OPTION.sub(parameter, part) for part in parts[::2]]
+    return "`".join(parts)
+
+
 def _with(what: str, advice: str) -> str:
     return f"{what}: {advice}" if advice else what
-
 
 
 class InputError(LoadmasterError, ValueError):

@@ -147,11 +147,11 @@ def read_routing(
 
     model, axes, layers: which rows are which layers, where the file does not say.
     """
-    from ..traces.formats import import_any
+    from ..traces.formats import Asked, read_any
 
-    found = import_any(
-        path, num_experts=num_experts, model=model, axes=axes, layers=layer_numbers(layers)
-    )
+    found = read_any(path, Asked(
+        num_experts=num_experts, model=model, axes=axes, layers=layer_numbers(layers)
+    ))
     source = found.trace if found.trace is not None else found.profile
     assert source is not None
     missing = tuple(f"{found.format} does not tell {what}" for what in found.cannot_tell)
@@ -180,7 +180,7 @@ def layer_numbers(text: str | None) -> tuple[int, ...] | None:
     try:
         return None if text is None else parse_layers(text)
     except InputError as error:
-        raise UsageError(f"--layers: {error}") from None
+        raise UsageError(f"--layers: {error.typed}") from None
 
 
 def require_new(path: Path | None) -> None:

@@ -67,6 +67,16 @@ VERBS: tuple[tuple[str, ...], ...] = (
     ("trace", "import", "ids.npz", "--out", "new"),
     ("trace", "import", "ids.npy", "--num-experts", "8", "--out", "new"),
     ("trace", "import", "sglang.pt", "--out", "new"),
+    ("trace", "import", "responses.jsonl", "--num-experts", "8", "--out", "new"),
+    ("trace", "import", "requests", "--num-experts", "8", "--out", "new"),
+    ("trace", "info", "choices.csv", "--num-experts", "8", "--top-k", "2"),
+    ("plan", "counts.csv", *CLUSTER, "--effort", "fast"),
+    ("plan", "counts.jsonl", *CLUSTER, "--effort", "fast"),
+    ("plan", "history.json", *CLUSTER, "--effort", "fast"),
+    ("plan", "logical.json", *CLUSTER, "--effort", "fast"),
+    ("plan", "loads.npy", "--axes", "LE", *CLUSTER, "--effort", "fast"),
+    ("simulate", "trace", "plan.json", "--model", "checkpoint", "--arrivals", "burst.csv"),
+    ("plan-import", "vllm.json", "--format", "vllm", "--devices", "4", "-o", "new.json"),
     ("trace", "info", "trace", "--devices", "4"),
     ("trace", "info", "ids.npz", "--devices", "4"),
     ("trace", "synth", "--layers", "2", "--experts", "8", "--top-k", "2", "--tokens", "500",
@@ -85,7 +95,9 @@ REFUSED = ("run", "apply", "calibrate", "demo", "submit")
 INPUTS = frozenset((
     "trace", "ids.npz", "ids.npy", "sglang.pt", "cluster.yaml", "plan.json", "other.json",
     "model.json", "checkpoint", "faults.yaml", "arrivals.csv", "arrivals.jsonl", "grid.yaml",
-    "sglang.json", "trtllm.yaml", "vllm_ascend.json", "omni.npy", "eplb.npz", "words.txt",
+    "sglang.json", "trtllm.yaml", "responses.jsonl", "requests", "choices.csv", "counts.csv",
+    "counts.jsonl", "history.json", "logical.json", "loads.npy", "burst.csv", "vllm.json",
+    "vllm_ascend.json", "omni.npy", "eplb.npz", "words.txt",
 ))
 ENDLESS = {"--help", "--address"}       # the latter has cases of its own
 ODD = ("", "0", "-1", "nan", "inf", "1e309", "99999999999999999999", "0.5", "x", "ü±", "a\nb",
@@ -242,7 +254,7 @@ def _forked(case: Case, arguments: list[str], place: Path, writer: int) -> int:
         os.chdir(place)
         os.environ.clear()
         os.environ.update(_environment(case, place))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(writer, 1)
         os.dup2(writer, 2)

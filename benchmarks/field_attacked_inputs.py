@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from random_checkpoint import save_random_checkpoint
 
 from loadmaster.app.examples import KINDS, example
+from loadmaster.foundation.arrays import IntArray
 from loadmaster.placement.formats import export_plan
 from loadmaster.placement.plan import Plan
 from loadmaster.traces.model_spec import ModelSpec
@@ -37,6 +41,7 @@ def make_inputs(folder: Path) -> None:
                        for layer in range(LAYERS)])
     torch.save({"logical_count": torch.from_numpy(np.stack([counts] * 3))},
                folder / "sglang.pt")
+    _dumps(folder, trace.ids, counts)
     (folder / "model.json").write_text(json.dumps(SPEC))
     slots = np.arange(EXPERTS).reshape(1, DEVICES, -1).repeat(LAYERS, axis=0)
     for name, own in (("plan", slots), ("other", slots[:, ::-1].copy())):
@@ -61,6 +66,46 @@ def make_inputs(folder: Path) -> None:
     (folder / "words.txt").write_text("a small text of a few words " * 40, encoding="utf-8")
     (folder / "checkpoint").mkdir()
     save_random_checkpoint("qwen3_moe", folder / "checkpoint")
+
+
+def _dumps(folder: Path, ids_TLK: Any, counts_LE: IntArray) -> None:
+    """Routes and loads in the forms that engines and people's scripts leave."""
+    (folder / "choices.csv").write_text("layer,expert\n" + "".join(
+        f"{layer},{expert}\n" for row in ids_TLK[:200] for layer in range(LAYERS)
+        for expert in row[layer]
+    ))
+    (folder / "counts.csv").write_text("layer_id,expert_id,count\n" + "".join(
+        f"{layer},{expert},{counts_LE[layer, expert]}\n" for layer in range(LAYERS)
+        for expert in range(EXPERTS)
+    ))
+    (folder / "counts.jsonl").write_text("".join(
+        json.dumps({"iteration": n, "layer": layer, "tokens_per_expert": counts_LE[layer].tolist()})
+        + "\n" for n in range(3) for layer in range(LAYERS)
+    ))
+    (folder / "history.json").write_text(json.dumps(
+        {"load_history": [{"logical_expert_load": counts_LE.tolist()}] * 3}
+    ))
+    (folder / "logical.json").write_text(json.dumps({"logical_count": counts_LE.tolist()}))
+    np.save(folder / "loads.npy", counts_LE)
+    rows = []
+    for n in range(20):
+        whole = io.BytesIO()
+        np.save(whole, ids_TLK[50 * n : 50 * n + 50].astype(np.uint8))
+        text = base64.b64encode(whole.getvalue()).decode()
+        rows.append(json.dumps({"id": f"cmpl-{n}", "choices": [{"index": 0, "text": "",
+                                                                "routed_experts": text}]}))
+    (folder / "responses.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "requests").mkdir()
+    for n in range(4):
+        np.save(folder / "requests" / f"req{n}.npy", ids_TLK[50 * n : 50 * n + 50].astype(np.uint8))
+    (folder / "burst.csv").write_text(
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n" + "".join(
+            f"{n},GPT-4,{20 + n},{2 + n % 5},{22 + n + n % 5},API log\n" for n in range(30)
+        )
+    )
+    (folder / "vllm.json").write_text(json.dumps(
+        [list(range(EXPERTS)) for _ in range(LAYERS)]
+    ))
 
 
 # ---- what befalls a file -----------------------------------------------------------------------

@@ -7,7 +7,8 @@ WHEEL: the engine's wheel as its registry serves it (`pip download --no-deps vll
 out of the engine's source by name and run on the CPU as it stands, Triton kernels in Triton's own
 interpreter; what the engine would ask of its configuration (ranks, nodes, backend) is answered
 here. Written to `tests/placement/dispatch/engine_choices.json`: inputs and chosen slots, with each
-engine's version. TensorRT-LLM's rule is a CUDA kernel and does not run without a GPU.
+engine's version; and to `tests/placement/methods/engine_layouts.json`: which experts vLLM gives
+each rank unasked. TensorRT-LLM's rule is a CUDA kernel and does not run without a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ import torch
 import triton
 import triton.runtime.interpreter as interpreter
 
-OUT = Path(__file__).resolve().parents[1] / "tests/placement/dispatch/engine_choices.json"
+TESTS = Path(__file__).resolve().parents[1] / "tests" / "placement"
+LAYOUT = "vllm/model_executor/layers/fused_moe/expert_map_manager.py"
 ROUTER = "vllm/model_executor/layers/fused_moe/router/base_router.py"
 LOCATION = "sglang/srt/eplb/expert_location.py"
 DISPATCH = "sglang/srt/eplb/expert_location_dispatch.py"
@@ -41,7 +43,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("vllm", "sglang", "vllm-ascend"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     machine: Any = interpreter
     machine._interpreter = BooleanMasks(machine._interpreter)
@@ -51,7 +52,9 @@ def main() -> None:
         "sglang_rows": sglang_rows(options.sglang),
         "ascend_fixed": ascend_fixed(options.vllm_ascend),
     }
-    options.out.write_text(_compact(recorded))
+    (TESTS / "dispatch" / "engine_choices.json").write_text(_compact(recorded))
+    layouts = {"default_layout": default_layout(options.vllm)}
+    (TESTS / "methods" / "engine_layouts.json").write_text(_compact(layouts))
 
 
 # ---- inputs ---------------------------------------------------------------------------------
@@ -105,6 +108,18 @@ def vllm_hash(wheel: Path) -> dict[str, Any]:
         )
         cases.append({"experts": experts, "slots": layout, "ids": ids, "chosen": chosen.tolist()})
     return {"engine": version(wheel), "function": "_eplb_map_and_record_triton", "cases": cases}
+
+
+def default_layout(wheel: Path) -> dict[str, Any]:
+    """Experts of every rank where nobody placed them."""
+    space: dict[str, Any] = {"torch": torch, "ExpertPlacementStrategy": str}
+    take(wheel, LAYOUT, ["determine_expert_map"], space)
+    cases = []
+    for experts, ranks in ((60, 8), (10, 4), (5, 2), (17, 6), (64, 8), (7, 8)):
+        maps = [space["determine_expert_map"](ranks, rank, experts)[1] for rank in range(ranks)]
+        held = [torch.nonzero(row >= 0).flatten().tolist() for row in maps]
+        cases.append({"experts": experts, "ranks": ranks, "held": held})
+    return {"engine": version(wheel), "function": "determine_expert_map", "cases": cases}
 
 
 def sglang_rows(wheel: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def interrupt_on_endings() -> None:
-    """From here on. Ray sets handlers of its own as it starts, so this comes again after that."""
+    """From here on."""
     if threading.current_thread() is not threading.main_thread():
         return
     for ending in _ENDINGS:

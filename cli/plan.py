@@ -65,7 +65,8 @@ def plan(
     effort: Annotated[str, typer.Option(help="fast, normal or thorough.")] = "normal",
     time_limit: Annotated[
         float | None,
-        typer.Option(help="Seconds of planning, all methods together; then the best plans so far."),
+        typer.Option(help="Seconds of planning and judging, all methods together; then the best "
+                     "plans so far."),
     ] = None,
     cluster: opt.ClusterFile = None,
     preset: opt.Preset = "h100",

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import LoadmasterError, UsageError
 from . import output as show
-from .endings import ignore_endings, interrupt_on_endings
+from .endings import ignore_endings
 from .options import Address
 
 if TYPE_CHECKING:
@@ -160,7 +160,6 @@ def _serve(group: Group, advised: _Advised, *, recording: bool, rule: CapacityRu
     from ..workers.control.supervise import watch
 
     try:
-        interrupt_on_endings()
         if recording:
             group.record(True)
         _greet(group)

@@ -142,10 +142,10 @@ def info(
     """What a trace holds, and whether it is long enough to plan from."""
     from ..simulator.report.trace_report import trace_report
     from ..traces.analysis.summary import trace_info
-    from ..traces.formats import import_any
+    from ..traces.formats import Asked, read_any
 
     require_report_targets(report, report_png)
-    found = import_any(trace, num_experts=num_experts, axes=axes)
+    found = read_any(trace, Asked(num_experts=num_experts, axes=axes))
     facts = trace_info(found, devices=devices)
     write_reports([trace_report(facts)], report, report_png)
     if json:

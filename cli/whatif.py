@@ -26,6 +26,7 @@ from .serving_options import (
     PromptTokens,
     Rate,
     Requests,
+    above_zero,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ def whatif(
     ] = None,
     out_csv: Annotated[Path | None, typer.Option("--csv", help="CSV to write.")] = None,
     rank_by: Annotated[str, typer.Option(help="Figure to rank by.")] = "latency_mean_us",
+    time_limit: Annotated[
+        float | None,
+        typer.Option(help="Seconds after which no further scenario is begun.",
+                     callback=above_zero("--time-limit")),
+    ] = None,
     address: Address = None,
     report: ReportFile = None,
     report_png: ReportPictures = None,
@@ -82,6 +88,7 @@ def whatif(
         task = bar.add_task("scenarios", total=None)
         table = run_whatif(
             study, executor=build_executor(address), resume=resume, rank_by=rank_by,
+            time_limit_s=time_limit,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     if out_csv is not None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar, cast
 
 import llvmlite.binding as llvm
@@ -35,6 +37,7 @@ RandomState = npt.NDArray[np.uint64]
 njit: Any = numba.njit
 _index: Any = caching.IndexDataCacheFile
 _load_index = _index._load_index
+_locator: Any = caching._SourceFileBackedLocatorMixin
 
 
 def _load_index_or_none(index: Any) -> Any:
@@ -47,6 +50,29 @@ def _load_index_or_none(index: Any) -> Any:
 
 
 _index._load_index = _load_index_or_none
+
+
+def travelling_cache(source: Path) -> tuple[Path, ...]:
+    """Files with a module's compiled code that are good for a copy of the module elsewhere too.
+
+    Those whose index fits the source as it is: numba knows a source file by its content.
+    """
+    stamp = _locator.get_source_stamp(SimpleNamespace(_py_file=str(source)))
+    if not isinstance(stamp, bytes):        # numbas that know it by its time of change
+        return ()
+    found: list[Path] = []
+    folder = source.parent / "__pycache__"
+    for index in sorted(folder.glob(f"{source.stem}.*.nbi")):
+        try:
+            with index.open("rb") as file:
+                version = pickle.load(file)
+                kept, overloads = pickle.load(file)
+        except (OSError, AttributeError, ImportError, EOFError, ValueError, pickle.PickleError):
+            continue
+        if version == numba.__version__ and kept == stamp:
+            found += [index, *(folder / name for name in sorted(overloads.values()))]
+    return tuple(path for path in found if path.is_file())
+
 
 cgutils: Any = numba_cgutils
 

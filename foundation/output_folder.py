@@ -18,8 +18,7 @@ def new_run_folder(out: Path | None, kind: str) -> Path:
         tails = (p.name[len(kind) + 1 :] for p in base.glob(f"{kind}-*"))
         out = base / f"{kind}-{1 + max((int(t) for t in tails if t.isdigit()), default=0)}"
     if out.exists():
-        raise UsageError(f"{out} exists", call="name another run folder with out=",
-                         command="name another run folder with --out")
+        raise UsageError(f"{out} exists: name another run folder with --out")
     try:
         out.mkdir(parents=True)
     except OSError as error:

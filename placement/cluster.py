@@ -160,7 +160,7 @@ class Cluster(BaseModel):
             known = ", ".join(cls.model_fields)
             raise InputError(f"{path}: {first_fault(error, known)}") from error
         except UsageError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise InputError(f"{path}: {error.typed}") from error
 
     def to_yaml(self) -> str:
         """The file `from_yaml` reads."""

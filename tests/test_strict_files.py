@@ -21,7 +21,7 @@ from loadmaster.simulator.whatif.grid import Grid
 from loadmaster.simulator.whatif.resume import finished_cells
 from loadmaster.traces.arrival_files import load_arrivals
 from loadmaster.traces.formats.asked import Asked
-from loadmaster.traces.formats.trtllm import import_statistics
+from loadmaster.traces.formats.engines.trtllm import import_statistics
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.storage.manifest import Manifest, read_manifest
 from loadmaster.workers.coordinator.journal import Journal

@@ -28,6 +28,7 @@ _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", DATE: "dat
 _NOT_A_TIME = int(np.iinfo(np.int64).min)
 _MOST_US = 10**18             # 30,000 years
 _MOST_TOKENS = 10**15
+IMAGES = "NumImages"          # a column of Azure's multimodal trace
 LOOK_AHEAD = 65_536           # rows, all later than those kept, after which reading ends
 BYTES_PER_TOKEN = 4           # of text, where a file has texts and no counts
 # Beyond these, the other unit is likelier.
@@ -101,6 +102,8 @@ def load_arrivals(
             break
     time_us_R, prompt_R, output_R = kept.columns()
     notes = _notes(form, unit, time_us_R, kept)
+    if IMAGES in first[1]:
+        notes += (f"{IMAGES} is left unread: images count as far as {form.prompt} counts them",)
     return Arrivals(
         time_us_R - time_us_R[0], prompt_R, output_R, path.name,
         (*notes, *_zero_note(prompt_R, output_R)),
@@ -172,7 +175,7 @@ def _known() -> str:
 def _unit(path: Path, form: _Form, asked: str | None, first: Any) -> str:
     dated = form.unit == DATE or (form.unit is None and isinstance(first, str) and "-" in first[1:])
     if dated and asked is not None:
-        raise InputError(f"{path}: its times are dates: leave --arrivals-unit (unit) out")
+        raise InputError(f"{path}: its times are dates: leave --arrivals-unit out")
     unit = asked or (DATE if dated else form.unit)
     if unit is None:
         raise InputError(
@@ -287,8 +290,7 @@ def _lengths(
     """Lengths of the file, at times drawn."""
     if rate_per_s is None:
         raise InputError(
-            f"{path}: holds lengths alone and no times: give a rate at which requests come "
-            "(`loadmaster simulate --rate`, rate_per_s)"
+            f"{path}: holds lengths alone and no times: say at which rate requests come with --rate"
         )
     prompts, outputs = array("q"), array("q")
     skipped = 0

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..foundation.documents import read_yaml
-from .model_config.formats import FORMATS, ExpertBytes, WeightFormat, format_named
 from .model_config.layer_ranges import parse_layers
+from .model_config.quantisation.formats import FORMATS, ExpertBytes, WeightFormat, format_named
 from .model_spec import DraftLayers, ModelSpec
 
 CATALOGUE = Path(__file__).with_name("catalogue.yaml")

@@ -6,6 +6,7 @@ Knows which reader a path needs; knows `storage/` and `formats/`, which do not k
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import InputError
 from .storage.manifest import (
@@ -15,9 +16,10 @@ from .storage.store import open_trace
 from .trace import RoutingTrace
 
 
-def load_trace(path: Path | str, *, verify: bool = True) -> RoutingTrace:
-    """The whole trace at `path`: a stored trace, or an array file or engine dump (formats/).
+def load_trace(path: Path | str, *, verify: bool = True, **said: Any) -> RoutingTrace:
+    """The whole trace at `path`: a stored trace, or another tool's file (formats/).
 
+    said: what such a file does not say itself, as `import_any` takes it (num_experts, model, …).
     Raises InputError where the file holds loads only, which are a Profile and not a trace.
     """
     path = Path(path)
@@ -25,7 +27,7 @@ def load_trace(path: Path | str, *, verify: bool = True) -> RoutingTrace:
         return open_trace(path, verify=verify).read()
     from .formats import import_any
 
-    result = import_any(path)
+    result = import_any(path, **said)
     if result.trace is None:
         raise InputError(
             f"{path}: holds loads per expert, not routing per token",

@@ -143,7 +143,7 @@ class ModelSpec(BaseModel):
             return cls(**fields)._with_dense_weights(find_files(path))
         except ValidationError as error:
             named = path / "config.json" if path.is_dir() else path
-            raise InputError(f"{named}: {first_fault(error)}; {BY_HAND}") from error
+            raise InputError(f"{named}: {first_fault(error)}", **BY_HAND) from error
 
     @property
     def knows_sizes(self) -> bool:

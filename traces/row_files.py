@@ -8,10 +8,12 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import InputError
 from ..foundation.documents import parse_json
+
+LONGEST_HEADER = 65_536
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -38,7 +40,8 @@ def csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each row by the names of the first line. Raises InputError."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file), start=1):
+            reader = csv.DictReader(file, delimiter=_delimiter(file))
+            for number, row in enumerate(reader, start=1):
                 if None in row:
                     raise InputError(
                         f"{path}, row {number}: has more fields than the header names"
@@ -52,6 +55,13 @@ def header_of(path: Path) -> list[str]:
     """The names in the first line of a CSV file; [] where it is empty. Raises InputError."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file).fieldnames or ())
+            return list(csv.DictReader(file, delimiter=_delimiter(file)).fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
+
+
+def _delimiter(file: TextIO) -> str:
+    """What stands most often in the first line: a comma, a semicolon or a tab."""
+    first = file.readline(LONGEST_HEADER)
+    file.seek(0)
+    return max(",;\t", key=first.count)

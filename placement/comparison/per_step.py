@@ -179,8 +179,7 @@ def hold_contest(
     each = (time.monotonic() - began) / max(len(steps), 1)
     left = None if until is None else (until - time.monotonic()) / each
     again = None if mix.tells else redrawn_noise(
-        bench, plans, sampler, steps, seed, (metric_PW.mean(axis=1), transfers_PW.mean(axis=1)),
-        left,
+        bench, plans, sampler, steps, seed, metric_PW.mean(axis=1), transfers_PW.mean(axis=1), left
     )
     if again is not None:
         *drawn, resamples, requests = again
@@ -197,12 +196,12 @@ def hold_contest(
 
 def redrawn_noise(
     bench: Bench, plans: dict[str, Plan], sampler: StepSampler, steps: Steps, seed: int,
-    mean_XP: tuple[FloatArray, FloatArray], most_steps: float | None = None,
+    metric_P: FloatArray, transfers_P: FloatArray, most_steps: float | None = None,
 ) -> tuple[Noise, Noise, int, int] | None:
     """(noise of the metric, noise of transfers, draws, requests) by an ordinary bootstrap.
 
-    mean_XP: each plan's means of both over the judged steps. most_steps: for which there is time;
-    None where the draws have more.
+    metric_P, transfers_P: each plan's means over the judged steps. most_steps: for which there is
+    time; None where the draws have more.
     """
     if most_steps is not None and most_steps < FEWEST_DRAWN_STEPS:
         return None
@@ -218,7 +217,7 @@ def redrawn_noise(
         return lambda weight_P: redrawn.noise(weight_P @ value_PW, float(weight_P @ mean_P))
 
     return (
-        noise_of(metric_PW, mean_XP[0]), noise_of(transfers_PW, mean_XP[1]), redrawn.draws,
+        noise_of(metric_PW, metric_P), noise_of(transfers_PW, transfers_P), redrawn.draws,
         redrawn.requests,
     )
 

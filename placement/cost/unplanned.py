@@ -54,7 +54,7 @@ def unplanned_layers(model: ModelSpec | None, layers: tuple[int, ...], experts: 
     try:
         return missing_layers(model, layers)
     except InputError as error:
-        raise InputError(f"{what}'s {error}") from None
+        raise InputError(f"{what}'s {error.typed}") from None
 
 
 def unplanned_us_W(

@@ -13,7 +13,7 @@ from ...errors import InputError
 from ..plan import Plan
 from .nearest import closed_up, even_steps
 
-_NEAREST = {"call": "nearest=True writes that", "command": "--nearest writes that"}
+_NEAREST = "--nearest writes that"
 
 
 def even_rows_LS(plan: Plan, engine: str) -> npt.NDArray[np.int64]:
@@ -39,7 +39,7 @@ def refuse_duplicates(plan: Plan, engine: str, why: str) -> None:
     raise InputError(
         f"{engine} cannot hold an expert twice on one device: {why}; device {device} of "
         f"{layer_name(plan, layer)} holds expert {expert} twice{more}. Nearest plan: leave out "
-        "the second replica, or another expert in its place", **_NEAREST
+        f"the second replica, or another expert in its place: {_NEAREST}"
     )
 
 
@@ -72,7 +72,6 @@ def _uneven(plan: Plan, filled_LG: npt.NDArray[np.int64], engine: str) -> InputE
     return InputError(
         f"{engine} needs the same number of filled slots on every device in every layer; device "
         f"{device} of {layer_name(plan, layer)} fills {filled_LG[layer, device]}, most fill "
-        f"{usual}{more}. Nearest plan ({target} each): {', '.join(steps)}",
-        call=f"{_NEAREST['call']}, or plan for {target} equal slots",
-        command=f"{_NEAREST['command']}, or plan with --slots-per-device {target}",
+        f"{usual}{more}. Nearest plan ({target} each): {', '.join(steps)}: {_NEAREST}, or plan "
+        f"with --slots-per-device {target}"
     )

@@ -51,8 +51,7 @@ class Known:
         if self.model is not None and self.num_experts not in (None, self.model.num_experts):
             raise UsageError(
                 f"{self.num_experts} experts were asked for, but the model has "
-                f"{self.model.num_experts}", call="leave num_experts out",
-                command="leave --num-experts out",
+                f"{self.model.num_experts}: leave --num-experts out"
             )
 
     def devices(self, stated: int | None = None) -> int:
@@ -60,14 +59,13 @@ class Known:
         found = self.num_devices if stated is None else stated
         if found is None:
             raise UsageError(
-                f"{self.path}: this format does not say on how many devices its slots lie",
-                call="give num_devices", command="give --devices",
+                f"{self.path}: this format does not say on how many devices its slots lie: give "
+                "--devices"
             )
         if self.num_devices not in (None, found):
             raise UsageError(
-                f"{self.path}: is for {found} devices, not {self.num_devices}",
-                call="leave num_devices out, or plan anew",
-                command="leave --devices out, or plan anew",
+                f"{self.path}: is for {found} devices, not {self.num_devices}: leave --devices "
+                "out, or plan anew"
             )
         return found
 
@@ -109,7 +107,7 @@ class Known:
         try:
             return rows_of_model(self.model, found, numbers)
         except InputError as error:
-            raise InputError(f"{self.path}: {error}") from None
+            raise InputError(f"{self.path}: {error.typed}") from None
 
 
 def expert_ids(value: object, where: str) -> list[int]:
@@ -179,9 +177,8 @@ def split_rows(
             )
     if usual % num_devices:
         raise InputError(
-            f"{path}: {usual} slots per layer do not divide over {num_devices} devices",
-            call="num_devices is the engine's number of ranks",
-            command="--devices is the engine's number of ranks",
+            f"{path}: {usual} slots per layer do not divide over {num_devices} devices: check "
+            "--devices against the engine's number of ranks"
         )
     return np.array(rows, np.int64).reshape(len(rows), num_devices, -1)
 
@@ -240,7 +237,7 @@ def model_layers(plan: Plan, model: ModelSpec | None) -> tuple[tuple[int, ...] |
     try:
         layers = layers_in_model(model, layers_of(plan))
     except InputError as error:
-        raise InputError(f"the plan's {error}") from None
+        raise InputError(f"the plan's {error.typed}") from None
     moved = not named and layers != tuple(range(plan.num_layers))
     return layers, (
         [f"layers are taken to be the model's MoE layers, {layers[0]} to {layers[-1]}"]

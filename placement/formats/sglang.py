@@ -63,8 +63,7 @@ def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
     if model is None or model.total_layers is None:
         raise UsageError(
             "SGLang's file has a row for every hidden layer, dense ones too, and a plan knows "
-            "MoE layers only", call="name the model (model=ModelSpec, with total_layers)",
-            command="name the model with --model (one by hand needs total_layers)",
+            "MoE layers only: name the model with --model (one by hand needs total_layers)"
         )
     layers, notes = model_layers(plan, model)
     drafted = set(draft_layers(model)) & set(layers or ())

@@ -75,8 +75,7 @@ def write(plan: Plan, path: Path, model: ModelSpec | None) -> tuple[str, ...]:
     if layers is None:
         raise UsageError(
             "TensorRT-LLM names layers by the model's own index, and this plan counts MoE layers "
-            "from 0", call="name the model (model=ModelSpec)",
-            command="name the model with --model",
+            "from 0: name the model with --model"
         )
     lines = [f"{ASSIGNMENTS}:"]
     lines += [f"  {layer}: {row}" for layer, row in zip(layers, rows_LS.tolist(), strict=True)]

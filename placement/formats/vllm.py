@@ -44,7 +44,7 @@ def read(known: Known) -> ImportedPlan:
         if known.model is None:
             raise UsageError(
                 f"{known.path}: one list for all layers, and it does not say how many there are: "
-                "name the model (--model)"
+                "name the model with --model"
             )
         table = [table] * known.model.num_layers
         notes = (f"one list, for all {len(table)} MoE layers",)

@@ -146,13 +146,17 @@ def _layer_numbers(
         return own, ()
     if own and tuple(given) == own:
         return own, (f"layer_id says the model's own numbers, {written(own)}",)
-    from_one = given == list(range(1, len(ids) + 1))
-    if own or (from_one and len(ids) > 0 and known.model is None):
-        return own, (
-            f"layer_id counts from {given[0]}; the engine reads by position, and so does this"
-            + ("" if own else ": --model tells whether these are the model's own numbers"),
-        )
     numbers = tuple(int(str(number)) for number in given)
+    if own:
+        return own, (
+            f"layer_id says {written(numbers)}, and the model's MoE layers are {written(own)}: "
+            "taken by position, as by the engine",
+        )
+    if given == list(range(1, len(ids) + 1)):
+        return (), (
+            "layer_id counts from 1; the engine reads by position, and so does this: --model tells "
+            "whether these are the model's own numbers",
+        )
     return numbers, (
         f"layer_id is taken for the model's own numbers, {written(numbers)}; the engine itself "
         "reads by position",

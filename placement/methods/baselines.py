@@ -59,10 +59,14 @@ class LayerLoads:
 def contiguous(layer: LayerLoads) -> SlotArray:
     """Experts in blocks of consecutive ids, sized in proportion to slots; spare slots stay empty.
 
-    With equal slots device g gets experts ⌊g·E/G⌋ .. ⌊(g+1)·E/G⌋ − 1: what engines do unasked.
+    What engines do unasked: with equal slots the first E mod G devices get one expert more than
+    the others (vLLM's "linear"; SGLang and TensorRT-LLM want experts that divide evenly).
     """
-    share = np.concatenate(([0], np.cumsum(layer.slots_G))) / layer.slots_G.sum()
-    edge = np.floor(share * layer.experts + 1e-9).astype(np.int64)
+    part_G = layer.experts * layer.slots_G / int(layer.slots_G.sum())
+    count_G = np.floor(part_G + 1e-9).astype(np.int64)
+    left = layer.experts - int(count_G.sum())
+    count_G[np.flatnonzero(part_G > count_G + 1e-9)[:left]] += 1
+    edge = np.concatenate(([0], np.cumsum(count_G)))
     slots_GC = _empty(layer)
     for g in range(layer.devices):
         block = np.arange(edge[g], edge[g + 1])

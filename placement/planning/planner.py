@@ -299,9 +299,8 @@ def resolve_settings(
             raise UsageError(f"unknown {what} {value!r}; there are: {', '.join(known)}")
     if objective == "time" and not sized:
         raise UsageError(
-            "objective time needs the model's hidden and intermediate sizes",
-            call="give model=ModelSpec that has them, or use objective balance",
-            command="name the model with --model, or use --objective balance",
+            "objective time needs the model's hidden and intermediate sizes: give --model, or use "
+            "--objective balance"
         )
     slack = default_slack(cluster) if slack is None else slack
     if not 0.0 <= slack < 1.0:

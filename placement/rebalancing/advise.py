@@ -121,8 +121,9 @@ def advise(
     promise. max_moves, max_bytes: instead of `methods`, the best plan within such a budget from
     `current`. `options` go to `attempt` (effort, executor, progress). time_limit_s: of planning and
     judging together; the plans are the best so far, and judged on as many steps as it leaves.
-    Judged where planned, which the verdict says, where too short to hold requests back. Raises
-    UsageError on a budget without `current`, InfeasibleError where no method finds a plan.
+    Judged where planned, which the verdict says, where the trace is too short to hold requests
+    back. Raises UsageError on a budget without `current`, InfeasibleError where no method finds a
+    plan.
     """
     if current is not None:
         check_slots(current, cluster, "the current plan")
@@ -145,7 +146,7 @@ def advise(
         chosen, verdict = _judged_where_planned(table)
     else:
         chosen, verdict = _choice(table, plans, moving, horizon_steps)
-    if chosen == reference and most is None:        # there is time
+    if chosen == reference and not clock.expired():
         verdict += one_more_slot(table, chosen, planning, judging, cluster, asked)
     plans[chosen] = _promised(plans[chosen], table, chosen, steps, judging, trace)
     return Advice(verdict, chosen, table, tried.results, plans, judged_on, tried.cannot, moving,

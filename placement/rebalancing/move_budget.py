@@ -41,9 +41,7 @@ class Budget:
             return cls(moves, None, None)
         if model is None or not model.knows_bytes:
             raise UsageError(
-                "a budget of bytes needs the experts' sizes",
-                call="give model=ModelSpec, or max_moves", command="name the model with --model, "
-                "or give --max-moves",
+                "--max-bytes needs the experts' sizes: give --model, or --max-moves instead"
             )
         return cls(moves, most_bytes, model.bytes_per_expert_E())
 

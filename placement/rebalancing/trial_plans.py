@@ -86,9 +86,9 @@ def attempt(
     if budget == (None, None):
         return try_methods(source, cluster, methods, current=current, **options)
     if current is None:
-        raise UsageError("a budget of moves counts them away from a plan",
-                         call="name the current one (current=Plan)",
-                         command="name the current one with --current")
+        raise UsageError(
+            "a budget of moves counts them away from a plan: name the current one with --current"
+        )
     return try_rebalance(
         current, source, cluster, max_moves=budget[0], max_bytes=budget[1], **options
     )
@@ -122,6 +122,10 @@ class TimeLimit:
         if limit_s is not None and not limit_s > 0:
             raise UsageError(f"time_limit_s {limit_s} must be above 0")
         return cls(None if limit_s is None else time.monotonic() + limit_s)
+
+    def expired(self) -> bool:
+        """Whether nothing is left."""
+        return self.deadline is not None and time.monotonic() > self.deadline
 
     def part(self, share: float) -> float | None:
         """Seconds for a part of what is left."""

@@ -1,8 +1,10 @@
 """What the planner's other methods would place in a layer, so that no search loses to them.
 
 `auto` scores each as one more candidate; most cost less to make than to score. Beside them the
-packing of `lpt_swap` on fewer slots: a replica that gains nothing should not be there. An expert
-that a method puts on a device twice is there once. Knows one layer's task. Knows nothing of search.
+packing of `lpt_swap` on fewer slots: a replica that gains nothing should not be there. Where EPLB
+puts an expert on a device twice, once is enough; but rules that share by slot then send that device
+two shares, which no single slot does, so there both are candidates (vllm-ascend cannot hold an
+expert twice). Knows one layer's task. Knows nothing of search.
 """
 
 from __future__ import annotations
@@ -19,15 +21,20 @@ from ..methods.baselines import LAYER_METHODS, LayerLoads, lpt_swap
 from .layer_task import LayerTask
 
 FEWER = (0.5, 0.25, 0.0)      # of the spare slots
+SHARING_TWICE = ("eplb", "eplb_hierarchical")                 # may put an expert on a device twice
+ONE_SHARE = ("balanced", "fewest_active", "ascend_fixed")     # to each device that holds an expert
 
 
 def known_candidates(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:
     """(name, slots) of every method, and of packings on fewer slots."""
     for name, method in LAYER_METHODS.items():
         try:
-            yield name, without_duplicates(method(loads))
+            slots_GC = method(loads)
         except (InfeasibleError, UsageError):    # it wants equal devices, or more memory
             continue
+        yield name, without_duplicates(slots_GC)
+        if name in SHARING_TWICE and task.dispatch.policy not in ONE_SHARE:
+            yield f"{name}, as it is", slots_GC
     yield from task.known
     slots = int(loads.usable_slots_G().sum())
     for keep, fewer in with_fewer_slots(loads):

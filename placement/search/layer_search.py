@@ -5,7 +5,8 @@
      freshly drawn traffic of other kinds (`scenarios.py`), under the objective that models how the
      dispatch shares tokens (`annealing/`), cooling from round to round (`_by_rows`). Where token
      transfers cost, again at some prices of a transfer; where time is the objective, again on time
-     (`time_search.py`); where replicas share by a rule that is blind to load, with fewer slots.
+     (`time_search.py`), with and without replicas; where replicas share by a rule that is blind to
+     load, with fewer slots.
   3. Score each candidate on steps that were held back (`layer_task.judged`).
   4. Keep the best: the fastest; or the flattest; or, where transfers cost, the one with fewest
      among those nearly as flat (`choose`).
@@ -56,6 +57,7 @@ ROUNDS, ROUNDS_BALANCE = 6, 24
 # Moves over all rounds: so many per slot, and at least so many. Within a budget of moves most break
 # it, and cost nothing.
 PER_SLOT_FEW, FEWEST_FEW, FEWEST_BALANCE = 200, 6_000, 16_000
+SMALL = 128          # experts · devices of a layer that is searched at every lower effort too
 PER_SLOT_BUDGETED, FEWEST_BUDGETED = 1_000, 30_000
 PER_SLOT_MANY, FEWEST_MANY = 9, 3_000
 SCENARIOS_FEW, SCENARIOS_MANY = 192, 48   # fresh rows of each kind, each round: few are overfitted
@@ -71,18 +73,46 @@ def search_layer(task: LayerTask) -> LayerAnswer:
     """Search one layer and choose among its candidates by the steps held back."""
     candidates: list[Candidate] = []
     truncated, judge = False, task.hurried()
-    seen: set[bytes] = set()
-    for name, slots in _candidates(task):
-        if slots.tobytes() in seen or not complete(slots, task.traffic.num_experts):
-            continue
-        seen.add(slots.tobytes())
-        if not task.fits(slots):
-            continue
-        candidates.append(judged(judge, name, slots))
-        if task.expired():
-            truncated = True
+    for effort in _efforts(task):
+        part = replace(task, effort=effort)
+        truncated = _judge(part, judge, _candidates(part), candidates)
+        if not truncated and _leaves_slots_empty(part, choose(part, candidates)):
+            truncated = _judge(part, judge, _without_replicas(part), candidates)
+        if truncated:
             break
     return replace(answer_with(judge, choose(task, candidates)), truncated=truncated)
+
+
+def _judge(
+    task: LayerTask, judge: LayerTask, found: Iterator[tuple[str, SlotArray]],
+    candidates: list[Candidate],
+) -> bool:
+    """Add candidates, each once, as `judge` sees them; whether the time limit fired meanwhile."""
+    seen = {candidate.slots_GC.tobytes() for candidate in candidates}
+    for name, slots in found:
+        known = slots.tobytes() in seen or not complete(slots, task.traffic.num_experts)
+        if known or not task.fits(slots):
+            continue
+        seen.add(slots.tobytes())
+        candidates.append(judged(judge, name, slots))
+        if task.expired():
+            return True
+    return False
+
+
+def _efforts(task: LayerTask) -> list[str]:
+    """The task's; for a small layer all lower ones too: more moves find other slots, and on the few
+    steps that decide those may be worse."""
+    small = task.traffic.num_experts * len(task.slots_G) <= SMALL
+    efforts = list(EFFORTS)
+    return efforts[: efforts.index(task.effort) + 1] if small else [task.effort]
+
+
+def _leaves_slots_empty(task: LayerTask, best: Candidate) -> bool:
+    """Whether fewer than half of the spare slots are worth their weight reads."""
+    spare = int(task.loads().usable_slots_G().sum()) - task.traffic.num_experts
+    filled = int((best.slots_GC >= 0).sum()) - task.traffic.num_experts
+    return task.objective == "time" and 2 * filled < spare
 
 
 def search_from(task: LayerTask, start_GC: SlotArray) -> SlotArray:
@@ -158,7 +188,16 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
         yield "search, average loads", _average(task, loads, start)
         if task.dispatch.policy != "balanced":
             return
-    found = _by_rows(task, loads, start, 0.0)
+    yield from _searched(task, loads, start)
+    if task.dispatch.policy in NEAREST_RULES:
+        yield from _with_fewer_replicas(task, loads)
+
+
+def _searched(
+    task: LayerTask, loads: LayerLoads, start_GC: SlotArray
+) -> Iterator[tuple[str, SlotArray]]:
+    """(name, slots) searched for balance, for few transfers, for time."""
+    found = _by_rows(task, loads, start_GC, 0.0)
     yield "search", found
     if task.counts_transfers:
         few = loads.devices <= MOST_DEVICES
@@ -166,8 +205,6 @@ def _candidates(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
             yield f"search, transfers {weight}", _by_rows(task, loads, found, weight)
     if task.objective == "time":
         yield from time_candidates(task, loads, _space(task, loads), found, EFFORTS[task.effort])
-    if task.dispatch.policy in NEAREST_RULES:
-        yield from _with_fewer_replicas(task, loads)
 
 
 def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
@@ -183,6 +220,24 @@ def _starts(task: LayerTask, loads: LayerLoads) -> list[tuple[str, SlotArray]]:
         kept_GC = within_slots(without_duplicates(task.start_GC), loads.usable_slots_G())
         return [("current, no duplicates", kept_GC)]
     return starts
+
+
+def _without_replicas(task: LayerTask) -> Iterator[tuple[str, SlotArray]]:
+    """The same searches as if no slot were spare: what a placement without replicas can save in
+    transfers is found best where none can be made. So no spare slot makes a plan worse."""
+    loads = task.loads()
+    if not loads.load_WE.any():
+        return
+    fewest = [bare for keep, bare in with_fewer_slots(loads) if keep == loads.experts]
+    if not fewest:
+        return
+    bare = fewest[0]
+    try:
+        start = lpt_swap(bare)
+    except InfeasibleError:              # memory needs more slots than these
+        return
+    for name, slots_GC in _searched(replace(task, slots_G=bare.slots_G), bare, start):
+        yield f"{name}, no replicas", widened(slots_GC, loads.most_slots)
 
 
 def _with_fewer_replicas(task: LayerTask, loads: LayerLoads) -> Iterator[tuple[str, SlotArray]]:

@@ -12,13 +12,16 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import InputError, LoadmasterError
+from ...errors import InputError, LoadmasterError, UsageError
 from ...foundation.parallel import Executor
 from ...placement.cluster import Cluster
 from ...placement.cost.overlap import Overlap
@@ -45,7 +48,7 @@ FIGURES = (
 # A cell that another beats in all of these is no choice.
 PARETO_FIGURES = ("latency_mean_us", "devices", "expert_bytes_per_device")
 Progress = Callable[[int, int], None]
-
+NOT_BEGUN = "not begun: the time limit; run again with --resume to go on"
 
 # What finished cells depend on besides their inputs: another text when steps are priced another
 # way.
@@ -154,6 +157,7 @@ def run_whatif(
     resume: str | Path | None = None,
     progress: Progress | None = None,
     rank_by: str = "latency_mean_us",
+    time_limit_s: float | None = None,
 ) -> WhatIf:
     """Run every cell that `resume` does not hold yet.
 
@@ -161,7 +165,12 @@ def run_whatif(
     before the first cell runs, not after the last.
     resume: a file of finished cells, one JSON line each, made if absent; cells of other studies in
     it are left alone, failed cells are tried again. progress(done, all) after each cell.
+    time_limit_s: after it no further cell is begun; those that were not stand among the failed.
+    Raises UsageError where it is not above 0.
     """
+    if time_limit_s is not None and not time_limit_s > 0:
+        raise UsageError(f"time_limit_s {time_limit_s} must be above 0")
+    until = math.inf if time_limit_s is None else time.monotonic() + time_limit_s
     require_figure(rank_by)
     cells = study.grid.cells()
     digest = study.digest()
@@ -169,13 +178,16 @@ def run_whatif(
     finished = {} if path is None else finished_cells(path, digest)
     open_cells = [fields for fields in cells if cell_text(fields) not in finished]
     job = functools.partial(run_cell, study)
-    answers = map(job, open_cells) if executor is None else executor.map(job, open_cells)
+    asked = itertools.takewhile(lambda _: time.monotonic() < until, open_cells)
+    answers = map(job, asked) if executor is None else executor.map(job, asked)
     done = len(cells) - len(open_cells)
     for cell in _told(answers, progress, done, len(cells)):
         finished[cell_text(cell.fields)] = cell
         if path is not None and cell.error is None:
             append_cell(path, digest, cell)
-    return WhatIf(tuple(finished[cell_text(fields)] for fields in cells))
+    return WhatIf(tuple(
+        finished.get(cell_text(fields)) or Cell(fields, {}, NOT_BEGUN) for fields in cells
+    ))
 
 
 def run_cell(study: Study, fields: dict[str, Any]) -> Cell:

@@ -72,14 +72,15 @@ def test_what_is_nowhere_says_what_could_be_named(named: str, message: str) -> N
 
 def test_which_layers_is_asked_and_answered(tmp_path: Path) -> None:
     path = written(tmp_path / "config.json", CONFIG | {"model_type": "nobody_knows"})
-    with pytest.raises(InputError, match="--moe-layers"):
+    with pytest.raises(InputError, match="moe_layers") as asked:
         read_model(path)
+    assert "--moe-layers" in asked.value.typed and "example model" in asked.value.typed
     spec = read_model(path, "1")
     assert spec is not None and spec.layer_indices == (1,)
 
 
 def test_an_answer_without_a_model_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--moe-layers.*--model"):
+    with pytest.raises(UsageError, match=r"moe_layers.*model"):
         read_model(None, "3-60")
     assert read_model(None) is None and model_notes(None) == ()
 

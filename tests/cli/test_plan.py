@@ -56,6 +56,19 @@ def test_a_trace_without_phases_is_not_planned_apart(run: Run, tmp_path: Path) -
     assert "does not tell prefill from decode" in err and "--phase all" in err
 
 
+@pytest.mark.parametrize("form", ["trace", "loads"])
+def test_a_time_limit_already_past_still_gives_a_plan(
+    run: Run, trace: Path, tmp_path: Path, form: str
+) -> None:
+    source, target = trace, tmp_path / "plan.json"
+    if form == "loads":
+        source = tmp_path / "loads.npz"
+        np.savez(source, load=np.arange(1, 33).reshape(2, 16) * 10**11)
+    code, out, _ = run("plan", source, "--time-limit", "1e-9", "-o", target, *SMALL)
+    assert code == 0 and "time limit fired: auto" in " ".join(out.split())
+    assert (Plan.load(target).replicas_LGE().sum(axis=1) >= 1).all()
+
+
 def test_a_budget_of_moves_is_kept(run: Run, trace: Path, tmp_path: Path) -> None:
     old_plan, after = tmp_path / "current.json", tmp_path / "after.json"
     run("plan", trace, "--method", "round_robin", "-o", old_plan, *SMALL)

@@ -169,7 +169,7 @@ def test_the_same_three_columns_are_seconds_where_chats_are_numbered(tmp_path: P
 def test_a_unit_that_nobody_tells_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("arrival_time,prompt_tokens,output_tokens\n1,7,3\n3,7,3\n")
-    with pytest.raises(InputError, match=r"seconds or milliseconds: say --arrivals-unit s, ms"):
+    with pytest.raises(InputError, match=r"seconds or milliseconds: say unit s, ms"):
         load_arrivals(path)
     assert load_arrivals(path, unit="ms").time_us.tolist() == [0, 2_000]
     with pytest.raises(InputError, match="unit 'h' of times: s, ms, us"):
@@ -216,7 +216,7 @@ def test_conversations_are_lengths_alone(tmp_path: Path) -> None:
                                       {"role": "assistant", "content": "z" * 8}]},
     ]
     (tmp_path / "s.json").write_text(json.dumps(talks))
-    with pytest.raises(InputError, match=r"lengths alone and no times.*--rate"):
+    with pytest.raises(InputError, match=r"lengths alone and no times.*rate_per_s"):
         load_arrivals(tmp_path / "s.json")
     made = load_arrivals(tmp_path / "s.json", rate_per_s=2.0, seed=3)
     assert made.prompt_tokens.tolist() == [10, 1] and made.output_tokens.tolist() == [3, 2]

@@ -16,9 +16,10 @@ import numpy as np
 
 from ...errors import InputError
 from .asked import LOAD_AXES, Asked
-from .loads import loads_result
+from .cleaning.found_routes import FoundRoutes
+from .cleaning.loads import loads_result
+from .cleaning.routes import clean_routes
 from .result import NO_HOMES, NO_PHASE, NO_REQUESTS, NO_STEPS, ImportResult
-from .routes import FoundRoutes, clean_routes
 from .tensors import as_array
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -66,8 +67,10 @@ def import_named(path: Path, arrays: Mapping[str, Any], asked: Asked) -> ImportR
         lone = [name for name in arrays if name in ("", ALONE)]
         if not lone:
             raise InputError(
-                f"{path}: holds {sorted(arrays)} but no ids; name the array of ids [T, L, K] with "
-                "--key ids=NAME (keys={'ids': …}), or of loads with --key load=NAME"
+                f"{path}: holds {sorted(arrays)} but no ids",
+                call="name the array of ids [T, L, K] with keys={'ids': …}, or of loads with "
+                "keys={'load': …}",
+                command="`loadmaster trace import --key ids=NAME` names the array of ids [T, L, K]",
             )
         kind = "load" if _is_loads(arrays[lone[0]], asked) else "ids"
         found[kind] = lone[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ...errors import InputError
+from ...errors import InputError, UsageError
 from ..model_config.layer_ranges import written
 from ..model_layers import LayerRows, hidden_layers, rows_of_model
 from ..model_spec import ModelSpec
@@ -29,13 +29,13 @@ class Asked:
 
     def __post_init__(self) -> None:
         if self.axes is not None and self.axes not in (*LOAD_AXES, *ID_AXES):
-            raise InputError(
+            raise UsageError(
                 f"--axes {self.axes}: loads are {', '.join(LOAD_AXES)} (W windows, L layers, E "
                 f"experts), routing {' or '.join(ID_AXES)} (T tokens, K choices)"
             )
         for name, value in (("top-k", self.top_k), ("num-experts", self.num_experts)):
             if value is not None and value < 1:
-                raise InputError(f"--{name} {value} must be at least 1")
+                raise UsageError(f"--{name} {value} must be at least 1")
 
     def experts(self, stored: int | None = None) -> int | None:
         """E: what file, person and model say, which must not differ; None where none says it.

@@ -8,9 +8,11 @@ from pathlib import Path
 from ...errors import InputError, naming
 from .arrays import read_mapped
 from .asked import Asked
-from .result import NO_HOMES, NO_PHASE, NO_STEPS, RoutesResult
-from .routes import FoundRoutes, clean_routes
-from .spool import Spool
+from .cleaning.found_routes import FoundRoutes
+from .cleaning.routes import clean_routes
+from .cleaning.routes_result import RoutesResult
+from .cleaning.spool import Spool
+from .result import NO_HOMES, NO_PHASE, NO_STEPS
 
 
 def import_per_request(folder: Path, asked: Asked) -> RoutesResult:

@@ -15,16 +15,17 @@ from ...foundation.documents import read_json
 from ..row_files import json_lines, rows_of
 from .arrays import SUFFIXES, import_arrays
 from .asked import Asked
-from .load_documents import import_load_document, import_load_lines
+from .cleaning.routes_result import RoutesResult
+from .engines.responses import holds_responses, import_responses
+from .engines.trtllm import META, import_statistics
 from .per_request import import_per_request
-from .ranks import rank_files, with_ranks
-from .responses import holds_responses, import_responses
-from .result import ImportResult, RoutesResult
-from .row_columns import Columns, columns_of
-from .row_loads import import_row_loads
-from .row_routes import import_row_routes
+from .result import ImportResult
+from .tables.load_documents import holds_loads, import_load_document, import_load_lines
+from .tables.ranks import rank_files, with_ranks
+from .tables.row_columns import Columns, columns_of
+from .tables.row_loads import import_row_loads
+from .tables.row_routes import import_row_routes
 from .tensor_file import import_tensors
-from .trtllm import META, import_statistics
 
 FORMS = (
     f"arrays of routing or loads ({', '.join(SUFFIXES)}, .pt), SGLang recorder files (.pt, or a "
@@ -62,19 +63,24 @@ def import_folder(folder: Path, asked: Asked) -> Result:
         for suffix in (".pt", ".npy", ".csv", ".jsonl", ".npz", ".safetensors", ".json")
     }
     held = {suffix: files for suffix, files in kinds.items() if files}
+    if ".pt" in held:
+        return import_tensors(folder, asked)
+    if len(held) > 1:
+        held.pop(".json", None)         # what a script noted beside its data
     if len(held) > 1:
         named = next(iter(held.values()))[0]
         raise InputError(
             f"holds files of several kinds ({', '.join(held)}): name one of them, as in "
             f"`loadmaster trace info {named}`"
         )
-    if ".pt" in held:
-        return import_tensors(folder, asked)
     if ".npy" in held:
         return import_per_request(folder, asked)
     tables = held.get(".csv") or held.get(".jsonl")
     if tables and set(rank_files(tables[0])) == set(tables):
         return import_file(tables[0], asked)
+    if ".jsonl" in held and _any_response(held[".jsonl"][0]):
+        lines = itertools.chain.from_iterable(map(json_lines, held[".jsonl"]))
+        return import_responses(lines, asked, folder.name)
     if held:
         suffix, files = next(iter(held.items()))
         raise InputError(
@@ -132,9 +138,8 @@ def _lines(path: Path, asked: Asked) -> Result:
         return _table(path, asked)
     if _any_response(path):
         return import_responses(json_lines(path), asked, path.stem)
-    loads = import_load_document(path, {"load_history": [first]}, asked)
-    if loads is not None:
-        return import_load_lines(path, [value for _, value in json_lines(path)], asked) or loads
+    if holds_loads(first):
+        return import_load_lines(path, json_lines(path), asked)
     raise _elsewhere(path, first) or InputError(f"{path}: not recognised: {_TABLE}")
 
 

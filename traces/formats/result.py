@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ...errors import InputError
 from ..profile import Profile
 from ..trace import RoutingTrace
-from .routes import CleanRoutes
 
 
 @dataclass(frozen=True)
@@ -27,23 +26,6 @@ class ImportResult:
         if self.profile is None:
             raise InputError(f"{self.format}: holds neither routing nor loads")
         return self.profile
-
-
-@dataclass(frozen=True)
-class RoutesResult:
-    """Routing that lies on disk, cleaned, and not yet in memory."""
-
-    format: str
-    routes: CleanRoutes
-    cannot_tell: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def whole(self) -> ImportResult:
-        """All of it, in memory."""
-        return ImportResult(
-            self.format, trace=self.routes.whole(), cannot_tell=self.cannot_tell,
-            notes=(*self.notes, *self.routes.notes),
-        )
 
 
 LOADS_ONLY = (

@@ -20,15 +20,18 @@ from .expert_size import ExpertFormats, Shape
 from .families import Family, Kin, find_family
 from .fields import FIELDS, Config
 from .files import PARAMS, ModelFiles, find_files
-from .formats import FORMATS
 from .layer_ranges import MOST_LAYERS, parse_layers, written
 from .layers import encoder_then_decoder, listed_layers, ruled_layers
 from .on_disk import DiskExperts, read_experts
+from .quantisation.formats import FORMATS
 
-BY_HAND = (
-    "describe the model yourself: ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, "
-    "intermediate=…, layer_indices=(…))"
+_SPEC = (
+    "ModelSpec(num_layers=…, num_experts=…, top_k=…, hidden=…, intermediate=…, layer_indices=(…))"
 )
+_JSON = "give sizes as JSON (`loadmaster example model` has one)"
+# What helps where a model cannot be read: in Python, and typed.
+BY_HAND = {"call": f"correct it, or describe the model yourself: {_SPEC}",
+           "command": f"correct it, or {_JSON}"}
 
 
 def checkpoint_fields(source: Path, moe_layers: str | None = None) -> dict[str, Any]:
@@ -46,8 +49,7 @@ def checkpoint_fields(source: Path, moe_layers: str | None = None) -> dict[str, 
         raise
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise InputError(
-            f"{files.path}: a field is written in a way that cannot be read ({error}); correct it, "
-            f"or {BY_HAND}"
+            f"{files.path}: a field is written in a way that cannot be read ({error})", **BY_HAND
         ) from error
 
 
@@ -78,6 +80,9 @@ class _Reading:
         experts = self._experts()
         hidden_layers = self._hidden_layers(family)
         disk = self._on_disk(hidden_layers, experts)
+        if disk is None:                        # nothing else can tell which is right
+            self.config.require_agreement("experts", str(self.where))
+        self.config.require_agreement("top_k", str(self.where))
         listed, layers = self._layers(kin, hidden_layers, experts, moe_layers, disk)
         total = max(hidden_layers or 0, layers[-1] + 1)
         experts = self._number("experts", layers) or experts      # where a list gives each layer's
@@ -112,15 +117,14 @@ class _Reading:
     # --- how many ---------------------------------------------------------------------------
 
     def _experts(self) -> int:
-        self.config.require_agreement("experts", str(self.where))
-        self.config.require_agreement("top_k", str(self.where))
         experts = self.config.most("experts")
         if not experts or experts < 2 or self.config.get("enable_moe_block") is False:
             kind = next(iter(self.config.names()), "")
             raise InputError(
                 f"{self.where}: model_type {kind!r} is not a mixture of experts: none of "
-                f"{', '.join(FIELDS['experts'][:4])} or their kin says 2 or more; give an MoE "
-                f"checkpoint, or {BY_HAND}"
+                f"{', '.join(FIELDS['experts'][:4])} or their kin says 2 or more",
+                call=f"give an MoE checkpoint, or describe the model yourself: {_SPEC}",
+                command=f"give an MoE checkpoint, or {_JSON}",
             )
         return experts
 
@@ -143,8 +147,9 @@ class _Reading:
     def _required(self, quantity: str, number: int | None) -> int:
         if not number:
             raise InputError(
-                f"{self.where}: none of {', '.join(FIELDS[quantity][:4])} or their kin is set; add "
-                f"it, or {BY_HAND}"
+                f"{self.where}: none of {', '.join(FIELDS[quantity][:4])} or their kin is set",
+                call=f"add it, or describe the model yourself: {_SPEC}",
+                command=f"add it, or {_JSON}",
             )
         return number
 
@@ -203,7 +208,7 @@ class _Reading:
         if disk is not None:
             return listed, layers_on_disk(layers, disk, self.where.name, self.notes)
         if layers is None:
-            raise InputError(self._question(count, experts))
+            raise self._question(count, experts)
         self._nonempty(layers)
         if kin is not None and not kin.exact and found is not None and found[0] == "its family":
             self.notes.append(
@@ -215,26 +220,28 @@ class _Reading:
 
     def _nonempty(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         if not layers:
-            raise InputError(f"{self.where}: no layer is MoE by its own fields; {BY_HAND}")
+            raise InputError(f"{self.where}: no layer is MoE by its own fields", **BY_HAND)
         return layers
 
     def _asked(self, asked: str, hidden_layers: int | None) -> tuple[int, ...]:
         layers = parse_layers(asked)
         if hidden_layers is not None and layers[-1] >= hidden_layers:
             raise InputError(
-                f"{self.where}: has layers 0 to {hidden_layers - 1}, --moe-layers {asked} names "
-                f"layer {layers[-1]}"
+                f"{self.where}: has layers 0 to {hidden_layers - 1}, not layer {layers[-1]}",
+                call=f"correct moe_layers={asked!r}", command=f"correct --moe-layers {asked}",
             )
         return layers
 
-    def _question(self, count: int, experts: int) -> str:
+    def _question(self, count: int, experts: int) -> InputError:
         kind = next(iter(self.config.names()), "")
         top_k = self.config.number("top_k", (), [])
-        return (
+        last = count - 1
+        ways = f"0-{last} for all, 3-{last} for all but three, 1-{last}/2 for every second"
+        return InputError(
             f"{self.where}: model_type {kind!r} is not known (it says {experts} experts, top-k "
-            f"{top_k}, {count} layers, but not which of them are MoE): say which with "
-            f"--moe-layers, as 0-{count - 1} for all or 3-{count - 1} for all but the first three "
-            f"(in Python moe_layers=…), or {BY_HAND}"
+            f"{top_k}, {count} layers, but not which of them are MoE)",
+            call=f"say which with moe_layers: {ways}; or describe the model yourself: {_SPEC}",
+            command=f"say which with --moe-layers: {ways}; or {_JSON}",
         )
 
     # --- what lies on disk ------------------------------------------------------------------

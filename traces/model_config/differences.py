@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from .expert_size import NO_DTYPE, UNKNOWN, Shape
-from .formats import ExpertBytes
 from .layer_ranges import written
 from .on_disk import DiskExperts
+from .quantisation.formats import ExpertBytes
 
 _NEAR = 0.01                # per-tensor scales and types of scales differ by less
 

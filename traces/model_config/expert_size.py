@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from .families import Family
 from .fields import Config
 from .files import ModelFiles
-from .formats import FORMATS, ExpertBytes, WeightFormat
 from .layer_ranges import written
-from .module_names import Matrix
-from .quantisers import UnknownFormatError
+from .quantisation.formats import FORMATS, ExpertBytes, WeightFormat
+from .quantisation.module_names import Matrix
+from .quantisation.quantisers import UnknownFormatError
 from .schemes import UNSAID, Scheme, read_schemes, stored_format
 
 UNKNOWN = "bytes per expert: unknown"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from ...errors import InputError
 from ...foundation.documents import read_json
@@ -25,8 +25,7 @@ _BITS = {
 }
 
 
-@dataclass(frozen=True)
-class TensorHeader:
+class TensorHeader(NamedTuple):
     """One tensor as a header lists it."""
 
     name: str
@@ -42,8 +41,8 @@ class TensorHeader:
 def read_headers(folder: Path, wanted: Callable[[str], bool]) -> Iterator[TensorHeader]:
     """The tensors in the folder's safetensors; none where it has no such files.
 
-    Where an index says which files hold wanted ones, no other is opened. Raises InputError naming a
-    file that is missing or whose header cannot be read.
+    Where files are missing, those that an index says hold wanted ones are enough. Raises InputError
+    naming a file that is not there then, or whose header cannot be read.
     """
     for path in _files(folder, wanted):
         yield from _header(path)
@@ -59,11 +58,14 @@ def _files(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict):
         raise InputError(f"{indices[0]}: not a safetensors index: it has no weight_map")
-    names = sorted({str(file) for tensor, file in weight_map.items() if wanted(str(tensor))})
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise InputError(f"{folder / name}: not there, though {indices[0].name} names it")
-    return [folder / name for name in names]
+    names = {str(name) for name in weight_map.values()}
+    there = {
+        name for name in names if Path(name).name == name and (folder / name).is_file()
+    }
+    for tensor, name in weight_map.items() if names != there else ():
+        if str(name) not in there and wanted(str(tensor)):
+            raise InputError(f"{folder / str(name)}: not there, though {indices[0].name} names it")
+    return [folder / name for name in sorted(there)]
 
 
 def _plain_first(paths: Iterable[Path]) -> list[Path]:

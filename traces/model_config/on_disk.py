@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ...errors import InputError
 from .headers import TensorHeader, read_headers
-from .module_names import DRAFT, ELSEWHERE
+from .quantisation.module_names import DRAFT, ELSEWHERE
 
 _LAYER = re.compile(r"(?P<before>^|.*\.)(?:layers|h|blocks|decoder_layer)\.(?P<layer>\d+)\.")
 # All experts of a layer in one tensor, whose name does not say so.

@@ -16,9 +16,9 @@ from typing import Any
 
 from .fields import Config
 from .files import ModelFiles
-from .formats import FORMATS, WeightFormat, format_named
-from .module_names import Matrix, layer_of, names_matrix
-from .quantisers import (
+from .quantisation.formats import FORMATS, WeightFormat, format_named
+from .quantisation.module_names import Matrix, layer_of, names_matrix
+from .quantisation.quantisers import (
     Document,
     UnknownFormatError,
     bits_format,

@@ -24,8 +24,8 @@ from ray.util.scheduling_strategies import (
 )
 
 from ...errors import LoadmasterError
-from ...foundation.hangups import hangups_held_back
 from ...foundation.quiet import quiet_ray
+from ...foundation.signals import hangups_held_back, terminations_kept
 from ..protocol.settings import RankSettings
 from .crossing import crossed
 from .fleet import OverdueError, RankLostError
@@ -52,11 +52,12 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     quiet_ray()
-    if address is None:
-        with hangups_held_back():
-            _start_here(num_cpus)
-    else:
-        _join(require_cluster(address))
+    with terminations_kept():       # Ray has a handler of its own, which ends the process
+        if address is None:
+            with hangups_held_back():
+                _start_here(num_cpus)
+        else:
+            _join(require_cluster(address))
 
 
 def _start_here(num_cpus: int | None) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 from ray.exceptions import AuthenticationError, RayError
 
 from ...errors import LoadmasterError, UsageError
+from ...foundation.compiled import travelling_cache
 from ..fleet.crossing import crossed
 from ..fleet.joining import ANSWER_S, NothingAnswersError, require_token, token_refused
 
@@ -197,7 +198,8 @@ def _renamed(argument: str, names: dict[str, str]) -> str:
 
 
 def _copy_package(target: Path) -> None:
-    """The package as it is installed here: code and data files of its folders."""
+    """The package as it is installed here: code and data files of its folders, and what is compiled
+    of its loops, so that a machine of the same kind need not compile for a minute first."""
     root = Path(__file__).resolve().parents[2]
     target.mkdir()
     for path in [*sorted(root.glob("*.py")), root / "py.typed"]:
@@ -209,6 +211,15 @@ def _copy_package(target: Path) -> None:
                 copy = target / path.relative_to(root)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, copy)
+                _copy_compiled(path, copy)
+
+
+def _copy_compiled(source: Path, copy: Path) -> None:
+    if source.suffix == ".py":
+        for path in travelling_cache(source):
+            kept = copy.parent / "__pycache__" / path.name
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copy(path, kept)
 
 
 def follow(

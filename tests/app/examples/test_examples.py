@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,21 @@ def test_faults_befall_a_service(
 def test_an_example_is_printed_as_it_would_be_written(run: Run) -> None:
     for kind in KINDS:
         assert run("example", kind)[:2] == (0, example(kind))
+
+
+def test_the_readme_uses_no_plan_grid_or_fault_file_that_no_line_before_it_makes() -> None:
+    text = (Path(__file__).resolve().parents[3] / "README.md").read_text()
+    lines = [line for block in text.split("```sh\n")[1:]
+             for line in block.partition("```")[0].splitlines()]
+    made: set[str] = set()
+    for line in lines:
+        words = line.partition(" #")[0].split()
+        files = {word for word in words if word.endswith((".json", ".yaml"))}
+        new = {after for word, after in pairwise(words) if word in ("--out", "-o")}
+        new |= {words[3]} if words[1:2] == ["example"] else set()
+        assert files - new <= made, line
+        made |= new
+    assert {"plan.json", "grid.yaml", "faults.yaml"} <= made
 
 
 def test_nothing_is_written_over_and_an_unknown_kind_is_named(run: Run, tmp_path: Path) -> None:

@@ -68,6 +68,12 @@ def test_ascend_ids_that_are_the_models_own_numbers_are_so_with_the_model(tmp_pa
     found = import_plan(write("vllm_ascend", document, tmp_path), "vllm_ascend", model=MODEL)
     assert found.plan.layer_indices == (1, 2)
     assert "layer_id says the model's own numbers, 1-2" in found.notes
+    number([7, 9])(document)
+    found = import_plan(write("vllm_ascend", document, tmp_path), "vllm_ascend", model=MODEL)
+    assert found.plan.layer_indices == (1, 2)
+    assert "layer_id says 7,9, and the model's MoE layers are 1-2: taken by position" in (
+        " ".join(found.notes)
+    )
 
 
 def test_ascend_devices_of_shared_experts_are_left_out_and_said(tmp_path: Path) -> None:

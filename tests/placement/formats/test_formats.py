@@ -189,7 +189,7 @@ def test_real_omni_plans_with_uneven_layers(tmp_path: Path) -> None:
 def test_uneven_slots_are_refused_and_the_nearest_plan_named(format: str, tmp_path: Path) -> None:
     path = tmp_path / f"plan{dict(FILES)[format]}"
     model = ModelSpec(num_layers=1, num_experts=4, top_k=1, layer_indices=(7,), total_layers=8)
-    remedy = r"Nearest plan \(2 each\): drop expert 0 from device 1 of MoE layer 0: nearest=True"
+    remedy = r"Nearest plan \(2 each\): drop expert 0 from device 1 of MoE layer 0: nearest writes"
     with pytest.raises(InputError, match=remedy):
         export_plan(UNEVEN, format, path, model=model)
     assert not path.exists()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +26,7 @@ from loadmaster.placement.methods.baselines import (
     round_robin,
 )
 
+LAYOUTS = json.loads((Path(__file__).parent / "engine_layouts.json").read_text())
 OURS = ("contiguous", "round_robin", "greedy", "lpt_swap", "anticorrelation")
 REPLICATING = ("greedy", "lpt_swap", "anticorrelation")
 
@@ -113,7 +117,16 @@ def test_replicating_methods_refuse_too_few_slots(method: str) -> None:
 def test_contiguous_cuts_consecutive_blocks_and_leaves_spare_slots_empty() -> None:
     assert contiguous(layer(np.ones(6), [3, 3, 3])).tolist() == [[0, 1, -1], [2, 3, -1], [4, 5, -1]]
     uneven = contiguous(layer(np.ones(5), [3, 3]))
-    assert uneven.tolist() == [[0, 1, -1], [2, 3, 4]]
+    assert uneven.tolist() == [[0, 1, 2], [3, 4, -1]]
+
+
+@pytest.mark.parametrize("case", LAYOUTS["default_layout"]["cases"])
+def test_contiguous_is_the_layout_that_vllm_starts_with(case: dict[str, Any]) -> None:
+    """As its own function gave it (`benchmarks/record_engine_choices.py`)."""
+    experts, ranks = case["experts"], case["ranks"]
+    for width in (-(-experts // ranks), -(-experts // ranks) + 2):
+        found = contiguous(layer(np.ones(experts), [width] * ranks))
+        assert [row[row >= 0].tolist() for row in found] == case["held"]
 
 
 def test_contiguous_follows_unequal_slots() -> None:

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from loadmaster.errors import InputError
+from loadmaster.errors import InputError, UsageError
 from loadmaster.placement.planning.planner import plan as make_plan
 from loadmaster.simulator.whatif.grid import Grid, grid_schema
 from loadmaster.simulator.whatif.run import FIGURES, Cell, Study, WhatIf, run_whatif
@@ -52,6 +52,24 @@ def test_a_bad_cell_says_why_and_the_others_finish(trace, model) -> None:
 def test_each_bad_value_is_named_in_its_cell(trace, model, axis, value, names) -> None:
     result = run_whatif(study(trace, model, axes={axis: [value]}))
     assert names in result.cells[0].error
+
+
+def test_a_time_limit_begins_no_further_cell(trace, model, tmp_path) -> None:
+    """What was not begun says so, and a second run with the same file goes on."""
+    grid, file = study(trace, model, axes={"slots_per_device": [2, 3]}), tmp_path / "cells"
+    cut = run_whatif(grid, resume=file, time_limit_s=1e-9)
+    assert all(c.error is not None and "not begun: the time limit" in c.error for c in cut.cells)
+    whole = run_whatif(grid, resume=file, time_limit_s=3600.0)
+    assert not whole.failed and whole.to_dict() == run_whatif(grid).to_dict()
+    with pytest.raises(UsageError, match="time_limit_s 0 must be above 0"):
+        run_whatif(grid, time_limit_s=0)
+
+
+def test_memory_kept_free_is_a_field_like_any_other(trace, model) -> None:
+    """Too little for one slot of each expert is said in its cell."""
+    result = run_whatif(study(trace, model, axes={"reserved_bytes": [None, 85_899_345_919]}))
+    assert result.cells[0].error is None
+    assert "no number of such devices holds it" in result.cells[1].error
 
 
 def test_more_load_and_slower_links_rank_lower(trace, model) -> None:

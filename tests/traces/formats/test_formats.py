@@ -76,7 +76,7 @@ def test_an_npy_holds_ids_alone_and_needs_the_number_of_experts(
     with pytest.raises(InputError, match="K=2 experts but a layer has only E=1"):
         import_any(tmp_path / "ids.npy", num_experts=1)
     np.savez(tmp_path / "both.npz", ids=make_trace().ids, n_experts=8)
-    with pytest.raises(InputError, match="the file says 8, --num-experts says 9"):
+    with pytest.raises(InputError, match="the file says 8, num_experts says 9"):
         import_any(tmp_path / "both.npz", num_experts=9)
 
 
@@ -311,6 +311,8 @@ def test_ranks_that_all_saw_the_same_tokens_count_once(tmp_path: Path) -> None:
         token_record(number, 1, [20 + number, 11], same, mode=1) for number in range(3)
     ))
     assert trace_of(import_any(tmp_path)).num_tokens == 12
+    one = import_any(sorted(tmp_path.glob("*.pt"))[0])
+    assert "1 more lie beside it: name the folder" in " ".join(one.notes)
 
 
 def test_sglang_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

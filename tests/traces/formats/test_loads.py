@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadmaster.errors import InputError
-from loadmaster.traces.formats import ImportResult, import_any
+from loadmaster.errors import InputError, UsageError, as_parameters
+from loadmaster.traces.formats import Asked, ImportResult, import_any, read_any
 from loadmaster.traces.model_spec import ModelSpec
 
 MODEL = ModelSpec(
@@ -38,10 +38,10 @@ def test_the_usual_order_is_taken_with_a_word(tmp_path: Path) -> None:
     two, three = counts(4, 6), counts(5, 4, 6)
     found = read(tmp_path, two)
     assert loads_of(found).tolist() == [two.tolist()]
-    assert "axes [4, 6] taken as [layers, experts]: --axes says otherwise" in found.notes
+    assert "axes [4, 6] taken as [layers, experts]: axes says otherwise" in found.notes
     found = read(tmp_path, three)
     assert loads_of(found).tolist() == three.tolist()
-    assert "axes [5, 4, 6] taken as [windows, layers, experts]: --axes says otherwise" in (
+    assert "axes [5, 4, 6] taken as [windows, layers, experts]: axes says otherwise" in (
         found.notes
     )
 
@@ -61,10 +61,10 @@ def test_axes_that_are_told_are_taken(tmp_path: Path, axes: str, shape: tuple[in
 
 def test_fewer_in_the_last_axis_is_a_question(tmp_path: Path) -> None:
     """[32, 8] may be 32 layers of 8 experts, or 8 layers of 32."""
-    with pytest.raises(InputError, match=r"\[32, 8\].*--axes EL if the last are layers, --axes LE"):
+    with pytest.raises(InputError, match=r"\[32, 8\].*axes='EL' if the last are layers, axes='LE'"):
         read(tmp_path, counts(32, 8))
     assert loads_of(read(tmp_path, counts(32, 8), axes="LE")).shape == (1, 32, 8)
-    with pytest.raises(InputError, match=r"say --axes WEL if"):
+    with pytest.raises(InputError, match=r"say axes='WEL' if"):
         read(tmp_path, counts(5, 6, 4))
 
 
@@ -94,7 +94,7 @@ def test_a_lone_array_is_told_by_its_shape_and_kind(tmp_path: Path) -> None:
     np.save(tmp_path / "shares.npy", counts(5, 4, 6) / 7)
     assert loads_of(import_any(tmp_path / "shares.npy")).shape == (5, 4, 6)
     np.save(tmp_path / "three.npy", counts(5, 4, 6))
-    with pytest.raises(InputError, match=r"look like loads: say --axes WLE"):
+    with pytest.raises(InputError, match=r"look like loads: say axes='WLE'"):
         import_any(tmp_path / "three.npy")
     found = import_any(tmp_path / "three.npy", axes="WLE")
     assert np.array_equal(loads_of(found), counts(5, 4, 6))
@@ -113,6 +113,9 @@ def test_tensors_of_a_scripts_own_are_read_without_unpickling(tmp_path: Path) ->
     torch.save({"topk_ids": ids, "request": torch.arange(50), "num_experts": torch.tensor(8)},
                tmp_path / "routes.pt")
     trace = import_any(tmp_path / "routes.pt").trace
+    assert trace is not None and np.array_equal(trace.ids, ids.numpy())
+    torch.save(list(ids.unbind(1)), tmp_path / "by_layer.pt")
+    trace = import_any(tmp_path / "by_layer.pt", num_experts=8).trace
     assert trace is not None and np.array_equal(trace.ids, ids.numpy())
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     with pytest.raises(InputError, match="neither SGLang's recording nor tensors by name"):
@@ -179,3 +182,18 @@ def test_few_tokens_leave_experts_idle_by_chance(tmp_path: Path) -> None:
     loads = np.zeros((3, 32))
     loads[:, :8] = 3
     assert "one rank" not in " ".join(read(tmp_path, loads).notes)
+
+
+def test_advice_is_in_the_interface_of_whoever_asks(tmp_path: Path) -> None:
+    """Parameters for a caller in Python, options for whoever typed; commands stay commands."""
+    np.savez(tmp_path / "l.npz", expert_load=counts(32, 8))
+    with pytest.raises(InputError, match="say axes='EL' if the last are layers, axes='LE' if"):
+        import_any(tmp_path / "l.npz")
+    with pytest.raises(InputError) as typed:
+        read_any(tmp_path / "l.npz", Asked())
+    assert "say --axes EL if the last are layers, --axes LE if" in typed.value.typed
+    with pytest.raises(UsageError, match="axes='XY': loads are"):
+        import_any(tmp_path / "l.npz", axes="XY")
+    assert as_parameters("`loadmaster plan x --axes EL` or --top-k 4, --layers 3-60") == (
+        "`loadmaster plan x --axes EL` or top_k=4, layers='3-60'"
+    )

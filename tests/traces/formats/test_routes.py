@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from loadmaster.errors import InputError
 from loadmaster.traces.formats import Asked, import_any
-from loadmaster.traces.formats.routes import FoundRoutes, clean_routes
+from loadmaster.traces.formats.cleaning import found_routes
+from loadmaster.traces.formats.cleaning.found_routes import FoundRoutes
+from loadmaster.traces.formats.cleaning.routes import clean_routes
 from loadmaster.traces.model_spec import DraftLayers, ModelSpec
 from loadmaster.traces.trace import RoutingTrace
 
@@ -70,7 +72,7 @@ def test_rows_of_padding_are_dense_layers_too(tmp_path: Path) -> None:
 def test_a_top_1_row_of_zeros_may_be_a_layer_and_is_asked_about(tmp_path: Path) -> None:
     ids = with_rows(routing(k=1), [0, *routing(k=1).transpose(1, 0, 2)])
     trace, notes = read(tmp_path, ids)
-    assert trace.num_layers == 4 and "dense layers? --model tells" in notes
+    assert trace.num_layers == 4 and "dense layers? model tells" in notes
     model = MODEL.model_copy(update={"top_k": 1})
     assert read(tmp_path, ids, model=model)[0].layer_indices == (1, 2, 3)
 
@@ -100,18 +102,18 @@ def test_a_row_that_routes_is_never_taken_for_a_dense_one(tmp_path: Path) -> Non
 
 def test_some_layers_are_numbered_by_whoever_knows(tmp_path: Path) -> None:
     ids = routing(layers=2)
-    with pytest.raises(InputError, match=r"holds 2 rows; toy has 3 MoE layers .* --layers 1-2"):
+    with pytest.raises(InputError, match=r"holds 2 rows; toy has 3 MoE layers .* layers='1-2'"):
         read(tmp_path, ids, model=MODEL)
     assert read(tmp_path, ids, model=MODEL, layers=(1, 3))[0].layer_indices == (1, 3)
     with pytest.raises(InputError, match=r"holds layers 1,7, the MoE layers of toy are 1-3"):
         read(tmp_path, ids, model=MODEL, layers=(1, 7))
-    with pytest.raises(InputError, match="--layers names 3 layers, the file holds 2"):
+    with pytest.raises(InputError, match="layers names 3 layers, the file holds 2"):
         read(tmp_path, ids, layers=(1, 2, 3))
 
 
 def test_a_model_of_other_experts_is_refused(tmp_path: Path) -> None:
     other = MODEL.model_copy(update={"num_experts": 8})
-    with pytest.raises(InputError, match="the file says 16, --model says 8"):
+    with pytest.raises(InputError, match="the file says 16, model says 8"):
         read(tmp_path, routing(), model=other)
 
 
@@ -184,7 +186,7 @@ def test_an_id_that_is_none_is_refused_with_its_place(tmp_path: Path, strange: i
 def test_layers_first_is_asked_about(tmp_path: Path) -> None:
     ids = routing(tokens=2_000, layers=2)
     turned = ids.transpose(1, 0, 2)
-    with pytest.raises(InputError, match=r"look like \[layers, tokens, top-k\]: say --axes LTK"):
+    with pytest.raises(InputError, match=r"look like \[layers, tokens, top-k\]: say axes='LTK'"):
         read(tmp_path, turned)
     assert np.array_equal(read(tmp_path, turned, axes="LTK")[0].ids, ids)
 
@@ -194,7 +196,7 @@ def test_numbers_without_a_shape_get_it_from_the_model(tmp_path: Path) -> None:
     ids = routing()
     flat = with_rows(ids, [0, *ids.transpose(1, 0, 2)]).astype(np.int32).reshape(-1)
     np.savez(tmp_path / "r.npz", routed_experts=flat)
-    with pytest.raises(InputError, match=r"without a shape: give --model .* --top-k"):
+    with pytest.raises(InputError, match=r"without a shape: give model .* top_k"):
         import_any(tmp_path / "r.npz", num_experts=16)
     found = import_any(tmp_path / "r.npz", model=MODEL).trace
     assert found is not None and np.array_equal(found.ids, ids)
@@ -217,13 +219,13 @@ def test_ids_beyond_the_experts_compute_nothing_and_are_counted_apart(tmp_path: 
     expected = [np.bincount(ids[:, r][real[:, r]], minlength=16) for r in range(3)]
     assert np.array_equal(trace.load_LE(), expected)
     assert f"{(~real).mean():.1%} of the choices are ids 16 to 23" in notes
-    assert "counted apart" in notes and "--zero-experts 0 refuses them" in notes
+    assert "counted apart" in notes and "zero_experts=0 refuses them" in notes
 
 
 def test_where_the_person_gives_the_number_beyond_is_asked_about(tmp_path: Path) -> None:
-    """A wrong --num-experts looks the same."""
+    """A wrong num_experts looks the same."""
     np.save(tmp_path / "r.npy", routing(tokens=200, experts=24))
-    with pytest.raises(InputError, match=r"zero-computation experts \(--zero-experts 8\)"):
+    with pytest.raises(InputError, match=r"zero-computation experts \(zero_experts=8\)"):
         import_any(tmp_path / "r.npy", num_experts=16)
     assert import_any(tmp_path / "r.npy", num_experts=16, zero_experts=8).trace is not None
     np.savez(tmp_path / "r.npz", ids=routing(experts=24), num_experts=16)
@@ -240,7 +242,7 @@ def test_one_route_in_many_tokens_is_warned_of_and_can_be_dropped(tmp_path: Path
     trace, notes = read(tmp_path, ids)
     assert trace.num_tokens == 400
     assert "warning: one route in 25.0% of the tokens (100 of 400, first token 0)" in notes
-    assert "--drop-repeated" in notes
+    assert "drop_repeated" in notes
     trace, notes = read(tmp_path, ids, drop_repeated=True)
     assert np.array_equal(trace.ids, ids[100:]) and "left out" in notes
 
@@ -263,14 +265,12 @@ def test_blocks_joined_are_the_whole(seed: int, tokens: int, padded: bool, zero:
         ids = np.where(rng.random(ids.shape) < 0.3, -1, ids)
     ids[0, 0] = [3, 1, 2, 0]
     found = FoundRoutes(ids, {"request": np.arange(tokens)}, num_experts=16)
-    import loadmaster.traces.formats.routes as routes
-
-    before, routes.BLOCK_TOKENS = routes.BLOCK_TOKENS, 7
+    before, found_routes.BLOCK_TOKENS = found_routes.BLOCK_TOKENS, 7
     try:
         clean = clean_routes(found, Asked())
         whole, parts = clean.whole(), list(clean.blocks())
     finally:
-        routes.BLOCK_TOKENS = before
+        found_routes.BLOCK_TOKENS = before
     assert np.array_equal(np.concatenate([p.ids for p in parts]), whole.ids)
     for name in ("k_of_token", "request"):
         column = getattr(whole, name)

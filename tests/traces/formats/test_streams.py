@@ -14,15 +14,8 @@ import numpy.typing as npt
 import pytest
 
 from loadmaster.errors import InputError
-from loadmaster.traces.formats import (
-    Asked,
-    ImportResult,
-    RoutesResult,
-    import_any,
-    open_any,
-    row_loads,
-    row_routes,
-)
+from loadmaster.traces.formats import Asked, ImportResult, RoutesResult, import_any, open_any
+from loadmaster.traces.formats.tables import row_loads, row_routes
 from loadmaster.traces.model_spec import ModelSpec
 from loadmaster.traces.storage.store import open_trace, save_blocks
 from loadmaster.traces.trace import RoutingTrace
@@ -90,10 +83,10 @@ def test_without_a_model_shapes_tell_and_numbers_without_one_ask(tmp_path: Path)
     told = write_lines(tmp_path / "t.jsonl", [{"choices": [{"routed_experts": npy(hidden(ids))}]}
                                               for ids in REQUESTS])
     assert trace_of(import_any(told, num_experts=16)).layer_indices == (1, 2)
-    with pytest.raises(InputError, match="give --num-experts"):
+    with pytest.raises(InputError, match="give num_experts"):
         import_any(told)
     flat = write_lines(tmp_path / "f.jsonl", [{"meta_info": {"routed_experts": raw(REQUESTS[0])}}])
-    with pytest.raises(InputError, match=r"f\.jsonl, row 1: .* without a shape: give --model"):
+    with pytest.raises(InputError, match=r"f\.jsonl, row 1: .* without a shape: give model"):
         import_any(flat, num_experts=16)
 
 
@@ -203,7 +196,7 @@ def test_passes_without_tokens_need_the_top_k(tmp_path: Path) -> None:
     ids = routing(tokens=30, layers=2)
     passes = [*by_layer(ids[:10], (0, 1)), *by_layer(ids[10:], (0, 1))]
     path = table(tmp_path / "t.csv", "layer,expert", [row[1:] for row in passes])
-    with pytest.raises(InputError, match=r"row 1: expert \d+ twice in 40 rows .* --top-k"):
+    with pytest.raises(InputError, match=r"row 1: expert \d+ twice in 40 rows .* top_k"):
         import_any(path, num_experts=16)
     assert np.array_equal(trace_of(import_any(path, num_experts=16, top_k=4)).ids, ids)
 
@@ -211,7 +204,7 @@ def test_passes_without_tokens_need_the_top_k(tmp_path: Path) -> None:
 def test_runs_of_other_lengths_need_the_top_k(tmp_path: Path) -> None:
     rows = [(0, 1), (0, 2), (1, 3), (1, 4), (0, 5), (0, 6), (0, 7), (0, 8), (1, 9), (1, 10)]
     path = table(tmp_path / "t.csv", "layer,expert", rows)
-    with pytest.raises(InputError, match=r"row 5: 4 rows of one layer, 2 before: .* --top-k"):
+    with pytest.raises(InputError, match=r"row 5: 4 rows of one layer, 2 before: .* top_k"):
         import_any(path, num_experts=16)
 
 
@@ -260,8 +253,8 @@ def test_a_long_table_is_imported_in_bounded_memory(
 ) -> None:
     """Memory of reading and of writing on; the trace is the same as that of the whole."""
     monkeypatch.setattr(row_routes, "FLUSH_TOKENS", 64)
-    monkeypatch.setattr("loadmaster.traces.formats.routes.BLOCK_TOKENS", 256)
-    monkeypatch.setattr("loadmaster.traces.formats.routes.SAMPLE_TOKENS", 256)
+    monkeypatch.setattr("loadmaster.traces.formats.cleaning.found_routes.BLOCK_TOKENS", 256)
+    monkeypatch.setattr("loadmaster.traces.formats.cleaning.repeated_routes.SAMPLE_TOKENS", 256)
 
     def peak(tokens: int) -> int:
         ids = routing(tokens=tokens, layers=2)
@@ -394,6 +387,23 @@ def test_a_document_of_something_else_is_sent_where_it_belongs(
         import_any(tmp_path / "d.json")
 
 
+def test_lines_of_matrices_are_windows_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadmaster.traces.formats.tables.load_documents.MOST_WINDOWS", 8)
+    rows = [{"step": i, "expert_load": (np.array(WINDOWS[i % 3]) + i).tolist()} for i in range(50)]
+    found = import_any(write_lines(tmp_path / "h.jsonl", rows))
+    assert found.profile is not None and found.profile.num_windows == 7
+    expected = np.array([row["expert_load"] for row in rows])
+    assert np.array_equal(found.profile.load_WLE[0], expected[:8].sum(axis=0))
+    assert np.array_equal(found.profile.load_LE, expected.sum(axis=0))
+    assert "8 lines together are a window" in found.notes
+    with pytest.raises(InputError, match="row 51: holds no loads"):
+        import_any(write_lines(tmp_path / "h.jsonl", [*rows, {"step": 50}]))
+    with pytest.raises(InputError, match=r"row 51: holds loads \[1, 2\], the lines before"):
+        import_any(write_lines(tmp_path / "h.jsonl", [*rows, {"expert_load": [[1, 2]]}]))
+
+
 # ---- more of the same -------------------------------------------------------------------------
 
 
@@ -438,3 +448,20 @@ def test_arrays_of_ranks_beside_each_other_are_summed_too(tmp_path: Path) -> Non
     np.save(tmp_path / "load_rank3.npy", loads[:2])
     with pytest.raises(InputError, match="other shapes or layers than"):
         import_any(tmp_path / "load_rank1.npy")
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_tables_may_be_split_by_semicolons_or_tabs(tmp_path: Path, mark: str) -> None:
+    rows = ["layer,expert,count", "0,0,5", "0,1,7"]
+    (tmp_path / "c.csv").write_text("\n".join(rows).replace(",", mark))
+    profile = import_any(tmp_path / "c.csv").profile
+    assert profile is not None and profile.load_LE.tolist() == [[5, 7]]
+
+
+def test_a_folder_of_responses_is_all_of_them(tmp_path: Path) -> None:
+    for part in (0, 1):
+        write_lines(tmp_path / f"part{part}.jsonl",
+                    [{"choices": [{"routed_experts": npy(ids)}]} for ids in REQUESTS])
+    (tmp_path / "notes.json").write_text("{}")
+    found = import_any(tmp_path, num_experts=16)
+    assert trace_of(found).num_tokens == 40 and "6 requests" in found.notes

@@ -124,7 +124,7 @@ def test_bytes_of_a_weight_follow_the_dtype_or_the_quantisation(
         (dict(model_type="llama", hidden_size=64), r"'llama' is not a mixture.*num_local_experts"),
         (dict(model_type="hunyuan_v1_moe", num_experts=1), "not a mixture"),
         (dict(model_type="brandnew", num_experts=64, num_experts_per_tok=6, num_hidden_layers=9),
-         r"'brandnew' is not known.*64 experts, top-k 6, 9 layers.*--moe-layers.*ModelSpec\("),
+         r"'brandnew' is not known.*64 experts, top-k 6, 9 layers.*moe_layers.*ModelSpec\("),
         (dict(model_type="mixtral", num_local_experts=8, num_hidden_layers=2),
          "num_experts_per_tok.*is set"),
         (dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=9,

@@ -172,6 +172,13 @@ def test_where_headers_do_not_fit_the_configuration_they_decide_and_it_is_said(
     assert {key: getattr(spec, key) for key in seen} == seen
 
 
+def test_weights_settle_what_two_fields_contradict(write: Write) -> None:
+    spec = model(write, layers(), num_experts=2 * E)
+    assert spec.num_experts == E
+    with pytest.raises(InputError, match="mean the same"):
+        model(write, {}, num_experts=2 * E)
+
+
 def test_fewer_experts_on_disk_than_a_token_chooses_is_refused(write: Write) -> None:
     with pytest.raises(InputError, match="top_k 4 is larger than num_experts 3"):
         model(write, layers(experts=3), num_experts_per_tok=4)
@@ -260,8 +267,15 @@ def _without_an_expert(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def _misdirect(folder: Path) -> None:
+    index = {"weight_map": {"model.layers.1.mlp.experts.0.up_proj.weight": ["a", "list"],
+                            "model.norm.weight": "../../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(("damage", "said"), [
-    (_cut, "longer than the file"), (_garble, "not a whole safetensors file"),
+    (_misdirect, "not there, though"), (_cut, "longer than the file"),
+    (_garble, "not a whole safetensors file"),
     (_empty, "longer than the file"), (_without_an_expert, "layer 2 has no expert 1 on disk"),
 ])
 def test_weights_that_cannot_be_read_are_said_and_the_configuration_stands(

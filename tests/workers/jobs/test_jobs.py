@@ -13,11 +13,19 @@ import numpy as np
 import pytest
 
 from loadmaster.errors import LoadmasterError, UsageError
+from loadmaster.foundation.compiled import next_random, random_state, travelling_cache
 from loadmaster.placement.plan import Plan
 from loadmaster.workers.group import run_folder
 from loadmaster.workers.jobs import submit as submitting
 from loadmaster.workers.jobs.ray_executor import RayExecutor
-from loadmaster.workers.jobs.submit import _joining, _pack, follow, print_result, submit
+from loadmaster.workers.jobs.submit import (
+    _copy_package,
+    _joining,
+    _pack,
+    follow,
+    print_result,
+    submit,
+)
 
 
 def slow_square(number: int) -> int:
@@ -48,6 +56,40 @@ def test_results_come_in_order_and_errors_in_their_place(ray_cluster: None) -> N
 
 
 # ---- jobs ----------------------------------------------------------------------------------
+
+
+def test_the_package_travels_with_its_compiled_code(tmp_path: Path) -> None:
+    """A copy of it, with other times of change, compiles nothing that is compiled here."""
+    next_random(random_state(0))
+    _copy_package(tmp_path / "loadmaster")
+    for path in (tmp_path / "loadmaster").rglob("*.py"):
+        os.utime(path, (1e9, 1e9))
+    code = (
+        "from loadmaster.foundation import compiled as c\n"
+        "c.next_random(c.random_state(0))\n"
+        "print(c.__file__, *c.next_random.stats.cache_misses.values())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    copy = tmp_path / "loadmaster" / "foundation" / "compiled.py"
+    assert done.stdout == f"{copy}\n", done.stderr[-2000:]
+
+
+def test_compiled_code_of_another_version_of_a_module_stays_behind(tmp_path: Path) -> None:
+    source = tmp_path / "loops.py"
+    source.write_text(
+        "from loadmaster.foundation.compiled import compiled\n"
+        "@compiled\n"
+        "def doubled(x):\n"
+        "    return 2 * x\n"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": ""}
+    subprocess.run([sys.executable, "-c", "import loops; loops.doubled(1)"], cwd=tmp_path,
+                   env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    assert {path.suffix for path in travelling_cache(source)} == {".nbi", ".nbc"}
+    source.write_text(source.read_text().replace("2 * x", "3 * x"))
+    assert travelling_cache(source) == ()
 
 
 def test_inputs_travel_and_arguments_name_them_as_the_job_sees_them(tmp_path: Path) -> None:

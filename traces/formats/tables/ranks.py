@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import InputError
-from .result import ImportResult
+from ....errors import InputError
+from ..result import ImportResult
 
 _RANK = re.compile(r"(?P<before>.*?rank[-_ ]?)(?P<rank>\d+)(?P<after>.*)", re.IGNORECASE)
 

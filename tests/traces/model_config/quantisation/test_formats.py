@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadmaster.traces.model_config.formats import (
+from loadmaster.traces.model_config.quantisation.formats import (
     FORMATS,
     ExpertBytes,
     WeightFormat,

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import InputError
-from ..trace import DECODE, PREFILL
-from .asked import Asked
-from .result import NO_REQUESTS, ImportResult
-from .routes import PADDING, FoundRoutes, clean_routes
-from .tensors import as_array, as_whole
+from ....errors import InputError
+from ...trace import DECODE, PREFILL
+from ..asked import Asked
+from ..cleaning.found_routes import PADDING, FoundRoutes
+from ..cleaning.routes import clean_routes
+from ..result import NO_REQUESTS, ImportResult
+from ..tensors import as_array, as_whole
 
 # SGLang's forward modes as numbers.
 _EXTEND, _DECODE, _MIXED, _VERIFY = 1, 2, 3, 5

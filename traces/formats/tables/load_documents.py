@@ -7,18 +7,21 @@ layer number. Knows documents. Knows nothing of files.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ...errors import InputError
-from ..model_spec import MOST_EXPERTS
-from .asked import Asked
-from .loads import loads_result
-from .result import LOADS_ONLY, NO_PHASE, ImportResult
+from ....errors import InputError
+from ...model_spec import MOST_EXPERTS
+from ..asked import Asked
+from ..cleaning.loads import loads_result
+from ..engines.sglang import import_logical_count
+from ..result import LOADS_ONLY, NO_PHASE, ImportResult
 from .row_columns import NAMES
-from .sglang import import_logical_count
+from .row_loads import MOST_WINDOWS
 
 MATRIX = ("logical_expert_load", "expert_load", "expert_loads", "expert_counts", "expert_count",
           "tokens_per_expert", "loads", "load", "counts", "logical_count")
@@ -44,9 +47,43 @@ def import_load_document(path: Path, value: Any, asked: Asked) -> ImportResult |
     )
 
 
-def import_load_lines(path: Path, values: list[Any], asked: Asked) -> ImportResult | None:
-    """As `import_load_document`, one window a line."""
-    return import_load_document(path, {HISTORY[0]: values}, asked)
+def import_load_lines(path: Path, lines: Iterable[tuple[str, Any]], asked: Asked) -> ImportResult:
+    """As `import_load_document`, one window a line; beyond MOST_WINDOWS neighbours are summed.
+
+    Raises InputError naming the line that holds no loads, or others than the first.
+    """
+    windows: list[npt.NDArray[np.float64]] = []
+    width, numbers, name = 1, None, ""
+    for number, (where, value) in enumerate(lines):
+        found = _find(value, 0)
+        if found is None:
+            raise InputError(f"{where}: holds no loads per expert, as the lines before")
+        counts = np.array(found[1], np.float64)
+        if number == 0:
+            name, _, numbers = found
+        elif counts.shape != windows[0].shape or found[2] != numbers:
+            raise InputError(
+                f"{where}: holds loads {list(counts.shape)}, the lines before "
+                f"{list(windows[0].shape)}: give lines of one model"
+            )
+        if number // width < len(windows):
+            windows[number // width] += counts
+        else:
+            windows.append(counts)
+        if len(windows) > MOST_WINDOWS:
+            pairs = [sum(windows[i : i + 2]) for i in range(0, len(windows), 2)]
+            windows, width = [np.asarray(pair) for pair in pairs], 2 * width
+    told = (f"loads read from {name!r}",) if name else ()
+    return loads_result(
+        np.stack(windows), asked, str(path), format="loads (.jsonl)", numbers=numbers,
+        model_name=path.stem, cannot_tell=(*LOADS_ONLY, NO_PHASE),
+        notes=(*told, *([f"{width} lines together are a window"] if width > 1 else [])),
+    )
+
+
+def holds_loads(value: Any) -> bool:
+    """Whether a line is a window of loads."""
+    return _find(value, 0) is not None
 
 
 Found = tuple[str, Any, tuple[int, ...] | None]     # name, array, layer numbers

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import InputError
-from ..model_config.layer_ranges import written
-from ..model_layers import hidden_layers
-from ..profile import Profile
-from .asked import LOAD_AXES, Asked
-from .result import LOADS_ONLY, ImportResult
-from .tensors import as_array
+from ....errors import InputError
+from ...model_config.layer_ranges import written
+from ...model_layers import hidden_layers
+from ...profile import Profile
+from ..asked import LOAD_AXES, Asked
+from ..result import LOADS_ONLY, ImportResult
+from ..tensors import as_array
 
 LoadArray = npt.NDArray[Any]
 

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import InputError
-from .asked import Asked
-from .result import NO_HOMES, NO_PHASE, NO_STEPS, RoutesResult
-from .routes import FoundRoutes, clean_routes
-from .spool import Spool
+from ....errors import InputError
+from ..asked import Asked
+from ..cleaning.found_routes import FoundRoutes
+from ..cleaning.routes import clean_routes
+from ..cleaning.routes_result import RoutesResult
+from ..cleaning.spool import Spool
+from ..result import NO_HOMES, NO_PHASE, NO_STEPS
 
 KEY = "routed_experts"
 _NPY = b"\x93NUMPY"

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import InputError
-from ..model_spec import MOST_EXPERTS
-from .asked import Asked
-from .loads import loads_result
-from .result import LOADS_ONLY, NO_PHASE, ImportResult
+from ....errors import InputError
+from ...model_spec import MOST_EXPERTS
+from ..asked import Asked
+from ..cleaning.loads import loads_result
+from ..result import LOADS_ONLY, NO_PHASE, ImportResult
+from ..tensors import as_array, as_whole
 from .sglang_tokens import import_tokens
-from .tensors import as_array, as_whole
 
 Dumps = list[tuple[Path, dict[str, Any]]]
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import InputError
-from ...foundation.documents import read_json
-from .asked import Asked
-from .loads import loads_result
-from .result import LOADS_ONLY, NO_PHASE, ImportResult
+from ....errors import InputError
+from ....foundation.documents import read_json
+from ..asked import Asked
+from ..cleaning.loads import loads_result
+from ..result import LOADS_ONLY, NO_PHASE, ImportResult
 
 META = "meta_info.json"
 _RANK = re.compile(r"rank(\d+)\.safetensors")

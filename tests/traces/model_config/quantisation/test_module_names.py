@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loadmaster.traces.model_config.families import BLOCKS
-from loadmaster.traces.model_config.module_names import Matrix, layer_of, names_matrix
+from loadmaster.traces.model_config.quantisation.module_names import Matrix, layer_of, names_matrix
 
 GATE, UP, DOWN = (Matrix(10, which, 0, BLOCKS) for which in range(3))
 

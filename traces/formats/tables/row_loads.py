@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
-from ..model_spec import MOST_EXPERTS
-from .asked import Asked
-from .loads import loads_result
+from ....errors import InputError
+from ...model_spec import MOST_EXPERTS
+from ..asked import Asked
+from ..cleaning.loads import loads_result
+from ..result import LOADS_ONLY, NO_PHASE, ImportResult
 from .ranks import rank_notes
-from .result import LOADS_ONLY, NO_PHASE, ImportResult
 from .row_columns import Columns
 
 MOST_WINDOWS = 1_024         # beyond so many, neighbours are summed: memory stays bounded

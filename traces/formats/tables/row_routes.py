@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
-from .asked import Asked
-from .result import NO_HOMES, NO_PHASE, NO_REQUESTS, NO_STEPS, RoutesResult
-from .routes import PADDING, FoundRoutes, clean_routes
+from ....errors import InputError
+from ..asked import Asked
+from ..cleaning.found_routes import PADDING, FoundRoutes
+from ..cleaning.routes import clean_routes
+from ..cleaning.routes_result import RoutesResult
+from ..cleaning.spool import Spool
+from ..result import NO_HOMES, NO_PHASE, NO_REQUESTS, NO_STEPS
 from .row_columns import Columns
-from .spool import Spool
 
 MOST_HELD = 1 << 20          # choices of a token in a layer, before a token must be whole
 FLUSH_TOKENS = 8_192

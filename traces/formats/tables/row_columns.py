@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import InputError
+from ....errors import InputError
 
 # What a column may be called, in lower case; the first that is there counts.
 NAMES: dict[str, tuple[str, ...]] = {

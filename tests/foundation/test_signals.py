@@ -1,0 +1,58 @@
+"""What starts processes must not decide what becomes of signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from loadmaster.foundation.signals import hangups_held_back, terminations_kept
+
+
+@pytest.fixture
+def heard() -> Iterator[list[int]]:
+    """Signals that this process got, instead of ending it."""
+    got: list[int] = []
+    before = {one: signal.signal(one, lambda number, frame: got.append(number))
+              for one in (signal.SIGHUP, signal.SIGTERM)}
+    yield got
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
+def test_a_hangup_waits_and_then_comes(heard: list[int]) -> None:
+    with hangups_held_back():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert heard == []
+    assert heard == [signal.SIGHUP]
+
+
+def test_what_is_started_meanwhile_outlives_a_hangup() -> None:
+    sleep = [sys.executable, "-c", "print('up', flush=True); input()"]
+    with hangups_held_back():
+        child = subprocess.Popen(sleep, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "up\n"
+    child.send_signal(signal.SIGHUP)
+    child.communicate("\n", timeout=30)
+    assert child.returncode == 0
+
+
+def test_termination_stays_ours_where_it_was(heard: list[int]) -> None:
+    with terminations_kept():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)      # as a library may
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+
+
+def test_a_default_gives_way() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with terminations_kept():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
