@@ -63,6 +63,11 @@ _OF_STEPS = (
 MAY_DIFFER |= {
     name: "; ".join(filter(None, (MAY_DIFFER.get(name), _STEPS))) for name in _OF_STEPS
 }
+_PROMISE = "evidence has a promise now, None where nobody judged the plan; loads in finer units"
+MAY_DIFFER |= {
+    name: "; ".join(filter(None, (MAY_DIFFER.get(name), _PROMISE)))
+    for name in ("from_loads_alone", "beside_a_standing_plan")
+}
 
 # `auto` scores what every other method would place, on fewer slots too, and keeps the best by the
 # steps that decide; ties go to fewer replicas, then moves. A method's own plan changes only where

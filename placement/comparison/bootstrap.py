@@ -39,6 +39,7 @@ class Redrawn:
     requests: int
     equal_requests: float
     thinner: float = 0.0
+    lean: float = 0.0
 
     @property
     def draws(self) -> int:
@@ -50,9 +51,9 @@ class Redrawn:
         off. NaN steps are left out; judged None = the mean of all draws.
 
         What single steps scatter within a draw, and a draw's steps are fewer than were judged, is
-        taken off (analysis of variance); then widened where requests are few. By how much draws
-        differ from the judged steps on average stays: a sample of requests is less even than what
-        it is a sample of, and so is each draw than the sample.
+        taken off (analysis of variance); then widened where requests are few. Where fewer requests
+        were recorded than are in flight, the judged steps are less even than traffic's own, as
+        draws are less even than the judged steps: `lean` of that difference is added.
         """
         kept = ~np.isnan(value_W)
         draw_W, value_W = self.draw_W[kept], value_W[kept]
@@ -69,8 +70,8 @@ class Redrawn:
         kept_part = max(1.0 - of_steps / total, LEAST_PART) if total > 0 else 1.0
         worth = self.equal_requests
         wider = few_draws_factor(worth, 1 / (TAILS / worth + 1 / self.draws))
-        lean = 0.0 if judged is None else float(mean_B[held_B].mean()) - judged
-        return np.asarray(noise_B * np.sqrt(kept_part) * wider + lean, np.float64)
+        apart = 0.0 if judged is None else float(mean_B[held_B].mean()) - judged
+        return np.asarray(noise_B * np.sqrt(kept_part) * wider + self.lean * apart, np.float64)
 
 
 def redraw(
@@ -109,7 +110,9 @@ def redraw(
     thinner = 0.0 if sampler.order == "recorded" else max(0.0, 1 / per_draw - 1 / len(whole))
     length = np.diff(start)
     worth = float(length.sum()) ** 2 / float((length.astype(np.float64) ** 2).sum())
-    return Redrawn(Steps(token, offset), np.array(draw, np.int64), requests, worth, thinner)
+    crowded = sampler.order == "interleaved"
+    lean = max(0.0, 1.0 - requests / sampler.concurrency) if crowded else 0.0
+    return Redrawn(Steps(token, offset), np.array(draw, np.int64), requests, worth, thinner, lean)
 
 
 def _cut(

@@ -30,7 +30,7 @@ from .noise_band import StepMix, mean_noise, step_mix
 Noise = Callable[[FloatArray], "FloatArray | None"]
 
 
-FEWEST_DRAWN_STEPS = 25      # below which draws need not be made: they have a step each at least
+FEWEST_DRAWN_STEPS = 50      # below which draws need not be made: they have a step each at least
 
 
 @dataclass(frozen=True, eq=False)

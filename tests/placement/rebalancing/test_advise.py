@@ -200,7 +200,7 @@ def test_moves_that_cost_nothing_need_not_pay() -> None:
     assert worse.refusal(1e9) is not None
 
 
-def flat(experts: int = 16, tokens: int = 240_000) -> RoutingTrace:
+def flat(experts: int = 16, tokens: int = 480_000) -> RoutingTrace:
     """Every expert as likely as the next, whatever the request."""
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((tokens, 2, experts)), axis=2)[:, :, :2]
