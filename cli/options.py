@@ -16,8 +16,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 
 def _whole(seed: int) -> int:
-    if seed < 0:
-        raise UsageError(f"--seed {seed} must be at least 0")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed} must be at least 0, and below 2^63")
     return seed
 
 

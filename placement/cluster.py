@@ -218,7 +218,7 @@ class Cluster(BaseModel):
             return self
         if not 0 <= reserved_bytes < self.memory_bytes:
             raise UsageError(
-                f"reserved bytes {reserved_bytes:,} must lie in 0..{self.memory_bytes - 1:,}: a "
+                f"reserve_bytes {reserved_bytes:,} must lie in 0..{self.memory_bytes - 1:,}: a "
                 f"device has {self.memory_bytes:,} bytes of memory"
             )
         return self.model_copy(update={"reserved_bytes": reserved_bytes})

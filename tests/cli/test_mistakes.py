@@ -51,6 +51,8 @@ def contents(folder: Path) -> dict[str, str]:
     (("plan", "trace", "--num-experts", 8, *SMALL), 1, "holds 16 experts per layer, 8 were given"),
     (("plan", "trace", "--nodes", 10**9, *SMALL), 2, "at most 65536 devices"),
     (("plan", "trace", *SMALL, "--step-tokens", 10**20), 1, "do not fill one step"),
+    ((*SYNTH, "-o", "new", "--domains", 10**20), 2, "--domains 100000000000000000000 in [1, "),
+    ((*SYNTH, "-o", "new", "--seed", 10**20), 2, "--seed 100000000000000000000 must be"),
     (("trace", "import", "trace", "--key", "ids=x", "-o", "new"), 1, "leave --key out"),
     (("trace", "import", "ids.npz", "-o", "file"), 2, "file: exists already"),
     (("trace", "import", "ids.npz", "-o", "link"), 2, "link: exists already"),

@@ -29,6 +29,7 @@ from .recorder import Recorder, RecordingSummary
 if TYPE_CHECKING:
     import torch
 
+MOST_DECODED = 1_000_000         # of a request: longer than any context
 IMPLEMENTATION = "loadmaster_record"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -70,6 +71,8 @@ def record_model(
             f"need 1 <= request_tokens <= step_tokens and decode_tokens >= 0; got "
             f"{request_tokens}, {step_tokens} and {decode_tokens}"
         )
+    if decode_tokens > MOST_DECODED:
+        raise UsageError(f"decode_tokens {decode_tokens} must be at most {MOST_DECODED}")
     if max_tokens is not None and max_tokens < 1:
         raise UsageError(f"max_tokens {max_tokens} must be at least 1, or left out")
     require_unused(Path(out_dir))

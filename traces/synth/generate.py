@@ -161,10 +161,10 @@ def _check(
             f"layers {layers} must lie in [1, {MOST_LAYERS}], experts {experts} in "
             f"[1, {MOST_EXPERTS}]"
         )
-    if not 1 <= top_k <= experts or tokens < 1 or domains < 1:
+    if not 1 <= top_k <= experts or not 1 <= domains <= tokens:
         raise UsageError(
             f"top_k {top_k} must lie in [1, {experts}], the number of experts; tokens {tokens} "
-            f"and domains {domains} must be at least 1"
+            f"must be at least 1, domains {domains} in [1, tokens]"
         )
     if blocks is not None and not 1 <= blocks <= experts:
         raise UsageError(f"blocks {blocks} must lie in [1, {experts}], the number of experts")
@@ -239,4 +239,4 @@ def _domains_of_requests(
     if switch_tokens is None:
         return rng.integers(0, domains, requests)
     first_T = np.searchsorted(request_T, np.arange(requests))
-    return (first_T // max(1, switch_tokens)) % domains
+    return (first_T // max(1, min(switch_tokens, len(request_T)))) % domains

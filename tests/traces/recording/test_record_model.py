@@ -78,6 +78,14 @@ def test_generated_tokens_are_decode_steps_of_their_requests(
     assert trace.request[8:].tolist() == [0, 1] * 3
 
 
+def test_more_tokens_than_any_context_holds_are_not_generated(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="decode_tokens 100000000000000000000 must be at most"):
+        record_model(checkpoint, TEXTS, tmp_path / "t", decode_tokens=10**20)
+    assert not (tmp_path / "t").exists()
+
+
 def test_weights_that_do_not_fit_the_config_are_refused_and_nothing_is_made_up(
     checkpoint: Path, tmp_path: Path
 ) -> None:
