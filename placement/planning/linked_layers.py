@@ -28,13 +28,19 @@ from ..planning_traffic import PlanningSteps
 from ..search.layer_task import LayerAnswer, Score, best_of, crossing_transfers, score_of
 from .evidence import Settings
 
+NAMES_DO_NOT_MATTER = ("even", "balanced", "fewest_active")
+
 
 def linked(
     plans: Sequence[list[LayerAnswer]], data: PlanningSteps, settings: Settings, *, align: bool
 ) -> tuple[list[LayerAnswer], tuple[str, ...]]:
     """The best of whole plans, scored together; the first may get its devices renamed (`align`)."""
     notes: tuple[str, ...] = ()
-    if align and can_align(settings.cluster) and data.trace is not None and pairs_fit(data):
+    # A rule that goes by the order of slots shares otherwise among devices of other names: only a
+    # score of the whole tells what that is worth.
+    free = scored_together(settings) or settings.dispatch.policy in NAMES_DO_NOT_MATTER
+    align = align and free and can_align(settings.cluster) and data.trace is not None
+    if align and pairs_fit(data):
         model = whole_model(
             data, settings.cluster, "auto", settings.seed, settings.effort, settings.deadline
         )
