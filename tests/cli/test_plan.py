@@ -93,8 +93,8 @@ def test_a_budget_of_moves_counts_for_average_loads_too(run: Run, tmp_path: Path
 
 @pytest.mark.parametrize(("asked", "said"), [
     (("--max-moves", 3), "name it with --current"),
-    (("--phase", "both"), "unknown phase 'both'"),
-    (("--method", "luck"), "unknown method 'luck'"),
+    (("--phase", "both"), "unknown --phase 'both'"),
+    (("--method", "luck"), "unknown --method 'luck'"),
     (("--objective", "time"), "--model"),
 ])
 def test_options_that_mean_nothing_end_with_2_and_one_line(

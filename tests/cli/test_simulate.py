@@ -145,7 +145,7 @@ def test_files_are_written_whole(simulate, tmp_path: Path) -> None:
     (("--report", "absent/page.html"), 2, "no folder absent"),
     (("--trace-out", "absent/steps.json"), 2, "no folder absent"),
     (("--report", "one.html", "--trace-out", "one.html"), 2, "named twice"),
-    (("--step-tokens", 4, "--max-requests", 5), 2, "max_requests 5"),
+    (("--step-tokens", 4, "--max-requests", 5), 2, "--max-requests 5"),
     (("--other-bytes", 5), 2, "--kv-bytes-per-token"),
     (("--policy", "luck"), 2, "net_benefit"),
     (("--overlap", "luck"), 2, "two_batch"),
