@@ -23,7 +23,7 @@ from ..cost.step_loads import StepLoads, check_fit, step_loads
 from ..cost.token_transfers import transfers_cost_bytes
 from ..cost.unplanned import filled_shape, unplanned_us_W
 from ..plan import DispatchSpec, Plan
-from .bootstrap import redraw
+from .bootstrap import CHANGE_TAILS, LEVEL_TAILS, redraw
 from .intervals import band
 from .noise_band import StepMix, mean_noise, step_mix
 
@@ -214,7 +214,11 @@ def redrawn_noise(
     transfers_PW = np.stack([transfers_W for _, _, transfers_W in judged])
 
     def noise_of(value_PW: FloatArray, mean_P: FloatArray) -> Noise:
-        return lambda weight_P: redrawn.noise(weight_P @ value_PW, float(weight_P @ mean_P))
+        def noise(weight_P: FloatArray) -> FloatArray:
+            tails = CHANGE_TAILS if (weight_P < 0).any() else LEVEL_TAILS
+            return redrawn.noise(weight_P @ value_PW, float(weight_P @ mean_P), tails)
+
+        return noise
 
     return (
         noise_of(metric_PW, metric_P), noise_of(transfers_PW, transfers_P), redrawn.draws,
