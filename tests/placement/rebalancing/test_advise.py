@@ -168,7 +168,7 @@ def test_a_trace_too_short_for_one_step_is_said_before_planning(routing: Routing
 
 def test_a_time_limit_is_for_all_methods_together(routing: RoutingTrace) -> None:
     began = time.monotonic()
-    tried = try_methods(routing, EVEN, ("auto", "moetuner", *BASELINES), time_limit_s=0.2,
+    tried = try_methods(routing, EVEN, ("auto", "moetuner", *BASELINES), time_limit_s=0.02,
                         steps=STEPS, effort="thorough")
     assert list(tried.results) == ["auto", "moetuner", *BASELINES]       # as asked
     assert tried.results["auto"].truncated
