@@ -13,12 +13,25 @@ from contextlib import contextmanager
 
 @contextmanager
 def hangups_held_back() -> Iterator[None]:
-    """SIGHUP waits meanwhile; whatever is started here never sees one, and ends when we end it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    """SIGHUP waits meanwhile; whatever is started here never sees one, and ends when we end it.
+
+    Children inherit that it is blocked. Another thread of ours may still take one: it is noted, and
+    raised afterwards.
+    """
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGHUP)
+    ours = threading.current_thread() is threading.main_thread() and before != signal.SIG_IGN
+    if ours:
+        signal.signal(signal.SIGHUP, lambda number, frame: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if ours:
+            signal.signal(signal.SIGHUP, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if came:
+            signal.raise_signal(signal.SIGHUP)
 
 
 @contextmanager

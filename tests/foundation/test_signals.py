@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +30,26 @@ def test_a_hangup_waits_and_then_comes(heard: list[int]) -> None:
     with hangups_held_back():
         os.kill(os.getpid(), signal.SIGHUP)
         assert heard == []
+    assert heard == [signal.SIGHUP]
+
+
+def test_a_hangup_that_another_thread_takes_waits_too(heard: list[int]) -> None:
+    """Whoever is free gets a process's signal: here a thread that does not block it."""
+    free, done = threading.Event(), threading.Event()
+
+    def idle() -> None:
+        free.set()
+        done.wait(30)
+
+    other = threading.Thread(target=idle)
+    other.start()
+    free.wait(30)
+    with hangups_held_back():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.05)
+        assert heard == []
+    done.set()
+    other.join()
     assert heard == [signal.SIGHUP]
 
 
