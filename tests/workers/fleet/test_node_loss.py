@@ -58,7 +58,7 @@ def lose_and_gain(nodes: Any, model: Path) -> None:
     prompts = [[n, n + 1, n + 2, 7] for n in range(6)]
     with Group.start(
         model, ranks=3, name=f"nodes-{os.getpid()}", address=nodes.address, cpus_per_rank=1.0,
-        replace_timeout_s=20.0,
+        replace_timeout_s=40.0,
     ) as group:
         want = group.generate(prompts, 80)
         got: list[list[list[int]]] = []
