@@ -22,7 +22,7 @@ def hangups_held_back() -> Iterator[None]:
     before = signal.getsignal(signal.SIGHUP)
     ours = threading.current_thread() is threading.main_thread() and before != signal.SIG_IGN
     if ours:
-        signal.signal(signal.SIGHUP, lambda number, frame: came.append(number))
+        signal.signal(signal.SIGHUP, lambda number, _frame: came.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
