@@ -63,8 +63,8 @@ class WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
         self.on_gap = on_gap
 
     def createAndConfigureSolver(self, lp: pulp.LpProblem) -> None:
-        """The first HiGHS object of a process prints a banner on descriptor 1: send it to 2."""
-        with _stdout_to_stderr():
+        """The first HiGHS object of a process prints a banner on descriptor 1: nobody wants it."""
+        with _stdout_to_nowhere():
             super().createAndConfigureSolver(lp)
 
     def callSolver(self, lp: pulp.LpProblem) -> None:
@@ -167,13 +167,14 @@ def set_start(grid: list[list[pulp.LpVariable]], chosen: npt.NDArray[np.integer[
             variable.setInitialValue(1.0 if j == column else 0.0, check=False)
 
 
-class _stdout_to_stderr:  # noqa: N801  (reads as a verb at its one place of use)
-    """Descriptor 1 points to 2 inside; Python's own redirection does not reach C code."""
+class _stdout_to_nowhere:  # noqa: N801  (reads as a verb at its one place of use)
+    """Descriptor 1 leads nowhere inside; Python's own redirection does not reach C code."""
 
     def __enter__(self) -> None:
         sys.stdout.flush()
-        self._saved = os.dup(1)
-        os.dup2(2, 1)
+        self._saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
 
     def __exit__(self, *_: object) -> None:
         os.dup2(self._saved, 1)
