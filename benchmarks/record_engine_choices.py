@@ -18,6 +18,7 @@ import ast
 import json
 import os
 import random
+import tempfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -265,7 +266,7 @@ def extract(
         node = found[name]
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
         text += textwrap.dedent("".join(lines[first : node.end_lineno])) + "\n\n"
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"engine_{names[0]}.py"
+    path = Path(tempfile.gettempdir()) / f"engine_{names[0]}.py"
     path.write_text(text)
     exec(compile(text, str(path), "exec"), space)
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..app.offers import with_offer
+from ..foundation.units import size
 from . import output as show
 
 if TYPE_CHECKING:
@@ -32,8 +34,8 @@ def answer(
     notes: tuple[str, ...],
     *,
     json: bool,
-) -> list[Report]:
-    """Plan every part, write what was chosen, and say it; a report of each part."""
+) -> dict[str, Report]:
+    """Plan every part, write what was chosen, and say it; a report of each part, by phase."""
     from ..errors import UsageError
     from ..placement.rebalancing.trial_plans import TimeLimit
     from ..traces.trace import RoutingTrace
@@ -45,7 +47,7 @@ def answer(
                 "out, or record a trace with phases"
             )
         limit = {"time_limit_s": time_limit}
-        return [_answer_loads(source, targets[""], options | limit, notes, json=json)]
+        return {"": _answer_loads(source, targets[""], options | limit, notes, json=json)}
     parts = _parts(path, source, targets)
     clock = TimeLimit.start(time_limit)
     answers: dict[str, Advice] = {}
@@ -53,7 +55,7 @@ def answer(
         limit = {"time_limit_s": clock.share(len(parts) - len(answers))}
         answers[name] = _advise(part, options | limit)
     for name, found in answers.items():
-        offered = show.with_offer(found.verdict, source, options["model"])
+        offered = with_offer(found.verdict, source, options["model"])
         advice = answers[name] = replace(found, verdict=offered)
         target = targets[name]
         if target is not None:
@@ -64,7 +66,7 @@ def answer(
     if json:
         documents = {n: a.to_dict() | {"notes": [*a.notes, *notes]} for n, a in answers.items()}
         show.print_json(documents if phase == "apart" else next(iter(documents.values())))
-    return [_report(name, advice, parts[name], options, notes) for name, advice in answers.items()]
+    return {n: _report(n, advice, parts[n], options, notes) for n, advice in answers.items()}
 
 
 def _report(
@@ -75,7 +77,8 @@ def _report(
 
     cluster, dispatch = options["cluster"], options["dispatch"]
     return plan_report(
-        advice, lambda: views_of(shown_plans(advice), part, cluster, dispatch), cluster, notes,
+        advice, lambda: views_of(shown_plans(advice), part, cluster, dispatch,
+                                 options["steps"]), cluster, notes,
         title=f"Plan for {phase}" if phase else "Plan",
     )
 
@@ -169,7 +172,7 @@ def _print_moving(moving: dict[str, Moving]) -> None:
         steps = taken.pays_back_after_steps
         rows.append((
             "  " + name, taken.moves, f"{taken.share:.1%}",
-            None if taken.bytes is None else show.size(taken.bytes),
+            None if taken.bytes is None else size(taken.bytes),
             None if taken.us is None else taken.us / 1e3, taken.significant_gain_us,
             None if steps is None else f"{steps:,.0f} steps",
         ))

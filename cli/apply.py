@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..foundation.units import size
 from . import output as show
 from .options import Address, Json
 
@@ -62,7 +63,7 @@ def apply(
 def _print_done(switched: dict[str, Any], name: str, plan: Path, decode_kept: bool) -> None:
     show.print_verdict(
         f"group {name!r} serves under {plan.name}: epoch {switched['epoch']}, "
-        f"{switched['moves']} experts moved, {show.size(switched['move_bytes'])}"
+        f"{switched['moves']} experts moved, {size(switched['move_bytes'])}"
     )
     if decode_kept:
         show.print_notes(["decode keeps the plan of its own; --decode-plan names another"])
@@ -115,7 +116,7 @@ def switch_outcome(status: dict[str, Any], epoch: int) -> str:
 def _print(advice: Advice) -> None:
     total = sum(advice.move_bytes)
     show.print_verdict(
-        f"{advice.verdict}; {len(advice.moves)} experts would move, {show.size(total)}"
+        f"{advice.verdict}; {len(advice.moves)} experts would move, {size(total)}"
     )
     rows = [
         (f"layer {layer}", device, expert, size)

@@ -75,7 +75,7 @@ def cache(
             accuracy=accuracy, steps=build_sampler(step_tokens, concurrency, order, seed),
             max_steps=max_steps, seed=seed, progress=lambda: bar.advance(task),
         )
-    write_reports([cache_report(table, notes)], report, report_png)
+    write_reports({"": cache_report(table, notes)}, report, report_png)
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..foundation.units import size
 from . import output as show
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def print_demo(result: DemoResult) -> None:
         ("outputs identical under both plans, bit for bit", result.outputs_identical),
         ("experts moved by a switch, of slots in all layers", f"{len(applied.moved)} of "
          f"{result.planned.plan.slots.size}"),
-        ("bytes moved", show.size(applied.moved_bytes)),
+        ("bytes moved", size(applied.moved_bytes)),
         ("steps that carried them; the commit step, ms",
          f"{applied.stage_steps}; {applied.commit_us / 1e3:.0f}"),
         ("recording costs, share of CPU time (95 % bound)",

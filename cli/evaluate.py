@@ -17,6 +17,7 @@ from ..app.inputs import (
     read_trace,
     with_current,
 )
+from ..app.offers import with_offer
 from . import options as opt
 from . import output as show
 from .reports import ReportFile, ReportPictures, require_report_targets, write_reports
@@ -65,15 +66,18 @@ def evaluate(
     notes += model_notes(spec)
     place = plans_cluster(named, cluster, preset, nodes, devices_per_node, traffic, routing,
                           oversubscription, reserve_bytes)
+    sampler = build_sampler(step_tokens, concurrency, order, 0)
     table = compare(
         named, routing, place,
-        steps=build_sampler(step_tokens, concurrency, order, 0),
+        steps=sampler,
         dispatch=dispatch, model=spec, seed=seed, current=reference,
     )
-    table = replace(table, verdict=show.with_offer(table.verdict, routing, spec))
+    table = replace(table, verdict=with_offer(table.verdict, routing, spec))
     shown = {name: named[name] for name in shown_names(table)}
-    page = evaluate_report(table, lambda: views_of(shown, routing, place, dispatch), place, notes)
-    write_reports([page], report, report_png)
+    page = evaluate_report(
+        table, lambda: views_of(shown, routing, place, dispatch, sampler), place, notes
+    )
+    write_reports({"": page}, report, report_png)
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})
     else:

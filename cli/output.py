@@ -1,6 +1,6 @@
 """How the command line speaks: the verdict first, then tables; JSON on stdout, progress on stderr.
 
-Knows strings and numbers, and the options to name. Knows nothing of plans.
+Knows strings and numbers. Knows nothing of plans or traces.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from ..foundation.plain_values import plain
 from .spelling import one_line, writable
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.text import Text
 
-    from ..traces.model_spec import ModelSpec
-    from ..traces.profile import Profile
-    from ..traces.trace import RoutingTrace
     from .progress import PlainProgress
 
 
@@ -64,7 +62,7 @@ def print_line(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout; NaN and infinity become null. Raises ReaderGoneError."""
-    print_raw(json.dumps(_plain(value), indent=2, sort_keys=False) + "\n")
+    print_raw(json.dumps(plain(value), indent=2, sort_keys=False) + "\n")
 
 
 def print_raw(text: str) -> None:
@@ -73,18 +71,6 @@ def print_raw(text: str) -> None:
         print(text, end="", flush=True)     # or a short one would break when Python ends
     except BrokenPipeError as error:
         raise ReaderGoneError from error
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def print_verdict(text: str) -> None:
@@ -97,22 +83,6 @@ def _shown(text: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(writable(one_line(text), sys.stdout), style=style)
-
-
-def with_offer(verdict: str, source: RoutingTrace | Profile, model: ModelSpec | None) -> str:
-    """A verdict that sizes were not known for, with the option that would tell time."""
-    from ..traces.catalogue import models_of_shape
-
-    if model is not None:
-        return verdict
-    names = models_of_shape(source.num_layers, source.num_experts, source.top_k)
-    if not names:
-        return verdict
-    others = f" (or {', '.join(names[1:3])})" if len(names) > 1 else ""
-    return (
-        f"{verdict}; to see time, and plan for it: --model {names[0]}{others}, whose shape this "
-        "routing has"
-    )
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -152,15 +122,6 @@ def figure(value: Any, digits: int = 3) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
     return str(value)
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people, powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(num_bytes) < 1000:
-            return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.1f} TB"
 
 
 def band(centre: float, low: float, high: float) -> str:

@@ -96,7 +96,7 @@ def plan(
 
     _check_asked(phase, current, (max_moves, max_bytes), method, horizon, time_limit)
     targets = _targets(out, phase)
-    require_report_targets(report, report_png)
+    require_report_targets(report, report_png, targets if phase == "apart" else ("",))
     current_plan = load_plan(current)
     spec = read_model(model, moe_layers)
     source, notes = read_routing(trace, num_experts, model=spec, axes=axes, layers=layers)

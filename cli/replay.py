@@ -93,7 +93,7 @@ def replay(
             steps=build_sampler(step_tokens, concurrency, order, 0), max_steps=max_steps,
             overlap=build_overlap(overlap), current=reference, seed=seed,
         )
-    write_reports([replay_report(played, notes)], report, report_png)
+    write_reports({"": replay_report(played, notes)}, report, report_png)
     if json:
         document = {"verdict": played.comparison.verdict} | played.to_dict()
         show.print_json(document | {"notes": [*notes, *_notes(played)]})

@@ -5,7 +5,7 @@ Knows options and reports. Draws nothing unless it is asked to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,9 +27,12 @@ ReportPictures = Annotated[
 ]
 
 
-def require_report_targets(page: Path | None, pictures: Path | None) -> None:
+def require_report_targets(
+    page: Path | None, pictures: Path | None, parts: Iterable[str] = ("",)
+) -> None:
     """Refuse, before any work, what cannot be written or would be written over."""
-    require_target(page)
+    for part in parts:
+        require_target(_page_of(page, part))
     if pictures is not None and pictures.exists():
         if not pictures.is_dir():
             raise UsageError(f"{pictures} exists and is no folder: name another one")
@@ -37,20 +40,27 @@ def require_report_targets(page: Path | None, pictures: Path | None) -> None:
             raise UsageError(f"{pictures} holds files already: name a new folder for the pictures")
 
 
-def write_reports(reports: Sequence[Report], page: Path | None, pictures: Path | None) -> None:
-    """The page and the pictures that were asked for; several reports make one page after another,
-    named by their titles."""
+def write_reports(
+    reports: Mapping[str, Report], page: Path | None, pictures: Path | None
+) -> None:
+    """The pages and the pictures that were asked for, of each part ("" = of all)."""
     from ..simulator.report.page import write_page
     from ..simulator.report.pictures import write_pictures
 
-    for report in reports:
-        own = f".{report.title.split()[-1].lower()}" if len(reports) > 1 else ""
-        if page is not None:
-            path = page.with_suffix(f"{own}{page.suffix or '.html'}") if own else page
+    for part, report in reports.items():
+        path = _page_of(page, part)
+        if path is not None:
             with writing(path):
                 write_page(path, report)
             show.err().print(f"wrote the report to {path}", markup=False)
         if pictures is not None:
-            folder = pictures / own.removeprefix(".") if own else pictures
+            folder = pictures / part
             names = ", ".join(p.name for p in write_pictures(folder, report))
             show.err().print(f"wrote {names} to {folder}", markup=False)
+
+
+def _page_of(page: Path | None, part: str) -> Path | None:
+    """`r.html`, or `r.prefill.html` for a part."""
+    if page is None or not part:
+        return page
+    return page.with_suffix(f".{part}{page.suffix or '.html'}")

@@ -103,7 +103,7 @@ def simulate(
     page = simulate_report(
         served, lambda: views_of(shown, routing, place, dispatch), place, notes
     )
-    write_reports([page], report, report_png)
+    write_reports({"": page}, report, report_png)
     if trace_out is not None:
         with writing(trace_out):
             write_chrome_trace(trace_out, served.results[name], first, router)

@@ -147,7 +147,7 @@ def info(
     require_report_targets(report, report_png)
     found = read_any(trace, Asked(num_experts=num_experts, axes=axes))
     facts = trace_info(found, devices=devices)
-    write_reports([trace_report(facts)], report, report_png)
+    write_reports({"": trace_report(facts)}, report, report_png)
     if json:
         show.print_json(facts.to_dict())
         return

@@ -95,7 +95,7 @@ def whatif(
         with writing(out_csv), replacing(out_csv) as file:
             file.write(table.to_csv().encode())
     page = whatif_report(table, tuple(scenarios.axes), rank_by, notes)
-    write_reports([page], report, report_png)
+    write_reports({"": page}, report, report_png)
     if json:
         show.print_json(table.to_dict() | {"notes": [*notes, *table.notes]})
     else:

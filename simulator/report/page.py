@@ -7,11 +7,11 @@ dark and print are the page's affair: charts have no text colours of their own.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from ...foundation.atomic_file import replacing
+from ...foundation.plain_values import plain
 from ...foundation.version import VERSION
 from .report import Report
 
@@ -50,16 +50,3 @@ def script_json(value: Any) -> str:
     """JSON that a script element can hold: it cannot end the element; NaN becomes null."""
     text = json.dumps(plain(value), separators=(",", ":"), ensure_ascii=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def plain(value: Any) -> Any:
-    """Only what JSON has."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -6,7 +6,7 @@ Knows routing, plans and dispatch. Knows nothing of HTML or time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,11 +59,16 @@ def plan_views(
 
 def views_of(
     plans: dict[str, Plan], routing: RoutingTrace, cluster: Cluster,
-    dispatch: str | DispatchSpec | None,
+    dispatch: str | DispatchSpec | None, steps: StepSampler | None = None,
 ) -> list[PlanView]:
-    """Each plan's loads and traffic, under the dispatch it serves with."""
+    """Each plan's loads and traffic, under the dispatch it serves with.
+
+    steps: as the plans were judged; None = steps of 512 tokens, or of all where there are fewer.
+    """
+    usual = StepSampler()
+    sampler = steps or replace(usual, tokens=min(usual.tokens, routing.num_tokens))
     return [
         view for name, plan in plans.items()
-        for view in plan_views({name: plan}, routing, cluster,
+        for view in plan_views({name: plan}, routing, cluster, steps=sampler,
                                dispatch=resolve_dispatch(dispatch, plan))
     ]

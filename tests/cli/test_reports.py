@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loadmaster.traces.storage.store import save_trace
+from loadmaster.traces.synth.generate import synth_trace
+
 from .test_cli import SMALL, Run, run, trace
 
 __all__ = ["run", "trace"]      # fixtures
@@ -46,6 +49,28 @@ def test_parts_of_a_plan_get_a_page_each(run: Run, trace: Path, tmp_path: Path) 
     for phase in ("prefill", "decode"):
         assert f"Plan for {phase}" in (tmp_path / f"p.{phase}.html").read_text("utf-8")
         assert (tmp_path / "png" / phase / "load.png").exists()
+
+
+def test_a_part_s_page_is_not_written_over(run: Run, trace: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.decode.html").write_text("mine")
+    code, out, err = run("plan", trace, "--phase", "apart", "--report", tmp_path / "p.html", *SMALL)
+    assert code == 2 and out == "" and "p.decode.html exists" in err
+    assert (tmp_path / "p.decode.html").read_text() == "mine"
+
+
+def test_a_trace_shorter_than_the_usual_step_has_a_report(run: Run, tmp_path: Path) -> None:
+    """Pictures are of the steps that were judged, whatever their size."""
+    made = synth_trace(layers=2, experts=8, top_k=2, tokens=480, request_tokens=20)
+    save_trace(made, tmp_path / "short")
+    asked = ("--preset", "cpu", "--devices-per-node", 4, "--slots-per-device", 3, "--step-tokens",
+             32, "--concurrency", 4)
+    code, _, err = run("plan", tmp_path / "short", "--method", "greedy", "--effort", "fast", "-o",
+                       tmp_path / "p.json", "--report", tmp_path / "p.html", *asked)
+    assert code == 0, err
+    code, _, err = run("evaluate", tmp_path / "short", tmp_path / "p.json", "--report",
+                       tmp_path / "e.html", "--step-tokens", 32, "--concurrency", 4)
+    assert code == 0, err
+    assert (tmp_path / "p.html").exists() and (tmp_path / "e.html").exists()
 
 
 def test_average_loads_and_a_trace_leave_pages_too(run: Run, trace: Path, tmp_path: Path) -> None:
