@@ -26,11 +26,20 @@ def heard() -> Iterator[list[int]]:
         signal.signal(one, handler)
 
 
+def soon(heard: list[int]) -> list[int]:
+    """What was heard, a moment later: the system may hand a signal to a thread of its choice."""
+    until = time.monotonic() + 5.0
+    while not heard and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.05)            # a second one would come by now
+    return heard
+
+
 def test_a_hangup_waits_and_then_comes(heard: list[int]) -> None:
     with hangups_held_back():
         os.kill(os.getpid(), signal.SIGHUP)
         assert heard == []
-    assert heard == [signal.SIGHUP]
+    assert soon(heard) == [signal.SIGHUP]
 
 
 def test_a_hangup_that_another_thread_takes_waits_too(heard: list[int]) -> None:
@@ -50,7 +59,7 @@ def test_a_hangup_that_another_thread_takes_waits_too(heard: list[int]) -> None:
         assert heard == []
     done.set()
     other.join()
-    assert heard == [signal.SIGHUP]
+    assert soon(heard) == [signal.SIGHUP]
 
 
 def test_what_is_started_meanwhile_outlives_a_hangup() -> None:
@@ -67,7 +76,7 @@ def test_termination_stays_ours_where_it_was(heard: list[int]) -> None:
     with terminations_kept():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)      # as a library may
     os.kill(os.getpid(), signal.SIGTERM)
-    assert heard == [signal.SIGTERM]
+    assert soon(heard) == [signal.SIGTERM]
 
 
 def test_a_default_gives_way() -> None:
