@@ -9,7 +9,7 @@ from ...placement.cluster import Cluster
 from ..serving.compare_served import Served
 from ..serving.result import SimulationResult
 from .blame_parts import blame_table, layer_picture, layer_tables, time_picture
-from .compared_parts import load_picture, traffic_picture
+from .compared_parts import VIEWED, load_picture, traffic_picture
 from .report import Picture, Report, Table
 from .views import PlanView
 
@@ -30,8 +30,7 @@ def simulate_report(
         judged_on=(
             f"{served.paired.requests} requests, the same under every plan, compared request by "
             f"request and drawn again in stretches of {served.paired.block}",
-            "loads and traffic: up to 16 steps of 512 tokens, 64 requests in flight, spread "
-            "evenly over the trace",
+            VIEWED,
         ),
         notes=tuple(dict.fromkeys((*notes, *served.notes))),
         document=served.to_dict() | {"notes": [*notes, *served.notes]},
