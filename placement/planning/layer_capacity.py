@@ -20,7 +20,7 @@ from ...errors import InfeasibleError
 from ...foundation.arrays import FloatArray, IntArray
 from ...traces.model_spec import ModelSpec
 from ..cluster import Cluster
-from ..memory import NOT_COUNTED, limits_G
+from ..memory import NOT_COUNTED, held_bytes_G, limits_G
 from ..methods.replicate import lightest_heaviest_replica, share_slots_between_layers
 from ..plan import Plan
 
@@ -47,8 +47,8 @@ def capacity_per_layer(
     if model is None or not model.knows_bytes:
         own = any(d.expert_memory_bytes is not None for d in cluster.devices)
         return LayerCapacity(slots_LG, notes=(NOT_COUNTED,) if own else ())
-    memory_G = limits_G(cluster, model, current)
     size_E = model.bytes_per_expert_E().astype(np.float64)
+    memory_G = _part_of_memory(limits_G(cluster, model, current), layers, model, current)
     if (memory_G >= layers * cluster.slots_G * size_E.max()).all():
         return LayerCapacity(slots_LG)
     short = layers * size_E.sum() - memory_G.sum()
@@ -67,6 +67,20 @@ def capacity_per_layer(
         return LayerCapacity(_kept(current, copies_G.astype(np.int64), cluster.slots_G))
     most_G = np.minimum(cluster.slots_G, experts)
     return _shared(load_LE, np.minimum(copies_G, layers * most_G).astype(np.int64), most_G)
+
+
+def _part_of_memory(
+    limit_G: FloatArray, layers: int, model: ModelSpec, current: Plan | None
+) -> FloatArray:
+    """[G] bytes for these layers: the model's others, which no trace tells of, need memory too, and
+    each layer counts the same. What a current plan holds in these layers stays theirs."""
+    if layers >= model.num_layers:
+        return limit_G
+    part_G = limit_G * layers / model.num_layers
+    if current is None:
+        return part_G
+    held_G = held_bytes_G(current.slots, model.bytes_per_expert_E())
+    return np.asarray(np.minimum(limit_G, np.maximum(part_G, held_G)))
 
 
 def _bytes_of_layers(

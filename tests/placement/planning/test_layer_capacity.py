@@ -45,6 +45,16 @@ def test_without_memory_limits_slots_are_all_there_is() -> None:
     assert capacities.slots_LG.tolist() == [[4] * 4] * 3 and capacities.capacity_LG is None
 
 
+def test_layers_that_no_trace_tells_of_keep_their_part_of_the_memory() -> None:
+    """Two of three layers, memory for nine experts a device in all: two thirds of it are theirs."""
+    whole = capacity_per_layer(np.ones((3, 8)), cluster_of([9] * 4), MODEL)
+    some = capacity_per_layer(np.ones((2, 8)), cluster_of([9] * 4), MODEL)
+    assert whole.slots_LG.sum(axis=0).tolist() == [9] * 4
+    assert some.slots_LG.sum(axis=0).tolist() == [6] * 4
+    with pytest.raises(InfeasibleError, match="short"):
+        capacity_per_layer(np.ones((2, 8)), cluster_of([5] * 4), MODEL)
+
+
 def test_a_limit_that_does_not_bind_changes_nothing() -> None:
     capacities = capacity_per_layer(np.ones((3, 8)), cluster_of([12] * 4), MODEL)
     assert capacities.slots_LG.tolist() == [[4] * 4] * 3 and not capacities.notes
