@@ -35,7 +35,7 @@ def answer(
     *,
     json: bool,
 ) -> dict[str, Report]:
-    """Plan every part, write what was chosen, and say it; a report of each part, by phase."""
+    """Plan every part, write what was chosen, say it; reports by phase, "" where there is one."""
     from ..errors import UsageError
     from ..placement.rebalancing.trial_plans import TimeLimit
     from ..traces.trace import RoutingTrace
@@ -66,7 +66,8 @@ def answer(
     if json:
         documents = {n: a.to_dict() | {"notes": [*a.notes, *notes]} for n, a in answers.items()}
         show.print_json(documents if phase == "apart" else next(iter(documents.values())))
-    return {n: _report(n, advice, parts[n], options, notes) for n, advice in answers.items()}
+    reports = {n: _report(n, advice, parts[n], options, notes) for n, advice in answers.items()}
+    return reports if phase == "apart" else {"": next(iter(reports.values()))}
 
 
 def _report(

@@ -119,8 +119,8 @@ def _print(advice: Advice) -> None:
         f"{advice.verdict}; {len(advice.moves)} experts would move, {size(total)}"
     )
     rows = [
-        (f"layer {layer}", device, expert, size)
-        for (layer, device, expert), size in zip(advice.moves, advice.move_bytes, strict=True)
+        (f"layer {layer}", device, expert, num_bytes)
+        for (layer, device, expert), num_bytes in zip(advice.moves, advice.move_bytes, strict=True)
     ]
     if rows:
         show.print_table(

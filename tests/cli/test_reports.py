@@ -51,6 +51,17 @@ def test_parts_of_a_plan_get_a_page_each(run: Run, trace: Path, tmp_path: Path) 
         assert (tmp_path / "png" / phase / "load.png").exists()
 
 
+def test_one_part_alone_has_the_page_that_was_named(
+    run: Run, trace: Path, tmp_path: Path
+) -> None:
+    page, png = tmp_path / "p.html", tmp_path / "png"
+    code, _, err = run("plan", trace, "--phase", "decode", "--report", page, "--report-png", png,
+                       *SMALL)
+    assert code == 0, err
+    assert "Plan for decode" in page.read_text() and (png / "load.png").exists()
+    assert [path.name for path in tmp_path.glob("*.html")] == ["p.html"]
+
+
 def test_a_part_s_page_is_not_written_over(run: Run, trace: Path, tmp_path: Path) -> None:
     (tmp_path / "p.decode.html").write_text("mine")
     code, out, err = run("plan", trace, "--phase", "apart", "--report", tmp_path / "p.html", *SMALL)
